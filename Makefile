@@ -1,0 +1,53 @@
+# Everything a fresh machine needs: Python 3.11 or newer and make.
+PYTHON ?= python3
+BIN := .venv/bin
+PROTOS := $(shell find protos -name '*.proto')
+
+.PHONY: install demo test soak bench check lint types protos protos-check clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[services,torch,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/tiltyard demo
+
+test: install
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: install
+	$(BIN)/python -m pytest -m soak --timeout 7200
+
+bench: install
+	$(BIN)/python -m benchmarks $(NAME)
+
+# Stubs lie beside the code that imports them: protos/tiltyard/x/v1/y.proto becomes tiltyard/x/v1/y_pb2.py.
+protos: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos \
+	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
+	find tiltyard -path '*/v[12]*' -type d -exec touch {}/__init__.py \;
+	for d in type registry selector trainer validator inference; do touch tiltyard/$$d/__init__.py; done
+
+protos-check: protos
+	git diff --exit-code --stat -- tiltyard
+	test -z "$$(git ls-files --others --exclude-standard tiltyard)"
+
+lint: install
+	$(BIN)/buf format -d --exit-code
+	$(BIN)/buf lint
+	if git describe --tags --abbrev=0 >/dev/null 2>&1; then \
+	  $(BIN)/buf breaking --against ".git#tag=$$(git describe --tags --abbrev=0)"; fi
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+
+types: install
+	$(BIN)/mypy
+
+check: install protos-check lint types test
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
