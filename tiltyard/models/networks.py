@@ -1,0 +1,175 @@
+"""One torch module for each architecture of a ModelSpec; their tensors are those of `modelspec.tensor_shapes`.
+
+Shape suffixes: B rows of the batch, C channels, H rows and W columns of an image, D features, K outputs.
+"""
+
+# ruff: noqa: N803, N806 -- the shape suffixes are capitals
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tiltyard.modelspec import (
+    KIND_OF,
+    Activation,
+    Convnet,
+    Linear,
+    Mlp,
+    ModelSpec,
+    image_shape,
+    pooled_kernel,
+)
+
+_ACTIVATIONS: dict[Activation, type[nn.Module]] = {
+    Activation.RELU: nn.ReLU,
+    Activation.GELU: nn.GELU,
+    Activation.TANH: nn.Tanh,
+    Activation.SILU: nn.SiLU,
+}
+
+
+class Network(nn.Module):
+    """f(x) = network(float32(x) * scale + offset), logits of shape [B, K], for x of any real dtype."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """The input as float32, scaled and shifted; x itself is never changed."""
+        scale, offset = self.spec.input_scale, self.spec.input_offset
+        if x.dtype != torch.float32:
+            # The conversion made a copy of our own, so the rest may happen in place.
+            x = x.to(torch.float32)
+            if scale != 1.0:
+                x.mul_(scale)
+            if offset != 0.0:
+                x.add_(offset)
+            return x
+        if scale != 1.0:
+            x = x * scale
+        return x + offset if offset != 0.0 else x
+
+
+class Perceptron(Network):
+    """`linear` and `mlp`: the flattened row through zero or more hidden layers and the head."""
+
+    def __init__(self, spec: ModelSpec, *, hidden: Sequence[int], activation: Activation, dropout: float) -> None:
+        super().__init__(spec)
+        self.hidden, width = _dense_layers(math.prod(spec.input_shape), hidden)
+        self.activation = _ACTIVATIONS[activation]()
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.head = nn.Linear(width, spec.outputs, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, K] of rows [B, ...]."""
+        h_BD = self.scaled(x).flatten(1)
+        for layer in self.hidden:
+            h_BD = self.dropout(self.activation(layer(h_BD)))
+        logits: Tensor = self.head(h_BD)
+        return logits
+
+
+class ConvolutionBlock(nn.Module):
+    """Convolution at the same size, one-group GroupNorm, activation, and max pooling that halves, rounding up.
+
+    GroupNorm over one group needs no running statistics, so a model is its trained numbers and nothing else, and a
+    row's logits do not depend on its batch.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, kernel_size: int, activation: Activation) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, device="meta")
+        self.norm = nn.GroupNorm(1, outputs, device="meta")
+        self.activation = _ACTIVATIONS[activation]()
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Maps of half the rows and columns."""
+        maps: Tensor = self.pool(self.activation(self.norm(self.convolution(x_BCHW))))
+        return maps
+
+
+class ConvolutionalNetwork(Network):
+    """`convnet`: blocks, average pooling to at most 4x4, hidden layers, head."""
+
+    def __init__(self, spec: ModelSpec, architecture: Convnet) -> None:
+        super().__init__(spec)
+        inputs, rows, columns = image_shape(spec)
+        self.image_shape = (inputs, rows, columns)
+        blocks = []
+        for outputs in architecture.channels:
+            blocks.append(
+                ConvolutionBlock(
+                    inputs, outputs, kernel_size=architecture.kernel_size, activation=architecture.activation
+                )
+            )
+            inputs, rows, columns = outputs, -(-rows // 2), -(-columns // 2)
+        self.blocks = nn.ModuleList(blocks)
+        # Not adaptive pooling: its backward pass on CUDA is not deterministic.
+        kernel = (pooled_kernel(rows), pooled_kernel(columns))
+        self.pool = nn.AvgPool2d(kernel, ceil_mode=True) if kernel != (1, 1) else nn.Identity()
+        cells = -(-rows // kernel[0]) * -(-columns // kernel[1])
+        self.hidden, width = _dense_layers(inputs * cells, architecture.hidden)
+        self.activation = _ACTIVATIONS[architecture.activation]()
+        self.dropout = nn.Dropout(architecture.dropout) if architecture.dropout else nn.Identity()
+        self.head = nn.Linear(width, spec.outputs, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W] or [B, H, W]."""
+        h_BCHW = self.scaled(x).reshape(x.shape[0], *self.image_shape)
+        for block in self.blocks:
+            h_BCHW = block(h_BCHW)
+        h_BD = self.dropout(self.pool(h_BCHW).flatten(1))
+        for layer in self.hidden:
+            h_BD = self.dropout(self.activation(layer(h_BD)))
+        logits: Tensor = self.head(h_BD)
+        return logits
+
+
+def build(spec: ModelSpec, *, seed: int | None) -> Network:
+    """A module of `spec` on the CPU in float32, with fresh weights.
+
+    The same spec and seed give the same bits on every machine; None draws a seed. torch's global random state is left
+    alone. Raises NotImplementedError for an architecture that `modelspec.validate` refuses.
+    """
+    module = build_empty(spec).to_empty(device="cpu")
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            # torch's own default: uniform within 1/sqrt(fan-in), weight and bias alike.
+            bound = 1 / math.sqrt(part.weight[0].numel())
+            with torch.no_grad():
+                for parameter in part.parameters():
+                    parameter.uniform_(-bound, bound, generator=generator)
+        elif isinstance(part, nn.GroupNorm):
+            part.reset_parameters()
+    return module
+
+
+def build_empty(spec: ModelSpec) -> Network:
+    """A module of `spec` whose tensors have shapes but no storage (torch's meta device), for weights to be put in."""
+    match spec.architecture:
+        case Linear():
+            return Perceptron(spec, hidden=(), activation=Activation.RELU, dropout=0.0)
+        case Mlp(hidden=hidden, activation=activation, dropout=dropout):
+            return Perceptron(spec, hidden=hidden, activation=activation, dropout=dropout)
+        case Convnet() as convnet:
+            return ConvolutionalNetwork(spec, convnet)
+        case other:
+            raise NotImplementedError(f"{KIND_OF[type(other)]} models are not supported yet")
+
+
+def _dense_layers(inputs: int, widths: Sequence[int]) -> tuple[nn.ModuleList, int]:
+    """The hidden layers and the width that the last one gives."""
+    layers = nn.ModuleList()
+    for width in widths:
+        layers.append(nn.Linear(inputs, width, device="meta"))
+        inputs = width
+    return layers, inputs
