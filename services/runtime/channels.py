@@ -1,0 +1,30 @@
+"""Channels from a service to its peers: the public channel, signed with the service's own key."""
+
+import grpc
+
+from tiltyard.channel import DEADLINE_S, MAX_MESSAGE_BYTES, ChannelTls
+from tiltyard.channel import open_channel as _open_channel
+from tiltyard.identity import Key, TokenSource
+
+__all__ = ["ChannelTls", "open_channel", "open_peer"]
+
+open_channel = _open_channel
+
+
+def open_peer(
+    address: str,
+    *,
+    key: Key,
+    audience: str,
+    tls: ChannelTls | None = None,
+    deadline_s: float = DEADLINE_S,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> grpc.aio.Channel:
+    """A channel to the peer at `address` whose calls carry a token of `key` for `audience` (`{origin}/selector`)."""
+    return _open_channel(
+        address,
+        tokens=TokenSource(key, audience),
+        tls=tls,
+        deadline_s=deadline_s,
+        max_message_bytes=max_message_bytes,
+    )

@@ -1,0 +1,253 @@
+"""One database for each process: a writer that commits in groups, and readers on consistent snapshots."""
+
+import asyncio
+import contextvars
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar, cast
+
+import structlog
+from sqlalchemy import Column, LargeBinary, delete
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
+from sqlmodel import Field, Session, SQLModel, col
+
+from services.runtime.auth import utc_now
+from services.runtime.engines import is_serialization_failure, migrate, reading_engine, writing_engine
+from services.runtime.errors import Unavailable
+from services.runtime.idempotency import PendingRequest, Replayed, check_body, pending_request
+
+T = TypeVar("T")
+
+_GROUP_SIZE = 64
+_READERS = 4
+_SERIALIZATION_ATTEMPTS = 8
+
+_log = structlog.get_logger("tiltyard.database")
+
+
+class RememberedRequest(SQLModel, table=True):
+    """The answer to one request id of one caller, stored with the change it answers."""
+
+    __tablename__ = "remembered_requests"
+
+    sub: str = Field(primary_key=True)
+    method: str = Field(primary_key=True)
+    request_id: str = Field(primary_key=True)
+    body_sha256: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    answer: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    remembered_at_s: int = Field(index=True)
+
+
+def create_remembered_requests(op: Any) -> None:
+    """Creates the table of RememberedRequest; a service's first migration calls this with Alembic's `op`."""
+    import sqlalchemy as sa
+
+    op.create_table(
+        "remembered_requests",
+        sa.Column("sub", sa.String, primary_key=True),
+        sa.Column("method", sa.String, primary_key=True),
+        sa.Column("request_id", sa.String, primary_key=True),
+        sa.Column("body_sha256", sa.LargeBinary, nullable=False),
+        sa.Column("answer", sa.LargeBinary, nullable=False),
+        sa.Column("remembered_at_s", sa.BigInteger, nullable=False),
+    )
+    op.create_index("ix_remembered_requests_remembered_at_s", "remembered_requests", ["remembered_at_s"])
+
+
+@dataclass(frozen=True)
+class _Write:
+    work: Callable[[Session], Any]
+    context: contextvars.Context
+    pending: PendingRequest | None
+    final: bool
+    done: "Future[Any]"
+
+
+class Database:
+    """Runs the work of a store in transactions. A work's session is valid while it runs; rows never leave it.
+
+    A work may run more than once before it counts (a serialization failure on PostgreSQL): it must have no other
+    effects.
+    """
+
+    def __init__(self, url: str, *, clock: Callable[[], datetime] = utc_now) -> None:
+        self._clock = clock
+        self._write_engine = writing_engine(url)
+        self._read_engine = reading_engine(url, readers=_READERS)
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="database-reader")
+        self._writer = threading.Thread(target=self._write_groups, name="database-writer", daemon=True)
+        self._closed = False
+        self._writer.start()
+
+    @classmethod
+    def open(
+        cls, url: str, *, migrations: Path | ModuleType | str, clock: Callable[[], datetime] = utc_now
+    ) -> "Database":
+        """Migrates the database at `url` (`sqlite:///PATH` or `postgresql+DRIVER://...`) and opens it.
+
+        `migrations` is the folder (or package, or its dotted name) that holds `versions/`. Several processes may start
+        at once: one migrates, the others wait. Blocks, for it runs before a server starts.
+        """
+        migrate(url, migrations)
+        return cls(url, clock=clock)
+
+    async def write(self, work: Callable[[Session], T], *, final: bool = True) -> T:
+        """Runs `work` in the writer's next group and returns its result once the group is committed (durably).
+
+        A work that raises loses its own changes only; its exception is raised here. When the commit fails, every work
+        of the group gets that error. Inside an `@idempotent` call, the `final` write stores the answer in the same
+        transaction: its result must be the result of the whole domain call. Writes before it say `final=False`.
+        """
+        if self._closed:
+            raise Unavailable("DATABASE_CLOSED", "the server is stopping")
+        pending = pending_request()
+        if pending is not None and pending.stored and final:
+            raise RuntimeError(f"a second final write under request id {pending.request_id!r}: say final=False")
+        if pending is not None and pending.stored:
+            pending = None
+        done: Future[Any] = Future()
+        self._queue.put(_Write(work, contextvars.copy_context(), pending, final, done))
+        return cast(T, await asyncio.wrap_future(done))
+
+    async def read(self, work: Callable[[Session], T]) -> T:
+        """Runs `work` in a read-only transaction that sees one consistent snapshot, beside the writer."""
+        if self._closed:
+            raise Unavailable("DATABASE_CLOSED", "the server is stopping")
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._readers, lambda: context.run(self._read, work))
+
+    async def lookup_remembered(self, pending: PendingRequest) -> bytes | None:
+        """The answer stored under this request's key. Raises AlreadyExists where it was stored for another body."""
+
+        def look(session: Session) -> bytes | None:
+            return _remembered(session, pending)
+
+        return await self.read(look)
+
+    async def forget_requests(self, before: datetime) -> int:
+        """Drops the answers stored before `before` and returns how many they were."""
+
+        def forget(session: Session) -> int:
+            old = delete(RememberedRequest).where(col(RememberedRequest.remembered_at_s) < int(before.timestamp()))
+            return cast(int, cast(Any, session.connection().execute(old)).rowcount)
+
+        return await self.write(forget, final=False)
+
+    async def close(self) -> None:
+        """Commits what is queued and closes all connections. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._queue.put(None)
+        await asyncio.to_thread(self._writer.join)
+        await asyncio.to_thread(self._readers.shutdown)
+        self._write_engine.dispose()
+        self._read_engine.dispose()
+
+    def _read(self, work: Callable[[Session], T]) -> T:
+        # Never committed: nothing a work does here can last.
+        with self._read_engine.connect() as connection, Session(bind=connection) as session:
+            return work(session)
+
+    def _write_groups(self) -> None:
+        open_for_more = True
+        while open_for_more:
+            first = self._queue.get()
+            if first is None:
+                return
+            group = [first]
+            while len(group) < _GROUP_SIZE:
+                try:
+                    item = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if item is None:
+                    open_for_more = False
+                    break
+                group.append(item)
+            self._write_group([item for item in group if item.done.set_running_or_notify_cancel()])
+
+    def _write_group(self, group: list[_Write]) -> None:
+        if not group:
+            return
+        attempt = 1
+        while True:
+            try:
+                outcomes = self._commit(group)
+            except Exception as error:
+                if is_serialization_failure(error) and attempt < _SERIALIZATION_ATTEMPTS:
+                    attempt += 1
+                    continue
+                _log.error("a group of writes was not committed", writes=len(group), exc_info=error)
+                for item in group:
+                    item.done.set_exception(_not_committed(error))
+                return
+            break
+        for item, (result, failure) in zip(group, outcomes, strict=True):
+            if failure is not None:
+                item.done.set_exception(failure)
+                continue
+            if item.pending is not None and item.final:
+                item.pending.stored = True
+            item.done.set_result(result)
+
+    def _commit(self, group: list[_Write]) -> list[tuple[Any, Exception | None]]:
+        outcomes: list[tuple[Any, Exception | None]] = []
+        with self._write_engine.connect() as connection, connection.begin():
+            for item in group:
+                try:
+                    outcomes.append((item.context.run(self._run, connection, item), None))
+                except Exception as failure:
+                    if is_serialization_failure(failure):
+                        raise
+                    outcomes.append((None, failure))
+        return outcomes
+
+    def _run(self, connection: Connection, item: _Write) -> Any:
+        # The session has a savepoint of its own: an exception rolls back to it. Where that fails too (the disk is full and
+        # SQLite has given the whole transaction up), so does the commit of the group.
+        with Session(bind=connection, join_transaction_mode="create_savepoint") as session:
+            if item.pending is not None:
+                answer = _remembered(session, item.pending)
+                if answer is not None:
+                    raise Replayed(answer)
+            result = item.work(session)
+            if item.pending is not None and item.final:
+                session.add(self._remember(item.pending, result))
+            session.commit()
+            return result
+
+    def _remember(self, pending: PendingRequest, result: Any) -> RememberedRequest:
+        return RememberedRequest(
+            sub=pending.sub,
+            method=pending.method,
+            request_id=pending.request_id,
+            body_sha256=pending.body_sha256,
+            answer=pending.encode(result),
+            remembered_at_s=int(self._clock().timestamp()),
+        )
+
+
+def _remembered(session: Session, pending: PendingRequest) -> bytes | None:
+    row = session.get(RememberedRequest, (pending.sub, pending.method, pending.request_id))
+    if row is None:
+        return None
+    check_body(pending, row.body_sha256)
+    return row.answer
+
+
+def _not_committed(error: Exception) -> Exception:
+    if isinstance(error, DBAPIError):
+        unavailable = Unavailable("DATABASE_UNAVAILABLE", "the change could not be stored, nothing was changed")
+        unavailable.__cause__ = error
+        return unavailable
+    return error

@@ -1,0 +1,131 @@
+"""SQLAlchemy engines set up for SQLite and PostgreSQL, and the migrations run under a lock."""
+
+import fcntl
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import event, text
+from sqlalchemy.engine import Connection, Engine, make_url
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import QueuePool
+from sqlmodel import create_engine
+
+from services.runtime import migrations as shared_environment
+
+_BUSY_TIMEOUT_MS = 10_000
+_MIGRATION_LOCK = 0x74696C74  # any constant that all services agree on ("tilt")
+_SERIALIZATION_STATES = ("40001", "40P01")  # serialization_failure, deadlock_detected
+
+
+def writing_engine(url: str) -> Engine:
+    """An engine of one connection whose transactions may write."""
+    if not _is_sqlite(url):
+        return create_engine(url, pool_size=1, max_overflow=0, isolation_level="SERIALIZABLE", pool_pre_ping=True)
+    # IMMEDIATE takes the write lock at once: a transaction that read first can no longer fail to upgrade.
+    return _sqlite_engine(url, begin="BEGIN IMMEDIATE", connections=1, pragmas=("journal_mode=WAL", "synchronous=FULL"))
+
+
+def reading_engine(url: str, *, readers: int) -> Engine:
+    """An engine whose transactions see one snapshot and cannot write."""
+    if not _is_sqlite(url):
+        engine = create_engine(
+            url, pool_size=readers, max_overflow=0, isolation_level="REPEATABLE READ", pool_pre_ping=True
+        )
+
+        @event.listens_for(engine, "begin")
+        def read_only(connection: Connection) -> None:
+            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+
+        return engine
+    return _sqlite_engine(url, begin="BEGIN", connections=readers, pragmas=("query_only=ON",))
+
+
+def is_serialization_failure(error: BaseException) -> bool:
+    """Whether PostgreSQL asks for the transaction to be run again."""
+    if not isinstance(error, DBAPIError):
+        return False
+    state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+    return state in _SERIALIZATION_STATES
+
+
+def migrate(url: str, migrations: Path | ModuleType | str) -> None:
+    """Brings the database at `url` to the newest version in `migrations`/versions; one process at a time does so."""
+    config = Config()
+    config.set_main_option("path_separator", "newline")
+    config.set_main_option("script_location", str(Path(shared_environment.__path__[0])).replace("%", "%%"))
+    config.set_main_option("version_locations", str(_folder(migrations) / "versions").replace("%", "%%"))
+    if _is_sqlite(url):
+        _sqlite_path(url).parent.mkdir(parents=True, exist_ok=True)
+    engine = writing_engine(url)
+    try:
+        with _sqlite_lock(url), engine.connect() as connection:
+            if not _is_sqlite(url):
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            connection.commit()
+    finally:
+        engine.dispose()
+
+
+def _is_sqlite(url: str) -> bool:
+    return make_url(url).get_backend_name() == "sqlite"
+
+
+def _sqlite_path(url: str) -> Path:
+    name = make_url(url).database
+    if not name or name == ":memory:":
+        raise ValueError("the database must be a file: writer and readers have connections of their own")
+    return Path(name)
+
+
+def _folder(migrations: Path | ModuleType | str) -> Path:
+    if isinstance(migrations, Path):
+        return migrations
+    package = importlib.import_module(migrations) if isinstance(migrations, str) else migrations
+    return Path(next(iter(package.__path__)))
+
+
+@contextmanager
+def _sqlite_lock(url: str) -> Iterator[None]:
+    if not _is_sqlite(url):
+        yield
+        return
+    path = _sqlite_path(url)
+    # The lock goes with the process that held it: a killed migration blocks nobody.
+    with path.with_name(path.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _sqlite_engine(url: str, *, begin: str, connections: int, pragmas: tuple[str, ...]) -> Engine:
+    _sqlite_path(url)
+    engine = create_engine(
+        url,
+        poolclass=QueuePool,
+        pool_size=connections,
+        max_overflow=0,
+        # The pool hands a connection to one thread at a time.
+        connect_args={"check_same_thread": False},
+    )
+
+    @event.listens_for(engine, "connect")
+    def set_up(connection: Any, _record: Any) -> None:
+        # sqlite3 would begin transactions by itself, and not before a SAVEPOINT or DDL: it must not begin any.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in (f"busy_timeout={_BUSY_TIMEOUT_MS}", "foreign_keys=ON", *pragmas):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def begin_transaction(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+    return engine

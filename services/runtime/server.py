@@ -1,0 +1,273 @@
+"""One gRPC server for every service: health, reflection, channelz, the interceptors, limits, and a graceful drain."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import structlog
+from grpc_channelz.v1 import channelz, channelz_pb2, channelz_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+
+from services.runtime.auth import AccessPolicy, Authenticator, utc_now
+from services.runtime.database import Database
+from services.runtime.idempotency import RequestMemory
+from services.runtime.interceptors import (
+    DrainInterceptor,
+    ErrorInterceptor,
+    IdentityInterceptor,
+    MemoryInterceptor,
+    RequestLogInterceptor,
+)
+from services.runtime.settings import ServiceSettings
+
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+MAX_CONCURRENT_RPCS = 2048
+GRACE_S = 10.0
+_REMEMBER_REQUESTS_FOR = timedelta(days=7)
+_FORGET_EVERY_S = 3600.0
+_MAX_BACKOFF_S = 30.0
+
+_log = structlog.get_logger("tiltyard.server")
+
+Background = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A servicer to serve: its full proto name, and a function that adds it to a server."""
+
+    service_name: str
+    add: Callable[[grpc.aio.Server], None]
+
+
+@dataclass(frozen=True)
+class ServerTls:
+    """PEM files of a server: certificate chain, private key, and the authority that clients' certificates come from."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """The files read."""
+        return grpc.ssl_server_credentials(
+            [(self.key.read_bytes(), self.certificate.read_bytes())],
+            root_certificates=self.client_ca.read_bytes() if self.client_ca else None,
+            require_client_auth=self.client_ca is not None,
+        )
+
+
+class ArenaServer:
+    """A grpc.aio server that is NOT_SERVING until told otherwise, and that drains before it stops.
+
+    Without an `authenticator` no call is asked for a token: for a private Unix socket only. `remembered` is where
+    `@idempotent` methods find earlier answers (the service's Database).
+    """
+
+    def __init__(
+        self,
+        listen: str,
+        mounts: Sequence[Mount],
+        *,
+        authenticator: Authenticator | None,
+        policy: AccessPolicy | None = None,
+        remembered: RequestMemory | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        max_concurrent_rpcs: int | None = MAX_CONCURRENT_RPCS,
+        tls: ServerTls | None = None,
+    ) -> None:
+        self._listen = listen
+        self._mounts = tuple(mounts)
+        self._tls = tls
+        self._port = 0
+        self._drain = DrainInterceptor()
+        interceptors: list[grpc.aio.ServerInterceptor] = [RequestLogInterceptor(), ErrorInterceptor(), self._drain]
+        if authenticator is not None:
+            interceptors.append(IdentityInterceptor(authenticator, policy or AccessPolicy()))
+        if remembered is not None:
+            interceptors.append(MemoryInterceptor(remembered))
+        self._server = grpc.aio.server(
+            interceptors=interceptors,
+            options=_options(max_message_bytes),
+            maximum_concurrent_rpcs=max_concurrent_rpcs,
+        )
+        self._health = health.HealthServicer()
+
+    @property
+    def port(self) -> int:
+        """The TCP port bound to, after `start`; 0 on a Unix socket."""
+        return self._port
+
+    @property
+    def address(self) -> str:
+        """What a client connects to."""
+        if self._listen.startswith("unix:"):
+            return self._listen
+        return f"{self._listen.rpartition(':')[0]}:{self._port}"
+
+    async def start(self) -> None:
+        """Binds and answers calls, health with NOT_SERVING. Raises RuntimeError when the address can't be bound."""
+        for mount in self._mounts:
+            mount.add(self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz.aio.ChannelzServicer(), self._server)
+        names = [mount.service_name for mount in self._mounts]
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        channelz_name = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
+        reflection.enable_server_reflection([*names, health_name, channelz_name, reflection.SERVICE_NAME], self._server)
+        await self.set_serving(False)
+        if self._tls is None:
+            self._port = self._server.add_insecure_port(self._listen)
+        else:
+            self._port = self._server.add_secure_port(self._listen, self._tls.credentials())
+        if self._listen.startswith("unix:"):
+            self._port = 0
+        await self._server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """What health answers, for the server as a whole ("") and for each mounted service."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *(mount.service_name for mount in self._mounts)):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float = GRACE_S) -> None:
+        """Says NOT_SERVING, ends the watches, takes no new call, lets those in flight finish for `grace_s` seconds."""
+        await self.set_serving(False)
+        self._drain.drain()
+        # Calls in flight keep the connection open, so health still answers on it while they finish.
+        stopping = asyncio.create_task(self._server.stop(grace_s))
+        idle = asyncio.create_task(self._drain.idle())
+        await asyncio.wait([stopping, idle], return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        if not stopping.done():
+            # Only health's watches are left; they know by now.
+            await self._server.stop(0)
+        await stopping
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        await self.set_serving(True)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop(grace_s=0)
+
+
+def _options(max_message_bytes: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        # Two servers on one port would share its calls at random.
+        ("grpc.so_reuseport", 0),
+        ("grpc.enable_channelz", 1),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]
+
+
+def server_tls(settings: ServiceSettings) -> ServerTls | None:
+    """The TLS files named in the settings, None for plaintext."""
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    return ServerTls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+
+
+async def serve(
+    settings: ServiceSettings,
+    mounts: Sequence[Mount],
+    *,
+    name: str,
+    authenticator: Authenticator | None,
+    policy: AccessPolicy | None = None,
+    remembered: Database | None = None,
+    background: Sequence[Background] = (),
+    on_close: Sequence[Background] = (),
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    max_concurrent_rpcs: int | None = MAX_CONCURRENT_RPCS,
+    grace_s: float = GRACE_S,
+) -> None:
+    """Serves until SIGTERM or SIGINT: starts, runs `background`, says SERVING; then drains and runs `on_close`.
+
+    A background function that dies is logged and started again after a growing pause; one that returns is done.
+    `remembered` is the service's Database: without it, repeated requests are found out only at their first write.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = ArenaServer(
+        settings.listen,
+        mounts,
+        authenticator=authenticator,
+        policy=policy,
+        remembered=remembered,
+        max_message_bytes=max_message_bytes,
+        max_concurrent_rpcs=max_concurrent_rpcs,
+        tls=server_tls(settings),
+    )
+    jobs = list(background)
+    if remembered is not None:
+        jobs.append(lambda: _forget_requests(remembered))
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        await server.start()
+        tasks = [asyncio.create_task(_keep_running(job)) for job in jobs]
+        await server.set_serving(True)
+        _log.info("serving", name=name, address=server.address)
+        await stop.wait()
+        _log.info("draining", name=name)
+        await server.set_serving(False)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.stop(grace_s)
+        for close in on_close:
+            await close()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+    _log.info("stopped", name=name)
+
+
+async def _keep_running(job: Background, first_pause_s: float = 0.2) -> None:
+    pause_s = first_pause_s
+    loop = asyncio.get_running_loop()
+    while True:
+        started = loop.time()
+        try:
+            await job()
+            return
+        except Exception as error:
+            if loop.time() - started > _MAX_BACKOFF_S:
+                pause_s = first_pause_s
+            name = getattr(job, "__qualname__", repr(job))
+            _log.error("background work died, it starts again", work=name, pause_s=pause_s, exc_info=error)
+        await asyncio.sleep(pause_s)
+        pause_s = min(pause_s * 2, _MAX_BACKOFF_S)
+
+
+async def _forget_requests(database: Database) -> None:
+    while True:
+        await database.forget_requests(utc_now() - _REMEMBER_REQUESTS_FOR)
+        await asyncio.sleep(_FORGET_EVERY_S)
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Runs a composition root to its end: `run(main())` under `if __name__ == "__main__"`."""
+    # An interrupt that came before serve() took the signals over ends the process just the same.
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(main)

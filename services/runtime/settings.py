@@ -1,0 +1,136 @@
+"""Settings of a process, from TILTYARD_* variables; a wrong or unknown one stops the start with its name."""
+
+import ipaddress
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from services.runtime.telemetry import LogFormat, default_format
+
+PREFIX = "TILTYARD_"
+# A shell that drives the command line sets these; a service started from it need not know them.
+_COMMAND_LINE = frozenset(
+    {"TILTYARD_KEY", "TILTYARD_REGISTRY", "TILTYARD_SELECTOR", "TILTYARD_TRAINER", "TILTYARD_VALIDATOR"}
+)
+_PARTICIPANT_ID = re.compile("[0-9a-f]{40}")
+
+ParticipantIds = Annotated[frozenset[str], NoDecode]
+"""A set of participant ids, comma-separated in the environment."""
+
+
+class ServiceSettings(BaseSettings):
+    """What every service can be told. A service subclasses this, sets `service` and `listen`, and adds fields."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, validate_default=True)
+
+    service: ClassVar[str] = "service"
+
+    origin: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")] = "tiltyard.local"
+    """The arena's name, part of every audience and of everything signed."""
+    state_dir: Path = Path("state")
+    """The folder of all durable state of this process."""
+    database_url: str = ""
+    """Default: `sqlite:///{state_dir}/{service}.db`."""
+    key_file: Path = Path()
+    """Default: `{state_dir}/key.pem`, created at the first start."""
+    operators: ParticipantIds = frozenset()
+    services: ParticipantIds = frozenset()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = Field(default_factory=default_format)
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """With it, a client must show a certificate that this authority signed (mutual TLS)."""
+    plaintext_anywhere: bool = False
+    """Lets a server without TLS listen beyond the loopback interface, for networks that encrypt by themselves."""
+    listen: str = "127.0.0.1:0"
+    """`HOST:PORT`, `[IPV6]:PORT` or `unix:/PATH`; port 0 takes a free one."""
+
+    @classmethod
+    def load(cls) -> Self:
+        """The settings in the environment; prints one line naming the variable and exits with status 2 on a bad one."""
+        known = {PREFIX + name.upper() for name in cls.model_fields} | _COMMAND_LINE
+        for variable in sorted(os.environ):
+            if variable.upper().startswith(PREFIX) and variable.upper() not in known:
+                _refuse(f"{variable}: not a setting of {cls.service}")
+        try:
+            return cls()
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            text = first["msg"].removeprefix("Value error, ")
+            _refuse(f"{PREFIX}{str(first['loc'][0]).upper()}: {text}" if first["loc"] else text)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_state_dir(cls, values: dict[str, Any]) -> dict[str, Any]:
+        state_dir = Path(values.get("state_dir") or cls.model_fields["state_dir"].default)
+        filled = dict(values)
+        if not filled.get("database_url"):
+            filled["database_url"] = f"sqlite:///{state_dir / cls.service}.db"
+        if not filled.get("key_file"):
+            filled["key_file"] = state_dir / "key.pem"
+        return filled
+
+    @field_validator("operators", "services", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return frozenset(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+    @field_validator("operators", "services")
+    @classmethod
+    def _participant_ids(cls, value: frozenset[str]) -> frozenset[str]:
+        for participant in value:
+            if not _PARTICIPANT_ID.fullmatch(participant):
+                raise ValueError(f"{participant!r} is not a participant id (40 hex digits)")
+        return value
+
+    @field_validator("tls_key", "tls_client_ca")
+    @classmethod
+    def _tls_together(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and info.data.get("tls_certificate") is None:
+            raise ValueError("needs TILTYARD_TLS_CERTIFICATE beside it")
+        if value is None and info.field_name == "tls_key" and info.data.get("tls_certificate") is not None:
+            raise ValueError("is needed beside TILTYARD_TLS_CERTIFICATE")
+        return value
+
+    @field_validator("tls_certificate", "tls_key", "tls_client_ca")
+    @classmethod
+    def _readable(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_file():
+            raise ValueError(f"{value} is not a file")
+        return value
+
+    @field_validator("listen")
+    @classmethod
+    def _listen_where_allowed(cls, value: str, info: ValidationInfo) -> str:
+        if value.startswith("unix:"):
+            if value == "unix:":
+                raise ValueError("unix: needs a path")
+            return value
+        host, colon, port = value.rpartition(":")
+        if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+            raise ValueError("must be HOST:PORT or unix:/PATH")
+        plaintext = info.data.get("tls_certificate") is None and not info.data.get("plaintext_anywhere")
+        if plaintext and not is_loopback(host):
+            raise ValueError("beyond loopback needs TILTYARD_TLS_CERTIFICATE, or TILTYARD_PLAINTEXT_ANYWHERE=true")
+        return value
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host` (a name other than localhost counts as reachable)."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _refuse(line: str) -> NoReturn:
+    sys.stderr.write(line.replace("\n", " ") + "\n")
+    raise SystemExit(2)

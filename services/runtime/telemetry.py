@@ -1,0 +1,63 @@
+"""Structured logs on standard error: one JSON object a line, ids and no secrets."""
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+LogFormat = Literal["json", "console"]
+
+_SECRET_KEYS = frozenset({"authorization", "token", "lease_token", "secret", "password", "salt", "database_url"})
+
+
+def _without_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    for key in _SECRET_KEYS & event.keys():
+        event[key] = "(left out)"
+    return event
+
+
+def default_format() -> LogFormat:
+    """For people on a terminal, JSON everywhere else."""
+    return "console" if sys.stderr.isatty() else "json"
+
+
+def configure_logging(name: str, level: str = "info", format: LogFormat | None = None) -> None:
+    """Sends the logs of structlog and of `logging` to standard error, each line with the service's `name`."""
+    threshold = logging.getLevelNamesMapping()[level.upper()]
+
+    def with_service(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        event.setdefault("service", name)
+        return event
+
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        with_service,
+        _without_secrets,
+    ]
+    renderers: list[Processor] = (
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+        if (format or default_format()) == "json"
+        else [structlog.dev.ConsoleRenderer()]
+    )
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(threshold)
+    # Each migration step is worth a line only to whoever debugs one.
+    logging.getLogger("alembic").setLevel(max(threshold, logging.WARNING))

@@ -1,0 +1,317 @@
+"""The database: group commit, isolation of neighbours, snapshots, remembered requests, migrations under a lock."""
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import Field, Session, SQLModel, select
+
+from services.runtime.database import Database
+from services.runtime.errors import AlreadyExists, Unavailable
+from services.runtime.idempotency import PendingRequest, Replayed, _pending
+
+_FIRST = '''
+"""The first tables."""
+import sqlalchemy as sa
+from alembic import op
+from services.runtime.database import create_remembered_requests
+
+revision, down_revision, branch_labels, depends_on = "1", None, None, None
+
+def upgrade():
+    create_remembered_requests(op)
+    op.create_table("marks", sa.Column("name", sa.String, primary_key=True), sa.Column("count", sa.Integer))
+'''
+_SECOND_FAILS = '''
+"""Creates a table and dies."""
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision, branch_labels, depends_on = "2", "1", None, None
+
+def upgrade():
+    op.create_table("halfway", sa.Column("name", sa.String, primary_key=True))
+    raise OSError("the power went out")
+'''
+
+
+class Mark(SQLModel, table=True):
+    __tablename__ = "marks"
+
+    name: str = Field(primary_key=True)
+    count: int
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+@pytest.fixture
+def migrations(tmp_path: Path) -> Path:
+    versions = tmp_path / "migrations" / "versions"
+    versions.mkdir(parents=True)
+    (versions / "first.py").write_text(_FIRST)
+    return tmp_path / "migrations"
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'state' / 'test.db'}"
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+async def database(url: str, migrations: Path, clock: FakeClock) -> AsyncIterator[Database]:
+    opened = Database.open(url, migrations=migrations, clock=clock)
+    yield opened
+    await opened.close()
+
+
+def put(name: str, count: int = 0) -> Callable[[Session], str]:
+    def work(session: Session) -> str:
+        session.add(Mark(name=name, count=count))
+        return name
+
+    return work
+
+
+def names(session: Session) -> list[str]:
+    return sorted(mark.name for mark in session.exec(select(Mark)))
+
+
+async def test_a_write_is_seen_by_the_next_read_and_by_another_process(database: Database, tmp_path: Path) -> None:
+    assert await database.write(put("a")) == "a"
+    assert await database.read(names) == ["a"]
+    other = sqlite3.connect(tmp_path / "state" / "test.db")
+    assert other.execute("SELECT name FROM marks").fetchall() == [("a",)]
+    other.close()
+
+
+async def _hold_the_writer(database: Database) -> tuple[threading.Event, "asyncio.Task[None]"]:
+    """Keeps the writer busy, so that what is written meanwhile becomes one group."""
+    begun, release = threading.Event(), threading.Event()
+
+    def wait(session: Session) -> None:
+        begun.set()
+        release.wait(10)
+
+    task = asyncio.create_task(database.write(wait))
+    await asyncio.to_thread(begun.wait, 10)
+    return release, task
+
+
+async def test_writes_that_queue_up_share_one_commit_and_a_failing_one_harms_no_neighbour(database: Database) -> None:
+    commits = []
+    event.listen(database._write_engine, "commit", lambda connection: commits.append(1))
+    release, held = await _hold_the_writer(database)
+
+    def add_and_fail(session: Session) -> None:
+        session.add(Mark(name="lost", count=0))
+        session.flush()
+        raise LookupError("no")
+
+    writes = [asyncio.create_task(database.write(work)) for work in (put("a"), add_and_fail, put("a"), put("b"))]
+    await asyncio.sleep(0)
+    release.set()
+    first, failed, twice, last = await asyncio.gather(*writes, return_exceptions=True)
+    await held
+    assert (first, last) == ("a", "b")
+    assert isinstance(failed, LookupError)
+    assert isinstance(twice, IntegrityError)
+    assert await database.read(names) == ["a", "b"]
+    assert len(commits) == 2  # the one that held the writer, and the group
+
+
+async def test_a_failed_commit_reaches_every_work_of_the_group(database: Database) -> None:
+    release, held = await _hold_the_writer(database)
+    writes = [asyncio.create_task(database.write(put(name))) for name in "ab"]
+    await asyncio.sleep(0)
+
+    def fail(connection: object) -> None:
+        raise OSError("disk full")
+
+    release.set()
+    await held
+    event.listen(database._write_engine, "commit", fail)
+    outcomes = await asyncio.gather(*writes, database.write(put("c")), return_exceptions=True)
+    event.remove(database._write_engine, "commit", fail)
+    assert isinstance(outcomes[2], OSError)
+    stored = await database.read(names)
+    # What was answered is there and what was refused is not, wherever the group's border fell.
+    assert stored == [name for name, outcome in zip("abc", outcomes, strict=True) if outcome == name]
+    assert await database.write(put("after")) == "after"
+
+
+async def test_the_changes_of_a_work_that_commits_or_rolls_back_by_itself_stay_in_the_group(database: Database) -> None:
+    def commits_then_fails(session: Session) -> None:
+        session.add(Mark(name="lost", count=0))
+        session.flush()
+        session.rollback()
+        session.add(Mark(name="kept", count=0))
+
+    await database.write(commits_then_fails)
+    assert await database.read(names) == ["kept"]
+
+
+async def test_a_read_sees_one_snapshot_while_writes_go_on(database: Database) -> None:
+    await database.write(put("a"))
+    looked, go_on = threading.Event(), threading.Event()
+
+    def look_twice(session: Session) -> tuple[list[str], list[str]]:
+        before = names(session)
+        looked.set()
+        go_on.wait(10)
+        session.expire_all()
+        return before, names(session)
+
+    reading = asyncio.create_task(database.read(look_twice))
+    await asyncio.to_thread(looked.wait, 10)
+    await database.write(put("b"))
+    go_on.set()
+    assert await reading == (["a"], ["a"])
+    assert await database.read(names) == ["a", "b"]
+
+
+async def test_a_read_cannot_write(database: Database) -> None:
+    def sneak(session: Session) -> None:
+        session.add(Mark(name="sneaked", count=0))
+        session.flush()
+
+    with pytest.raises(Exception, match="readonly"):
+        await database.read(sneak)
+    assert await database.read(names) == []
+
+
+async def test_foreign_keys_full_sync_and_wal_are_on(database: Database) -> None:
+    def pragmas(session: Session) -> list[object]:
+        run = session.connection().exec_driver_sql
+        return [run(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous", "foreign_keys")]
+
+    assert await database.write(pragmas) == ["wal", 2, 1]
+
+
+async def test_a_closed_database_refuses(url: str, migrations: Path) -> None:
+    database = Database.open(url, migrations=migrations)
+    queued = [asyncio.create_task(database.write(put(str(number)))) for number in range(100)]
+    await asyncio.sleep(0)
+    await database.close()
+    assert len(await asyncio.gather(*queued)) == 100
+    with pytest.raises(Unavailable):
+        await database.write(put("late"))
+    with pytest.raises(Unavailable):
+        await database.read(names)
+
+
+async def test_several_starts_at_once_migrate_once(url: str, migrations: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: Database.open(url, migrations=migrations), range(4)))
+    await opened[0].write(put("a"))
+    assert await opened[3].read(names) == ["a"]
+    for database in opened:
+        await database.close()
+
+
+async def test_a_migration_that_dies_leaves_nothing_behind(url: str, migrations: Path, tmp_path: Path) -> None:
+    await Database.open(url, migrations=migrations).close()
+    second = migrations / "versions" / "second.py"
+    second.write_text(_SECOND_FAILS)
+    with pytest.raises(OSError, match="power"):
+        Database.open(url, migrations=migrations)
+    connection = sqlite3.connect(tmp_path / "state" / "test.db")
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    connection.close()
+    assert tables == {"alembic_version", "remembered_requests", "marks"}
+    second.unlink()
+    await Database.open(url, migrations=migrations).close()
+
+
+def request(request_id: str = "r1", body: bytes = b"body", sub: str = "me") -> PendingRequest:
+    return PendingRequest(
+        sub=sub,
+        method="test.v1.PutRequest",
+        request_id=request_id,
+        body_sha256=body,
+        encode=lambda result: f"answer:{result}".encode(),
+    )
+
+
+async def under(database: Database, pending: PendingRequest, work: Callable[[Session], str]) -> str:
+    async def call() -> str:
+        _pending.set(pending)
+        return await database.write(work)
+
+    return await asyncio.create_task(call())
+
+
+async def test_a_remembered_request_replays_and_changes_nothing(database: Database) -> None:
+    assert await under(database, request(), put("a")) == "a"
+    with pytest.raises(Replayed) as replayed:
+        await under(database, request(), put("b"))
+    assert replayed.value.answer == b"answer:a"
+    assert await database.lookup_remembered(request()) == b"answer:a"
+    assert await database.read(names) == ["a"]
+
+
+async def test_a_request_id_belongs_to_its_caller_and_its_body(database: Database) -> None:
+    await under(database, request(), put("a"))
+    assert await under(database, request(sub="somebody else"), put("b")) == "b"
+    with pytest.raises(AlreadyExists) as refused:
+        await under(database, request(body=b"another"), put("c"))
+    assert refused.value.reason == "REQUEST_ID_REUSED"
+    with pytest.raises(AlreadyExists):
+        await database.lookup_remembered(request(body=b"another"))
+    assert await database.read(names) == ["a", "b"]
+
+
+async def test_a_failed_work_is_not_remembered(database: Database) -> None:
+    def fail(session: Session) -> str:
+        raise LookupError("not yet")
+
+    with pytest.raises(LookupError):
+        await under(database, request(), fail)
+    assert await database.lookup_remembered(request()) is None
+    assert await under(database, request(), put("a")) == "a"
+
+
+async def test_only_the_final_write_stores_the_answer_and_there_is_one(database: Database) -> None:
+    async def call() -> str:
+        _pending.set(request())
+        await database.write(put("first"), final=False)
+        assert await database.lookup_remembered(request()) is None
+        await database.write(put("last"))
+        await database.write(put("afterthought"), final=False)
+        return await database.write(put("too many"))
+
+    with pytest.raises(RuntimeError, match="second final write"):
+        await asyncio.create_task(call())
+    assert await database.lookup_remembered(request()) == b"answer:last"
+    assert await database.read(names) == ["afterthought", "first", "last"]
+
+
+async def test_old_requests_are_forgotten(database: Database, clock: FakeClock) -> None:
+    await under(database, request("old"), put("a"))
+    clock.now += timedelta(days=8)
+    await under(database, request("new"), put("b"))
+    assert await database.forget_requests(clock.now - timedelta(days=7)) == 1
+    assert await database.lookup_remembered(request("old")) is None
+    assert await database.lookup_remembered(request("new")) == b"answer:b"
+
+
+def test_a_database_in_memory_is_refused(migrations: Path) -> None:
+    with pytest.raises(ValueError, match="must be a file"):
+        Database.open("sqlite://", migrations=migrations)
