@@ -69,11 +69,13 @@ class DrawServiceServicer:
     def DrawValidators(self, request, context):
         """DrawValidators draws a random order of a task's pool for one submission and round. For services only.
 
-        Idempotent by submission and round: asked again it answers with the same draw. The seed is SHA-256 over a tag, the selector's
+        Idempotent by submission and round: asked again it answers with the same draw, whoever is paused by then; with another
+        anchor, salt, submitter or number it is ALREADY_EXISTS (DRAW_EXISTS). The seed is SHA-256 over a tag, the selector's
         BLS signature over the anchor, and the reveal's salt: nobody knows it before the anchor is in the log.
-        The submitter's and the creator's owner groups, paused members and used-up quotas are left out; the first k are charged.
+        The order follows from seed and pool alone. The submitter's and the creator's owner groups, paused members and used-up
+        quotas are passed over when their place comes up; the first k others are picked and charged.
         Errors: FAILED_PRECONDITION (NOT_ENOUGH_VALIDATORS) when fewer than k groups are eligible; the metadata says how many there
-        were and how many were left out for each reason.
+        were and how many were passed over for each reason. NOT_FOUND for an unknown pool, FAILED_PRECONDITION (POOL_CLOSED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,11 +36,13 @@ class DrawServiceStub:
     DrawValidators: _grpc.UnaryUnaryMultiCallable[_draw_pb2.DrawValidatorsRequest, _draw_pb2.DrawValidatorsResponse]
     """DrawValidators draws a random order of a task's pool for one submission and round. For services only.
 
-    Idempotent by submission and round: asked again it answers with the same draw. The seed is SHA-256 over a tag, the selector's
+    Idempotent by submission and round: asked again it answers with the same draw, whoever is paused by then; with another
+    anchor, salt, submitter or number it is ALREADY_EXISTS (DRAW_EXISTS). The seed is SHA-256 over a tag, the selector's
     BLS signature over the anchor, and the reveal's salt: nobody knows it before the anchor is in the log.
-    The submitter's and the creator's owner groups, paused members and used-up quotas are left out; the first k are charged.
+    The order follows from seed and pool alone. The submitter's and the creator's owner groups, paused members and used-up
+    quotas are passed over when their place comes up; the first k others are picked and charged.
     Errors: FAILED_PRECONDITION (NOT_ENOUGH_VALIDATORS) when fewer than k groups are eligible; the metadata says how many there
-    were and how many were left out for each reason.
+    were and how many were passed over for each reason. NOT_FOUND for an unknown pool, FAILED_PRECONDITION (POOL_CLOSED).
     """
     ExtendDraw: _grpc.UnaryUnaryMultiCallable[_draw_pb2.ExtendDrawRequest, _draw_pb2.ExtendDrawResponse]
     """ExtendDraw takes the next of the same order and pool root, and charges them. For services only.
@@ -68,11 +70,13 @@ class DrawServiceAsyncStub(DrawServiceStub):
     DrawValidators: _aio.UnaryUnaryMultiCallable[_draw_pb2.DrawValidatorsRequest, _draw_pb2.DrawValidatorsResponse]  # type: ignore[assignment]
     """DrawValidators draws a random order of a task's pool for one submission and round. For services only.
 
-    Idempotent by submission and round: asked again it answers with the same draw. The seed is SHA-256 over a tag, the selector's
+    Idempotent by submission and round: asked again it answers with the same draw, whoever is paused by then; with another
+    anchor, salt, submitter or number it is ALREADY_EXISTS (DRAW_EXISTS). The seed is SHA-256 over a tag, the selector's
     BLS signature over the anchor, and the reveal's salt: nobody knows it before the anchor is in the log.
-    The submitter's and the creator's owner groups, paused members and used-up quotas are left out; the first k are charged.
+    The order follows from seed and pool alone. The submitter's and the creator's owner groups, paused members and used-up
+    quotas are passed over when their place comes up; the first k others are picked and charged.
     Errors: FAILED_PRECONDITION (NOT_ENOUGH_VALIDATORS) when fewer than k groups are eligible; the metadata says how many there
-    were and how many were left out for each reason.
+    were and how many were passed over for each reason. NOT_FOUND for an unknown pool, FAILED_PRECONDITION (POOL_CLOSED).
     """
     ExtendDraw: _aio.UnaryUnaryMultiCallable[_draw_pb2.ExtendDrawRequest, _draw_pb2.ExtendDrawResponse]  # type: ignore[assignment]
     """ExtendDraw takes the next of the same order and pool root, and charges them. For services only.
@@ -103,11 +107,13 @@ class DrawServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_draw_pb2.DrawValidatorsResponse, _abc.Awaitable[_draw_pb2.DrawValidatorsResponse]]:
         """DrawValidators draws a random order of a task's pool for one submission and round. For services only.
 
-        Idempotent by submission and round: asked again it answers with the same draw. The seed is SHA-256 over a tag, the selector's
+        Idempotent by submission and round: asked again it answers with the same draw, whoever is paused by then; with another
+        anchor, salt, submitter or number it is ALREADY_EXISTS (DRAW_EXISTS). The seed is SHA-256 over a tag, the selector's
         BLS signature over the anchor, and the reveal's salt: nobody knows it before the anchor is in the log.
-        The submitter's and the creator's owner groups, paused members and used-up quotas are left out; the first k are charged.
+        The order follows from seed and pool alone. The submitter's and the creator's owner groups, paused members and used-up
+        quotas are passed over when their place comes up; the first k others are picked and charged.
         Errors: FAILED_PRECONDITION (NOT_ENOUGH_VALIDATORS) when fewer than k groups are eligible; the metadata says how many there
-        were and how many were left out for each reason.
+        were and how many were passed over for each reason. NOT_FOUND for an unknown pool, FAILED_PRECONDITION (POOL_CLOSED).
         """
 
     @_abc_1.abstractmethod

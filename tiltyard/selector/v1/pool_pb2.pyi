@@ -74,7 +74,7 @@ class CheckEligibilityRequest(_message.Message):
 
     @_builtins.property
     def policy(self) -> _task_pb2.SelectionPolicy:
-        """The task's policy; its minimum stakes are the thresholds."""
+        """The task's policy; its minimum stakes are the thresholds. Fields that are unset or 0 take the arena's defaults."""
 
     def __init__(
         self,
@@ -100,18 +100,24 @@ class CheckEligibilityResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VERDICT_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def verdict(self) -> _participation_pb2.EligibilityVerdict:
         """The verdict with its evidence."""
+
+    @_builtins.property
+    def policy(self) -> _task_pb2.SelectionPolicy:
+        """The policy of the request with the arena's defaults filled in."""
 
     def __init__(
         self,
         *,
         verdict: _participation_pb2.EligibilityVerdict | None = ...,
+        policy: _task_pb2.SelectionPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["verdict", b"verdict"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "verdict", b"verdict"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -133,7 +139,7 @@ class OpenPoolRequest(_message.Message):
     """Task creator as participants/{id}: never drawn, nor is its owner group."""
     @_builtins.property
     def policy(self) -> _task_pb2.SelectionPolicy:
-        """How stake becomes likelihood; every field is set."""
+        """How stake becomes likelihood. Fields that are unset or 0 take the arena's defaults."""
 
     @_builtins.property
     def open_time(self) -> _timestamp_pb2.Timestamp:
@@ -162,16 +168,22 @@ class OpenPoolResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SELECTOR_KEY_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     selector_key: _builtins.bytes
     """The selector's BLS public key, 48 bytes."""
+    @_builtins.property
+    def policy(self) -> _task_pb2.SelectionPolicy:
+        """The policy with the arena's defaults filled in."""
+
     def __init__(
         self,
         *,
         selector_key: _builtins.bytes = ...,
+        policy: _task_pb2.SelectionPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["selector_key", b"selector_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "selector_key", b"selector_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -83,7 +83,8 @@ class StakeServiceServicer:
     def Deposit(self, request, context):
         """Deposit adds to a participant's available stake. Operators only.
 
-        Idempotent by reference: the same deposit again gets the same answer, with another participant or amount ALREADY_EXISTS.
+        Idempotent by reference: the same deposit again changes nothing and answers with the accounts as they are by then; with
+        another participant, amount or funding account it is ALREADY_EXISTS (REFERENCE_REUSED).
         Errors: INVALID_ARGUMENT for an amount below 1 or a missing reference.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -103,7 +104,8 @@ class StakeServiceServicer:
     def Withdraw(self, request, context):
         """Withdraw takes all unbonding stake whose waiting time is over out of the ledger.
 
-        Errors: FAILED_PRECONDITION (STILL_UNBONDING, with the time in the metadata) when there is none yet.
+        Errors: FAILED_PRECONDITION (STILL_UNBONDING, with the time in the metadata) when there is none yet,
+        FAILED_PRECONDITION (NOTHING_UNBONDING) when none was asked back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,7 +114,7 @@ class StakeServiceServicer:
     def Slash(self, request, context):
         """Slash takes stake away for a recorded fault, from available, locked and unbonding stake in this order, never below zero.
 
-        For services only. Idempotent by participant and evidence.
+        For services only. Idempotent by participant and evidence; with another amount ALREADY_EXISTS (EVIDENCE_REUSED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,7 +39,8 @@ class StakeServiceStub:
     Deposit: _grpc.UnaryUnaryMultiCallable[_stake_pb2.DepositRequest, _stake_pb2.DepositResponse]
     """Deposit adds to a participant's available stake. Operators only.
 
-    Idempotent by reference: the same deposit again gets the same answer, with another participant or amount ALREADY_EXISTS.
+    Idempotent by reference: the same deposit again changes nothing and answers with the accounts as they are by then; with
+    another participant, amount or funding account it is ALREADY_EXISTS (REFERENCE_REUSED).
     Errors: INVALID_ARGUMENT for an amount below 1 or a missing reference.
     """
     RequestWithdrawal: _grpc.UnaryUnaryMultiCallable[_stake_pb2.RequestWithdrawalRequest, _stake_pb2.RequestWithdrawalResponse]
@@ -51,12 +52,13 @@ class StakeServiceStub:
     Withdraw: _grpc.UnaryUnaryMultiCallable[_stake_pb2.WithdrawRequest, _stake_pb2.WithdrawResponse]
     """Withdraw takes all unbonding stake whose waiting time is over out of the ledger.
 
-    Errors: FAILED_PRECONDITION (STILL_UNBONDING, with the time in the metadata) when there is none yet.
+    Errors: FAILED_PRECONDITION (STILL_UNBONDING, with the time in the metadata) when there is none yet,
+    FAILED_PRECONDITION (NOTHING_UNBONDING) when none was asked back.
     """
     Slash: _grpc.UnaryUnaryMultiCallable[_stake_pb2.SlashRequest, _stake_pb2.SlashResponse]
     """Slash takes stake away for a recorded fault, from available, locked and unbonding stake in this order, never below zero.
 
-    For services only. Idempotent by participant and evidence.
+    For services only. Idempotent by participant and evidence; with another amount ALREADY_EXISTS (EVIDENCE_REUSED).
     """
     GetStake: _grpc.UnaryUnaryMultiCallable[_stake_pb2.GetStakeRequest, _stake_pb2.GetStakeResponse]
     """GetStake reads one participant's accounts; all zero for somebody who never deposited."""
@@ -79,7 +81,8 @@ class StakeServiceAsyncStub(StakeServiceStub):
     Deposit: _aio.UnaryUnaryMultiCallable[_stake_pb2.DepositRequest, _stake_pb2.DepositResponse]  # type: ignore[assignment]
     """Deposit adds to a participant's available stake. Operators only.
 
-    Idempotent by reference: the same deposit again gets the same answer, with another participant or amount ALREADY_EXISTS.
+    Idempotent by reference: the same deposit again changes nothing and answers with the accounts as they are by then; with
+    another participant, amount or funding account it is ALREADY_EXISTS (REFERENCE_REUSED).
     Errors: INVALID_ARGUMENT for an amount below 1 or a missing reference.
     """
     RequestWithdrawal: _aio.UnaryUnaryMultiCallable[_stake_pb2.RequestWithdrawalRequest, _stake_pb2.RequestWithdrawalResponse]  # type: ignore[assignment]
@@ -91,12 +94,13 @@ class StakeServiceAsyncStub(StakeServiceStub):
     Withdraw: _aio.UnaryUnaryMultiCallable[_stake_pb2.WithdrawRequest, _stake_pb2.WithdrawResponse]  # type: ignore[assignment]
     """Withdraw takes all unbonding stake whose waiting time is over out of the ledger.
 
-    Errors: FAILED_PRECONDITION (STILL_UNBONDING, with the time in the metadata) when there is none yet.
+    Errors: FAILED_PRECONDITION (STILL_UNBONDING, with the time in the metadata) when there is none yet,
+    FAILED_PRECONDITION (NOTHING_UNBONDING) when none was asked back.
     """
     Slash: _aio.UnaryUnaryMultiCallable[_stake_pb2.SlashRequest, _stake_pb2.SlashResponse]  # type: ignore[assignment]
     """Slash takes stake away for a recorded fault, from available, locked and unbonding stake in this order, never below zero.
 
-    For services only. Idempotent by participant and evidence.
+    For services only. Idempotent by participant and evidence; with another amount ALREADY_EXISTS (EVIDENCE_REUSED).
     """
     GetStake: _aio.UnaryUnaryMultiCallable[_stake_pb2.GetStakeRequest, _stake_pb2.GetStakeResponse]  # type: ignore[assignment]
     """GetStake reads one participant's accounts; all zero for somebody who never deposited."""
@@ -122,7 +126,8 @@ class StakeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_stake_pb2.DepositResponse, _abc.Awaitable[_stake_pb2.DepositResponse]]:
         """Deposit adds to a participant's available stake. Operators only.
 
-        Idempotent by reference: the same deposit again gets the same answer, with another participant or amount ALREADY_EXISTS.
+        Idempotent by reference: the same deposit again changes nothing and answers with the accounts as they are by then; with
+        another participant, amount or funding account it is ALREADY_EXISTS (REFERENCE_REUSED).
         Errors: INVALID_ARGUMENT for an amount below 1 or a missing reference.
         """
 
@@ -146,7 +151,8 @@ class StakeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_stake_pb2.WithdrawResponse, _abc.Awaitable[_stake_pb2.WithdrawResponse]]:
         """Withdraw takes all unbonding stake whose waiting time is over out of the ledger.
 
-        Errors: FAILED_PRECONDITION (STILL_UNBONDING, with the time in the metadata) when there is none yet.
+        Errors: FAILED_PRECONDITION (STILL_UNBONDING, with the time in the metadata) when there is none yet,
+        FAILED_PRECONDITION (NOTHING_UNBONDING) when none was asked back.
         """
 
     @_abc_1.abstractmethod
@@ -157,7 +163,7 @@ class StakeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_stake_pb2.SlashResponse, _abc.Awaitable[_stake_pb2.SlashResponse]]:
         """Slash takes stake away for a recorded fault, from available, locked and unbonding stake in this order, never below zero.
 
-        For services only. Idempotent by participant and evidence.
+        For services only. Idempotent by participant and evidence; with another amount ALREADY_EXISTS (EVIDENCE_REUSED).
         """
 
     @_abc_1.abstractmethod

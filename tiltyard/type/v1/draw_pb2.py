@@ -26,21 +26,21 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tiltyard.type.v1 import task_pb2 as tiltyard_dot_type_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btiltyard/type/v1/draw.proto\x12\x10tiltyard.type.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1btiltyard/type/v1/task.proto\"\xb5\x03\n\x0b\x44rawReceipt\x12\x0c\n\x04\x64raw\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x12\n\nsubmission\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\x05\x12\x0e\n\x06\x61nchor\x18\x05 \x01(\x0c\x12\r\n\x05sigma\x18\x06 \x01(\x0c\x12\x13\n\x0breveal_salt\x18\x07 \x01(\x0c\x12\x0c\n\x04seed\x18\x08 \x01(\x0c\x12\x11\n\tpool_root\x18\t \x01(\x0c\x12\x13\n\x0bpool_weight\x18\n \x01(\x0c\x12\x11\n\tpool_size\x18\x0b \x01(\x03\x12&\n\x05\x63urve\x18\x0c \x01(\x0e\x32\x17.tiltyard.type.v1.Curve\x12\x14\n\x0c\x61lpha_millis\x18\r \x01(\x05\x12\x10\n\x08\x61ssigned\x18\x0e \x01(\x05\x12%\n\x05picks\x18\x0f \x03(\x0b\x32\x16.tiltyard.type.v1.Pick\x12\x31\n\x0bpassed_over\x18\x10 \x03(\x0b\x32\x1c.tiltyard.type.v1.PassedOver\x12-\n\tdraw_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tsignature\x18\x12 \x01(\x0c\"\xb5\x01\n\x04Pick\x12\x10\n\x08position\x18\x01 \x01(\x05\x12\x13\n\x0bparticipant\x18\x02 \x01(\t\x12\x13\n\x0bowner_group\x18\x03 \x01(\t\x12\x14\n\x0cgroup_weight\x18\x04 \x01(\x0c\x12\r\n\x05value\x18\x05 \x01(\x0c\x12\x12\n\nleaf_index\x18\x06 \x01(\x03\x12\'\n\x04path\x18\x07 \x03(\x0b\x32\x19.tiltyard.type.v1.SumNode\x12\x0f\n\x07members\x18\x08 \x03(\t\"2\n\x07SumNode\x12\x0c\n\x04hash\x18\x01 \x01(\x0c\x12\x0b\n\x03sum\x18\x02 \x01(\x0c\x12\x0c\n\x04left\x18\x03 \x01(\x08\"i\n\nPassedOver\x12\x13\n\x0bowner_group\x18\x01 \x01(\t\x12\x32\n\x06reason\x18\x02 \x01(\x0e\x32\".tiltyard.type.v1.PassedOverReason\x12\x12\n\nleaf_index\x18\x03 \x01(\x03*\xba\x01\n\x10PassedOverReason\x12\"\n\x1ePASSED_OVER_REASON_UNSPECIFIED\x10\x00\x12 \n\x1cPASSED_OVER_REASON_SUBMITTER\x10\x01\x12\x1d\n\x19PASSED_OVER_REASON_PAUSED\x10\x02\x12\x1c\n\x18PASSED_OVER_REASON_QUOTA\x10\x03\x12#\n\x1fPASSED_OVER_REASON_TASK_CREATOR\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btiltyard/type/v1/draw.proto\x12\x10tiltyard.type.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1btiltyard/type/v1/task.proto\"\xb5\x03\n\x0b\x44rawReceipt\x12\x0c\n\x04\x64raw\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x12\n\nsubmission\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\x05\x12\x0e\n\x06\x61nchor\x18\x05 \x01(\x0c\x12\r\n\x05sigma\x18\x06 \x01(\x0c\x12\x13\n\x0breveal_salt\x18\x07 \x01(\x0c\x12\x0c\n\x04seed\x18\x08 \x01(\x0c\x12\x11\n\tpool_root\x18\t \x01(\x0c\x12\x13\n\x0bpool_weight\x18\n \x01(\x0c\x12\x11\n\tpool_size\x18\x0b \x01(\x03\x12&\n\x05\x63urve\x18\x0c \x01(\x0e\x32\x17.tiltyard.type.v1.Curve\x12\x14\n\x0c\x61lpha_millis\x18\r \x01(\x05\x12\x10\n\x08\x61ssigned\x18\x0e \x01(\x05\x12%\n\x05picks\x18\x0f \x03(\x0b\x32\x16.tiltyard.type.v1.Pick\x12\x31\n\x0bpassed_over\x18\x10 \x03(\x0b\x32\x1c.tiltyard.type.v1.PassedOver\x12-\n\tdraw_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tsignature\x18\x12 \x01(\x0c\"\xc4\x01\n\x04Pick\x12\x10\n\x08position\x18\x01 \x01(\x05\x12\x13\n\x0bparticipant\x18\x02 \x01(\t\x12\x13\n\x0bowner_group\x18\x03 \x01(\t\x12\x14\n\x0cgroup_weight\x18\x04 \x01(\x0c\x12\r\n\x05value\x18\x05 \x01(\x0c\x12\x12\n\nleaf_index\x18\x06 \x01(\x03\x12\'\n\x04path\x18\x07 \x03(\x0b\x32\x19.tiltyard.type.v1.SumNode\x12\x0f\n\x07members\x18\x08 \x03(\t\x12\r\n\x05place\x18\t \x01(\x05\"2\n\x07SumNode\x12\x0c\n\x04hash\x18\x01 \x01(\x0c\x12\x0b\n\x03sum\x18\x02 \x01(\x0c\x12\x0c\n\x04left\x18\x03 \x01(\x08\"\xc6\x01\n\nPassedOver\x12\x13\n\x0bowner_group\x18\x01 \x01(\t\x12\x32\n\x06reason\x18\x02 \x01(\x0e\x32\".tiltyard.type.v1.PassedOverReason\x12\x12\n\nleaf_index\x18\x03 \x01(\x03\x12\r\n\x05place\x18\x04 \x01(\x05\x12\x14\n\x0cgroup_weight\x18\x05 \x01(\x0c\x12\r\n\x05value\x18\x06 \x01(\x0c\x12\'\n\x04path\x18\x07 \x03(\x0b\x32\x19.tiltyard.type.v1.SumNode*\xfe\x01\n\x10PassedOverReason\x12\"\n\x1ePASSED_OVER_REASON_UNSPECIFIED\x10\x00\x12 \n\x1cPASSED_OVER_REASON_SUBMITTER\x10\x01\x12\x1d\n\x19PASSED_OVER_REASON_PAUSED\x10\x02\x12\x1c\n\x18PASSED_OVER_REASON_QUOTA\x10\x03\x12#\n\x1fPASSED_OVER_REASON_TASK_CREATOR\x10\x04\x12%\n!PASSED_OVER_REASON_ALREADY_PICKED\x10\x05\x12\x1b\n\x17PASSED_OVER_REASON_LEFT\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tiltyard.type.v1.draw_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PASSEDOVERREASON']._serialized_start=895
-  _globals['_PASSEDOVERREASON']._serialized_end=1081
+  _globals['_PASSEDOVERREASON']._serialized_start=1004
+  _globals['_PASSEDOVERREASON']._serialized_end=1258
   _globals['_DRAWRECEIPT']._serialized_start=112
   _globals['_DRAWRECEIPT']._serialized_end=549
   _globals['_PICK']._serialized_start=552
-  _globals['_PICK']._serialized_end=733
-  _globals['_SUMNODE']._serialized_start=735
-  _globals['_SUMNODE']._serialized_end=785
-  _globals['_PASSEDOVER']._serialized_start=787
-  _globals['_PASSEDOVER']._serialized_end=892
+  _globals['_PICK']._serialized_end=748
+  _globals['_SUMNODE']._serialized_start=750
+  _globals['_SUMNODE']._serialized_end=800
+  _globals['_PASSEDOVER']._serialized_start=803
+  _globals['_PASSEDOVER']._serialized_end=1001
 # @@protoc_insertion_point(module_scope)

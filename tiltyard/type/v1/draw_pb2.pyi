@@ -37,6 +37,10 @@ class _PassedOverReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Pass
     """Its quota for this window is used up."""
     PASSED_OVER_REASON_TASK_CREATOR: _PassedOverReason.ValueType  # 4
     """It is the task creator or of the creator's owner group."""
+    PASSED_OVER_REASON_ALREADY_PICKED: _PassedOverReason.ValueType  # 5
+    """It has become one with an owner group that has a pick in this draw."""
+    PASSED_OVER_REASON_LEFT: _PassedOverReason.ValueType  # 6
+    """Its members have left the pool since the draw began."""
 
 class PassedOverReason(_PassedOverReason, metaclass=_PassedOverReasonEnumTypeWrapper):
     """PassedOverReason says why an owner group could not be picked."""
@@ -51,6 +55,10 @@ PASSED_OVER_REASON_QUOTA: PassedOverReason.ValueType  # 3
 """Its quota for this window is used up."""
 PASSED_OVER_REASON_TASK_CREATOR: PassedOverReason.ValueType  # 4
 """It is the task creator or of the creator's owner group."""
+PASSED_OVER_REASON_ALREADY_PICKED: PassedOverReason.ValueType  # 5
+"""It has become one with an owner group that has a pick in this draw."""
+PASSED_OVER_REASON_LEFT: PassedOverReason.ValueType  # 6
+"""Its members have left the pool since the draw began."""
 Global___PassedOverReason: _TypeAlias = PassedOverReason  # noqa: Y015
 
 @_typing.final
@@ -109,11 +117,13 @@ class DrawReceipt(_message.Message):
     """BLS signature of the selector over the SHA-256 of this message without this field, 96 bytes."""
     @_builtins.property
     def picks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pick]:
-        """The order drawn so far; the first are assigned, the next are reserves."""
+        """Those picked so far, in order; the first are assigned, the next are reserves."""
 
     @_builtins.property
     def passed_over(self) -> _containers.RepeatedCompositeFieldContainer[Global___PassedOver]:
-        """Owner groups that were left out of the draw, with the reason."""
+        """Owner groups whose place in the order came up and who could not be picked, with the reason. The places of picks and
+        passed_over together are 0, 1, 2 ... without gaps.
+        """
 
     @_builtins.property
     def draw_time(self) -> _timestamp_pb2.Timestamp:
@@ -151,7 +161,7 @@ Global___DrawReceipt: _TypeAlias = DrawReceipt  # noqa: Y015
 
 @_typing.final
 class Pick(_message.Message):
-    """Pick is one place of a draw's order."""
+    """Pick is one of those who were picked."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -163,8 +173,9 @@ class Pick(_message.Message):
     LEAF_INDEX_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
     position: _builtins.int
-    """Place in the order, from 0."""
+    """Position among the picks, from 0 without gaps."""
     participant: _builtins.str
     """Participant as participants/{id}."""
     owner_group: _builtins.str
@@ -175,13 +186,15 @@ class Pick(_message.Message):
     """Value drawn for this place, below the weight that was left, 16 bytes big-endian."""
     leaf_index: _builtins.int
     """Index of the group's leaf in the pool's tree."""
+    place: _builtins.int
+    """Place in the whole order, from 0; groups that were passed over have places too."""
     @_builtins.property
     def path(self) -> _containers.RepeatedCompositeFieldContainer[Global___SumNode]:
         """Nodes from the leaf's sibling up to the root."""
 
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Members of the group in order of id, one of whom is picked uniformly."""
+        """Members of the group who could be picked as participants/{id}, in order of id; one of them is picked uniformly."""
 
     def __init__(
         self,
@@ -194,10 +207,11 @@ class Pick(_message.Message):
         leaf_index: _builtins.int = ...,
         path: _abc.Iterable[Global___SumNode] | None = ...,
         members: _abc.Iterable[_builtins.str] | None = ...,
+        place: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_weight", b"group_weight", "leaf_index", b"leaf_index", "members", b"members", "owner_group", b"owner_group", "participant", b"participant", "path", b"path", "position", b"position", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_weight", b"group_weight", "leaf_index", b"leaf_index", "members", b"members", "owner_group", b"owner_group", "participant", b"participant", "path", b"path", "place", b"place", "position", b"position", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -235,29 +249,47 @@ Global___SumNode: _TypeAlias = SumNode  # noqa: Y015
 
 @_typing.final
 class PassedOver(_message.Message):
-    """PassedOver is an owner group that was left out of a draw."""
+    """PassedOver is an owner group that was passed over when its place in the order came up."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     OWNER_GROUP_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     LEAF_INDEX_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    GROUP_WEIGHT_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
     owner_group: _builtins.str
     """The owner group."""
     reason: Global___PassedOverReason.ValueType
     """Why."""
     leaf_index: _builtins.int
     """Index of the group's leaf in the pool's tree."""
+    place: _builtins.int
+    """Place in the whole order, from 0."""
+    group_weight: _builtins.bytes
+    """Weight of the group, 16 bytes big-endian."""
+    value: _builtins.bytes
+    """Value drawn for this place, below the weight that was left, 16 bytes big-endian."""
+    @_builtins.property
+    def path(self) -> _containers.RepeatedCompositeFieldContainer[Global___SumNode]:
+        """Nodes from the leaf's sibling up to the root."""
+
     def __init__(
         self,
         *,
         owner_group: _builtins.str = ...,
         reason: Global___PassedOverReason.ValueType = ...,
         leaf_index: _builtins.int = ...,
+        place: _builtins.int = ...,
+        group_weight: _builtins.bytes = ...,
+        value: _builtins.bytes = ...,
+        path: _abc.Iterable[Global___SumNode] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leaf_index", b"leaf_index", "owner_group", b"owner_group", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_weight", b"group_weight", "leaf_index", b"leaf_index", "owner_group", b"owner_group", "path", b"path", "place", b"place", "reason", b"reason", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
