@@ -1,0 +1,208 @@
+"""Moves artifacts up and down in chunks, resumes what broke, and trusts no byte before its SHA-256 has been checked."""
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+
+from tiltyard.client import PATIENCE_S, ClientError, is_transient, persist
+from tiltyard.registry.v1 import artifact_pb2
+
+if TYPE_CHECKING:
+    from tiltyard.registry.v1.artifact_pb2_grpc import ArtifactServiceAsyncStub
+
+CHUNK_BYTES = 512 * 1024
+_READ_BYTES = 4 * 1024 * 1024
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 2.0
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes moved so far and the bytes in all."""
+
+
+class DigestMismatch(Exception):
+    """The bytes that arrived are not those that the artifact's name promises; they have been deleted."""
+
+
+def file_digest(path: Path) -> bytes:
+    """SHA-256 of a file, 32 bytes. Reads it in pieces, so that its size does not matter."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def artifact_name(digest: bytes) -> str:
+    """artifacts/{sha256 hex}."""
+    return f"artifacts/{digest.hex()}"
+
+
+async def upload(
+    artifacts: "ArtifactServiceAsyncStub",
+    path: Path,
+    *,
+    task: str | None = None,
+    submission: str | None = None,
+    progress: Progress | None = None,
+    patience_s: float = PATIENCE_S,
+) -> str:
+    """Uploads a file for a task (D_eval, holdout) or a submission (its model), and returns the artifact's name.
+
+    Exactly one of `task` and `submission` is a resource name. A broken stream goes on where the server says that it is,
+    as long as no more than `patience_s` pass without a further byte; a complete artifact is not sent again.
+    Raises grpc.aio.AioRpcError for what the server refuses.
+    """
+    if (task is None) == (submission is None):
+        raise ValueError("exactly one of task and submission says what the file is for")
+    artifact = artifact_name(await asyncio.to_thread(file_digest, path))
+    size_bytes = await asyncio.to_thread(_size, path)
+    patience = _Patience(patience_s)
+    asked = artifact_pb2.GetUploadRequest(artifact=artifact)
+    while True:
+        at = await persist(lambda: artifacts.GetUpload(asked), patience_s=patience_s)
+        # A complete artifact still has to be claimed for this purpose: a header with no bytes left to send.
+        header = artifact_pb2.UploadHeader(
+            artifact=artifact, size_bytes=size_bytes, offset=size_bytes if at.complete else at.offset
+        )
+        if task is not None:
+            header.task = task
+        if submission is not None:
+            header.submission = submission
+        patience.moved_to(header.offset)
+        try:
+            await artifacts.UploadArtifact(_messages(path, header, progress))
+        except grpc.aio.AioRpcError as error:
+            # The server may have kept another number of bytes than it said, when another stream was still ending.
+            if not is_transient(error) and ClientError.of(error).reason != "WRONG_OFFSET":
+                raise
+            if patience.is_over():
+                raise
+        else:
+            if progress:
+                progress(size_bytes, size_bytes)
+            return artifact
+        await patience.pause()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+async def _messages(
+    path: Path, header: artifact_pb2.UploadHeader, progress: Progress | None
+) -> AsyncIterator[artifact_pb2.UploadArtifactRequest]:
+    yield artifact_pb2.UploadArtifactRequest(header=header)
+    position = header.offset
+    with path.open("rb") as file:
+        file.seek(position)
+        while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+            yield artifact_pb2.UploadArtifactRequest(chunk=chunk)
+            position += len(chunk)
+            if progress:
+                progress(position, header.size_bytes)
+
+
+async def download(
+    artifacts: "ArtifactServiceAsyncStub",
+    artifact: str,
+    destination: Path,
+    *,
+    size_bytes: int | None = None,
+    progress: Progress | None = None,
+    patience_s: float = PATIENCE_S,
+) -> None:
+    """Downloads an artifact to `destination`, which appears whole or not at all.
+
+    The bytes so far lie in `{destination}.part`, also after a crash, and the next call goes on from there. Raises
+    DigestMismatch when the bytes are not those of the name (they are deleted), grpc.aio.AioRpcError for what the server
+    refuses or when no byte comes for `patience_s`.
+    """
+    wanted = bytes.fromhex(artifact.removeprefix("artifacts/"))
+    part = destination.with_name(destination.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    if size_bytes is None:
+        request = artifact_pb2.GetArtifactRequest(name=artifact)
+        known = await persist(lambda: artifacts.GetArtifact(request), patience_s=patience_s)
+        size_bytes = known.artifact.size_bytes
+    patience = _Patience(patience_s)
+    while (offset := _bytes_so_far(part, size_bytes)) < size_bytes:
+        patience.moved_to(offset)
+        try:
+            await _fetch(artifacts, artifact, part, offset, size_bytes, progress)
+        except grpc.aio.AioRpcError as error:
+            if not is_transient(error) or patience.is_over():
+                raise
+        else:
+            if _bytes_so_far(part, size_bytes) < size_bytes and patience.is_over():
+                raise DigestMismatch(f"{artifact} ends after {offset} of {size_bytes} bytes")
+        if _bytes_so_far(part, size_bytes) < size_bytes:
+            await patience.pause()
+    if await asyncio.to_thread(file_digest, part) != wanted:
+        part.unlink()
+        raise DigestMismatch(f"the bytes received are not those of {artifact}")
+    await asyncio.to_thread(_move_into_place, part, destination)
+
+
+def _bytes_so_far(part: Path, size_bytes: int) -> int:
+    if not part.exists():
+        return 0
+    size = part.stat().st_size
+    if size > size_bytes:
+        # More than there can be: somebody else's file, or another artifact's.
+        part.unlink()
+        return 0
+    return size
+
+
+async def _fetch(
+    artifacts: "ArtifactServiceAsyncStub",
+    artifact: str,
+    part: Path,
+    offset: int,
+    size_bytes: int,
+    progress: Progress | None,
+) -> None:
+    request = artifact_pb2.DownloadArtifactRequest(name=artifact, offset=offset)
+    with part.open("ab") as file:
+        call = artifacts.DownloadArtifact(request)
+        async for message in call:
+            offset += len(message.chunk)
+            if offset > size_bytes:
+                call.cancel()
+                await asyncio.to_thread(part.unlink)
+                raise DigestMismatch(f"{artifact} is longer than its {size_bytes} bytes")
+            await asyncio.to_thread(file.write, message.chunk)
+            if progress:
+                progress(offset, size_bytes)
+
+
+def _move_into_place(part: Path, destination: Path) -> None:
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(destination)
+
+
+class _Patience:
+    """How long to go on without getting further, and how long to pause in between."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._position = -1
+        self._wait_s = _FIRST_WAIT_S
+        self._give_up = time.monotonic() + patience_s
+
+    def moved_to(self, position: int) -> None:
+        if position > self._position:
+            self._position = position
+            self._wait_s = _FIRST_WAIT_S
+            self._give_up = time.monotonic() + self._patience_s
+
+    def is_over(self) -> bool:
+        return time.monotonic() + self._wait_s > self._give_up
+
+    async def pause(self) -> None:
+        await asyncio.sleep(self._wait_s)
+        self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
