@@ -26,35 +26,39 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tiltyard.type.v1 import draw_pb2 as tiltyard_dot_type_dot_v1_dot_draw__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftiltyard/selector/v1/draw.proto\x12\x14tiltyard.selector.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1btiltyard/type/v1/draw.proto\"\x96\x01\n\x15\x44rawValidatorsRequest\x12\x12\n\nsubmission\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x05\x12\x0e\n\x06\x61nchor\x18\x03 \x01(\x0c\x12\x13\n\x0breveal_salt\x18\x04 \x01(\x0c\x12\x12\n\nvalidators\x18\x05 \x01(\x05\x12\x11\n\tsubmitter\x18\x06 \x01(\t\x12\x0e\n\x06paused\x18\x07 \x03(\t\"H\n\x16\x44rawValidatorsResponse\x12.\n\x07receipt\x18\x01 \x01(\x0b\x32\x1d.tiltyard.type.v1.DrawReceipt\"@\n\x11\x45xtendDrawRequest\x12\x0c\n\x04\x64raw\x18\x01 \x01(\t\x12\r\n\x05picks\x18\x02 \x01(\x05\x12\x0e\n\x06paused\x18\x03 \x03(\t\"D\n\x12\x45xtendDrawResponse\x12.\n\x07receipt\x18\x01 \x01(\x0b\x32\x1d.tiltyard.type.v1.DrawReceipt\"\x1e\n\x0eGetDrawRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"A\n\x0fGetDrawResponse\x12.\n\x07receipt\x18\x01 \x01(\x0b\x32\x1d.tiltyard.type.v1.DrawReceipt\"r\n\x17SettleAssignmentRequest\x12\x0c\n\x04\x64raw\x18\x01 \x01(\t\x12\x13\n\x0bparticipant\x18\x02 \x01(\t\x12\x34\n\nsettlement\x18\x03 \x01(\x0e\x32 .tiltyard.selector.v1.Settlement\"(\n\x18SettleAssignmentResponse\x12\x0c\n\x04used\x18\x01 \x01(\x03\"L\n\x13\x45stimateOddsRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x12\n\nvalidators\x18\x02 \x01(\x05\x12\x13\n\x0bparticipant\x18\x03 \x01(\t\"\xc2\x01\n\x14\x45stimateOddsResponse\x12\x0e\n\x06weight\x18\x01 \x01(\x04\x12\x13\n\x0bpool_weight\x18\x02 \x01(\t\x12\x13\n\x0bprobability\x18\x03 \x01(\x01\x12\x16\n\x0estandard_error\x18\x04 \x01(\x01\x12\x12\n\nquota_used\x18\x05 \x01(\x03\x12\x13\n\x0bquota_limit\x18\x06 \x01(\x03\x12/\n\x0brefill_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*Y\n\nSettlement\x12\x1a\n\x16SETTLEMENT_UNSPECIFIED\x10\x00\x12\x16\n\x12SETTLEMENT_CHARGED\x10\x01\x12\x17\n\x13SETTLEMENT_REFUNDED\x10\x02\x32\x8d\x04\n\x0b\x44rawService\x12k\n\x0e\x44rawValidators\x12+.tiltyard.selector.v1.DrawValidatorsRequest\x1a,.tiltyard.selector.v1.DrawValidatorsResponse\x12_\n\nExtendDraw\x12\'.tiltyard.selector.v1.ExtendDrawRequest\x1a(.tiltyard.selector.v1.ExtendDrawResponse\x12V\n\x07GetDraw\x12$.tiltyard.selector.v1.GetDrawRequest\x1a%.tiltyard.selector.v1.GetDrawResponse\x12q\n\x10SettleAssignment\x12-.tiltyard.selector.v1.SettleAssignmentRequest\x1a..tiltyard.selector.v1.SettleAssignmentResponse\x12\x65\n\x0c\x45stimateOdds\x12).tiltyard.selector.v1.EstimateOddsRequest\x1a*.tiltyard.selector.v1.EstimateOddsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftiltyard/selector/v1/draw.proto\x12\x14tiltyard.selector.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1btiltyard/type/v1/draw.proto\"\x17\n\x15GetSelectorKeyRequest\",\n\x16GetSelectorKeyResponse\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\"\x96\x01\n\x15\x44rawValidatorsRequest\x12\x12\n\nsubmission\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x05\x12\x0e\n\x06\x61nchor\x18\x03 \x01(\x0c\x12\x13\n\x0breveal_salt\x18\x04 \x01(\x0c\x12\x12\n\nvalidators\x18\x05 \x01(\x05\x12\x11\n\tsubmitter\x18\x06 \x01(\t\x12\x0e\n\x06paused\x18\x07 \x03(\t\"H\n\x16\x44rawValidatorsResponse\x12.\n\x07receipt\x18\x01 \x01(\x0b\x32\x1d.tiltyard.type.v1.DrawReceipt\"@\n\x11\x45xtendDrawRequest\x12\x0c\n\x04\x64raw\x18\x01 \x01(\t\x12\r\n\x05picks\x18\x02 \x01(\x05\x12\x0e\n\x06paused\x18\x03 \x03(\t\"D\n\x12\x45xtendDrawResponse\x12.\n\x07receipt\x18\x01 \x01(\x0b\x32\x1d.tiltyard.type.v1.DrawReceipt\"\x1e\n\x0eGetDrawRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"A\n\x0fGetDrawResponse\x12.\n\x07receipt\x18\x01 \x01(\x0b\x32\x1d.tiltyard.type.v1.DrawReceipt\"r\n\x17SettleAssignmentRequest\x12\x0c\n\x04\x64raw\x18\x01 \x01(\t\x12\x13\n\x0bparticipant\x18\x02 \x01(\t\x12\x34\n\nsettlement\x18\x03 \x01(\x0e\x32 .tiltyard.selector.v1.Settlement\"(\n\x18SettleAssignmentResponse\x12\x0c\n\x04used\x18\x01 \x01(\x03\"L\n\x13\x45stimateOddsRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x12\n\nvalidators\x18\x02 \x01(\x05\x12\x13\n\x0bparticipant\x18\x03 \x01(\t\"\xc2\x01\n\x14\x45stimateOddsResponse\x12\x0e\n\x06weight\x18\x01 \x01(\x04\x12\x13\n\x0bpool_weight\x18\x02 \x01(\t\x12\x13\n\x0bprobability\x18\x03 \x01(\x01\x12\x16\n\x0estandard_error\x18\x04 \x01(\x01\x12\x12\n\nquota_used\x18\x05 \x01(\x03\x12\x13\n\x0bquota_limit\x18\x06 \x01(\x03\x12/\n\x0brefill_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*Y\n\nSettlement\x12\x1a\n\x16SETTLEMENT_UNSPECIFIED\x10\x00\x12\x16\n\x12SETTLEMENT_CHARGED\x10\x01\x12\x17\n\x13SETTLEMENT_REFUNDED\x10\x02\x32\xfa\x04\n\x0b\x44rawService\x12k\n\x0e\x44rawValidators\x12+.tiltyard.selector.v1.DrawValidatorsRequest\x1a,.tiltyard.selector.v1.DrawValidatorsResponse\x12_\n\nExtendDraw\x12\'.tiltyard.selector.v1.ExtendDrawRequest\x1a(.tiltyard.selector.v1.ExtendDrawResponse\x12V\n\x07GetDraw\x12$.tiltyard.selector.v1.GetDrawRequest\x1a%.tiltyard.selector.v1.GetDrawResponse\x12q\n\x10SettleAssignment\x12-.tiltyard.selector.v1.SettleAssignmentRequest\x1a..tiltyard.selector.v1.SettleAssignmentResponse\x12\x65\n\x0c\x45stimateOdds\x12).tiltyard.selector.v1.EstimateOddsRequest\x1a*.tiltyard.selector.v1.EstimateOddsResponse\x12k\n\x0eGetSelectorKey\x12+.tiltyard.selector.v1.GetSelectorKeyRequest\x1a,.tiltyard.selector.v1.GetSelectorKeyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tiltyard.selector.v1.draw_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SETTLEMENT']._serialized_start=1014
-  _globals['_SETTLEMENT']._serialized_end=1103
-  _globals['_DRAWVALIDATORSREQUEST']._serialized_start=120
-  _globals['_DRAWVALIDATORSREQUEST']._serialized_end=270
-  _globals['_DRAWVALIDATORSRESPONSE']._serialized_start=272
-  _globals['_DRAWVALIDATORSRESPONSE']._serialized_end=344
-  _globals['_EXTENDDRAWREQUEST']._serialized_start=346
-  _globals['_EXTENDDRAWREQUEST']._serialized_end=410
-  _globals['_EXTENDDRAWRESPONSE']._serialized_start=412
-  _globals['_EXTENDDRAWRESPONSE']._serialized_end=480
-  _globals['_GETDRAWREQUEST']._serialized_start=482
-  _globals['_GETDRAWREQUEST']._serialized_end=512
-  _globals['_GETDRAWRESPONSE']._serialized_start=514
-  _globals['_GETDRAWRESPONSE']._serialized_end=579
-  _globals['_SETTLEASSIGNMENTREQUEST']._serialized_start=581
-  _globals['_SETTLEASSIGNMENTREQUEST']._serialized_end=695
-  _globals['_SETTLEASSIGNMENTRESPONSE']._serialized_start=697
-  _globals['_SETTLEASSIGNMENTRESPONSE']._serialized_end=737
-  _globals['_ESTIMATEODDSREQUEST']._serialized_start=739
-  _globals['_ESTIMATEODDSREQUEST']._serialized_end=815
-  _globals['_ESTIMATEODDSRESPONSE']._serialized_start=818
-  _globals['_ESTIMATEODDSRESPONSE']._serialized_end=1012
-  _globals['_DRAWSERVICE']._serialized_start=1106
-  _globals['_DRAWSERVICE']._serialized_end=1631
+  _globals['_SETTLEMENT']._serialized_start=1085
+  _globals['_SETTLEMENT']._serialized_end=1174
+  _globals['_GETSELECTORKEYREQUEST']._serialized_start=119
+  _globals['_GETSELECTORKEYREQUEST']._serialized_end=142
+  _globals['_GETSELECTORKEYRESPONSE']._serialized_start=144
+  _globals['_GETSELECTORKEYRESPONSE']._serialized_end=188
+  _globals['_DRAWVALIDATORSREQUEST']._serialized_start=191
+  _globals['_DRAWVALIDATORSREQUEST']._serialized_end=341
+  _globals['_DRAWVALIDATORSRESPONSE']._serialized_start=343
+  _globals['_DRAWVALIDATORSRESPONSE']._serialized_end=415
+  _globals['_EXTENDDRAWREQUEST']._serialized_start=417
+  _globals['_EXTENDDRAWREQUEST']._serialized_end=481
+  _globals['_EXTENDDRAWRESPONSE']._serialized_start=483
+  _globals['_EXTENDDRAWRESPONSE']._serialized_end=551
+  _globals['_GETDRAWREQUEST']._serialized_start=553
+  _globals['_GETDRAWREQUEST']._serialized_end=583
+  _globals['_GETDRAWRESPONSE']._serialized_start=585
+  _globals['_GETDRAWRESPONSE']._serialized_end=650
+  _globals['_SETTLEASSIGNMENTREQUEST']._serialized_start=652
+  _globals['_SETTLEASSIGNMENTREQUEST']._serialized_end=766
+  _globals['_SETTLEASSIGNMENTRESPONSE']._serialized_start=768
+  _globals['_SETTLEASSIGNMENTRESPONSE']._serialized_end=808
+  _globals['_ESTIMATEODDSREQUEST']._serialized_start=810
+  _globals['_ESTIMATEODDSREQUEST']._serialized_end=886
+  _globals['_ESTIMATEODDSRESPONSE']._serialized_start=889
+  _globals['_ESTIMATEODDSRESPONSE']._serialized_end=1083
+  _globals['_DRAWSERVICE']._serialized_start=1177
+  _globals['_DRAWSERVICE']._serialized_end=1811
 # @@protoc_insertion_point(module_scope)

@@ -46,6 +46,45 @@ SETTLEMENT_REFUNDED: Settlement.ValueType  # 2
 Global___Settlement: _TypeAlias = Settlement  # noqa: Y015
 
 @_typing.final
+class GetSelectorKeyRequest(_message.Message):
+    """GetSelectorKeyRequest is the request of GetSelectorKey."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSelectorKeyRequest: _TypeAlias = GetSelectorKeyRequest  # noqa: Y015
+
+@_typing.final
+class GetSelectorKeyResponse(_message.Message):
+    """GetSelectorKeyResponse is the answer of GetSelectorKey."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    public_key: _builtins.bytes
+    """BLS12-381 public key in the smaller group, 48 bytes."""
+    def __init__(
+        self,
+        *,
+        public_key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["public_key", b"public_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSelectorKeyResponse: _TypeAlias = GetSelectorKeyResponse  # noqa: Y015
+
+@_typing.final
 class DrawValidatorsRequest(_message.Message):
     """DrawValidatorsRequest is the request of DrawValidators."""
 

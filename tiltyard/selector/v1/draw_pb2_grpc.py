@@ -60,6 +60,11 @@ class DrawServiceStub:
                 request_serializer=tiltyard_dot_selector_dot_v1_dot_draw__pb2.EstimateOddsRequest.SerializeToString,
                 response_deserializer=tiltyard_dot_selector_dot_v1_dot_draw__pb2.EstimateOddsResponse.FromString,
                 _registered_method=True)
+        self.GetSelectorKey = channel.unary_unary(
+                '/tiltyard.selector.v1.DrawService/GetSelectorKey',
+                request_serializer=tiltyard_dot_selector_dot_v1_dot_draw__pb2.GetSelectorKeyRequest.SerializeToString,
+                response_deserializer=tiltyard_dot_selector_dot_v1_dot_draw__pb2.GetSelectorKeyResponse.FromString,
+                _registered_method=True)
 
 
 class DrawServiceServicer:
@@ -115,6 +120,13 @@ class DrawServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSelectorKey(self, request, context):
+        """GetSelectorKey reads the BLS public key that every draw of this selector is signed with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DrawServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -142,6 +154,11 @@ def add_DrawServiceServicer_to_server(servicer, server):
                     servicer.EstimateOdds,
                     request_deserializer=tiltyard_dot_selector_dot_v1_dot_draw__pb2.EstimateOddsRequest.FromString,
                     response_serializer=tiltyard_dot_selector_dot_v1_dot_draw__pb2.EstimateOddsResponse.SerializeToString,
+            ),
+            'GetSelectorKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSelectorKey,
+                    request_deserializer=tiltyard_dot_selector_dot_v1_dot_draw__pb2.GetSelectorKeyRequest.FromString,
+                    response_serializer=tiltyard_dot_selector_dot_v1_dot_draw__pb2.GetSelectorKeyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -280,6 +297,33 @@ class DrawService:
             '/tiltyard.selector.v1.DrawService/EstimateOdds',
             tiltyard_dot_selector_dot_v1_dot_draw__pb2.EstimateOddsRequest.SerializeToString,
             tiltyard_dot_selector_dot_v1_dot_draw__pb2.EstimateOddsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSelectorKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tiltyard.selector.v1.DrawService/GetSelectorKey',
+            tiltyard_dot_selector_dot_v1_dot_draw__pb2.GetSelectorKeyRequest.SerializeToString,
+            tiltyard_dot_selector_dot_v1_dot_draw__pb2.GetSelectorKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -61,6 +61,8 @@ class DrawServiceStub:
 
     Errors: NOT_FOUND when it is not a validator of the task.
     """
+    GetSelectorKey: _grpc.UnaryUnaryMultiCallable[_draw_pb2.GetSelectorKeyRequest, _draw_pb2.GetSelectorKeyResponse]
+    """GetSelectorKey reads the BLS public key that every draw of this selector is signed with."""
 
 @_typing.type_check_only
 class DrawServiceAsyncStub(DrawServiceStub):
@@ -95,6 +97,8 @@ class DrawServiceAsyncStub(DrawServiceStub):
 
     Errors: NOT_FOUND when it is not a validator of the task.
     """
+    GetSelectorKey: _aio.UnaryUnaryMultiCallable[_draw_pb2.GetSelectorKeyRequest, _draw_pb2.GetSelectorKeyResponse]  # type: ignore[assignment]
+    """GetSelectorKey reads the BLS public key that every draw of this selector is signed with."""
 
 class DrawServiceServicer(metaclass=_abc_1.ABCMeta):
     """DrawService draws validators. A draw is recorded before it is answered and never changes afterwards."""
@@ -156,5 +160,13 @@ class DrawServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: NOT_FOUND when it is not a validator of the task.
         """
+
+    @_abc_1.abstractmethod
+    def GetSelectorKey(
+        self,
+        request: _draw_pb2.GetSelectorKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_draw_pb2.GetSelectorKeyResponse, _abc.Awaitable[_draw_pb2.GetSelectorKeyResponse]]:
+        """GetSelectorKey reads the BLS public key that every draw of this selector is signed with."""
 
 def add_DrawServiceServicer_to_server(servicer: DrawServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,444 @@
+"""What the registry remembers: one frozen dataclass for each kind of row, one enum for each kind of state.
+
+Member names of the enums are those of the contract without their prefix. Participants, tasks and submissions are
+held by their ids (not resource names); `services.runtime.names` formats them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import Enum, auto
+
+from tiltyard.identity import Envelope
+from tiltyard.modelspec import ModelSpec
+
+
+class Role(Enum):
+    TASK_CREATOR = auto()
+    TRAINING_NODE = auto()
+    VALIDATOR = auto()
+
+
+class TaskState(Enum):
+    PREPARING = auto()
+    OPEN = auto()
+    CLOSED = auto()
+    FINAL = auto()
+    CANCELLED = auto()
+
+
+class MembershipState(Enum):
+    PENDING = auto()
+    ACTIVE = auto()
+    PAUSED = auto()
+    LEFT = auto()
+    REFUSED = auto()
+
+
+class SubmissionState(Enum):
+    COMMITTED = auto()
+    REVEALED = auto()
+    EVALUATING = auto()
+    SCORED = auto()
+    REJECTED = auto()
+
+
+class RejectionReason(Enum):
+    REVEAL_EXPIRED = auto()
+    TOO_LARGE = auto()
+    BAD_FORMAT = auto()
+    SHAPE_MISMATCH = auto()
+    DIGEST_MISMATCH = auto()
+    COPY = auto()
+    VALIDATORS_UNAVAILABLE = auto()
+    NAN_OUTPUT = auto()
+    TOO_SLOW = auto()
+    OUT_OF_MEMORY = auto()
+    CRASHED = auto()
+    AMBIGUOUS = auto()
+    TASK_CANCELLED = auto()
+
+
+class AssignmentState(Enum):
+    OFFERED = auto()
+    ACCEPTED = auto()
+    SEALED = auto()
+    OPENED = auto()
+    DECLINED = auto()
+    EXPIRED = auto()
+    RELEASED = auto()
+
+
+class EvaluationVerdict(Enum):
+    AGREED = auto()
+    OUTLIER = auto()
+    UNOPENED = auto()
+
+
+class Loss(Enum):
+    CROSS_ENTROPY = auto()
+    MSE = auto()
+    BINARY_CROSS_ENTROPY = auto()
+    HUBER = auto()
+
+
+class Metric(Enum):
+    ACCURACY = auto()
+    TOP_K_ACCURACY = auto()
+    WITHIN_BOUND = auto()
+
+
+class ScoreVisibility(Enum):
+    FULL = auto()
+    LADDER = auto()
+
+
+class Curve(Enum):
+    POWER = auto()
+    LOG = auto()
+    LOGISTIC = auto()
+
+
+class ModelFormat(Enum):
+    SAFETENSORS = auto()
+    ONNX = auto()
+
+
+class HoldoutState(Enum):
+    """Where a task's second evaluation dataset stands."""
+
+    NONE = auto()
+    """The task has none."""
+    EXPECTED = auto()
+    """To be published after close."""
+    PUBLISHED = auto()
+    """Handed in by the creator; waits for its scan."""
+    ACCEPTED = auto()
+    """Decides the final ranking as round 2."""
+    FAILED = auto()
+    """Too late, of a wrong digest, or failing the scan: round 1 ranks."""
+
+
+class RoundState(Enum):
+    """Where the judging of one submission in one round stands."""
+
+    WAITING = auto()
+    """To be drawn: too few owner groups have been eligible so far."""
+    SEALING = auto()
+    """Validators evaluate and seal."""
+    OPENING = auto()
+    """All who sealed are asked to open."""
+    CONCLUDED = auto()
+    """A score, a fault or the lack of both is recorded."""
+
+
+class ArtifactPurpose(Enum):
+    EVALUATION_DATASET = auto()
+    HOLDOUT = auto()
+    MODEL = auto()
+
+
+@dataclass(frozen=True)
+class Participant:
+    id: str
+    display_name: str
+    public_key: bytes
+    owner: str | None
+    create_time: datetime
+
+
+@dataclass(frozen=True)
+class Endorsement:
+    endorser: str
+    subject: str
+    field: str
+    create_time: datetime
+    trusted: bool = False
+    """Whether the arena's policy counts this endorser's word; filled in when read, never stored."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    kind: str
+    """STAKE, TRACK_RECORD or REPUTATION."""
+    sufficient: bool
+    amount_micros: int = 0
+    threshold_micros: int = 0
+    references: tuple[str, ...] = ()
+    """Resource names."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    task: str
+    participant: str
+    role: Role
+    eligible: bool
+    evidence: tuple[Evidence, ...]
+    explanation: str
+    decide_time: datetime
+
+
+@dataclass(frozen=True)
+class DatasetDigest:
+    sha256: bytes
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    prepare_deadline: datetime
+    close_time: datetime
+    reveal_time: timedelta
+    accept_time: timedelta
+    lease_time: timedelta
+    evaluation_time: timedelta
+    draw_time: timedelta
+    holdout_time: timedelta
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_parameters: int
+    max_model_bytes: int
+    max_cpu_time: timedelta
+    max_memory_bytes: int
+    daily_submissions: int
+
+
+@dataclass(frozen=True)
+class ValidatorRate:
+    window: timedelta
+    limit: int
+    reference_stake_micros: int
+
+
+@dataclass(frozen=True)
+class SelectionPolicy:
+    curve: Curve
+    alpha_millis: int
+    validator_min_stake_micros: int
+    training_node_min_stake_micros: int
+    rate: ValidatorRate
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What a task creator decided, every default filled in."""
+
+    display_name: str
+    description: str
+    field: str
+    models: tuple[ModelSpec, ...]
+    loss: Loss
+    metric: Metric
+    top_k: int
+    bound: float
+    evaluation_dataset: DatasetDigest
+    holdout: DatasetDigest | None
+    schedule: Schedule
+    limits: Limits
+    validators_per_submission: int
+    tolerance: int
+    selection: SelectionPolicy
+    score_visibility: ScoreVisibility
+    ladder_step_micros: int
+    allow_node_endpoint: bool
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    id: str
+    creator: str
+    config: TaskConfig
+    state: TaskState
+    create_time: datetime
+    update_time: datetime
+    state_reason: str = ""
+    evaluation_rows: int = 0
+    holdout: HoldoutState = HoldoutState.NONE
+    holdout_rows: int = 0
+    holdout_leaf: bytes = b""
+    """Hash of the leaf that accepted the holdout, 32 bytes; anchors the draws of round 2."""
+    ranking_round: int = 0
+    open_time: datetime | None = None
+    close_time: datetime | None = None
+    """When it really was closed; config.schedule.close_time is when it was to be."""
+    pool_open: bool = False
+    """Whether the selector keeps a pool that is still to be closed."""
+    revision: int = 0
+    """Grows with every change; the cursor of WatchTask and WatchLeaderboard."""
+    training_nodes: int = 0
+    validators: int = 0
+    submissions: int = 0
+
+
+@dataclass(frozen=True)
+class Member:
+    task: str
+    participant: str
+    role: Role
+    state: MembershipState
+    statement: Envelope | None
+    create_time: datetime
+    locked_micros: int = 0
+    weight: int = 0
+    owner_group: str = ""
+    removed: bool = False
+    """LEFT or task ended: whether the selector has unlocked the stake."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    correct: int
+    total: int
+    ambiguous: int
+    loss_sum_micros: int = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one report says: counts, or a fault of the model (by its name in the contract)."""
+
+    counts: Counts | None
+    fault: str | None
+    node_endpoint: bool = False
+
+
+@dataclass(frozen=True)
+class Score:
+    """What was concluded for one submission in one round. `outcome` is SCORED, FAULT or AMBIGUOUS."""
+
+    round: int
+    outcome: str
+    correct: int = 0
+    total: int = 0
+    fault: str = ""
+    tolerance: int = 0
+    evaluations: tuple[str, ...] = ()
+    """Ids of the validators whose reports were counted."""
+    outliers: tuple[str, ...] = ()
+    """Ids of those among them that lie further off than the tolerance."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    task: str
+    number: int
+    participant: str
+    state: SubmissionState
+    commitment: bytes
+    commit_time: datetime
+    deadline: datetime | None
+    reason: RejectionReason | None = None
+    detail: str = ""
+    original: int | None = None
+    """COPY: number of the submission in the same task whose commit was earlier."""
+    model_digest: bytes = b""
+    size_bytes: int = 0
+    format: ModelFormat | None = None
+    model_index: int = 0
+    salt: bytes = b""
+    reveal_leaf: bytes = b""
+    """Hash of the reveal's leaf, 32 bytes; anchors the draw of round 1."""
+    structure_checked: bool = False
+    scores: Mapping[int, Score] = field(default_factory=dict)
+    """By round."""
+    draws: Mapping[int, str] = field(default_factory=dict)
+    """Draw ids by round."""
+    reveal_time: datetime | None = None
+    end_time: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """The judging of one submission on one evaluation dataset."""
+
+    task: str
+    number: int
+    round: int
+    state: RoundState
+    deadline: datetime
+    """WAITING: draws are retried until then. SEALING: the last seal. OPENING: the last opening."""
+    draw: str = ""
+    picks: int = 0
+    """Length of the draw's order taken so far."""
+    exhausted: bool = False
+    """Whether the order has no reserves left."""
+    disputed: bool = False
+    """Whether the one round of further reserves has been called in."""
+    detail: str = ""
+    """What it waits for, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    task: str
+    number: int
+    round: int
+    validator: str
+    state: AssignmentState
+    position: int
+    create_time: datetime
+    update_time: datetime
+    deadline: datetime | None
+    opening: bool = False
+    lease_token: str = ""
+    lease_holder: bytes = b""
+    settled: bool = False
+    """Whether the selector has been told to charge or refund; only for states that have ended."""
+    refund: bool = False
+    """ENDED without the validator's fault and without a report: the use of its quota is given back."""
+    sequence: int = 0
+    """Set by the store at every put, growing over all assignments: the cursor of WatchAssignments."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    task: str
+    number: int
+    round: int
+    validator: str
+    seal: bytes
+    statement: Envelope
+    seal_time: datetime
+    report: Envelope | None = None
+    salt: bytes = b""
+    finding: Finding | None = None
+    open_time: datetime | None = None
+    verdict: EvaluationVerdict | None = None
+    disclosed: bool = False
+    """Whether report and salt are a leaf, and may be shown to everybody."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    sha256: str
+    """Hex."""
+    size_bytes: int
+    create_time: datetime
+
+
+@dataclass(frozen=True)
+class ArtifactUse:
+    """Why an artifact is kept, and for whom: the one place that decides who may read it."""
+
+    sha256: str
+    task: str
+    purpose: ArtifactPurpose
+    owner: str
+    """Who uploads it: the task's creator, or the submitter."""
+    number: int = 0
+    """MODEL: the submission's number."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the selector answered; the receipt's bytes are the registry's to record, not to change."""
+
+    id: str
+    order: tuple[str, ...]
+    """Participant ids in the order drawn so far."""
+    receipt: bytes
+    """Bytes of one tiltyard.type.v1.DrawReceipt."""

@@ -1,0 +1,218 @@
+"""What the domain asks of its store: one transaction in which states change and leaves are appended together.
+
+A `put` inserts or replaces by key. Every read inside a transaction sees the puts before it. Works run one after the
+other (the store has one writer), so a work that has read something may rely on it until it returns.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol, TypeVar
+
+from services.registry.entries import Entry
+from services.registry.records import (
+    Artifact,
+    ArtifactUse,
+    Assignment,
+    Endorsement,
+    Evaluation,
+    Member,
+    Participant,
+    Round,
+    Submission,
+    SubmissionState,
+    Task,
+    TaskState,
+    Verdict,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One entry as it was appended. `hash` is the RFC 9162 leaf hash, 32 bytes."""
+
+    index: int
+    hash: bytes
+    entry: bytes
+
+
+class Reading(Protocol):
+    """Questions; all lists are in the stated order and at most `limit` long."""
+
+    def participant(self, participant: str) -> Participant | None: ...
+    def participants(self, *, after: int, limit: int) -> Sequence[tuple[int, Participant]]:
+        """In order of registration, each with its position; those with a position above `after`."""
+        ...
+
+    def endorsements(self, subject: str) -> Sequence[Endorsement]: ...
+
+    def task(self, task: str) -> Task | None: ...
+    def tasks(
+        self, *, before: int | None, limit: int, state: TaskState | None = None, creator: str | None = None
+    ) -> Sequence[tuple[int, Task]]:
+        """Newest first, each with its position; those with a position below `before`."""
+        ...
+
+    def tasks_in(self, *states: TaskState) -> Sequence[Task]:
+        """All tasks in one of the states; for the background loop."""
+        ...
+
+    def member(self, task: str, participant: str) -> Member | None: ...
+    def members(self, task: str, *, after: int, limit: int) -> Sequence[tuple[int, Member]]: ...
+    def all_members(self, task: str) -> Sequence[Member]: ...
+    def verdicts(self, task: str, *, after: int, limit: int) -> Sequence[tuple[int, Verdict]]: ...
+
+    def submission(self, task: str, number: int) -> Submission | None: ...
+    def submissions(
+        self,
+        task: str,
+        *,
+        after: int = 0,
+        limit: int | None = None,
+        state: SubmissionState | None = None,
+        participant: str | None = None,
+    ) -> Sequence[Submission]:
+        """By number, those above `after`."""
+        ...
+
+    def submissions_in(self, *states: SubmissionState) -> Sequence[Submission]:
+        """All submissions of all tasks in one of the states, by commit time; for the background loop."""
+        ...
+
+    def submissions_with_digest(self, task: str, model_digest: bytes) -> Sequence[Submission]:
+        """Revealed submissions of the same model in one task, by number (the order of their commits)."""
+        ...
+
+    def count_submissions(self, task: str, participant: str, *, since: datetime) -> int:
+        """Those committed since, without the ones rejected through the platform's fault
+        (VALIDATORS_UNAVAILABLE, TASK_CANCELLED)."""
+        ...
+
+    def oldest_submission_since(self, task: str, participant: str, *, since: datetime) -> datetime | None:
+        """Commit time of the oldest that `count_submissions` counts."""
+        ...
+
+    def track_record(self, participant: str, *, outside_owner_group_of: str) -> Sequence[str]:
+        """Resource names of SCORED submissions and AGREED evaluations in tasks whose creator is neither
+        `outside_owner_group_of` nor bound to the same owner; at most 10, newest first."""
+        ...
+
+    def round(self, task: str, number: int, round_: int) -> Round | None: ...
+    def rounds_unconcluded(self) -> Sequence[Round]:
+        """All rounds of all tasks that are not CONCLUDED, by deadline; for the background loop."""
+        ...
+
+    def assignment(self, task: str, number: int, round_: int, validator: str) -> Assignment | None: ...
+    def assignments(self, task: str, number: int, round_: int | None = None) -> Sequence[Assignment]:
+        """By round and position."""
+        ...
+
+    def assignments_of(self, validator: str, *, after: int, limit: int) -> Sequence[Assignment]:
+        """Those whose sequence is above `after`, by sequence."""
+        ...
+
+    def assignments_unended_of(self, validator: str) -> Sequence[Assignment]:
+        """OFFERED, ACCEPTED and SEALED ones, by sequence."""
+        ...
+
+    def assignments_due(self, now: datetime) -> Sequence[Assignment]:
+        """OFFERED and ACCEPTED ones whose deadline has passed."""
+        ...
+
+    def assignments_unsettled(self) -> Sequence[Assignment]:
+        """Ended ones (OPENED, DECLINED, EXPIRED, RELEASED) of concluded duty that are not settled."""
+        ...
+
+    def evaluation(self, task: str, number: int, round_: int, validator: str) -> Evaluation | None: ...
+    def evaluations(self, task: str, number: int, round_: int | None = None) -> Sequence[Evaluation]:
+        """By round and validator."""
+        ...
+
+    def draw_receipt(self, draw: str) -> bytes | None: ...
+
+    def artifact(self, sha256: str) -> Artifact | None: ...
+    def artifact_uses(self, sha256: str) -> Sequence[ArtifactUse]: ...
+
+    def ledger_position(self) -> int:
+        """Sequence number of the last ledger event in the record log, 0 for none."""
+        ...
+
+    def log_size(self) -> int: ...
+    def leaves(self, *, start: int, limit: int) -> Sequence[Leaf]: ...
+    def log_root(self) -> tuple[int, bytes]:
+        """Size and RFC 9162 root of the record log."""
+        ...
+
+    def next_deadline(self) -> datetime | None:
+        """The earliest deadline of any task, submission, round or assignment: when the background loop has work."""
+        ...
+
+
+class Writing(Reading, Protocol):
+    """Changes; `now` is the transaction's time (UTC), the same for all that it writes."""
+
+    @property
+    def now(self) -> datetime: ...
+
+    def append(self, entry: Entry) -> Leaf:
+        """Append one leaf to the record log."""
+        ...
+
+    def put_participant(self, participant: Participant) -> None: ...
+    def put_endorsement(self, endorsement: Endorsement) -> None: ...
+    def delete_endorsement(self, endorser: str, subject: str, field: str) -> bool: ...
+    def put_task(self, task: Task) -> Task:
+        """Store with the next revision and the present `update_time`; wakes the task's watchers after the commit."""
+        ...
+
+    def touch_task(self, task: str) -> None:
+        """The next revision for a change that shows in the task or its leaderboard but not in its row."""
+        ...
+
+    def put_member(self, member: Member) -> None: ...
+    def put_verdict(self, verdict: Verdict) -> None: ...
+    def next_submission_number(self, task: str) -> int: ...
+    def put_submission(self, submission: Submission) -> None:
+        """Also wakes the task's watchers."""
+        ...
+
+    def put_round(self, round_: Round) -> None: ...
+    def put_assignment(self, assignment: Assignment) -> Assignment:
+        """Store with the next sequence; wakes the validator's watchers after the commit."""
+        ...
+
+    def put_evaluation(self, evaluation: Evaluation) -> None: ...
+    def put_draw_receipt(self, draw: str, receipt: bytes) -> None: ...
+    def put_artifact(self, artifact: Artifact) -> None: ...
+    def put_artifact_use(self, use: ArtifactUse) -> None: ...
+    def set_ledger_position(self, sequence: int) -> None: ...
+
+
+class Store(Protocol):
+    """Runs works against the database."""
+
+    async def write(self, work: Callable[[Writing], T], *, final: bool = True) -> T:
+        """Run `work` in one durable transaction; what it raises rolls back its changes alone.
+
+        With `final` the result is remembered under the caller's request id, so the last write of a domain call
+        returns what the domain call returns.
+        """
+        ...
+
+    async def read(self, work: Callable[[Reading], T]) -> T:
+        """Run `work` on one consistent snapshot."""
+        ...
+
+
+class Changes(Protocol):
+    """Wakes those who watch; topics are `tasks/{task}` and `validators/{participant}`."""
+
+    async def wait(self, topic: str, timeout_s: float) -> None:
+        """Return at the next change of the topic after this call, or when the time is over."""
+        ...
+
+    def wake_referee(self) -> None:
+        """There may be work for the background loop."""
+        ...
