@@ -138,7 +138,7 @@ class FaultCode(StrEnum):
     SHAPE_MISMATCH = "SHAPE_MISMATCH"
 
 
-class ModelFault(Exception):  # noqa: N818  # a fault is what the contract calls it
+class ModelFault(Exception):
     """A weights file that is not of its spec; the fault is its author's."""
 
     def __init__(self, code: FaultCode, detail: str) -> None:

@@ -220,7 +220,7 @@ class Convnet(_message.Message):
     """Probability of dropping a value before each affine map while training, in [0, 1)."""
     @_builtins.property
     def channels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Channels of each block, 1 to 12 blocks of 1 to 4096."""
+        """Channels of each block, 1 to 12 blocks of 2 to 4096."""
 
     @_builtins.property
     def hidden(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
