@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from tiltyard.type.v1 import evaluation_pb2 as _evaluation_pb2
 from tiltyard.type.v1 import model_pb2 as _model_pb2
+from tiltyard.type.v1 import task_pb2 as _task_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -96,6 +97,9 @@ class EvaluationOrder(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     MAX_CPU_TIME_FIELD_NUMBER: _builtins.int
     MAX_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    METRIC_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
     dataset: _builtins.str
     """The evaluation dataset as artifacts/{sha256 hex}."""
     dataset_size_bytes: _builtins.int
@@ -108,6 +112,12 @@ class EvaluationOrder(_message.Message):
     """Layout of the model."""
     max_memory_bytes: _builtins.int
     """Most memory in bytes; beyond it the fault is OUT_OF_MEMORY."""
+    metric: _task_pb2.Metric.ValueType
+    """What is counted; unset means ACCURACY. A validator declines what it cannot count."""
+    top_k: _builtins.int
+    """TOP_K_ACCURACY: k, from 1 to the number of outputs."""
+    bound: _builtins.float
+    """WITHIN_BOUND: the bound, above 0."""
     @_builtins.property
     def spec(self) -> _model_pb2.ModelSpec:
         """What the model is."""
@@ -127,10 +137,13 @@ class EvaluationOrder(_message.Message):
         spec: _model_pb2.ModelSpec | None = ...,
         max_cpu_time: _duration_pb2.Duration | None = ...,
         max_memory_bytes: _builtins.int = ...,
+        metric: _task_pb2.Metric.ValueType = ...,
+        top_k: _builtins.int = ...,
+        bound: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_cpu_time", b"max_cpu_time", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "dataset_size_bytes", b"dataset_size_bytes", "format", b"format", "max_cpu_time", b"max_cpu_time", "max_memory_bytes", b"max_memory_bytes", "model", b"model", "model_size_bytes", b"model_size_bytes", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "dataset", b"dataset", "dataset_size_bytes", b"dataset_size_bytes", "format", b"format", "max_cpu_time", b"max_cpu_time", "max_memory_bytes", b"max_memory_bytes", "metric", b"metric", "model", b"model", "model_size_bytes", b"model_size_bytes", "spec", b"spec", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
