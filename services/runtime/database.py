@@ -213,8 +213,8 @@ class Database:
         return outcomes
 
     def _run(self, connection: Connection, item: _Write) -> Any:
-        # The session has a savepoint of its own: an exception rolls back to it. Where that fails too (the disk is full and
-        # SQLite has given the whole transaction up), so does the commit of the group.
+        # The session has a savepoint of its own: an exception rolls back to it. Where that fails too (the disk is full
+        # and SQLite has given the whole transaction up), so does the commit of the group.
         with Session(bind=connection, join_transaction_mode="create_savepoint") as session:
             if item.pending is not None:
                 answer = _remembered(session, item.pending)

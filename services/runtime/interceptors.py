@@ -180,18 +180,17 @@ class MemoryInterceptor(_CallInterceptor):
 class DrainInterceptor(_CallInterceptor):
     """Ends the streams that would never end by themselves (`Watch...`) when the server drains, with UNAVAILABLE.
 
-    Their callers then watch another server, or this one after its restart; every other call is left to finish.
+    Their callers then watch another server, or this one after its restart; every other call is left to finish. The
+    watches of health end last: they are how a client learns of the drain.
     """
 
     def __init__(self) -> None:
-        self._watching: set[asyncio.Task[Any]] = set()
         self._running: set[asyncio.Task[Any]] = set()
+        self._watching: set[asyncio.Task[Any]] = set()
+        self._watching_health: set[asyncio.Task[Any]] = set()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-
-    def covers(self, method: str) -> bool:
-        return not method.startswith(_HEALTH)
 
     @asynccontextmanager
     async def around(self, method: str, context: Context) -> AsyncIterator[None]:
@@ -200,31 +199,38 @@ class DrainInterceptor(_CallInterceptor):
         watching = method.rpartition("/")[2].startswith("Watch")
         if watching and self._draining:
             raise _draining()
-        self._running.add(task)
-        self._idle.clear()
-        if watching:
-            self._watching.add(task)
+        group = self._group(method, watching)
+        group.add(task)
+        self._note_idle()
         try:
             yield
         except asyncio.CancelledError:
-            if task in self._watching and self._draining and not context.cancelled():
+            if watching and self._draining and not context.cancelled():
                 raise _draining() from None
             raise
         finally:
-            self._watching.discard(task)
-            self._running.discard(task)
-            if not self._running:
-                self._idle.set()
+            group.discard(task)
+            self._note_idle()
 
-    def drain(self) -> None:
-        """Ends the watches, now and from now on."""
+    def _group(self, method: str, watching: bool) -> set[asyncio.Task[Any]]:
+        if method.startswith(_HEALTH):
+            return self._watching_health
+        return self._watching if watching else self._running
+
+    def _note_idle(self) -> None:
+        if self._running or self._watching:
+            self._idle.clear()
+        else:
+            self._idle.set()
+
+    async def drain(self) -> None:
+        """Ends the watches, now and from now on, and health's when no other call is left."""
         self._draining = True
         for task in list(self._watching):
             task.cancel()
-
-    async def idle(self) -> None:
-        """Waits until no call but health's is running."""
         await self._idle.wait()
+        for task in list(self._watching_health):
+            task.cancel()
 
 
 def _draining() -> Unavailable:

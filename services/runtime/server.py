@@ -142,16 +142,10 @@ class ArenaServer:
     async def stop(self, grace_s: float = GRACE_S) -> None:
         """Says NOT_SERVING, ends the watches, takes no new call, lets those in flight finish for `grace_s` seconds."""
         await self.set_serving(False)
-        self._drain.drain()
         # Calls in flight keep the connection open, so health still answers on it while they finish.
-        stopping = asyncio.create_task(self._server.stop(grace_s))
-        idle = asyncio.create_task(self._drain.idle())
-        await asyncio.wait([stopping, idle], return_when=asyncio.FIRST_COMPLETED)
-        idle.cancel()
-        if not stopping.done():
-            # Only health's watches are left; they know by now.
-            await self._server.stop(0)
-        await stopping
+        draining = asyncio.create_task(self._drain.drain())
+        await self._server.stop(grace_s)
+        draining.cancel()
 
     async def __aenter__(self) -> Self:
         await self.start()
