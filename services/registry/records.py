@@ -366,6 +366,8 @@ class Round:
     """Length of the draw's order taken so far."""
     exhausted: bool = False
     """Whether the order has no reserves left."""
+    wanted: int = 0
+    """Seals and opened reports that it waits for: k, in a dispute as many more as were called in."""
     disputed: bool = False
     """Whether the one round of further reserves has been called in."""
     detail: str = ""

@@ -113,6 +113,10 @@ class Reading(Protocol):
         """Those whose sequence is above `after`, by sequence."""
         ...
 
+    def assignment_sequence(self) -> int:
+        """The sequence of the last assignment that was put, 0 for none."""
+        ...
+
     def assignments_unended_of(self, validator: str) -> Sequence[Assignment]:
         """OFFERED, ACCEPTED and SEALED ones, by sequence."""
         ...
