@@ -1,0 +1,306 @@
+"""Datasets as safetensors files with `x` [n, ...] and `y` [n]: made, opened as memory maps, and scanned."""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tiltyard.datasources import Array, DatasetError, read_rows
+from tiltyard.tensorfile import TensorEntry, TensorFileError, read_header_of
+
+__all__ = ["Dataset", "DatasetError", "DatasetViolation", "Packed", "pack", "scan", "smallest", "write_dataset"]
+
+CHUNK_BYTES = 8 * 1024 * 1024
+LABELS_KEY = "labels"
+MAX_CLASSES = 1 << 16
+
+# The file's dtypes in numpy's words, and what the Open Inference Protocol calls them. BF16 has no numpy dtype.
+_NUMPY_OF = {
+    "BOOL": "?", "U8": "<u1", "I8": "<i1", "U16": "<u2", "I16": "<i2", "I32": "<i4", "I64": "<i8",
+    "F16": "<f2", "F32": "<f4", "F64": "<f8",
+}  # fmt: skip
+_OIP_DATATYPE = {
+    "BOOL": "BOOL", "U8": "UINT8", "I8": "INT8", "U16": "UINT16", "I16": "INT16", "I32": "INT32", "I64": "INT64",
+    "F16": "FP16", "F32": "FP32", "F64": "FP64",
+}  # fmt: skip
+_FILE_DTYPE = {np.dtype(numpy): name for name, numpy in _NUMPY_OF.items()}
+
+
+@dataclass(frozen=True)
+class DatasetViolation:
+    """One thing wrong with a dataset: `x` or `y`, and a sentence that says where."""
+
+    field: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What `pack` made: rows, the shape of one, and the original label of each class (None: a regression)."""
+
+    rows: int
+    row_shape: tuple[int, ...]
+    labels: tuple[int | str, ...] | None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An open dataset: `x` and `y` are read-only memory maps, read from the disk as they are used."""
+
+    path: Path
+    x: Array
+    y: Array
+    labels: tuple[int | str, ...] | None
+    """The original label of each class, by class, where packing kept them."""
+    _starts: Mapping[str, int]
+
+    @classmethod
+    def open(cls, path: Path) -> "Dataset":
+        """Open a file without reading its tensors. Raises OSError, and DatasetError for what is no dataset."""
+        try:
+            header = read_header_of(path)
+        except TensorFileError as error:
+            raise DatasetError(str(error)) from error
+        if set(header.tensors) != {"x", "y"}:
+            raise DatasetError("a dataset has exactly the tensors x and y")
+        x, y = (_mapped(path, name, header.tensors[name]) for name in ("x", "y"))
+        if x.ndim < 2:
+            raise DatasetError(f"x must have the shape (rows, ...features), has {x.shape}")
+        if y.ndim not in (1, 2) or y.dtype not in (np.dtype("<i8"), np.dtype("<f4")):
+            raise DatasetError("y must be int64 labels or float32 targets of shape (rows) or (rows, targets)")
+        starts = {name: entry.start for name, entry in header.tensors.items()}
+        return cls(path, x, y, _labels(header.metadata.get(LABELS_KEY)), starts)
+
+    def __len__(self) -> int:
+        """Number of rows of x."""
+        return len(self.x)
+
+    @property
+    def datatype(self) -> str:
+        """The Open Inference Protocol's name of x's dtype."""
+        return _OIP_DATATYPE[_FILE_DTYPE[self.x.dtype]]
+
+    def row_bytes(self, start: int, stop: int) -> bytes:
+        """Rows start to stop of x as they cross the wire.
+
+        Read past the memory map, so that streaming a large file does not leave all of it in memory.
+        """
+        stop = min(stop, len(self.x))
+        row = self.x.dtype.itemsize * math.prod(self.x.shape[1:])
+        with self.path.open("rb") as file:
+            return os.pread(file.fileno(), max(0, stop - start) * row, self._starts["x"] + start * row)
+
+    def chunks(self, name: str) -> Iterator[tuple[int, Array]]:
+        """The rows of `x` or `y` in pieces of about 8 MiB, each with the index of its first row."""
+        values = self.x if name == "x" else self.y
+        row_values = math.prod(values.shape[1:])
+        step = max(1, CHUNK_BYTES // max(1, row_values * values.dtype.itemsize))
+        with self.path.open("rb") as file:
+            file.seek(self._starts[name])
+            for start in range(0, len(values), step):
+                rows = min(step, len(values) - start)
+                part = np.fromfile(file, dtype=values.dtype, count=rows * row_values)
+                yield start, part.reshape(rows, *values.shape[1:])
+
+    def digest(self) -> bytes:
+        """SHA-256 of the file, 32 bytes."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+
+def write_dataset(path: Path, x: Array, y: Array, *, labels: Sequence[int | str] | None = None) -> None:
+    """Write rows and their labels (integers, not negative) or targets (floats); the file appears whole or not at all.
+
+    x gets the smallest dtype that holds it (`smallest`); y becomes int64 or float32. `labels` are the original names of
+    the classes. The same arrays give the same bytes. Raises DatasetError.
+    """
+    x, y = np.asarray(x), np.asarray(y)
+    if x.ndim < 2:
+        raise DatasetError(f"x must have the shape (rows, ...features), has {x.shape}")
+    if len(x) != len(y):
+        raise DatasetError(f"x has {len(x)} rows, but y has {len(y)}")
+    if not len(x):
+        raise DatasetError("a dataset needs at least one row")
+    arrays = {"y": np.ascontiguousarray(_targets(y)), "x": np.ascontiguousarray(smallest(x))}
+    header: dict[str, object] = {} if labels is None else {"__metadata__": {LABELS_KEY: json.dumps(list(labels))}}
+    position = 0
+    for name, values in arrays.items():
+        header[name] = {
+            "dtype": _FILE_DTYPE[values.dtype],
+            "shape": list(values.shape),
+            "data_offsets": [position, position + values.nbytes],
+        }
+        position += values.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    _write_whole(
+        path, [len(encoded).to_bytes(8, "little"), encoded, *(values.data.cast("B") for values in arrays.values())]
+    )
+
+
+def smallest(x: Array) -> Array:
+    """x in the smallest of uint8, int8, uint16, int16, int32, int64 that holds every value, else float16 or float32.
+
+    float16 stays, other floats become float32, and floats that are all small whole numbers (pixels often are) become
+    integers of at most 16 bits. Raises DatasetError for what holds no numbers.
+    """
+    kind = x.dtype.kind
+    if kind not in "biuf":
+        raise DatasetError(f"x holds {x.dtype}, which are no numbers")
+    if not x.size:
+        return x.astype("<f4")
+    names: tuple[str, ...] = ("<u1", "<i1", "<u2", "<i2", "<i4", "<i8")
+    if kind == "f":
+        names = names[:4] if bool(np.isfinite(x).all()) and bool((x == np.trunc(x)).all()) else ()
+    low, high = x.min(), x.max()
+    for name in names:
+        if np.iinfo(name).min <= low and high <= np.iinfo(name).max:
+            return x.astype(name)
+    if kind != "f":
+        raise DatasetError(f"x holds {high}, which is over the range of int64")
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which a scan finds
+        return x.astype("<f2" if x.dtype.itemsize == 2 else "<f4")
+
+
+def pack(source: Path, out: Path, *, regression: bool | None = None) -> Packed:
+    """Make a dataset from `.npz` (arrays x and y), `.csv`, `.tsv`, `.parquet`, or a folder with one folder a class.
+
+    Integer and text labels become the classes 0, 1, ... in ascending order, and their originals are kept in the file's
+    metadata; floats are targets of a regression. `regression` says it where the numbers leave it open: True takes
+    integers as targets, False takes whole floats as labels. Raises OSError and DatasetError.
+    """
+    rows = read_rows(source)
+    x, y = rows.x, rows.y
+    if x.ndim == 1:
+        x = x[:, None]
+    if regression is None:
+        regression = y.dtype.kind == "f"
+    if regression:
+        if y.dtype.kind not in "biuf":
+            raise DatasetError("the targets of a regression must be numbers")
+        write_dataset(out, x, y.astype(np.float64))
+        return Packed(len(x), x.shape[1:], None)
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim != 1:
+        raise DatasetError(f"y must have one label for each row, has the shape {y.shape}")
+    if y.dtype.kind == "f":
+        if not bool((y == np.trunc(y)).all()):
+            raise DatasetError("y holds fractions, which are no labels")
+        y = y.astype(np.int64)
+    if y.dtype.kind not in "biuUS":
+        raise DatasetError(f"y holds {y.dtype}, which are no labels")
+    originals, classes = np.unique(y, return_inverse=True)
+    labels = tuple(
+        original.decode(errors="replace")
+        if isinstance(original, bytes)
+        else int(original)
+        if y.dtype.kind == "b"
+        else original
+        for original in originals.tolist()
+    )
+    write_dataset(out, x, classes.astype(np.int64), labels=labels)
+    return Packed(len(x), x.shape[1:], labels)
+
+
+def scan(dataset: Dataset, input_shape: Sequence[int], classes: int | None) -> list[DatasetViolation]:
+    """What is wrong with a dataset for a model of this input shape and number of classes (None: a regression).
+
+    Reads the file in chunks of 8 MiB, so its size does not matter. An empty list means that it is good.
+    """
+    found: list[DatasetViolation] = []
+    x, y = dataset.x, dataset.y
+    if not len(x):
+        found.append(DatasetViolation("x", "the dataset is empty"))
+    if len(x) != len(y):
+        found.append(DatasetViolation("y", f"has {len(y)} rows, but x has {len(x)}"))
+    if x.shape[1:] != tuple(input_shape):
+        found.append(
+            DatasetViolation("x", f"has rows of shape {x.shape[1:]}, but the model takes {tuple(input_shape)}")
+        )
+    if classes is None and y.dtype.kind != "f":
+        found.append(DatasetViolation("y", "must be float32 targets"))
+    elif classes is None:
+        found += _first_bad_row(dataset, "y", _not_finite, "has a target that is NaN or infinite")
+    elif y.dtype.kind != "i" or y.ndim != 1:
+        found.append(DatasetViolation("y", "must be one int64 label for each row"))
+    else:
+
+        def outside(labels: Array) -> Array:
+            return (labels < 0) | (labels >= classes)
+
+        found += _first_bad_row(dataset, "y", outside, f"has a label outside 0 to {classes - 1}")
+    if x.dtype.kind == "f":
+        found += _first_bad_row(dataset, "x", _not_finite, "has a value that is NaN or infinite")
+    return found
+
+
+def _not_finite(values: Array) -> Array:
+    return ~np.isfinite(values)
+
+
+def _first_bad_row(
+    dataset: Dataset, field: str, bad: Callable[[Array], Array], description: str
+) -> Iterator[DatasetViolation]:
+    """One violation that names the first bad row of x or y, if there is one."""
+    for start, part in dataset.chunks(field):
+        wrong = bad(part).reshape(len(part), -1).any(axis=1)
+        if wrong.any():
+            yield DatasetViolation(field, f"row {start + int(wrong.argmax())} {description}")
+            return
+
+
+def _labels(raw: str | None) -> tuple[int | str, ...] | None:
+    if raw is None:
+        return None
+    try:
+        labels = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError("the metadata `labels` is not JSON") from error
+    if not isinstance(labels, list) or not all(type(label) in (int, str) for label in labels):
+        raise DatasetError("the metadata `labels` must be a list of integers and texts")
+    return tuple(labels)
+
+
+def _mapped(path: Path, name: str, entry: TensorEntry) -> Array:
+    if entry.dtype not in _NUMPY_OF:
+        raise DatasetError(f"{name} has the dtype {entry.dtype}, which a dataset cannot have")
+    dtype = np.dtype(_NUMPY_OF[entry.dtype])
+    if entry.start == entry.end:
+        # Nothing cannot be mapped.
+        return np.empty(entry.shape, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=entry.start, shape=entry.shape)
+
+
+def _targets(y: Array) -> Array:
+    """Labels as int64, targets as float32."""
+    if y.dtype.kind == "f":
+        if y.ndim not in (1, 2):
+            raise DatasetError(f"targets must have the shape (rows) or (rows, targets), have {y.shape}")
+        with np.errstate(over="ignore"):
+            return y.astype("<f4")
+    if y.dtype.kind not in "biu" or y.ndim != 1:
+        raise DatasetError("labels must be one integer for each row")
+    if int(y.min()) < 0 or int(y.max()) >= MAX_CLASSES:
+        raise DatasetError(f"labels must be 0 to {MAX_CLASSES - 1}")
+    return y.astype("<i8")
+
+
+def _write_whole(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise

@@ -1,0 +1,176 @@
+"""Rows and labels out of the files that people have: npz, CSV, Parquet, folders of images."""
+
+import csv
+import importlib
+import math
+import zipfile
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+LABEL_COLUMN = "y"
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
+
+
+class DatasetError(ValueError):
+    """A file that is no dataset, or arrays that cannot be made into one; the text is for its author."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Features [n, ...], and for each row its label or targets as they were written, numbers or texts."""
+
+    x: Array
+    y: Array
+
+
+def read_rows(source: Path) -> Rows:
+    """Read a source by its kind: `.npz`, `.csv`, `.tsv`, `.parquet`, or a folder with one folder of images a class.
+
+    Raises OSError, and DatasetError for what cannot be read; both say where.
+    """
+    if source.is_dir():
+        return _images(source)
+    readers: dict[str, Callable[[Path], Rows]] = {
+        ".npz": _npz,
+        ".csv": lambda path: _delimited(path, ","),
+        ".tsv": lambda path: _delimited(path, "\t"),
+        ".parquet": _parquet,
+    }
+    reader = readers.get(source.suffix.lower())
+    if reader is None:
+        raise DatasetError(f"{source.name}: must be {', '.join(readers)} or a folder of images")
+    return reader(source)
+
+
+def _npz(path: Path) -> Rows:
+    try:
+        # Without pickle an array of objects is refused instead of being run.
+        with np.load(path, allow_pickle=False) as file:
+            if missing := {"x", "y"} - set(file.files):
+                raise DatasetError(f"{path.name}: lacks the array {sorted(missing)[0]!r}")
+            return Rows(file["x"], file["y"])
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(f"{path.name}: {error}") from error
+
+
+def _delimited(path: Path, delimiter: str) -> Rows:
+    """Numeric columns and one label column: the one named `y`, otherwise the last. The first line may be a header."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            lines = csv.reader(file, delimiter=delimiter)
+            first = next(lines, None)
+            if first is None:
+                raise DatasetError(f"{path.name}: is empty")
+            if len(first) < 2:
+                raise DatasetError(f"{path.name}: needs at least one column of features and one of labels")
+            names = [name.strip() for name in first]
+            label_at = names.index(LABEL_COLUMN) if LABEL_COLUMN in names else len(first) - 1
+            headed = LABEL_COLUMN in names or not all(_is_number(c) for i, c in enumerate(first) if i != label_at)
+            values, labels = array("d"), []
+            for cells in lines if headed else _chain(first, lines):
+                if not cells:
+                    continue
+                if len(cells) != len(first):
+                    raise DatasetError(f"{path.name}:{lines.line_num}: {len(cells)} columns, not {len(first)}")
+                labels.append(cells[label_at].strip())
+                try:
+                    values.extend(float(cell) for index, cell in enumerate(cells) if index != label_at)
+                except ValueError as error:
+                    raise DatasetError(f"{path.name}:{lines.line_num}: {error}") from error
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DatasetError(f"{path.name}: {error}") from error
+    if not labels:
+        raise DatasetError(f"{path.name}: has no rows")
+    return Rows(np.frombuffer(values, dtype=np.float64).reshape(len(labels), len(first) - 1), _parsed(labels))
+
+
+def _chain(first: list[str], rest: Any) -> Any:
+    yield first
+    yield from rest
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _parsed(labels: Sequence[str]) -> Array:
+    """Texts as integers if all are, else as floats if all are, else as they are."""
+    try:
+        return np.array([int(label) for label in labels], dtype=np.int64)
+    except (ValueError, OverflowError):
+        pass
+    if all(_is_number(label) and math.isfinite(float(label)) for label in labels):
+        return np.array([float(label) for label in labels])
+    return np.array(labels, dtype=np.str_)
+
+
+def _parquet(path: Path) -> Rows:
+    parquet = _optional("pyarrow.parquet", "pyarrow", "Parquet files")
+    table = parquet.read_table(path)
+    names: list[str] = table.column_names
+    if len(names) < 2:
+        raise DatasetError(f"{path.name}: needs at least one column of features and one of labels")
+    label = LABEL_COLUMN if LABEL_COLUMN in names else names[-1]
+    columns = []
+    for name in names:
+        if name == label:
+            continue
+        column = table.column(name).to_numpy()
+        if column.dtype.kind not in "biuf":
+            raise DatasetError(f"{path.name}: column {name!r} holds {column.dtype}, which are no numbers")
+        columns.append(column)
+    y = table.column(label).to_numpy(zero_copy_only=False)
+    return Rows(np.stack(columns, axis=1), y.astype(np.str_) if y.dtype.kind == "O" else y)
+
+
+def _images(folder: Path) -> Rows:
+    """One folder a class, its name the label: grey images as (rows, columns), others as (3, rows, columns)."""
+    image = _optional("PIL.Image", "Pillow", "folders of images")
+    found = [
+        (path, label.name)
+        for label in sorted(folder.iterdir())
+        if label.is_dir()
+        for path in sorted(label.iterdir())
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not found:
+        raise DatasetError(f"{folder.name}: has no folders with images")
+    modes: set[str] = set()
+    sizes: dict[tuple[int, int], Path] = {}
+    for path, _ in found:
+        with image.open(path) as opened:
+            modes.add(opened.mode)
+            sizes.setdefault(opened.size, path)
+    if len(sizes) > 1:
+        one, other = list(sizes.values())[:2]
+        raise DatasetError(f"{one.name} and {other.name} differ in size; all images must have one")
+    grey = modes <= {"1", "L"}
+    (columns, rows) = next(iter(sizes))
+    x = np.empty((len(found), rows, columns) if grey else (len(found), 3, rows, columns), dtype=np.uint8)
+    for index, (path, _) in enumerate(found):
+        with image.open(path) as opened:
+            pixels = np.asarray(opened.convert("L" if grey else "RGB"))
+        x[index] = pixels if grey else pixels.transpose(2, 0, 1)
+    return Rows(x, _parsed([label for _, label in found]))
+
+
+def _optional(module: str, package: str, purpose: str) -> Any:
+    """A module of a package that only some sources need. Raises DatasetError naming the package."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DatasetError(f"{purpose} need the package {package}: pip install {package}") from error
