@@ -183,7 +183,7 @@ class Database:
         while True:
             try:
                 outcomes = self._commit(group)
-            except Exception as error:
+            except BaseException as error:  # whatever a work raises, the writer lives on and everybody hears of it
                 if is_serialization_failure(error) and attempt < _SERIALIZATION_ATTEMPTS:
                     attempt += 1
                     continue
@@ -245,7 +245,7 @@ def _remembered(session: Session, pending: PendingRequest) -> bytes | None:
     return row.answer
 
 
-def _not_committed(error: Exception) -> Exception:
+def _not_committed(error: BaseException) -> BaseException:
     if isinstance(error, DBAPIError):
         unavailable = Unavailable("DATABASE_UNAVAILABLE", "the change could not be stored, nothing was changed")
         unavailable.__cause__ = error

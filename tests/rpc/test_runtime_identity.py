@@ -158,12 +158,12 @@ async def test_a_remembered_token_expires_too(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(auth, "verify_token", lambda *a, **k: (checks.append(1), verify(*a, **k))[1])
     clock, key = FakeClock(), Key.generate()
     token = issue_token(key, audience=AUDIENCE, now=NOW.timestamp())
-    async with serving(authenticator=Authenticator([AUDIENCE], clock=clock)) as server:
-        async with open_channel(server.address) as channel:
-            assert [await who(channel, token=token) for _ in range(3)] == [key.id] * 3
-            assert len(checks) == 1
-            clock.now += timedelta(minutes=10)
-            assert await refusal(channel, token=token) == ("UNAUTHENTICATED", "TOKEN_INVALID")
+    authenticator = Authenticator([AUDIENCE], clock=clock)
+    async with serving(authenticator=authenticator) as server, open_channel(server.address) as channel:
+        assert [await who(channel, token=token) for _ in range(3)] == [key.id] * 3
+        assert len(checks) == 1
+        clock.now += timedelta(minutes=10)
+        assert await refusal(channel, token=token) == ("UNAUTHENTICATED", "TOKEN_INVALID")
 
 
 def test_remembered_tokens_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,14 +200,14 @@ async def test_calls_at_the_same_time_keep_their_callers_apart() -> None:
 async def test_roles(rules: dict[str, frozenset[Role]], allowed: set[str]) -> None:
     keys = {name: Key.generate() for name in ("nobody", "operator", "service")}
     authenticator = Authenticator([AUDIENCE], operators=[keys["operator"].id], services=[keys["service"].id])
-    async with serving(authenticator=authenticator, policy=AccessPolicy(rules)) as server:
-        async with open_channel(server.address) as channel:
-            for name, key in keys.items():
-                token = issue_token(key, audience=AUDIENCE)
-                if name in allowed:
-                    assert await who(channel, "ForOperators", token) == key.id
-                else:
-                    assert await refusal(channel, "ForOperators", token) == ("PERMISSION_DENIED", "ROLE_REQUIRED")
+    policy = AccessPolicy(rules)
+    async with serving(authenticator=authenticator, policy=policy) as server, open_channel(server.address) as channel:
+        for name, key in keys.items():
+            token = issue_token(key, audience=AUDIENCE)
+            if name in allowed:
+                assert await who(channel, "ForOperators", token) == key.id
+            else:
+                assert await refusal(channel, "ForOperators", token) == ("PERMISSION_DENIED", "ROLE_REQUIRED")
 
 
 async def test_health_needs_no_token_and_channelz_the_operators() -> None:
