@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 import structlog
@@ -18,7 +18,6 @@ from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
 from services.runtime.auth import AccessPolicy, Authenticator, utc_now
-from services.runtime.database import Database
 from services.runtime.idempotency import RequestMemory
 from services.runtime.interceptors import (
     DrainInterceptor,
@@ -27,7 +26,10 @@ from services.runtime.interceptors import (
     MemoryInterceptor,
     RequestLogInterceptor,
 )
-from services.runtime.settings import ServiceSettings
+
+if TYPE_CHECKING:  # a model server has no database: it need not wait for SQLAlchemy's import
+    from services.runtime.database import Database
+    from services.runtime.settings import ServiceSettings
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_CONCURRENT_RPCS = 2048
@@ -173,7 +175,7 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
-def server_tls(settings: ServiceSettings) -> ServerTls | None:
+def server_tls(settings: "ServiceSettings") -> ServerTls | None:
     """The TLS files named in the settings, None for plaintext."""
     if settings.tls_certificate is None or settings.tls_key is None:
         return None
@@ -181,13 +183,13 @@ def server_tls(settings: ServiceSettings) -> ServerTls | None:
 
 
 async def serve(
-    settings: ServiceSettings,
+    settings: "ServiceSettings",
     mounts: Sequence[Mount],
     *,
     name: str,
     authenticator: Authenticator | None,
     policy: AccessPolicy | None = None,
-    remembered: Database | None = None,
+    remembered: "Database | None" = None,
     background: Sequence[Background] = (),
     on_close: Sequence[Background] = (),
     max_message_bytes: int = MAX_MESSAGE_BYTES,
@@ -254,7 +256,7 @@ async def _keep_running(job: Background, first_pause_s: float = 0.2) -> None:
         pause_s = min(pause_s * 2, _MAX_BACKOFF_S)
 
 
-async def _forget_requests(database: Database) -> None:
+async def _forget_requests(database: "Database") -> None:
     while True:
         await database.forget_requests(utc_now() - _REMEMBER_REQUESTS_FOR)
         await asyncio.sleep(_FORGET_EVERY_S)
