@@ -53,7 +53,7 @@ def read_rows(source: Path) -> Rows:
 def _npz(path: Path) -> Rows:
     try:
         # Without pickle an array of objects is refused instead of being run.
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             if missing := {"x", "y"} - set(file.files):
                 raise DatasetError(f"{path.name}: lacks the array {sorted(missing)[0]!r}")
             return Rows(file["x"], file["y"])

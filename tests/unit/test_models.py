@@ -1,0 +1,164 @@
+"""Torch modules of a spec: their tensors are the spec's, weights go in and out, and they learn."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from sklearn.datasets import load_digits
+
+from tiltyard.models import Network, build, load_model, load_weights, save_weights
+from tiltyard.modelspec import (
+    Activation,
+    Convnet,
+    FaultCode,
+    Linear,
+    Mlp,
+    ModelFault,
+    ModelSpec,
+    Resnet,
+    check_safetensors,
+    tensor_shapes,
+)
+
+SPECS = [
+    ModelSpec((5,), 3, Linear()),
+    ModelSpec((3, 4, 4), 2, Mlp((7, 6), Activation.SILU, 0.5)),
+    ModelSpec((1, 1), 2, Convnet((4, 8))),
+    ModelSpec((1, 7), 2, Convnet((2, 3), 5, (9,), Activation.TANH)),
+    ModelSpec((3, 33, 18), 10, Convnet((4, 8, 8), 3, (), Activation.GELU, 0.2)),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_the_tensors_are_those_of_the_spec(spec: ModelSpec) -> None:
+    module = build(spec, seed=1)
+    assert {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()} == tensor_shapes(spec)
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.int64, torch.uint16])
+def test_every_dtype_gives_the_same_logits_and_stays_as_it_was(spec: ModelSpec, dtype: torch.dtype) -> None:
+    module = build(spec, seed=1).eval()
+    rows = torch.randint(0, 16, (4, *spec.input_shape), generator=torch.Generator().manual_seed(0))
+    given = rows.to(dtype)
+    with torch.inference_mode():
+        logits = module(given)
+        torch.testing.assert_close(logits, module(rows.float()), rtol=0, atol=0)
+    assert logits.shape == (4, spec.outputs)
+    assert torch.equal(given.long(), rows)
+
+
+def test_scale_and_offset_are_inside_the_model() -> None:
+    plain = build(ModelSpec((5,), 3, Linear()), seed=1)
+    scaled = build(ModelSpec((5,), 3, Linear(), 1 / 16, -0.5), seed=1)
+    rows = torch.arange(10, dtype=torch.uint8).reshape(2, 5)
+    assert torch.equal(scaled(rows), plain(rows.float() * (1 / 16) - 0.5))
+    assert torch.equal(scaled(rows), scaled(rows.float()))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_spec_and_seed_fix_every_bit_and_leave_the_global_state_alone(spec: ModelSpec) -> None:
+    before = torch.random.get_rng_state()
+    one, same, other = build(spec, seed=7), build(spec, seed=7), build(spec, seed=8)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for left, right in zip(one.state_dict().values(), same.state_dict().values(), strict=True):
+        assert torch.equal(left, right)
+    assert not torch.equal(one.head.weight, other.head.weight)
+    assert not torch.equal(build(spec, seed=None).head.weight, build(spec, seed=None).head.weight)
+
+
+def test_an_architecture_to_come_says_so() -> None:
+    with pytest.raises(NotImplementedError, match="resnet"):
+        build(ModelSpec((3, 8, 8), 2, Resnet((1,), 8)), seed=0)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_weights_go_out_and_come_back(spec: ModelSpec, tmp_path: Path) -> None:
+    module, path = build(spec, seed=3).eval(), tmp_path / "model.safetensors"
+    save_weights(module, path)
+    first = path.read_bytes()
+    save_weights(module, path)
+    assert path.read_bytes() == first
+    assert list(tmp_path.iterdir()) == [path]
+    check_safetensors(lambda offset, n: first[offset : offset + n], len(first), spec, max_bytes=len(first))
+    rows = torch.ones(2, *spec.input_shape)
+    again = build(spec, seed=4).eval()
+    load_weights(again, path)
+    assert torch.equal(again(rows), module(rows))
+    assert torch.equal(load_model(spec, path)(rows), module(rows))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Layers this small gain nothing from a second thread, and lose much to it where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _saved(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    safetensors.torch.save_file(tensors, path)
+    return path
+
+
+def test_half_precision_weights_are_loaded_as_float32(tmp_path: Path) -> None:
+    module = build(SPECS[0], seed=1)
+    halves = {name: tensor.bfloat16() for name, tensor in module.state_dict().items()}
+    loaded = load_model(SPECS[0], _saved(tmp_path / "w", halves))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.head.weight, halves["head.weight"].float())
+
+
+def test_weights_that_do_not_fit_leave_the_module_alone(tmp_path: Path) -> None:
+    module = build(SPECS[0], seed=1)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    good = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
+    path = tmp_path / "w"
+    wrong = {
+        FaultCode.SHAPE_MISMATCH: [
+            {"head.weight": good["head.weight"]},
+            {**good, "more": torch.zeros(1)},
+            {**good, "head.bias": torch.zeros(4)},
+        ],
+        FaultCode.BAD_FORMAT: [{**good, "head.bias": torch.zeros(3, dtype=torch.int64)}],
+    }
+    for code, cases in wrong.items():
+        for tensors in cases:
+            with pytest.raises(ModelFault) as caught:
+                load_weights(module, _saved(path, tensors))
+            assert caught.value.code is code
+    for raw in (b"", b"\x80\x04not a tensor file", json.dumps({}).encode()):
+        path.write_bytes(raw)
+        with pytest.raises(ModelFault) as caught:
+            load_weights(module, path)
+        assert caught.value.code is FaultCode.BAD_FORMAT
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def _trained(spec: ModelSpec, x: torch.Tensor, y: torch.Tensor, *, epochs: int) -> Network:
+    module = build(spec, seed=0).train()
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    order = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=order).split(64):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(module(x[rows]), y[rows]).backward()
+            optimizer.step()
+    return module.eval()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("architecture", "least"), [(Linear(), 0.93), (Mlp((64,)), 0.95), (Convnet((16, 32)), 0.97)], ids=str
+)
+def test_each_architecture_learns_the_digits(architecture: Linear | Mlp | Convnet, least: float) -> None:
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+    x, y = torch.tensor(digits.images, dtype=torch.uint8)[order], torch.tensor(digits.target)[order]
+    module = _trained(ModelSpec((8, 8), 10, architecture, 1 / 16), x[:1400], y[:1400], epochs=15)
+    assert (module(x[1400:]).argmax(1) == y[1400:]).float().mean().item() > least
