@@ -1,7 +1,7 @@
 """What the registry asks of the selector, in the domain's own words; `peers.py` asks over gRPC.
 
-Every question is idempotent. All of them raise the errors of the selector's contract, and Unavailable while it cannot be
-reached.
+Every question is idempotent. All of them raise the errors of the selector's contract, and Unavailable while it cannot
+be reached.
 """
 
 from collections.abc import Collection, Sequence

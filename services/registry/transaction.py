@@ -17,6 +17,7 @@ from services.registry.records import (
     Endorsement,
     Evaluation,
     Member,
+    MembershipState,
     Participant,
     Round,
     Submission,
@@ -59,9 +60,17 @@ class Reading(Protocol):
         """All tasks in one of the states; for the background loop."""
         ...
 
+    def tasks_ended_with_pool(self) -> Sequence[Task]:
+        """FINAL and CANCELLED ones whose pool is still to be closed; for the background loop."""
+        ...
+
     def member(self, task: str, participant: str) -> Member | None: ...
     def members(self, task: str, *, after: int, limit: int) -> Sequence[tuple[int, Member]]: ...
     def all_members(self, task: str) -> Sequence[Member]: ...
+    def members_in(self, state: MembershipState, *, removed: bool) -> Sequence[Member]:
+        """Members of all tasks in one state, in order of joining; for the background loop."""
+        ...
+
     def verdicts(self, task: str, *, after: int, limit: int) -> Sequence[tuple[int, Verdict]]: ...
 
     def submission(self, task: str, number: int) -> Submission | None: ...
@@ -147,6 +156,10 @@ class Reading(Protocol):
     def leaves(self, *, start: int, limit: int) -> Sequence[Leaf]: ...
     def log_root(self) -> tuple[int, bytes]:
         """Size and RFC 9162 root of the record log."""
+        ...
+
+    def log_node(self, level: int, index: int) -> bytes:
+        """Hash of a complete subtree: the 2**level leaves from index * 2**level on. LookupError where there is none."""
         ...
 
     def next_deadline(self) -> datetime | None:

@@ -1,6 +1,7 @@
 """Times and durations between datetime and the contract, to the microsecond."""
 
 from datetime import UTC, datetime, timedelta
+from typing import overload
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -19,6 +20,10 @@ def moment_of(micros: int) -> datetime:
     return EPOCH + timedelta(microseconds=micros)
 
 
+@overload
+def timestamp(moment: datetime) -> Timestamp: ...
+@overload
+def timestamp(moment: None) -> None: ...
 def timestamp(moment: datetime | None) -> Timestamp | None:
     """The contract's timestamp; None leaves a field unset."""
     if moment is None:

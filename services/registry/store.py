@@ -1,0 +1,253 @@
+"""The registry's store: works of the domain as transactions, states and leaves changed together."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, TypeVar
+
+from sqlmodel import Session, SQLModel
+
+from services.registry import rows
+from services.registry.changes import ChangeBoard
+from services.registry.convert.times import micros_of
+from services.registry.convert.verdicts import verdict_message
+from services.registry.entries import Entry
+from services.registry.leaves import leaf_bytes
+from services.registry.queries import SessionReading
+from services.registry.records import (
+    Artifact,
+    ArtifactUse,
+    Assignment,
+    Endorsement,
+    Evaluation,
+    Member,
+    MembershipState,
+    Participant,
+    Role,
+    Round,
+    Submission,
+    Task,
+    Verdict,
+)
+from services.registry.tables import (
+    ArtifactRow,
+    ArtifactUseRow,
+    AssignmentRow,
+    CountersRow,
+    DrawReceiptRow,
+    EndorsementRow,
+    EvaluationRow,
+    LeafRow,
+    NodeRow,
+    RoundRow,
+    SubmissionRow,
+    TaskRow,
+    VerdictRow,
+)
+from services.registry.task_states import deadline_of
+from services.registry.transaction import Leaf, Reading, Writing
+from services.runtime.database import Database
+from tiltyard.transparency import Frontier, leaf_hash
+
+T = TypeVar("T")
+
+
+class SessionWriting(SessionReading):
+    """`transaction.Writing` over a session. `close` puts the counters back: call it when the work is done."""
+
+    def __init__(self, session: Session, now: datetime) -> None:
+        super().__init__(session)
+        self._now = now
+        self._own_counters: CountersRow | None = None
+        self._own_frontier: Frontier | None = None
+        self.topics: set[str] = set()
+
+    @property
+    def now(self) -> datetime:
+        return self._now
+
+    def append(self, entry: Entry) -> Leaf:
+        frontier = self._frontier()
+        data = leaf_bytes(entry, self._now)
+        leaf = Leaf(frontier.size, leaf_hash(data), data)
+        for (level, index), value in frontier.append(leaf.hash)[1:]:
+            self._session.add(NodeRow(level=level, index=index, hash=value))
+        self._session.add(LeafRow(index=leaf.index, hash=leaf.hash, entry=data))
+        return leaf
+
+    def put_participant(self, participant: Participant) -> None:
+        row = self._participant_row(participant.id)
+        if row is None:
+            self._session.add(rows.PARTICIPANTS.row(participant))
+        else:
+            rows.PARTICIPANTS.update(row, participant)
+
+    def put_endorsement(self, endorsement: Endorsement) -> None:
+        key = (endorsement.subject, endorsement.endorser, endorsement.field)
+        self._put(rows.ENDORSEMENTS, EndorsementRow, key, endorsement)
+
+    def delete_endorsement(self, endorser: str, subject: str, field: str) -> bool:
+        row = self._session.get(EndorsementRow, (subject, endorser, field))
+        if row is None:
+            return False
+        self._session.delete(row)
+        return True
+
+    def put_task(self, task: Task) -> Task:
+        row = self._task_row(task.id)
+        deadline = deadline_of(task)
+        due = None if deadline is None else micros_of(deadline)
+        columns = rows.TASKS.columns(task)
+        if row is None:
+            row = TaskRow(**{**columns, "deadline": due})
+            self._session.add(row)
+        else:
+            # The counters are the row's own: the caller's may be from before another member joined.
+            for name in ("revision", "training_nodes", "validators", "submissions"):
+                columns.pop(name)
+            for name, value in columns.items():
+                setattr(row, name, value)
+            row.deadline = due
+        self._bump(row)
+        return rows.TASKS.record(row)
+
+    def touch_task(self, task: str) -> None:
+        row = self._task_row(task)
+        if row is not None:
+            self._bump(row)
+
+    def _bump(self, row: TaskRow) -> None:
+        row.revision += 1
+        row.update_time = micros_of(self._now)
+        self.topics.add(f"tasks/{row.id}")
+
+    def put_member(self, member: Member) -> None:
+        row = self._member_row(member.task, member.participant)
+        before = None if row is None else rows.MEMBERS.record(row)
+        if row is None:
+            self._session.add(rows.MEMBERS.row(member))
+        else:
+            rows.MEMBERS.update(row, member)
+        task = self._task_row(member.task)
+        if task is None:
+            return
+        for role, column in ((Role.TRAINING_NODE, "training_nodes"), (Role.VALIDATOR, "validators")):
+            change = int(_counts_as(member, role)) - int(_counts_as(before, role))
+            setattr(task, column, getattr(task, column) + change)
+        self._bump(task)
+
+    def put_verdict(self, verdict: Verdict) -> None:
+        message = verdict_message(verdict).SerializeToString(deterministic=True)
+        self._session.add(VerdictRow(task=verdict.task, verdict=message))
+
+    def next_submission_number(self, task: str) -> int:
+        row = self._task_row(task)
+        if row is None:
+            raise LookupError(f"there is no task {task}")
+        row.submissions += 1
+        return row.submissions
+
+    def put_submission(self, submission: Submission) -> None:
+        self._put(rows.SUBMISSIONS, SubmissionRow, (submission.task, submission.number), submission)
+        self.touch_task(submission.task)
+
+    def put_round(self, round_: Round) -> None:
+        self._put(rows.ROUNDS, RoundRow, (round_.task, round_.number, round_.round), round_)
+
+    def put_assignment(self, assignment: Assignment) -> Assignment:
+        counters = self._counters()
+        counters.assignment_sequence += 1
+        key = (assignment.task, assignment.number, assignment.round, assignment.validator)
+        row = self._put(rows.ASSIGNMENTS, AssignmentRow, key, assignment)
+        row.sequence = counters.assignment_sequence
+        row.update_time = micros_of(self._now)
+        self.topics.add(f"validators/{assignment.validator}")
+        return rows.ASSIGNMENTS.record(row)
+
+    def put_evaluation(self, evaluation: Evaluation) -> None:
+        key = (evaluation.task, evaluation.number, evaluation.round, evaluation.validator)
+        self._put(rows.EVALUATIONS, EvaluationRow, key, evaluation)
+
+    def put_draw_receipt(self, draw: str, receipt: bytes) -> None:
+        row = self._session.get(DrawReceiptRow, draw)
+        if row is None:
+            self._session.add(DrawReceiptRow(draw=draw, receipt=receipt))
+        else:
+            row.receipt = receipt
+
+    def put_artifact(self, artifact: Artifact) -> None:
+        self._put(rows.ARTIFACTS, ArtifactRow, artifact.sha256, artifact)
+
+    def put_artifact_use(self, use: ArtifactUse) -> None:
+        key = (use.sha256, use.task, use.purpose.name, use.number)
+        self._put(rows.ARTIFACT_USES, ArtifactUseRow, key, use)
+
+    def set_ledger_position(self, sequence: int) -> None:
+        self._counters().ledger_position = sequence
+
+    def close(self) -> None:
+        """Put back what `append` kept in memory."""
+        if self._own_frontier is not None:
+            counters = self._counters()
+            counters.log_size = self._own_frontier.size
+            counters.log_frontier = b"".join(self._own_frontier.hashes)
+
+    def _put(self, kind: Any, table: type[SQLModel], key: Any, record: Any) -> Any:
+        row = self._session.get(table, key)
+        if row is None:
+            row = kind.row(record)
+            self._session.add(row)
+        else:
+            kind.update(row, record)
+        return row
+
+    def _counters(self) -> CountersRow:
+        if self._own_counters is None:
+            self._own_counters = super()._counters()
+            self._session.add(self._own_counters)
+        return self._own_counters
+
+    def _frontier(self) -> Frontier:
+        if self._own_frontier is None:
+            self._own_frontier = super()._frontier()
+        return self._own_frontier
+
+    def log_size(self) -> int:
+        return self._frontier().size
+
+
+def _counts_as(member: Member | None, role: Role) -> bool:
+    return member is not None and member.role is role and member.state is MembershipState.ACTIVE
+
+
+class SqlStore:
+    """`transaction.Store` over the process's database; announces what a committed work has changed."""
+
+    def __init__(self, database: Database, changes: ChangeBoard, clock: Callable[[], datetime]) -> None:
+        self._database = database
+        self._changes = changes
+        self._clock = clock
+
+    async def write(self, work: Callable[[Writing], T], *, final: bool = True) -> T:
+        """Run `work` in one durable transaction; see `transaction.Store`."""
+        topics: set[str] = set()
+
+        def run(session: Session) -> T:
+            writing = SessionWriting(session, self._clock())
+            result = work(writing)
+            writing.close()
+            topics.update(writing.topics)
+            return result
+
+        written = asyncio.ensure_future(self._database.write(run, final=final))
+        # Announced even when the caller has gone: what is committed is for the others to see.
+        written.add_done_callback(lambda done: self._announce(done, topics))
+        return await asyncio.shield(written)
+
+    async def read(self, work: Callable[[Reading], T]) -> T:
+        """Run `work` on one consistent snapshot."""
+        return await self._database.read(lambda session: work(SessionReading(session)))
+
+    def _announce(self, done: "asyncio.Future[Any]", topics: set[str]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self._changes.announce(topics)

@@ -1,0 +1,242 @@
+"""The registry's tables; rows of them never leave `store.py`.
+
+Times are microseconds since the Unix epoch, states the names of their enum's members, signed statements the bytes of
+their protobuf message, and weights (unsigned 64 bit) decimal text.
+"""
+
+from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Text
+from sqlalchemy.orm import registry
+from sqlmodel import Field, SQLModel
+
+# SQLite numbers rows by itself in columns of the type INTEGER only.
+POSITION = BigInteger().with_variant(Integer, "sqlite")
+
+
+class Table(SQLModel, registry=registry()):
+    """Base of all tables here: names are the registry's own, apart from those of other services in the same process."""
+
+
+def _position() -> int | None:
+    return Field(default=None, sa_column=Column(POSITION, primary_key=True, autoincrement=True))  # type: ignore[no-any-return]
+
+
+class ParticipantRow(Table, table=True):
+    __tablename__ = "participants"
+
+    position: int | None = _position()
+    id: str = Field(unique=True)
+    display_name: str
+    public_key: bytes = Field(sa_type=LargeBinary)
+    owner: str | None = Field(default=None, index=True)
+    create_time: int = Field(sa_type=BigInteger)
+
+
+class EndorsementRow(Table, table=True):
+    __tablename__ = "endorsements"
+
+    subject: str = Field(primary_key=True)
+    endorser: str = Field(primary_key=True)
+    field: str = Field(primary_key=True)
+    create_time: int = Field(sa_type=BigInteger)
+
+
+class TaskRow(Table, table=True):
+    __tablename__ = "tasks"
+
+    position: int | None = _position()
+    id: str = Field(unique=True)
+    creator: str = Field(index=True)
+    config: bytes = Field(sa_type=LargeBinary)
+    state: str = Field(index=True)
+    state_reason: str
+    create_time: int = Field(sa_type=BigInteger)
+    update_time: int = Field(sa_type=BigInteger)
+    evaluation_rows: int = Field(sa_type=BigInteger)
+    holdout: str
+    holdout_rows: int = Field(sa_type=BigInteger)
+    holdout_leaf: bytes = Field(sa_type=LargeBinary)
+    ranking_round: int
+    open_time: int | None = Field(default=None, sa_type=BigInteger)
+    close_time: int | None = Field(default=None, sa_type=BigInteger)
+    pool_open: bool
+    revision: int = Field(sa_type=BigInteger)
+    deadline: int | None = Field(default=None, sa_type=BigInteger, index=True)
+    training_nodes: int = 0
+    validators: int = 0
+    submissions: int = 0
+
+
+class MemberRow(Table, table=True):
+    __tablename__ = "members"
+    __table_args__ = (
+        Index("ix_members_task_participant", "task", "participant", unique=True),
+        Index("ix_members_state_removed", "state", "removed"),
+    )
+
+    position: int | None = _position()
+    task: str
+    participant: str
+    role: str
+    state: str
+    statement: bytes | None = Field(default=None, sa_type=LargeBinary)
+    create_time: int = Field(sa_type=BigInteger)
+    locked_micros: int = Field(sa_type=BigInteger)
+    weight: str
+    owner_group: str
+    removed: bool
+
+
+class VerdictRow(Table, table=True):
+    __tablename__ = "verdicts"
+
+    position: int | None = _position()
+    task: str = Field(index=True)
+    verdict: bytes = Field(sa_type=LargeBinary)
+
+
+class SubmissionRow(Table, table=True):
+    __tablename__ = "submissions"
+    __table_args__ = (
+        Index("ix_submissions_state_commit_time", "state", "commit_time"),
+        Index("ix_submissions_participant_commit_time", "participant", "commit_time"),
+        Index("ix_submissions_task_model_digest", "task", "model_digest"),
+        Index("ix_submissions_state_deadline", "state", "deadline"),
+    )
+
+    task: str = Field(primary_key=True)
+    number: int = Field(primary_key=True)
+    participant: str
+    state: str
+    commitment: bytes = Field(sa_type=LargeBinary)
+    commit_time: int = Field(sa_type=BigInteger)
+    deadline: int | None = Field(default=None, sa_type=BigInteger)
+    reason: str | None = None
+    detail: str
+    original: int | None = None
+    model_digest: bytes = Field(sa_type=LargeBinary)
+    size_bytes: int = Field(sa_type=BigInteger)
+    format: str | None = None
+    model_index: int
+    salt: bytes = Field(sa_type=LargeBinary)
+    reveal_leaf: bytes = Field(sa_type=LargeBinary)
+    structure_checked: bool
+    scores: str = Field(sa_type=Text)
+    draws: str = Field(sa_type=Text)
+    reveal_time: int | None = Field(default=None, sa_type=BigInteger)
+    end_time: int | None = Field(default=None, sa_type=BigInteger)
+
+
+class RoundRow(Table, table=True):
+    __tablename__ = "rounds"
+    __table_args__ = (Index("ix_rounds_state_deadline", "state", "deadline"),)
+
+    task: str = Field(primary_key=True)
+    number: int = Field(primary_key=True)
+    round: int = Field(primary_key=True)
+    state: str
+    deadline: int = Field(sa_type=BigInteger)
+    draw: str
+    picks: int
+    exhausted: bool
+    wanted: int
+    disputed: bool
+    detail: str
+
+
+class AssignmentRow(Table, table=True):
+    __tablename__ = "assignments"
+    __table_args__ = (
+        Index("ix_assignments_validator_sequence", "validator", "sequence"),
+        Index("ix_assignments_state_deadline", "state", "deadline"),
+        Index("ix_assignments_settled_state", "settled", "state"),
+    )
+
+    task: str = Field(primary_key=True)
+    number: int = Field(primary_key=True)
+    round: int = Field(primary_key=True)
+    validator: str = Field(primary_key=True)
+    state: str
+    position: int
+    create_time: int = Field(sa_type=BigInteger)
+    update_time: int = Field(sa_type=BigInteger)
+    deadline: int | None = Field(default=None, sa_type=BigInteger)
+    opening: bool
+    lease_token: str
+    lease_holder: bytes = Field(sa_type=LargeBinary)
+    settled: bool
+    refund: bool
+    sequence: int = Field(sa_type=BigInteger, unique=True)
+
+
+class EvaluationRow(Table, table=True):
+    __tablename__ = "evaluations"
+    __table_args__ = (Index("ix_evaluations_validator_verdict", "validator", "verdict"),)
+
+    task: str = Field(primary_key=True)
+    number: int = Field(primary_key=True)
+    round: int = Field(primary_key=True)
+    validator: str = Field(primary_key=True)
+    seal: bytes = Field(sa_type=LargeBinary)
+    statement: bytes = Field(sa_type=LargeBinary)
+    seal_time: int = Field(sa_type=BigInteger)
+    report: bytes | None = Field(default=None, sa_type=LargeBinary)
+    salt: bytes = Field(sa_type=LargeBinary)
+    finding: str | None = Field(default=None, sa_type=Text)
+    open_time: int | None = Field(default=None, sa_type=BigInteger)
+    verdict: str | None = None
+    disclosed: bool
+
+
+class DrawReceiptRow(Table, table=True):
+    __tablename__ = "draw_receipts"
+
+    draw: str = Field(primary_key=True)
+    receipt: bytes = Field(sa_type=LargeBinary)
+
+
+class ArtifactRow(Table, table=True):
+    __tablename__ = "artifacts"
+
+    sha256: str = Field(primary_key=True)
+    size_bytes: int = Field(sa_type=BigInteger)
+    create_time: int = Field(sa_type=BigInteger)
+
+
+class ArtifactUseRow(Table, table=True):
+    __tablename__ = "artifact_uses"
+
+    sha256: str = Field(primary_key=True)
+    task: str = Field(primary_key=True)
+    purpose: str = Field(primary_key=True)
+    number: int = Field(primary_key=True)
+    owner: str
+
+
+class LeafRow(Table, table=True):
+    __tablename__ = "log_leaves"
+
+    index: int = Field(sa_column=Column(POSITION, primary_key=True, autoincrement=False))
+    hash: bytes = Field(sa_type=LargeBinary)
+    entry: bytes = Field(sa_type=LargeBinary)
+
+
+class NodeRow(Table, table=True):
+    """Complete subtrees of two leaves and more, so that proofs read a logarithmic number of rows."""
+
+    __tablename__ = "log_nodes"
+
+    level: int = Field(primary_key=True)
+    index: int = Field(sa_column=Column(POSITION, primary_key=True, autoincrement=False))
+    hash: bytes = Field(sa_type=LargeBinary)
+
+
+class CountersRow(Table, table=True):
+    """The one row of what grows: the log's frontier, the ledger's position, the last assignment's sequence."""
+
+    __tablename__ = "counters"
+
+    id: int = Field(primary_key=True)
+    log_size: int = Field(sa_type=BigInteger)
+    log_frontier: bytes = Field(sa_type=LargeBinary)
+    ledger_position: int = Field(sa_type=BigInteger)
+    assignment_sequence: int = Field(sa_type=BigInteger)
