@@ -1,0 +1,223 @@
+"""Duties of validators as leases: offered, accepted with a token, renewed while work goes on, or given back."""
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from services.registry.records import (
+    Assignment,
+    AssignmentState,
+    DatasetDigest,
+    Limits,
+    ModelFormat,
+    Round,
+    RoundState,
+    Submission,
+    Task,
+)
+from services.registry.rounds import FIRST_ROUND, end_assignment, log_assignment
+from services.registry.transaction import Changes, Reading, Store, Writing
+from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied
+from services.runtime.names import AssignmentId
+from tiltyard.commitments import matches
+from tiltyard.modelspec import ModelSpec
+
+_WATCH_PAGE = 200
+_WATCH_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class EvaluationOrder:
+    """All that a lease holder needs to evaluate."""
+
+    dataset: DatasetDigest
+    model_sha256: str
+    model_size_bytes: int
+    format: ModelFormat
+    spec: ModelSpec
+    limits: Limits
+
+
+@dataclass(frozen=True)
+class Lease:
+    """An accepted assignment with its token and what is to be done."""
+
+    assignment: Assignment
+    order: EvaluationOrder
+
+
+class Assignments:
+    """Hands out duties, to their validator alone."""
+
+    def __init__(self, store: Store, changes: Changes) -> None:
+        self._store = store
+        self._changes = changes
+
+    async def watch(self, caller: str, *, after: int | None) -> AsyncIterator[Assignment]:
+        """The caller's assignments that have not ended, then each change, without end; each with its sequence.
+
+        With `after` the changes above that sequence only. Several changes of one assignment in a short time may show
+        as the last of them.
+        """
+        if after is None:
+            seen, unended = await self._store.read(
+                lambda tx: (tx.assignment_sequence(), tx.assignments_unended_of(caller))
+            )
+            for assignment in unended:
+                yield assignment
+        else:
+            seen = after
+        while True:
+            # Asked for before the read, so that a change between the two is not missed.
+            change = asyncio.ensure_future(self._changes.wait(f"validators/{caller}", _WATCH_TIMEOUT_S))
+            try:
+                page = await self._changed(caller, seen)
+                if not page:
+                    await change
+            finally:
+                change.cancel()
+            for assignment in page:
+                seen = assignment.sequence
+                yield assignment
+
+    async def _changed(self, caller: str, after: int) -> Sequence[Assignment]:
+        return await self._store.read(lambda tx: tx.assignments_of(caller, after=after, limit=_WATCH_PAGE))
+
+    async def page_of_caller(self, caller: str, *, after: int, limit: int) -> Sequence[Assignment]:
+        """The caller's assignments over all tasks by their last change, those of a sequence above `after`."""
+        return await self._store.read(lambda tx: tx.assignments_of(caller, after=after, limit=limit))
+
+    async def page_of_submission(
+        self, task: str, number: int, *, after: tuple[int, int], limit: int
+    ) -> Sequence[Assignment]:
+        """The assignments of a submission by round and position, those beyond `after`."""
+
+        def read(tx: Reading) -> Sequence[Assignment]:
+            if tx.submission(task, number) is None:
+                raise NotFound("SUBMISSION_NOT_FOUND", f"task {task} has no submission {number}")
+            return [a for a in tx.assignments(task, number) if (a.round, a.position) > after][:limit]
+
+        return await self._store.read(read)
+
+    async def accept(self, caller: str, assignment: AssignmentId, *, holder: bytes) -> Lease:
+        """Take the lease, or get it again as the same holder; `holder` is a secret of 32 bytes."""
+        token = secrets.token_urlsafe(32)
+        # The hash is enough to know the holder again.
+        holder_hash = hashlib.sha256(holder).digest()
+
+        def write(tx: Writing) -> Lease:
+            found = own_assignment(tx, assignment, caller)
+            round_, task, submission = _surroundings(tx, found)
+            running = found.deadline is not None and tx.now < found.deadline
+            if not running or found.state not in (AssignmentState.OFFERED, AssignmentState.ACCEPTED):
+                raise ended(found)
+            held = found.state is AssignmentState.ACCEPTED
+            if held and not matches(found.lease_holder, holder_hash):
+                raise AlreadyExists("LEASE_HELD", "the lease is held by another process of this validator")
+            leased = tx.put_assignment(
+                replace(
+                    found,
+                    state=AssignmentState.ACCEPTED,
+                    deadline=_lease_end(tx, task, round_),
+                    lease_token=found.lease_token if held else token,
+                    lease_holder=holder_hash,
+                    update_time=tx.now,
+                )
+            )
+            if not held:
+                log_assignment(tx, leased)
+            return Lease(leased, _order(task, submission, leased.round))
+
+        return await self._store.write(write)
+
+    async def renew(self, caller: str, assignment: AssignmentId, *, token: str) -> Assignment:
+        """Prolong a running lease by the task's lease time, never beyond the deadline of the round."""
+
+        def write(tx: Writing) -> Assignment:
+            found = own_assignment(tx, assignment, caller)
+            check_lease(tx, found, token)
+            round_, task, _ = _surroundings(tx, found)
+            return tx.put_assignment(replace(found, deadline=_lease_end(tx, task, round_), update_time=tx.now))
+
+        return await self._store.write(write)
+
+    async def decline(self, caller: str, assignment: AssignmentId, *, token: str) -> Assignment:
+        """Give a duty back that was offered, or whose lease the caller holds."""
+
+        def write(tx: Writing) -> Assignment:
+            found = own_assignment(tx, assignment, caller)
+            if found.state is AssignmentState.ACCEPTED:
+                check_lease(tx, found, token)
+            elif found.state is not AssignmentState.OFFERED:
+                raise ended(found)
+            return end_assignment(tx, found, AssignmentState.DECLINED)
+
+        return await self._store.write(write)
+
+
+def own_assignment(tx: Reading, assignment: AssignmentId, caller: str) -> Assignment:
+    """The caller's assignment. Raises PermissionDenied for another's, whether it is there or not."""
+    if assignment.participant != caller:
+        raise PermissionDenied("NOT_YOUR_ASSIGNMENT", "the assignment is another validator's")
+    found = tx.assignment(assignment.task, assignment.number, assignment.round, assignment.participant)
+    if found is None:
+        raise NotFound("ASSIGNMENT_NOT_FOUND", "there is no such assignment")
+    return found
+
+
+def check_lease(tx: Writing, assignment: Assignment, token: str) -> None:
+    """Raises FailedPrecondition unless a lease is running, PermissionDenied unless `token` is its token."""
+    if assignment.state is AssignmentState.OFFERED or not assignment.lease_token:
+        raise FailedPrecondition("NO_LEASE", f"the assignment is {assignment.state.name} and was never accepted")
+    if not matches(assignment.lease_token.encode(), token.encode()):
+        raise PermissionDenied("WRONG_LEASE_TOKEN", "the token is not that of the lease")
+    late = assignment.deadline is None or tx.now >= assignment.deadline
+    if assignment.state is not AssignmentState.ACCEPTED or late:
+        raise FailedPrecondition(
+            "LEASE_LOST", f"the lease is over, the assignment is {assignment.state.name}", state=assignment.state.name
+        )
+
+
+def ended(assignment: Assignment) -> FailedPrecondition:
+    """The answer to whoever comes too late."""
+    state = assignment.state.name
+    return FailedPrecondition("ASSIGNMENT_ENDED", f"the assignment is {state}, or its time is over", state=state)
+
+
+def _surroundings(tx: Reading, assignment: Assignment) -> tuple[Round, Task, Submission]:
+    round_ = tx.round(assignment.task, assignment.number, assignment.round)
+    task, submission = tx.task(assignment.task), tx.submission(assignment.task, assignment.number)
+    if round_ is None or task is None or submission is None:
+        raise LookupError(f"the assignment of {assignment.validator} has no round")
+    if round_.state is not RoundState.SEALING:
+        raise ended(assignment)
+    return round_, task, submission
+
+
+def _lease_end(tx: Writing, task: Task, round_: Round) -> datetime:
+    return min(tx.now + task.config.schedule.lease_time, round_.deadline)
+
+
+def _order(task: Task, submission: Submission, round_: int) -> EvaluationOrder:
+    dataset = dataset_of(task, round_)
+    if submission.format is None:
+        raise LookupError(f"submission {submission.number} of {task.id} has not been revealed")
+    return EvaluationOrder(
+        dataset=dataset,
+        model_sha256=submission.model_digest.hex(),
+        model_size_bytes=submission.size_bytes,
+        format=submission.format,
+        spec=task.config.models[submission.model_index],
+        limits=task.config.limits,
+    )
+
+
+def dataset_of(task: Task, round_: int) -> DatasetDigest:
+    """The evaluation dataset of a round: D_eval in the first, the holdout in the second."""
+    dataset = task.config.evaluation_dataset if round_ == FIRST_ROUND else task.config.holdout
+    if dataset is None:
+        raise LookupError(f"task {task.id} has no dataset for round {round_}")
+    return dataset

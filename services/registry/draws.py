@@ -1,0 +1,287 @@
+"""Steps that need the selector: draw the validators of a round, call in reserves, settle what a duty has cost."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from services.registry.entries import DrawMade, SubmissionChanged
+from services.registry.records import (
+    Assignment,
+    Draw,
+    HoldoutState,
+    MembershipState,
+    Role,
+    Round,
+    RoundState,
+    Submission,
+    SubmissionState,
+    Task,
+    TaskState,
+)
+from services.registry.rounds import (
+    FIRST_ROUND,
+    HOLDOUT_ROUND,
+    give_up,
+    offer,
+    standing,
+    start_round,
+    submission_of,
+    task_of,
+)
+from services.registry.selection import Selection
+from services.registry.transaction import Reading, Store, Writing
+from services.registry.turns import each
+from services.runtime.errors import ArenaError, FailedPrecondition, Unavailable
+from services.runtime.names import format_submission
+from tiltyard.commitments import holdout_anchor
+
+RETRY_AFTER = timedelta(seconds=3)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A round to be drawn, with what the selector is asked with."""
+
+    round: Round
+    task: Task
+    submission: Submission
+    anchor: bytes
+    paused: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Short:
+    """A round that lacks `missing` validators."""
+
+    round: Round
+    missing: int
+    paused: frozenset[str]
+
+
+class Draws:
+    """Asks the selector outside of any transaction and writes what it said in one.
+
+    Every question is idempotent, so that one whose answer was lost is asked again.
+    """
+
+    def __init__(self, store: Store, selection: Selection, clock: Callable[[], datetime]) -> None:
+        self._store = store
+        self._selection = selection
+        self._clock = clock
+        # When and in which company a draw was refused last; losing this costs one more question.
+        self._refused: dict[tuple[str, int, int], tuple[datetime, object]] = {}
+
+    async def start_rounds_of_holdout(self) -> int:
+        """Every SCORED submission of a closed task with an accepted holdout gets its round 2."""
+        if not await self._store.read(_without_holdout_round):
+            return 0
+
+        def start(tx: Writing) -> int:
+            found = _without_holdout_round(tx)
+            for task, submission in found:
+                start_round(tx, submission, task, HOLDOUT_ROUND)
+            return len(found)
+
+        return await self._store.write(start)
+
+    async def draw(self) -> int:
+        """Rounds that wait are drawn, and offered to the first k; those that waited for too long are given up."""
+        waiting = await self._store.read(_waiting)
+        self._forget_all_but(waiting)
+        return await each(waiting, self._draw_one)
+
+    async def _draw_one(self, waiting: _Waiting) -> int:
+        round_, submission = waiting.round, waiting.submission
+        key = (round_.task, round_.number, round_.round)
+        company = (waiting.task.validators, waiting.paused)
+        now = self._clock()
+        overdue = now >= round_.deadline
+        refused_at, refused_company = self._refused.get(key, (None, None))
+        if refused_at is not None and not overdue and refused_company == company and now < refused_at + RETRY_AFTER:
+            return 0
+        try:
+            drawn = await self._selection.draw_validators(
+                task=round_.task,
+                number=round_.number,
+                round_=round_.round,
+                anchor=waiting.anchor,
+                salt=submission.salt,
+                validators=waiting.task.config.validators_per_submission,
+                submitter=submission.participant,
+                paused=waiting.paused,
+            )
+        except ArenaError as error:
+            too_few = isinstance(error, FailedPrecondition) and error.reason == "NOT_ENOUGH_VALIDATORS"
+            if not too_few and not (overdue and isinstance(error, Unavailable)):
+                raise
+            self._refused[key] = (now, company)
+            message = error.message
+            return await self._store.write(lambda tx: _wait_or_give_up(tx, round_, message))
+        return await self._store.write(lambda tx: _record_draw(tx, round_, drawn))
+
+    def _forget_all_but(self, waiting: list[_Waiting]) -> None:
+        keys = {(w.round.task, w.round.number, w.round.round) for w in waiting}
+        for key in self._refused.keys() - keys:
+            del self._refused[key]
+
+    async def call_reserves(self) -> int:
+        """Rounds with fewer validators at work than they want take the next of their draw's order."""
+        now = self._clock()
+        short = await self._store.read(lambda tx: _short(tx, now))
+        return await each(short, self._extend_one)
+
+    async def _extend_one(self, short: _Short) -> int:
+        round_ = short.round
+        try:
+            drawn = await self._selection.extend_draw(
+                round_.draw, picks=round_.picks + short.missing, paused=short.paused
+            )
+        except FailedPrecondition as error:
+            if error.reason != "ORDER_EXHAUSTED":
+                raise
+            return await self._store.write(lambda tx: _note_exhausted(tx, round_))
+        if len(drawn.order) <= round_.picks:
+            return await self._store.write(lambda tx: _note_exhausted(tx, round_))
+        return await self._store.write(lambda tx: _record_extension(tx, round_, drawn))
+
+    async def settle(self) -> int:
+        """Duties that have ended are charged or refunded at the selector."""
+        settled: list[Assignment] = []
+
+        async def settle_one(owed: tuple[Assignment, str]) -> int:
+            assignment, draw = owed
+            try:
+                await self._selection.settle(draw, assignment.validator, refund=assignment.refund)
+            except FailedPrecondition as error:
+                # The selector's book is the truth; asking again would not change it.
+                if error.reason != "ALREADY_SETTLED":
+                    raise
+            settled.append(assignment)
+            return 1
+
+        owed = await self._store.read(_owed)
+        try:
+            return await each(owed, settle_one)
+        finally:
+            if settled:
+                await self._store.write(lambda tx: _note_settled(tx, settled))
+
+
+def _without_holdout_round(tx: Reading) -> list[tuple[Task, Submission]]:
+    return [
+        (task, submission)
+        for task in tx.tasks_in(TaskState.CLOSED)
+        if task.holdout is HoldoutState.ACCEPTED
+        for submission in tx.submissions(task.id, state=SubmissionState.SCORED)
+        if tx.round(task.id, submission.number, HOLDOUT_ROUND) is None
+    ]
+
+
+def _paused(tx: Reading, task: str) -> frozenset[str]:
+    # Who has left stays in the selector's pool until the last duty has ended, but takes no new ones.
+    away = (MembershipState.PAUSED, MembershipState.LEFT)
+    return frozenset(m.participant for m in tx.all_members(task) if m.role is Role.VALIDATOR and m.state in away)
+
+
+def _waiting(tx: Reading) -> list[_Waiting]:
+    paused: dict[str, frozenset[str]] = {}
+    found = []
+    for round_ in tx.rounds_unconcluded():
+        if round_.state is not RoundState.WAITING:
+            continue
+        task, submission = task_of(tx, round_), submission_of(tx, round_)
+        if round_.round == FIRST_ROUND:
+            anchor = submission.reveal_leaf
+        else:
+            name = format_submission(submission.task, submission.number)
+            anchor = holdout_anchor(holdout_leaf=task.holdout_leaf, submission=name)
+        if task.id not in paused:
+            paused[task.id] = _paused(tx, task.id)
+        found.append(_Waiting(round_, task, submission, anchor, paused[task.id]))
+    return found
+
+
+def _wait_or_give_up(tx: Writing, seen: Round, detail: str) -> int:
+    round_ = tx.round(seen.task, seen.number, seen.round)
+    if round_ is None or round_.state is not RoundState.WAITING:
+        return 0
+    if tx.now >= round_.deadline:
+        give_up(tx, round_, detail)
+        return 1
+    if round_.detail != detail:
+        tx.put_round(replace(round_, detail=detail))
+        if round_.round == FIRST_ROUND:
+            tx.put_submission(replace(submission_of(tx, round_), detail=detail))
+    return 0
+
+
+def _record_draw(tx: Writing, seen: Round, drawn: Draw) -> int:
+    round_ = tx.round(seen.task, seen.number, seen.round)
+    if round_ is None or round_.draw:
+        return 0
+    task, submission = task_of(tx, round_), submission_of(tx, round_)
+    tx.put_draw_receipt(drawn.id, drawn.receipt)
+    tx.append(DrawMade(drawn.receipt))
+    submission = replace(submission, draws={**submission.draws, round_.round: drawn.id})
+    begun = replace(round_, draw=drawn.id, detail="")
+    if round_.state is RoundState.WAITING:
+        schedule = task.config.schedule
+        begun = replace(begun, state=RoundState.SEALING, deadline=tx.now + schedule.evaluation_time)
+        if round_.round == FIRST_ROUND:
+            submission = replace(
+                submission,
+                state=SubmissionState.EVALUATING,
+                detail="",
+                deadline=begun.deadline + schedule.evaluation_time,
+            )
+            tx.append(SubmissionChanged(task=task.id, number=submission.number, state=submission.state))
+    tx.put_submission(submission)
+    offer(tx, begun, drawn.order, deadline=tx.now + task.config.schedule.accept_time)
+    tx.put_round(replace(begun, picks=len(drawn.order)))
+    return 1
+
+
+def _short(tx: Reading, now: datetime) -> list[_Short]:
+    found = []
+    for round_ in tx.rounds_unconcluded():
+        if round_.state is not RoundState.SEALING or round_.exhausted or now >= round_.deadline:
+            continue
+        missing = round_.wanted - standing(tx, round_).live
+        if missing > 0:
+            found.append(_Short(round_, missing, _paused(tx, round_.task)))
+    return found
+
+
+def _note_exhausted(tx: Writing, seen: Round) -> int:
+    round_ = tx.round(seen.task, seen.number, seen.round)
+    if round_ is None or round_.state is RoundState.CONCLUDED or round_.exhausted:
+        return 0
+    tx.put_round(replace(round_, exhausted=True, detail="no reserves are left in the draw's order"))
+    return 1
+
+
+def _record_extension(tx: Writing, seen: Round, drawn: Draw) -> int:
+    round_ = tx.round(seen.task, seen.number, seen.round)
+    if round_ is None or len(drawn.order) <= round_.picks:
+        return 0
+    tx.put_draw_receipt(drawn.id, drawn.receipt)
+    tx.append(DrawMade(drawn.receipt))
+    offer(tx, round_, drawn.order, deadline=tx.now + task_of(tx, round_).config.schedule.accept_time)
+    tx.put_round(replace(round_, picks=len(drawn.order)))
+    return 1
+
+
+def _owed(tx: Reading) -> list[tuple[Assignment, str]]:
+    owed = []
+    for assignment in tx.assignments_unsettled():
+        round_ = tx.round(assignment.task, assignment.number, assignment.round)
+        if round_ is not None:
+            owed.append((assignment, round_.draw))
+    return owed
+
+
+def _note_settled(tx: Writing, settled: list[Assignment]) -> None:
+    for seen in settled:
+        assignment = tx.assignment(seen.task, seen.number, seen.round, seen.validator)
+        if assignment is not None and not assignment.settled:
+            tx.put_assignment(replace(assignment, settled=True))

@@ -1,0 +1,183 @@
+"""Steps from the first lease to the score: expired duties, reports asked to open, conclusions."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+
+from services.registry.entries import ScoreConcluded, SubmissionChanged
+from services.registry.records import (
+    AssignmentState,
+    EvaluationVerdict,
+    RejectionReason,
+    Round,
+    RoundState,
+    Score,
+    SubmissionState,
+)
+from services.registry.rounds import (
+    FIRST_ROUND,
+    Standing,
+    end_assignment,
+    end_round,
+    give_up,
+    reject,
+    reports_of,
+    set_deadline,
+    standing,
+    submission_of,
+    task_of,
+)
+from services.registry.transaction import Reading, Store, Writing
+from services.registry.turns import each
+from tiltyard import scoring
+
+
+class Judging:
+    """Looks on a snapshot for what is due, and looks again in the transaction that does it."""
+
+    def __init__(self, store: Store, clock: Callable[[], datetime]) -> None:
+        self._store = store
+        self._clock = clock
+
+    async def expire_assignments(self) -> int:
+        """Duties that were not accepted, or not sealed, in time: the next reserve may have them."""
+        now = self._clock()
+        if not await self._store.read(lambda tx: tx.assignments_due(now)):
+            return 0
+
+        def expire(tx: Writing) -> int:
+            due = tx.assignments_due(tx.now)
+            for assignment in due:
+                end_assignment(tx, assignment, AssignmentState.EXPIRED)
+            return len(due)
+
+        return await self._store.write(expire)
+
+    async def open_reports(self) -> int:
+        """Rounds with all the seals they want, or no more to come, ask for the reports."""
+        return await self._turn(RoundState.SEALING, _sealing_is_over, _ask_to_open)
+
+    async def conclude(self) -> int:
+        """Rounds whose reports have been opened, or whose time to open is over, are concluded."""
+        return await self._turn(RoundState.OPENING, _opening_is_over, _conclude)
+
+    async def _turn(
+        self,
+        state: RoundState,
+        is_due: Callable[[Reading, Round, datetime], bool],
+        work: Callable[[Writing, Round], None],
+    ) -> int:
+        now = self._clock()
+
+        def due(tx: Reading) -> list[Round]:
+            return [r for r in tx.rounds_unconcluded() if r.state is state and is_due(tx, r, now)]
+
+        async def do(seen: Round) -> int:
+            def write(tx: Writing) -> int:
+                round_ = tx.round(seen.task, seen.number, seen.round)
+                if round_ is None or round_.state is not state or not is_due(tx, round_, tx.now):
+                    return 0
+                work(tx, round_)
+                return 1
+
+            return await self._store.write(write)
+
+        return await each(await self._store.read(due), do)
+
+
+def _quorum(tx: Reading, round_: Round) -> int:
+    return scoring.quorum(task_of(tx, round_).config.validators_per_submission)
+
+
+def _sealing_is_over(tx: Reading, round_: Round, now: datetime) -> bool:
+    found = standing(tx, round_)
+    if found.reported >= round_.wanted or now >= round_.deadline:
+        return True
+    return round_.exhausted and (not found.pending or found.live < _quorum(tx, round_))
+
+
+def _ask_to_open(tx: Writing, round_: Round) -> None:
+    found, quorum = standing(tx, round_), _quorum(tx, round_)
+    for assignment in found.pending:
+        late = assignment.deadline is not None and tx.now >= assignment.deadline
+        end_assignment(tx, assignment, AssignmentState.EXPIRED if late else AssignmentState.RELEASED)
+    if found.reported < quorum:
+        give_up(tx, round_, f"{found.reported} reports came in, at least {quorum} are needed")
+        return
+    deadline = tx.now + task_of(tx, round_).config.schedule.evaluation_time
+    for assignment in found.sealed:
+        tx.put_assignment(replace(assignment, opening=True, deadline=deadline, update_time=tx.now))
+    tx.put_round(replace(round_, state=RoundState.OPENING, deadline=deadline, detail=""))
+    set_deadline(tx, round_, deadline)
+
+
+def _opening_is_over(tx: Reading, round_: Round, now: datetime) -> bool:
+    return now >= round_.deadline or not standing(tx, round_).sealed
+
+
+def _conclude(tx: Writing, round_: Round) -> None:
+    for assignment in standing(tx, round_).sealed:
+        end_assignment(tx, assignment, AssignmentState.EXPIRED)
+        evaluation = tx.evaluation(round_.task, round_.number, round_.round, assignment.validator)
+        if evaluation is not None:
+            tx.put_evaluation(replace(evaluation, verdict=EvaluationVerdict.UNOPENED))
+    found, quorum = standing(tx, round_), _quorum(tx, round_)
+    if len(found.counted) < quorum:
+        if round_.exhausted:
+            give_up(tx, round_, f"{len(found.counted)} reports were opened, at least {quorum} are needed")
+        else:
+            _seal_again(tx, round_, wanted=round_.wanted)
+        return
+    config = task_of(tx, round_).config
+    result = scoring.conclude(
+        reports_of(found.counted),
+        config.validators_per_submission,
+        config.tolerance,
+        disputed=round_.disputed or round_.exhausted,
+    )
+    match result:
+        case scoring.NeedMore(reserves_wanted=more):
+            _seal_again(tx, replace(round_, disputed=True), wanted=len(found.counted) + more)
+        case scoring.Conclusion():
+            _record(tx, round_, found, result)
+
+
+def _seal_again(tx: Writing, round_: Round, *, wanted: int) -> None:
+    """Back to sealing, for reserves that are still to be called in; the reports that were opened are kept."""
+    schedule = task_of(tx, round_).config.schedule
+    deadline = tx.now + schedule.evaluation_time
+    tx.put_round(replace(round_, state=RoundState.SEALING, deadline=deadline, wanted=wanted))
+    set_deadline(tx, round_, deadline + schedule.evaluation_time)
+
+
+def _record(tx: Writing, round_: Round, found: Standing, result: scoring.Conclusion) -> None:
+    if result.outcome is not scoring.Outcome.AMBIGUOUS:
+        for evaluation in found.counted:
+            outlier = evaluation.validator in result.outliers
+            verdict = EvaluationVerdict.OUTLIER if outlier else EvaluationVerdict.AGREED
+            tx.put_evaluation(replace(evaluation, verdict=verdict))
+    end_round(tx, round_)
+    score = Score(
+        round=round_.round,
+        outcome=result.outcome.value,
+        correct=result.correct,
+        total=result.total,
+        fault=result.fault,
+        tolerance=result.tolerance,
+        evaluations=tuple(evaluation.validator for evaluation in found.counted),
+        outliers=result.outliers,
+    )
+    tx.append(ScoreConcluded(task=round_.task, number=round_.number, score=score))
+    submission = submission_of(tx, round_)
+    submission = replace(submission, scores={**submission.scores, round_.round: score})
+    if round_.round != FIRST_ROUND:
+        tx.put_submission(submission)
+    elif result.outcome is scoring.Outcome.SCORED:
+        scored = replace(submission, state=SubmissionState.SCORED, detail="", deadline=None, end_time=tx.now)
+        tx.put_submission(scored)
+        tx.append(SubmissionChanged(task=scored.task, number=scored.number, state=scored.state))
+    elif result.outcome is scoring.Outcome.FAULT:
+        detail = f"{len(found.counted) - len(result.outliers)} of {len(found.counted)} validators found it"
+        reject(tx, submission, RejectionReason[result.fault], detail=detail)
+    else:
+        reject(tx, submission, RejectionReason.AMBIGUOUS, detail="the validators found no majority")

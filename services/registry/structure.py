@@ -1,0 +1,106 @@
+"""A step before any draw: is the revealed file one of the task's model, by its size and header alone?"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Protocol
+
+from services.registry.records import RejectionReason, Submission, SubmissionState
+from services.registry.rounds import FIRST_ROUND, reject, start_round
+from services.registry.transaction import Reading, Store, Writing
+from services.registry.turns import each
+from tiltyard.modelspec import ModelFault, ModelSpec, check_safetensors
+
+
+class ModelFiles(Protocol):
+    """The bytes of artifacts; both methods block, and raise OSError."""
+
+    def size(self, sha256: str) -> int:
+        """Bytes of the file."""
+        ...
+
+    def read(self, sha256: str, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on, fewer at the end only."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Revealed:
+    submission: Submission
+    spec: ModelSpec
+    max_bytes: int
+
+
+@dataclass(frozen=True)
+class _Finding:
+    reason: RejectionReason
+    detail: str
+
+
+class StructureChecks:
+    """Reads the header of each revealed model; what passes waits for its draw."""
+
+    def __init__(self, store: Store, files: ModelFiles, clock: Callable[[], datetime]) -> None:
+        self._store = store
+        self._files = files
+        self._clock = clock
+
+    async def check(self) -> int:
+        """Revealed submissions are rejected by what is wrong with their file, or get their first round."""
+        return await each(await self._store.read(_revealed), self._check_one)
+
+    async def _check_one(self, revealed: _Revealed) -> int:
+        submission = revealed.submission
+        try:
+            finding = await asyncio.to_thread(self._examine, revealed)
+        except OSError as error:
+            if submission.deadline is None or self._clock() < submission.deadline:
+                raise
+            # A file that cannot be read is not the submitter's fault.
+            finding = _Finding(
+                RejectionReason.VALIDATORS_UNAVAILABLE, f"the registry could not read the model: {error.strerror}"
+            )
+        return await self._store.write(lambda tx: _record(tx, submission, finding))
+
+    def _examine(self, revealed: _Revealed) -> _Finding | None:
+        submission = revealed.submission
+        sha256 = submission.model_digest.hex()
+        size = self._files.size(sha256)
+        if size != submission.size_bytes:
+            detail = f"the file has {size} bytes, {submission.size_bytes} were revealed"
+            return _Finding(RejectionReason.DIGEST_MISMATCH, detail)
+        try:
+            check_safetensors(
+                lambda offset, length: self._files.read(sha256, offset, length),
+                size,
+                revealed.spec,
+                max_bytes=revealed.max_bytes,
+            )
+        except ModelFault as fault:
+            return _Finding(RejectionReason[fault.code.value], fault.detail)
+        return None
+
+
+def _revealed(tx: Reading) -> list[_Revealed]:
+    found = []
+    for submission in tx.submissions_in(SubmissionState.REVEALED):
+        task = tx.task(submission.task)
+        if task is not None and not submission.structure_checked:
+            config = task.config
+            found.append(_Revealed(submission, config.models[submission.model_index], config.limits.max_model_bytes))
+    return found
+
+
+def _record(tx: Writing, seen: Submission, finding: _Finding | None) -> int:
+    submission, task = tx.submission(seen.task, seen.number), tx.task(seen.task)
+    if submission is None or task is None:
+        return 0
+    if submission.state is not SubmissionState.REVEALED or submission.structure_checked:
+        return 0
+    if finding is not None:
+        reject(tx, submission, finding.reason, detail=finding.detail)
+        return 1
+    round_ = start_round(tx, submission, task, FIRST_ROUND)
+    tx.put_submission(replace(submission, structure_checked=True, deadline=round_.deadline))
+    return 1

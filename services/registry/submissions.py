@@ -1,0 +1,284 @@
+"""Models by commit and reveal: whoever commits first owns a model, and nobody gains by copying."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from services.registry.entries import SubmissionCommitted, SubmissionRevealed
+from services.registry.records import (
+    Artifact,
+    ArtifactPurpose,
+    ArtifactUse,
+    MembershipState,
+    ModelFormat,
+    RejectionReason,
+    Role,
+    Submission,
+    SubmissionState,
+    Task,
+    TaskState,
+)
+from services.registry.rounds import FIRST_ROUND, reject
+from services.registry.transaction import Reading, Store, Writing
+from services.runtime.errors import (
+    FailedPrecondition,
+    FieldViolation,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+)
+from services.runtime.names import format_participant, format_task
+from tiltyard.commitments import matches, submission_commitment
+from tiltyard.identity import Envelope
+
+DAY = timedelta(hours=24)
+STRUCTURE_TIME = timedelta(minutes=1)
+
+
+@dataclass(frozen=True)
+class SubmissionView:
+    """A submission with what is read beside it. `ranking_round` is the round whose score ranks."""
+
+    submission: Submission
+    validators: tuple[str, ...]
+    """All who were assigned so far, reserves included, in the order of their rounds and positions."""
+    ranking_round: int
+
+
+@dataclass(frozen=True)
+class Reveal:
+    """What a training node says of its model; digest and salt are 32 bytes."""
+
+    task: str
+    number: int
+    model_digest: bytes
+    salt: bytes
+    format: ModelFormat
+    model_index: int
+
+
+class Submissions:
+    """Takes commitments and reveals, and shows what became of them."""
+
+    def __init__(self, store: Store, clock: Callable[[], datetime], *, origin: str) -> None:
+        self._store = store
+        self._clock = clock
+        self._origin = origin
+
+    async def commit(self, caller: str, *, task: str, commitment: bytes, statement: Envelope) -> SubmissionView:
+        """Record a commitment of an active training node of an open task."""
+
+        def write(tx: Writing) -> SubmissionView:
+            found = _find_task(tx, task)
+            if found.state is not TaskState.OPEN or tx.now >= found.config.schedule.close_time:
+                raise FailedPrecondition("TASK_NOT_OPEN", "the task takes no submissions now", state=found.state.name)
+            member = tx.member(task, caller)
+            if member is None or member.role is not Role.TRAINING_NODE or member.state is not MembershipState.ACTIVE:
+                raise FailedPrecondition("NOT_A_TRAINING_NODE", "only active training nodes of the task submit")
+            _check_daily_limit(tx, found, caller)
+            submission = Submission(
+                task=task,
+                number=tx.next_submission_number(task),
+                participant=caller,
+                state=SubmissionState.COMMITTED,
+                commitment=commitment,
+                commit_time=tx.now,
+                deadline=tx.now + found.config.schedule.reveal_time,
+            )
+            tx.put_submission(submission)
+            tx.append(SubmissionCommitted(task=task, number=submission.number, statement=statement))
+            return _view(tx, found, submission)
+
+        return await self._store.write(write)
+
+    async def reveal(self, caller: str, *, reveal: Reveal, statement: Envelope) -> SubmissionView:
+        """Open a commitment whose model has been uploaded; copies are rejected at once, whichever comes to light."""
+
+        def write(tx: Writing) -> SubmissionView:
+            task, submission = _find_task(tx, reveal.task), _find(tx, reveal.task, reveal.number)
+            if submission.participant != caller:
+                raise PermissionDenied("NOT_YOUR_SUBMISSION", "the submission is another participant's")
+            _check_revealable(tx, submission)
+            self._check_commitment(submission, reveal)
+            _check_model(task, reveal)
+            artifact = _uploaded(tx, submission, reveal)
+            leaf = tx.append(
+                SubmissionRevealed(
+                    task=submission.task,
+                    number=submission.number,
+                    statement=statement,
+                    size_bytes=artifact.size_bytes,
+                )
+            )
+            submission = replace(
+                submission,
+                state=SubmissionState.REVEALED,
+                model_digest=reveal.model_digest,
+                size_bytes=artifact.size_bytes,
+                format=reveal.format,
+                model_index=reveal.model_index,
+                salt=reveal.salt,
+                reveal_leaf=leaf.hash,
+                reveal_time=tx.now,
+                deadline=tx.now + STRUCTURE_TIME,
+            )
+            tx.put_submission(submission)
+            return _view(tx, task, _reject_copies(tx, submission))
+
+        return await self._store.write(write)
+
+    def _check_commitment(self, submission: Submission, reveal: Reveal) -> None:
+        commitment = submission_commitment(
+            origin=self._origin,
+            task=format_task(submission.task),
+            participant=format_participant(submission.participant),
+            model_digest=reveal.model_digest,
+            salt=reveal.salt,
+        )
+        if not matches(commitment, submission.commitment):
+            problem = "does not give the commitment that was made"
+            raise InvalidArgument(
+                [FieldViolation("statement.model_digest", problem), FieldViolation("statement.salt", problem)],
+                reason="COMMITMENT_MISMATCH",
+            )
+
+    async def get(self, task: str, number: int) -> SubmissionView:
+        """One submission."""
+        return await self._store.read(lambda tx: _view(tx, _find_task(tx, task), _find(tx, task, number)))
+
+    async def page(
+        self, task: str, *, after: int, limit: int, state: SubmissionState | None, participant: str | None
+    ) -> Sequence[SubmissionView]:
+        """Submissions of a task by number, those above `after`, at most `limit`."""
+
+        def read(tx: Reading) -> Sequence[SubmissionView]:
+            found = _find_task(tx, task)
+            rows = tx.submissions(task, after=after, limit=limit, state=state, participant=participant)
+            return [_view(tx, found, submission) for submission in rows]
+
+        return await self._store.read(read)
+
+    async def expire_reveals(self) -> int:
+        """A step of the referee: commitments that were not opened in time are rejected."""
+        now = self._clock()
+        if not await self._store.read(lambda tx: _unrevealed(tx, now)):
+            return 0
+
+        def expire(tx: Writing) -> int:
+            late = _unrevealed(tx, tx.now)
+            for submission in late:
+                reject(tx, submission, RejectionReason.REVEAL_EXPIRED, detail="it was not revealed in time")
+            return len(late)
+
+        return await self._store.write(expire)
+
+
+def _find_task(tx: Reading, task: str) -> Task:
+    found = tx.task(task)
+    if found is None:
+        raise NotFound("TASK_NOT_FOUND", f"there is no task {task}", task=task)
+    return found
+
+
+def _find(tx: Reading, task: str, number: int) -> Submission:
+    found = tx.submission(task, number)
+    if found is None:
+        raise NotFound("SUBMISSION_NOT_FOUND", f"task {task} has no submission {number}", task=task, number=str(number))
+    return found
+
+
+def _view(tx: Reading, task: Task, submission: Submission) -> SubmissionView:
+    assigned = tx.assignments(submission.task, submission.number)
+    return SubmissionView(
+        submission=submission,
+        validators=tuple(dict.fromkeys(assignment.validator for assignment in assigned)),
+        ranking_round=task.ranking_round or FIRST_ROUND,
+    )
+
+
+def _check_daily_limit(tx: Writing, task: Task, participant: str) -> None:
+    since = tx.now - DAY
+    used = tx.count_submissions(task.id, participant, since=since)
+    limit = task.config.limits.daily_submissions
+    if used < limit:
+        return
+    oldest = tx.oldest_submission_since(task.id, participant, since=since)
+    raise ResourceExhausted(
+        "DAILY_LIMIT",
+        f"{used} of {limit} submissions have been made in the last 24 hours",
+        # When the oldest is a day old there is room for one more.
+        retry_after_s=(oldest - since).total_seconds() if oldest else DAY.total_seconds(),
+        limit=str(limit),
+        used=str(used),
+    )
+
+
+def _check_revealable(tx: Writing, submission: Submission) -> None:
+    expired = submission.reason is RejectionReason.REVEAL_EXPIRED
+    late = submission.deadline is not None and tx.now >= submission.deadline
+    if expired or (submission.state is SubmissionState.COMMITTED and late):
+        raise FailedPrecondition("REVEAL_EXPIRED", "the time to reveal this submission is over")
+    if submission.state is not SubmissionState.COMMITTED:
+        raise FailedPrecondition(
+            "NOT_COMMITTED", f"the submission is {submission.state.name}", state=submission.state.name
+        )
+
+
+def _check_model(task: Task, reveal: Reveal) -> None:
+    violations = []
+    if not 0 <= reveal.model_index < len(task.config.models):
+        problem = f"is {reveal.model_index}, the task has {len(task.config.models)} models, counted from 0"
+        violations.append(FieldViolation("statement.model_index", problem))
+    if reveal.format is not ModelFormat.SAFETENSORS:
+        violations.append(FieldViolation("statement.format", f"{reveal.format.name} is not supported yet"))
+    if violations:
+        raise InvalidArgument(violations)
+
+
+def _uploaded(tx: Writing, submission: Submission, reveal: Reveal) -> Artifact:
+    """The model's bytes, as handed in for this very submission.
+
+    That somebody else has uploaded the same digest is not enough: digests are public once revealed, and a reader's
+    right to the bytes follows from having had them.
+    """
+    sha256 = reveal.model_digest.hex()
+    artifact = tx.artifact(sha256)
+    own = ArtifactUse(
+        sha256=sha256,
+        task=submission.task,
+        purpose=ArtifactPurpose.MODEL,
+        owner=submission.participant,
+        number=submission.number,
+    )
+    if artifact is None or own not in tx.artifact_uses(sha256):
+        raise FailedPrecondition(
+            "MODEL_NOT_UPLOADED", "upload the model for this submission before revealing it", artifact=sha256
+        )
+    return artifact
+
+
+def _reject_copies(tx: Writing, revealed: Submission) -> Submission:
+    """Of several revealed submissions of one model the earliest commit owns it; numbers are in the order of commits."""
+    same = [s for s in tx.submissions_with_digest(revealed.task, revealed.model_digest) if s.number != revealed.number]
+    for later in same:
+        if later.number > revealed.number and later.state is not SubmissionState.REJECTED:
+            _reject_copy(tx, later, original=revealed.number)
+    # Whoever failed through the platform's fault alone may submit the same model again.
+    earlier = [
+        s.number
+        for s in same
+        if s.number < revealed.number
+        and not (s.participant == revealed.participant and s.reason is RejectionReason.VALIDATORS_UNAVAILABLE)
+    ]
+    return _reject_copy(tx, revealed, original=min(earlier)) if earlier else revealed
+
+
+def _reject_copy(tx: Writing, submission: Submission, *, original: int) -> Submission:
+    detail = f"submission {original} committed the same model earlier"
+    return reject(tx, submission, RejectionReason.COPY, detail=detail, original=original)
+
+
+def _unrevealed(tx: Reading, now: datetime) -> list[Submission]:
+    committed = tx.submissions_in(SubmissionState.COMMITTED)
+    return [s for s in committed if s.deadline is not None and now >= s.deadline]
