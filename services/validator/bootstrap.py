@@ -1,0 +1,106 @@
+"""Puts a validator together from its settings."""
+
+import fcntl
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.modelserver.spawn import Nursery
+from services.runtime.auth import AccessPolicy, Authenticator, Role, utc_now
+from services.runtime.channels import open_peer
+from services.runtime.database import Database
+from services.runtime.paging import load_secret
+from services.runtime.server import Background, Mount
+from services.validator import migrations
+from services.validator.cache import Cache
+from services.validator.children import NurseryAttempts
+from services.validator.convert import RunPages
+from services.validator.duties import Means
+from services.validator.peers import RegistryPeer
+from services.validator.scheduler import Scheduler
+from services.validator.servicers.validation import SERVICE, mount
+from services.validator.settings import ValidatorSettings
+from services.validator.signing import KeyNotary
+from services.validator.slots import FairSlots
+from services.validator.store import DatabaseRunStore
+from services.validator.validation import Validation
+from tiltyard.identity import Key
+
+# Leases held for each evaluation slot: enough that offers do not expire in the queue, few enough to leave others some.
+_LEASES_PER_SLOT = 8
+
+
+@dataclass(frozen=True)
+class Validator:
+    """A validator that is ready to be served."""
+
+    key: Key
+    mounts: Sequence[Mount]
+    authenticator: Authenticator
+    policy: AccessPolicy
+    database: Database
+    background: Sequence[Background]
+    on_close: Sequence[Background]
+
+
+async def build(settings: ValidatorSettings, *, on_drained: Callable[[], None]) -> Validator:
+    """Opens what a validator needs. `on_drained` is called once when a drain is over.
+
+    Exits with status 2 when another process has the state folder.
+    """
+    lock = _own(settings.state_dir)
+    key = Key.load_or_create(settings.key_file)
+    database = Database.open(settings.database_url, migrations=migrations)
+    store = DatabaseRunStore(database)
+    channel = open_peer(settings.registry, key=key, audience=f"{settings.origin}/registry")
+    nursery = Nursery()
+    attempts = NurseryAttempts(
+        nursery,
+        folder=settings.state_dir / "children",
+        threads=max(1, (os.cpu_count() or 1) // settings.concurrency),
+        concurrency=settings.concurrency,
+    )
+    means = Means(
+        registry=RegistryPeer(channel, clock=utc_now),
+        notary=KeyNotary(key, settings.origin),
+        store=store,
+        cache=Cache(settings.state_dir / "cache", max_bytes=settings.cache_bytes),
+        attempts=attempts,
+        leases=FairSlots(_LEASES_PER_SLOT * settings.concurrency),
+        evaluations=FairSlots(settings.concurrency),
+        lease_holder=load_secret(settings.state_dir / "lease_holder"),
+        clock=utc_now,
+    )
+    scheduler = Scheduler(means, stop_after=settings.stop_after, on_drained=on_drained)
+    validation = Validation(key.id, scheduler, store, isolation=attempts.isolation)
+
+    async def close() -> None:
+        await nursery.close()
+        attempts.close()
+        await channel.close()
+        await database.close()
+        os.close(lock)
+
+    return Validator(
+        key=key,
+        mounts=[mount(validation, RunPages(load_secret(settings.state_dir / "pages")))],
+        authenticator=Authenticator({key.id}, operators=settings.operators | {key.id}, clock=utc_now),
+        policy=AccessPolicy({f"/{SERVICE}/*": frozenset({Role.OPERATOR})}),
+        database=database,
+        background=[nursery.start, scheduler.run],
+        on_close=[close],
+    )
+
+
+def _own(state_dir: Path) -> int:
+    """Takes the state folder for this process; the kernel gives it back however the process ends."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(state_dir / "process.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.stderr.write(f"TILTYARD_STATE_DIR: {state_dir} is in use by another validator\n")
+        raise SystemExit(2) from None
+    return descriptor

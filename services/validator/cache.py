@@ -1,0 +1,91 @@
+"""Files named by their SHA-256, kept up to a number of bytes; the least recently used go first."""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+PARTIAL = ".part"
+
+Fetch = Callable[[Path], Awaitable[None]]
+"""Brings the file to the path given, whole and checked; what lies in `{path}.part` may be gone on with."""
+
+
+class CacheTooSmall(Exception):
+    """The files in use and the one wanted are over the cache's limit together."""
+
+
+class Cache:
+    """A folder of artifacts. It holds no state but the files, so nothing can disagree after a crash.
+
+    A file that is there from an earlier process is hashed before its first use: a crash of the machine may have left
+    its bytes unwritten.
+    """
+
+    def __init__(self, folder: Path, *, max_bytes: int) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._trusted: set[str] = set()
+        self._in_use: Counter[str] = Counter()
+        self._wanted_bytes: dict[str, int] = {}
+        self._fetching: dict[str, asyncio.Lock] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @asynccontextmanager
+    async def hold(self, digest: str, size_bytes: int, fetch: Fetch) -> AsyncIterator[Path]:
+        """The file of this digest (64 hex digits), which stays as long as the block runs.
+
+        Several may want one file: it is fetched once. Raises CacheTooSmall, OSError, and what `fetch` raises.
+        """
+        self._in_use[digest] += 1
+        self._wanted_bytes[digest] = size_bytes
+        try:
+            async with self._fetching.setdefault(digest, asyncio.Lock()):
+                path = self._folder / digest
+                if not await self._is_good(digest, path):
+                    self._make_room()
+                    await fetch(path)
+                    self._trusted.add(digest)
+            os.utime(path)
+            yield path
+        finally:
+            self._in_use[digest] -= 1
+            if not self._in_use[digest]:
+                del self._in_use[digest], self._wanted_bytes[digest], self._fetching[digest]
+
+    async def _is_good(self, digest: str, path: Path) -> bool:
+        if digest not in self._trusted and await asyncio.to_thread(_is_whole, path, digest):
+            self._trusted.add(digest)
+        return digest in self._trusted
+
+    def _make_room(self) -> None:
+        """Removes what is not in use, oldest first, until that which is in use or wanted fits."""
+        wanted = sum(self._wanted_bytes.values())
+        if wanted > self._max_bytes:
+            raise CacheTooSmall(f"{wanted} bytes are needed at once, the cache may hold {self._max_bytes}")
+        idle = [path for path in self._folder.iterdir() if path.name.removesuffix(PARTIAL) not in self._in_use]
+        aged = sorted((path.stat().st_mtime_ns, path) for path in idle)
+        kept = sum(path.stat().st_size for path in idle)
+        for _, path in aged:
+            if kept + wanted <= self._max_bytes:
+                return
+            kept -= path.stat().st_size
+            self._trusted.discard(path.name)
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+
+def _is_whole(path: Path, digest: str) -> bool:
+    """Whether the file is there with these bytes; one with others is removed."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return False
+    if found != digest:
+        path.unlink()
+    return found == digest

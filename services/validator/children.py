@@ -1,0 +1,167 @@
+"""One attempt at an evaluation: a fresh, confined model server from the nursery, and every row through it."""
+
+import asyncio
+import contextlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.modelserver.spawn import MODEL_NAME, Child, ChildEnded, Exit, ExitKind, Limits, Nursery, NurseryDown
+from services.validator.batches import rows_per_batch
+from services.validator.evaluation import CannotEvaluate, Job, ModelFailed, ServerLost
+from services.validator.pipeline import BatchStream, RequestRefused, StreamBroken, WrongAnswer
+from services.validator.rows import EvaluationRows
+from services.validator.runs import Fault, Finding, Progress
+from tiltyard.counting import Metric, NanOutput, Tally
+from tiltyard.modelspec import ModelFault, to_json
+
+_SPEC_FILE = "spec.json"
+_WEIGHTS_FILE = "model.safetensors"
+# A child whose connection broke is dead or about to be.
+_EXIT_TIMEOUT_S = 5.0
+# Waiting for one batch: the CPU limit ends what computes; this ends what hangs, on a busy machine too.
+_LEAST_STALL_S = 30.0
+
+_FAULT_OF = {
+    ExitKind.OUT_OF_MEMORY: Fault.OUT_OF_MEMORY,
+    ExitKind.TOO_SLOW: Fault.TOO_SLOW,
+    ExitKind.CRASHED: Fault.CRASHED,
+}
+
+
+class NurseryAttempts:
+    """Attempts with children of `nursery`, each on `threads` cores, under `folder`, which is emptied first."""
+
+    def __init__(self, nursery: Nursery, *, folder: Path, threads: int, concurrency: int) -> None:
+        self._nursery = nursery
+        self._folder = folder
+        self._threads = threads
+        self._streams = ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="evaluation")
+        self._network: str | None = None
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, mode=0o700)
+
+    def isolation(self) -> str:
+        """How model servers are confined on this machine, in one sentence."""
+        ground = "Each model server is a process of its own with limits on memory, CPU time and files"
+        if self._network is None:
+            return f"{ground}; whether its network can be taken away shows with the first one."
+        if not self._network:
+            return f"{ground}; this kernel does not let its network be taken away."
+        return f"{ground}, and without network ({self._network})."
+
+    async def attempt(self, job: Job, progress: Progress) -> Finding:
+        """The counts. Raises ModelFailed, ServerLost and CannotEvaluate; leaves no process behind."""
+        with EvaluationRows.open(job.dataset) as rows:
+            if rows.row_shape != job.order.spec.input_shape:
+                raise CannotEvaluate(
+                    f"rows of the dataset have shape {rows.row_shape}, the model's input {job.order.spec.input_shape}"
+                )
+            progress.begin(rows.total)
+            async with self._child(job) as child:
+                return await self._stream(child, rows, job, progress)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._streams.shutdown()
+
+    @asynccontextmanager
+    async def _child(self, job: Job) -> AsyncIterator[Child]:
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
+        try:
+            (folder / _SPEC_FILE).write_text(json.dumps(to_json(job.order.spec)))
+            (folder / _WEIGHTS_FILE).hardlink_to(job.model)
+            limits = Limits(
+                memory_bytes=job.order.max_memory_bytes,
+                cpu_seconds=max(1, math.ceil(job.order.max_cpu_s)),
+                threads=self._threads,
+            )
+            try:
+                child = await self._nursery.spawn(folder, limits)
+            except ModelFault as fault:
+                raise ModelFailed.by(fault) from fault
+            except ChildEnded as ended:
+                _raise_by(ended.exit)
+            except NurseryDown as error:
+                raise ServerLost(str(error)) from error
+            self._network = child.network
+            try:
+                yield child
+            finally:
+                await child.kill()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def _stream(self, child: Child, rows: EvaluationRows, job: Job, progress: Progress) -> Finding:
+        order = job.order
+        tally = Tally(order.metric or Metric.ACCURACY, top_k=order.top_k)
+        stream = BatchStream(
+            child.address,
+            model=MODEL_NAME,
+            outputs=order.spec.outputs,
+            rows_per_batch=rows_per_batch(order.spec, rows.row_bytes),
+        )
+
+        def take(start: int, stop: int, logits: NDArray[np.float32]) -> None:
+            try:
+                tally.add(logits, rows.labels(start, stop))
+            except ValueError as error:
+                raise CannotEvaluate(f"rows {start} to {stop} of the dataset: {error}") from error
+            progress.advance(stop)
+
+        loop = asyncio.get_running_loop()
+        running = loop.run_in_executor(self._streams, stream.run, rows, take)
+        stall_s = max(_LEAST_STALL_S, 2 * order.max_cpu_s)
+        try:
+            await _while_it_moves(running, progress, stall_s)
+        except NanOutput as error:
+            raise ModelFailed(Fault.NAN_OUTPUT, str(error)) from error
+        except WrongAnswer as error:
+            raise ModelFailed(Fault.SHAPE_MISMATCH, str(error)) from error
+        except RequestRefused as error:
+            raise ModelFailed(Fault.CRASHED, f"the model server refused a batch: {error}") from error
+        except StreamBroken as error:
+            await _raise_by_end(child, str(error))
+        except TimeoutError as error:
+            raise ModelFailed(Fault.TOO_SLOW, f"no batch was answered for {stall_s:g} s") from error
+        finally:
+            stream.cancel()
+            # The thread reads the file until it ends.
+            with contextlib.suppress(Exception):
+                await asyncio.shield(running)
+        return Finding(counts=tally.counts(), prediction_blocks=tally.prediction_blocks())
+
+
+async def _while_it_moves(running: "asyncio.Future[None]", progress: Progress, stall_s: float) -> None:
+    """Waits for `running`. Raises TimeoutError when the position has not moved for `stall_s`."""
+    while True:
+        before = progress.position
+        done, _ = await asyncio.wait([running], timeout=stall_s)
+        if done:
+            return running.result()
+        if progress.position == before:
+            raise TimeoutError
+
+
+async def _raise_by_end(child: Child, detail: str) -> NoReturn:
+    try:
+        async with asyncio.timeout(_EXIT_TIMEOUT_S):
+            exit_ = await child.wait()
+    except TimeoutError:
+        raise ModelFailed(Fault.CRASHED, f"the model server broke off: {detail}") from None
+    _raise_by(exit_)
+
+
+def _raise_by(exit_: Exit) -> NoReturn:
+    if exit_.kind in _FAULT_OF:
+        raise ModelFailed(_FAULT_OF[exit_.kind], exit_.detail)
+    raise ServerLost(exit_.detail)

@@ -1,0 +1,168 @@
+"""The registry over gRPC, as the domain sees it."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+
+from services.runtime.names import format_artifact, parse_artifact, parse_assignment
+from services.runtime.rpc_errors import from_rpc_error
+from services.validator.assignments import Assignment, AssignmentState, DigestMismatch, Lease, Order
+from tiltyard.client import new_request_id
+from tiltyard.counting import Metric
+from tiltyard.registry.v1 import (
+    artifact_pb2_grpc,
+    assignment_pb2,
+    assignment_pb2_grpc,
+    evaluation_pb2,
+    evaluation_pb2_grpc,
+)
+from tiltyard.transfers import DigestMismatch as TransferMismatch
+from tiltyard.transfers import download
+from tiltyard.type.v1 import envelope_pb2, model_pb2, task_pb2
+from tiltyard.type.v1 import evaluation_pb2 as evaluation_types_pb2
+from tiltyard.wire import WireError, model_spec_from_proto
+
+_PAGE_SIZE = 1000
+_SHORTEST_LEASE_S = 1.0
+_STATE_PREFIX = "ASSIGNMENT_STATE_"
+
+_METRIC_OF = {
+    task_pb2.METRIC_UNSPECIFIED: Metric.ACCURACY,
+    task_pb2.METRIC_ACCURACY: Metric.ACCURACY,
+    task_pb2.METRIC_TOP_K_ACCURACY: Metric.TOP_K_ACCURACY,
+}
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error
+
+
+class RegistryPeer:
+    """The registry at the other end of `channel`, which signs every call."""
+
+    def __init__(self, channel: grpc.aio.Channel, *, clock: Callable[[], datetime]) -> None:
+        self._assignments = assignment_pb2_grpc.AssignmentServiceStub(channel)
+        self._evaluations = evaluation_pb2_grpc.EvaluationServiceStub(channel)
+        self._artifacts = artifact_pb2_grpc.ArtifactServiceStub(channel)
+        self._clock = clock
+
+    async def watch(self, cursor: str) -> AsyncIterator[tuple[Assignment, str]]:
+        """Own assignments that have not ended, then each change, with the cursor to resume after it."""
+        async with _translated():
+            async for message in self._assignments.WatchAssignments(
+                assignment_pb2.WatchAssignmentsRequest(cursor=cursor)
+            ):
+                yield _assignment(message.assignment), message.cursor
+
+    async def assignments(self) -> list[Assignment]:
+        """All own assignments, those that have ended too."""
+        found: list[Assignment] = []
+        token = ""
+        while True:
+            request = assignment_pb2.ListAssignmentsRequest(page_size=_PAGE_SIZE, page_token=token)
+            async with _translated():
+                page = await self._assignments.ListAssignments(request)
+            found += [_assignment(each) for each in page.assignments]
+            token = page.next_page_token
+            if not token:
+                return found
+
+    async def accept(self, assignment: str, lease_holder: bytes) -> Lease:
+        """Takes the lease, or takes it again with the same holder's secret."""
+        request = assignment_pb2.AcceptAssignmentRequest(
+            name=assignment, lease_holder=lease_holder, request_id=new_request_id()
+        )
+        async with _translated():
+            answer = await self._assignments.AcceptAssignment(request)
+        order, refusal = _order(answer.order)
+        return Lease(token=answer.lease_token, left_s=self._left_s(answer.assignment), order=order, refusal=refusal)
+
+    async def renew(self, assignment: str, token: str) -> float:
+        """Prolongs the lease and returns the seconds that it runs from now on."""
+        request = assignment_pb2.RenewAssignmentRequest(name=assignment, lease_token=token, request_id=new_request_id())
+        async with _translated():
+            answer = await self._assignments.RenewAssignment(request)
+        return self._left_s(answer.assignment)
+
+    async def decline(self, assignment: str, token: str, reason: str) -> None:
+        """Gives the duty back."""
+        request = assignment_pb2.DeclineAssignmentRequest(
+            name=assignment, lease_token=token, reason=reason, request_id=new_request_id()
+        )
+        async with _translated():
+            await self._assignments.DeclineAssignment(request)
+
+    async def fetch(self, digest: str, size_bytes: int, destination: Path) -> None:
+        """Brings an artifact, its digest checked. Raises DigestMismatch too."""
+        async with _translated():
+            try:
+                await download(self._artifacts, format_artifact(digest), destination, size_bytes=size_bytes)
+            except TransferMismatch as error:
+                raise DigestMismatch(str(error)) from error
+
+    async def seal(self, statement: bytes, token: str) -> None:
+        """Records a seal: a signed envelope, serialised."""
+        request = evaluation_pb2.CommitEvaluationRequest(
+            statement=envelope_pb2.Envelope.FromString(statement), lease_token=token, request_id=new_request_id()
+        )
+        async with _translated():
+            await self._evaluations.CommitEvaluation(request)
+
+    async def open(self, report: bytes, salt: bytes) -> None:
+        """Lays a sealed report open: the signed envelope, serialised, and the salt of its seal."""
+        request = evaluation_pb2.OpenEvaluationRequest(
+            report=envelope_pb2.Envelope.FromString(report), salt=salt, request_id=new_request_id()
+        )
+        async with _translated():
+            await self._evaluations.OpenEvaluation(request)
+
+    def _left_s(self, assignment: assignment_pb2.Assignment) -> float:
+        """Seconds until the lease ends, by the registry's own clock where it is behind or ahead of ours."""
+        deadline = assignment.deadline.ToDatetime(tzinfo=UTC)
+        left_s = (deadline - self._clock()).total_seconds()
+        if assignment.HasField("update_time"):
+            length_s = (deadline - assignment.update_time.ToDatetime(tzinfo=UTC)).total_seconds()
+            left_s = min(left_s, length_s) if left_s > 0 else length_s
+        return max(left_s, _SHORTEST_LEASE_S)
+
+
+def _assignment(message: assignment_pb2.Assignment) -> Assignment:
+    state = evaluation_types_pb2.AssignmentState.Name(message.state).removeprefix(_STATE_PREFIX)
+    return Assignment(
+        name=message.name,
+        task=parse_assignment(message.name).task,
+        state=AssignmentState(state),
+        opening=message.opening,
+        deadline=message.deadline.ToDatetime(tzinfo=UTC) if message.HasField("deadline") else None,
+    )
+
+
+def _order(message: assignment_pb2.EvaluationOrder) -> tuple[Order | None, str]:
+    """The order, or None and why this validator cannot follow it."""
+    if message.format not in (model_pb2.MODEL_FORMAT_UNSPECIFIED, model_pb2.MODEL_FORMAT_SAFETENSORS):
+        return None, "models of this format are not evaluated by this validator yet"
+    try:
+        spec = model_spec_from_proto(message.spec)
+    except WireError as error:
+        return None, f"the task's model is not known to this validator: {error}"
+    return (
+        Order(
+            dataset_digest=parse_artifact(message.dataset, "order.dataset"),
+            dataset_bytes=message.dataset_size_bytes,
+            model_digest=parse_artifact(message.model, "order.model"),
+            model_bytes=message.model_size_bytes,
+            spec=spec,
+            max_cpu_s=message.max_cpu_time.ToTimedelta().total_seconds(),
+            max_memory_bytes=message.max_memory_bytes,
+            metric=_METRIC_OF.get(message.metric),
+            top_k=message.top_k or 1,
+        ),
+        "",
+    )

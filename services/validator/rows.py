@@ -1,0 +1,98 @@
+"""The rows of an evaluation dataset, read range by range, so that a file larger than memory is no burden."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.validator.evaluation import CannotEvaluate
+from tiltyard.tensorfile import DTYPE_BYTES, TensorFileError, read_header_of
+
+# What the Open Inference Protocol calls the dtypes of a dataset's features.
+_OIP_DATATYPE = {
+    "BOOL": "BOOL", "U8": "UINT8", "I8": "INT8", "U16": "UINT16", "I16": "INT16", "I32": "INT32", "I64": "INT64",
+    "F16": "FP16", "F32": "FP32", "F64": "FP64",
+}  # fmt: skip
+_LABELS_OF = {
+    "BOOL": "<u1", "U8": "<u1", "I8": "<i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "I64": "<i8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluationRows:
+    """An open dataset of `total` rows; `row_bytes` of features each, of shape `row_shape`, `datatype` by the OIP.
+
+    Reads with pread and not through a memory map, whose pages would stay resident.
+    """
+
+    total: int
+    row_shape: tuple[int, ...]
+    row_bytes: int
+    datatype: str
+    _descriptor: int
+    _features_start: int
+    _labels_start: int
+    _labels_dtype: str
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Opens a dataset for classification. Raises CannotEvaluate for what is none, and OSError."""
+        try:
+            tensors = read_header_of(path).tensors
+        except TensorFileError as error:
+            raise CannotEvaluate(f"the dataset is no safetensors file: {error}") from error
+        if "x" not in tensors or "y" not in tensors:
+            raise CannotEvaluate("the dataset lacks x or y")
+        x, y = tensors["x"], tensors["y"]
+        if not x.shape or y.shape != x.shape[:1] or x.shape[0] == 0:
+            raise CannotEvaluate(f"x of shape {x.shape} and y of shape {y.shape} are no dataset")
+        if y.dtype not in _LABELS_OF:
+            raise CannotEvaluate(f"labels are {y.dtype}, not integers")
+        if x.dtype not in _OIP_DATATYPE:
+            raise CannotEvaluate(f"features are {x.dtype}, which no model server takes")
+        return cls(
+            total=x.shape[0],
+            row_shape=x.shape[1:],
+            row_bytes=math.prod(x.shape[1:]) * DTYPE_BYTES[x.dtype],
+            datatype=_OIP_DATATYPE[x.dtype],
+            _descriptor=os.open(path, os.O_RDONLY | os.O_CLOEXEC),
+            _features_start=x.start,
+            _labels_start=y.start,
+            _labels_dtype=_LABELS_OF[y.dtype],
+        )
+
+    def features(self, start: int, stop: int) -> bytes:
+        """Rows `start` to `stop` of x, raw and little-endian."""
+        return self._read(self._features_start + start * self.row_bytes, (stop - start) * self.row_bytes)
+
+    def labels(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Rows `start` to `stop` of y."""
+        width = np.dtype(self._labels_dtype).itemsize
+        raw = self._read(self._labels_start + start * width, (stop - start) * width)
+        return np.frombuffer(raw, dtype=self._labels_dtype).astype(np.int64)
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self, offset: int, n: int) -> bytes:
+        found = os.pread(self._descriptor, n, offset)
+        while len(found) < n:
+            more = os.pread(self._descriptor, n - len(found), offset + len(found))
+            if not more:
+                raise CannotEvaluate("the dataset's file became shorter while it was read")
+            found += more
+        return found
