@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -178,27 +178,33 @@ async def persist(call: Callable[[], Awaitable[T]], *, patience_s: float = PATIE
         wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
 
-class _Resumable(Protocol):
-    """A message of a watch: where to resume after a break."""
+class _WatchRequest(Protocol):
+    cursor: str
 
+
+class _Seen(Protocol):
     @property
     def cursor(self) -> str: ...
 
 
-Seen = TypeVar("Seen", bound=_Resumable)
+Watched = TypeVar("Watched", bound=_WatchRequest)
+Seen = TypeVar("Seen", bound=_Seen)
 
 
-async def watch(start: Callable[[str], AsyncIterator[Seen]], *, patience_s: float = PATIENCE_S) -> AsyncIterator[Seen]:
-    """The messages of `start(cursor)`, a server stream that is started again from the last cursor when it breaks.
+async def watch(
+    method: Callable[[Watched], AsyncIterable[Seen]], request: Watched, *, patience_s: float = PATIENCE_S
+) -> AsyncIterator[Seen]:
+    """The messages of a watch that resumes by cursor: a stream that breaks is started again where it was.
 
-    Raises grpc.aio.AioRpcError when it fails for good, or brings nothing for `patience_s` of broken streams.
+    `request` is copied, not changed. Raises grpc.aio.AioRpcError when it fails for good, or when broken streams bring
+    nothing for `patience_s`.
     """
-    cursor, wait_s = "", _FIRST_WAIT_S
-    give_up = time.monotonic() + patience_s
+    asked = _copy(request)
+    wait_s, give_up = _FIRST_WAIT_S, time.monotonic() + patience_s
     while True:
         try:
-            async for message in start(cursor):
-                cursor, wait_s = message.cursor, _FIRST_WAIT_S
+            async for message in method(asked):
+                asked.cursor, wait_s = message.cursor, _FIRST_WAIT_S
                 yield message
                 give_up = time.monotonic() + patience_s
             return
@@ -224,15 +230,21 @@ Page = TypeVar("Page", bound=_Page)
 
 async def pages(method: Callable[[Asked], Awaitable[Page]], request: Asked) -> AsyncIterator[Page]:
     """All pages of a list method, in order. `request` is copied, not changed."""
-    assert isinstance(request, Message)
-    asked = type(request)()
-    asked.CopyFrom(request)
+    asked = _copy(request)
     while True:
         page = await method(asked)
         yield page
         if not page.next_page_token:
             return
         asked.page_token = page.next_page_token
+
+
+def _copy(request: T) -> T:
+    copy = type(request)()
+    assert isinstance(copy, Message)
+    assert isinstance(request, Message)
+    copy.CopyFrom(request)
+    return copy
 
 
 class _Connections:

@@ -1,0 +1,43 @@
+"""The `tiltyard` command: everything that a participant, an operator or an onlooker does from a shell."""
+
+import typer
+
+from tiltyard.cli import (
+    datasets,
+    demo,
+    keys,
+    participants,
+    rankings,
+    records,
+    stakes,
+    submissions,
+    tasks,
+    training,
+    up,
+    validators,
+)
+
+app = typer.Typer(
+    name="tiltyard",
+    help="Post learning tasks, train and submit models, judge them as a drawn validator, and check the record.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo.demo)
+app.command("up")(up.up)
+app.add_typer(keys.app, name="key")
+app.command("token")(keys.token)
+app.command("sign")(keys.sign)
+app.add_typer(participants.app, name="participant")
+app.add_typer(stakes.app, name="stake")
+app.add_typer(tasks.app, name="task")
+app.add_typer(datasets.app, name="dataset")
+app.command("train")(training.train)
+app.command("submit")(submissions.submit)
+app.add_typer(validators.app, name="validate")
+app.command("leaderboard")(rankings.leaderboard)
+app.add_typer(rankings.draws, name="draw")
+app.command("odds")(rankings.odds)
+app.add_typer(records.app, name="log")

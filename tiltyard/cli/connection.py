@@ -1,0 +1,114 @@
+"""What commands share to reach an arena: the options that say where and who, and one way to run and to fail."""
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from tiltyard.client import Client, Node
+    from tiltyard.identity import Key
+
+T = TypeVar("T")
+
+DEFAULT_ORIGIN = "tiltyard.local"
+
+KeyOption = Annotated[Path, typer.Option("--key", envvar="TILTYARD_KEY", help="File of the key that acts.")]
+OriginOption = Annotated[str, typer.Option("--origin", envvar="TILTYARD_ORIGIN", help="The arena's name.")]
+RegistryOption = Annotated[
+    str, typer.Option("--registry", envvar="TILTYARD_REGISTRY", help="HOST:PORT of the registry.")
+]
+SelectorOption = Annotated[
+    str, typer.Option("--selector", envvar="TILTYARD_SELECTOR", help="HOST:PORT of the selector.")
+]
+TrainerOption = Annotated[str, typer.Option("--trainer", envvar="TILTYARD_TRAINER", help="HOST:PORT of a trainer.")]
+ValidatorOption = Annotated[
+    str, typer.Option("--validator", envvar="TILTYARD_VALIDATOR", help="HOST:PORT of a validator.")
+]
+NodeOption = Annotated[str, typer.Option("--node", help="Participant id of the node, where it is not the key's own.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="tasks/{task}, or the last part of it.")]
+TaskOption = Annotated[str, typer.Option("--task", metavar="TASK", help="tasks/{task}, or the last part of it.")]
+
+REGISTRY = "127.0.0.1:7401"
+SELECTOR = "127.0.0.1:7402"
+TRAINER = "127.0.0.1:7403"
+VALIDATOR = "127.0.0.1:7404"
+"""Where `tiltyard up` puts them by default."""
+
+
+class CommandError(Exception):
+    """What a command refuses, in one line for the person who typed it."""
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the command with one line on standard error and status 1."""
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def load_key(path: Path) -> "Key":
+    """The key in a file. Raises CommandError that says how to make one."""
+    from tiltyard.identity import Key
+
+    try:
+        return Key.load(path)
+    except FileNotFoundError:
+        raise CommandError(f"there is no key in {path}; `tiltyard key new {path}` makes one") from None
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from None
+
+
+def connect(key: Path, origin: str, registry: str = "", selector: str = "") -> "Client":
+    """A client for one command, to be used with `async with`."""
+    from tiltyard.client import Client
+
+    return Client(load_key(key), origin=origin, registry=registry, selector=selector)
+
+
+def connect_node(key: Path, address: str, node: str = "") -> "Node":
+    """A client of a trainer or validator, to be used with `async with`; `node` is its id where the key is another's."""
+    from tiltyard.client import Node
+
+    loaded = load_key(key)
+    return Node(loaded, address=address, node_id=node.removeprefix("participants/") or loaded.id)
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Runs a command to its end. What went wrong becomes one line on standard error and status 1."""
+    import grpc
+
+    from tiltyard.client import ClientError, explain
+    from tiltyard.datasets import DatasetError
+    from tiltyard.statements import InvalidSignature
+    from tiltyard.submitting import JournalMismatch
+    from tiltyard.transfers import DigestMismatch
+
+    try:
+        return asyncio.run(work)
+    except (
+        CommandError,
+        grpc.aio.AioRpcError,
+        ClientError,
+        DatasetError,
+        InvalidSignature,
+        JournalMismatch,
+        DigestMismatch,
+        OSError,
+    ) as error:
+        fail(explain(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def task_name(text: str) -> str:
+    """tasks/{task} from that or from its last part."""
+    return text if text.startswith("tasks/") else f"tasks/{text}"
+
+
+def participant_name(text: str) -> str:
+    """participants/{id} from that or from the id."""
+    return text if text.startswith("participants/") else f"participants/{text}"

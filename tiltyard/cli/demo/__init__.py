@@ -1,0 +1,32 @@
+"""`tiltyard demo`: a whole task on real data, one process per participant, checked at the end."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiltyard.cli.connection import run
+
+
+def demo(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="npz with x (rows of features or images) and y (integer labels); default: digits."),
+    ] = None,
+    trainers: Annotated[int, typer.Option(min=1, max=50, help="Training nodes, each with a shard of its own.")] = 3,
+    validators: Annotated[int, typer.Option(min=1, max=50, help="Validators; three judge each submission.")] = 5,
+    export: Annotated[Path | None, typer.Option(help="Folder for log, draws, models and results.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end; all else to stderr.")] = False,
+    state: Annotated[Path | None, typer.Option(help="Folder for all state; default: a fresh temporary one.")] = None,
+) -> None:
+    """Run one task from its creation to its leaderboard; exits 0 only when everything checked is right."""
+    from tiltyard.cli.demo.story import Demo
+    from tiltyard.cli.output import print_json
+
+    result = run(
+        Demo(data=data, trainers=trainers, validators=validators, export=export, json=json, state=state).play()
+    )
+    if json:
+        print_json(result.document)
+    if not result.succeeded:
+        raise typer.Exit(1)

@@ -1,0 +1,90 @@
+"""How commands print: protobuf JSON for programs, aligned tables for people, progress for whoever watches."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+    from rich.progress import Progress
+
+_PLAIN_EVERY_S = 2.0
+
+
+def as_json(message: "Message") -> dict[str, Any]:
+    """A message in protobuf's JSON form with the contract's snake_case names."""
+    from google.protobuf.json_format import MessageToDict
+
+    return MessageToDict(message, preserving_proto_field_name=True)
+
+
+def print_json(document: Any) -> None:
+    """Prints one JSON document."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_message(message: "Message", *, as_document: bool) -> None:
+    """One message: as JSON, or a line for each field that is set."""
+    document = as_json(message)
+    if as_document:
+        print_json(document)
+        return
+    for name, value in document.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        print(f"{name:<24}{text}")
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Rows under headings, in columns as wide as they need."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    # Into a pipe nothing is cut off: programs and people with grep read whole names.
+    console = Console() if sys.stdout.isatty() else Console(width=400)
+    console.print(table)
+
+
+def enum_word(name: str, prefix: str) -> str:
+    """TASK_STATE_OPEN with the prefix TASK_STATE_ becomes open."""
+    return name.removeprefix(prefix).lower().replace("_", " ")
+
+
+class ProgressLine:
+    """One long job's progress on standard error: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, description: str, *, unit: str = "") -> None:
+        self._description = description
+        self._unit = unit
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+        if sys.stderr.isatty():
+            from rich import console, progress
+
+            self._bar = progress.Progress(console=console.Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(description, total=None)
+
+    def __enter__(self) -> "ProgressLine":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, done: int, total: int, text: str = "") -> None:
+        """Where the job stands: `done` of `total`, and a few words."""
+        if self._bar:
+            self._bar.update(self._task, completed=done, total=total or None, description=f"{self._description} {text}")
+            return
+        now = time.monotonic()
+        if now - self._last_line >= _PLAIN_EVERY_S or (total and done >= total):
+            self._last_line = now
+            line = f"{self._description}: {done}/{total}{self._unit and ' '}{self._unit} {text}"
+            print(line.rstrip(), file=sys.stderr, flush=True)

@@ -1,0 +1,91 @@
+"""`tiltyard submit`: hand in a model by commit, upload and reveal, and wait for its score."""
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tiltyard.cli.connection import (
+    DEFAULT_ORIGIN,
+    REGISTRY,
+    CommandError,
+    JsonOption,
+    KeyOption,
+    OriginOption,
+    RegistryOption,
+    TaskOption,
+    connect,
+    run,
+    task_name,
+)
+from tiltyard.cli.output import ProgressLine, enum_word, print_message
+
+if TYPE_CHECKING:
+    from tiltyard.registry.v1 import submission_pb2
+
+_POLL_S = 1.0
+FORMATS = {".safetensors": "MODEL_FORMAT_SAFETENSORS", ".onnx": "MODEL_FORMAT_ONNX"}
+
+
+def describe(submission: "submission_pb2.Submission") -> str:
+    """One line on where a submission stands."""
+    from tiltyard.type.v1 import evaluation_pb2
+
+    state = enum_word(evaluation_pb2.SubmissionState.Name(submission.state), "SUBMISSION_STATE_")
+    line = f"{submission.name} {state}"
+    if submission.state == evaluation_pb2.SUBMISSION_STATE_SCORED and submission.score.total:
+        line += f" {submission.score.correct}/{submission.score.total}"
+    if submission.state == evaluation_pb2.SUBMISSION_STATE_REJECTED:
+        line += f": {evaluation_pb2.RejectionReason.Name(submission.reason).removeprefix('REJECTION_REASON_')}"
+    return f"{line} ({submission.detail})" if submission.detail else line
+
+
+def submit(
+    model: Annotated[Path, typer.Argument(help="The model's file: .safetensors or .onnx.")],
+    task: TaskOption,
+    key: KeyOption,
+    model_index: Annotated[int, typer.Option(help="Which of the task's models, counted from 0.")] = 0,
+    journal: Annotated[
+        Path | None, typer.Option(help="Where to keep the salt and how far it is; default: beside the model.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Wait until it is scored or rejected.")] = False,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """Submit a trained model. Run again after any interruption, it goes on with the same submission."""
+    from tiltyard.client import persist
+    from tiltyard.registry.v1 import submission_pb2
+    from tiltyard.submitting import submit_model
+    from tiltyard.type.v1 import evaluation_pb2, model_pb2
+
+    if model.suffix not in FORMATS:
+        raise typer.BadParameter("a model ends in .safetensors or .onnx", param_hint="MODEL")
+    name_of_task = task_name(task)
+    notes = journal or model.with_name(f"{model.name}.{name_of_task.rpartition('/')[2]}.journal.json")
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            with ProgressLine("uploading", unit="bytes") as line:
+                name = await submit_model(
+                    client,
+                    task=name_of_task,
+                    model=model,
+                    model_index=model_index,
+                    format=model_pb2.ModelFormat.Value(FORMATS[model.suffix]),
+                    journal=notes,
+                    progress=line.update,
+                )
+            request = submission_pb2.GetSubmissionRequest(name=name)
+            found = (await persist(lambda: client.submissions.GetSubmission(request))).submission
+            ended = (evaluation_pb2.SUBMISSION_STATE_SCORED, evaluation_pb2.SUBMISSION_STATE_REJECTED)
+            while watch and found.state not in ended:
+                # The contract has no stream of one submission.
+                await asyncio.sleep(_POLL_S)
+                found = (await persist(lambda: client.submissions.GetSubmission(request))).submission
+        print_message(found, as_document=True) if json else print(describe(found))
+        if watch and found.state == evaluation_pb2.SUBMISSION_STATE_REJECTED:
+            raise CommandError(f"{name} was rejected")
+
+    run(work())

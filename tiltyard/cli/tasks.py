@@ -1,0 +1,383 @@
+"""`tiltyard task`: post a task, follow it, join it, and take its results."""
+
+import asyncio
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tiltyard.cli.connection import (
+    DEFAULT_ORIGIN,
+    REGISTRY,
+    CommandError,
+    JsonOption,
+    KeyOption,
+    OriginOption,
+    RegistryOption,
+    TaskArgument,
+    connect,
+    run,
+    task_name,
+)
+from tiltyard.cli.output import ProgressLine, as_json, enum_word, print_json, print_message, print_table
+
+if TYPE_CHECKING:
+    from tiltyard.client import Client
+    from tiltyard.registry.v1 import membership_pb2, task_pb2
+    from tiltyard.type.v1 import task_pb2 as task_type_pb2
+
+app = typer.Typer(help="Create, follow, join and close tasks.", no_args_is_help=True)
+
+ROLES = {"training-node": "ROLE_TRAINING_NODE", "validator": "ROLE_VALIDATOR"}
+
+
+def _read_config(path: Path) -> "task_type_pb2.TaskConfig":
+    from google.protobuf.json_format import Parse, ParseError
+
+    from tiltyard.type.v1 import task_pb2 as task_type_pb2
+
+    try:
+        return Parse(path.read_text(), task_type_pb2.TaskConfig())
+    except (ParseError, UnicodeDecodeError) as error:
+        raise CommandError(f"{path} holds no TaskConfig as JSON: {error}") from None
+
+
+def _fix_digest(digest: "task_type_pb2.DatasetDigest", file: Path) -> None:
+    from tiltyard.transfers import file_digest
+
+    digest.sha256 = file_digest(file)
+    digest.size_bytes = file.stat().st_size
+
+
+def describe(task: "task_pb2.Task") -> str:
+    """One line on where a task stands."""
+    from tiltyard.type.v1 import task_pb2 as task_type_pb2
+
+    state = enum_word(task_type_pb2.TaskState.Name(task.state), "TASK_STATE_")
+    line = (
+        f"{task.name} {state}: {task.training_nodes} training nodes, {task.validators} validators, "
+        f"{task.submissions} submissions"
+    )
+    return f"{line} ({task.state_reason})" if task.state_reason else line
+
+
+@app.command("create")
+def create(
+    config: Annotated[Path, typer.Argument(help="TaskConfig as JSON; the digests are filled in.")],
+    dataset: Annotated[
+        Path, typer.Option(help="The evaluation dataset, a safetensors file (`tiltyard dataset pack`).")
+    ],
+    key: KeyOption,
+    task_id: Annotated[str, typer.Option(help="Last part of the name; the registry makes one up when left out.")] = "",
+    holdout: Annotated[Path | None, typer.Option(help="A second dataset that is published after close.")] = None,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """Create a task, upload its evaluation dataset, and wait until it is open."""
+    from tiltyard.client import new_request_id, watch
+    from tiltyard.registry.v1 import task_pb2
+    from tiltyard.transfers import upload
+    from tiltyard.type.v1 import task_pb2 as task_type_pb2
+
+    async def work() -> None:
+        wanted = _read_config(config)
+        _fix_digest(wanted.evaluation_dataset, dataset)
+        if holdout is not None:
+            _fix_digest(wanted.holdout, holdout)
+        async with connect(key, origin, registry) as client:
+            request = task_pb2.CreateTaskRequest(task_id=task_id, config=wanted, request_id=new_request_id())
+            name = (await client.tasks.CreateTask(request)).task.name
+            with ProgressLine("uploading", unit="bytes") as line:
+                await upload(client.artifacts, dataset, task=name, progress=line.update)
+            async for seen in watch(client.tasks.WatchTask, task_pb2.WatchTaskRequest(name=name)):
+                task = seen.task
+                if task.state != task_type_pb2.TASK_STATE_PREPARING:
+                    break
+        if task.state == task_type_pb2.TASK_STATE_CANCELLED:
+            raise CommandError(f"{name} was cancelled: {task.state_reason}")
+        print_message(task, as_document=True) if json else print(describe(task))
+
+    run(work())
+
+
+@app.command("show")
+def show(
+    task: TaskArgument,
+    key: KeyOption,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """Show one task."""
+    from tiltyard.registry.v1 import task_pb2
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            answer = await client.tasks.GetTask(task_pb2.GetTaskRequest(name=task_name(task)))
+        print_message(answer.task, as_document=json)
+
+    run(work())
+
+
+@app.command("list")
+def list_tasks(
+    key: KeyOption,
+    filter: Annotated[str, typer.Option(help='Terms "field = value" joined by AND over state and creator.')] = "",
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """List tasks, newest first."""
+    from tiltyard.client import pages
+    from tiltyard.registry.v1 import task_pb2
+    from tiltyard.type.v1 import task_pb2 as task_type_pb2
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            request = task_pb2.ListTasksRequest(page_size=1000, filter=filter)
+            found = [each async for page in pages(client.tasks.ListTasks, request) for each in page.tasks]
+        if json:
+            print_json({"tasks": [as_json(each) for each in found]})
+        else:
+            print_table(
+                ("task", "name", "state", "nodes", "validators", "submissions"),
+                (
+                    (
+                        each.name,
+                        each.config.display_name,
+                        enum_word(task_type_pb2.TaskState.Name(each.state), "TASK_STATE_"),
+                        each.training_nodes,
+                        each.validators,
+                        each.submissions,
+                    )
+                    for each in found
+                ),
+            )
+
+    run(work())
+
+
+@app.command("watch")
+def watch_task(
+    task: TaskArgument,
+    key: KeyOption,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """Print the task now and after each change until it has ended; with --json one document a line."""
+    from tiltyard.client import watch
+    from tiltyard.registry.v1 import task_pb2
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            async for seen in watch(client.tasks.WatchTask, task_pb2.WatchTaskRequest(name=task_name(task))):
+                print(json_module.dumps(as_json(seen.task)) if json else describe(seen.task), flush=True)
+
+    run(work())
+
+
+@app.command("close")
+def close(
+    task: TaskArgument,
+    key: KeyOption,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """Take no more submissions. For the creator."""
+    from tiltyard.client import new_request_id
+    from tiltyard.registry.v1 import task_pb2
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            request = task_pb2.CloseTaskRequest(name=task_name(task), request_id=new_request_id())
+            answer = await client.tasks.CloseTask(request)
+        print_message(answer.task, as_document=True) if json else print(describe(answer.task))
+
+    run(work())
+
+
+@app.command("cancel")
+def cancel(
+    task: TaskArgument,
+    key: KeyOption,
+    reason: Annotated[str, typer.Option(help="Why, up to 500 characters.")] = "",
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """End a task without a result. For the creator and operators."""
+    from tiltyard.client import new_request_id
+    from tiltyard.registry.v1 import task_pb2
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            request = task_pb2.CancelTaskRequest(name=task_name(task), reason=reason, request_id=new_request_id())
+            answer = await client.tasks.CancelTask(request)
+        print_message(answer.task, as_document=True) if json else print(describe(answer.task))
+
+    run(work())
+
+
+@app.command("members")
+def members(
+    task: TaskArgument,
+    key: KeyOption,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """List who takes part."""
+    from tiltyard.client import pages
+    from tiltyard.registry.v1 import membership_pb2
+    from tiltyard.type.v1 import participation_pb2
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            request = membership_pb2.ListMembersRequest(parent=task_name(task), page_size=1000)
+            found = [each async for page in pages(client.memberships.ListMembers, request) for each in page.members]
+        if json:
+            print_json({"members": [as_json(each) for each in found]})
+        else:
+            print_table(
+                ("participant", "role", "state", "locked", "weight", "owner group"),
+                (
+                    (
+                        each.participant,
+                        enum_word(participation_pb2.Role.Name(each.role), "ROLE_"),
+                        enum_word(participation_pb2.MembershipState.Name(each.state), "MEMBERSHIP_STATE_"),
+                        each.locked_micros,
+                        each.weight,
+                        each.owner_group,
+                    )
+                    for each in found
+                ),
+            )
+
+    run(work())
+
+
+@app.command("verdicts")
+def verdicts(
+    task: TaskArgument,
+    key: KeyOption,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """List the eligibility verdicts, refusals included."""
+    from tiltyard.client import pages
+    from tiltyard.registry.v1 import membership_pb2
+    from tiltyard.type.v1 import participation_pb2
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            request = membership_pb2.ListEligibilityVerdictsRequest(parent=task_name(task), page_size=1000)
+            listed = pages(client.memberships.ListEligibilityVerdicts, request)
+            found = [each async for page in listed for each in page.verdicts]
+        if json:
+            print_json({"verdicts": [as_json(each) for each in found]})
+        else:
+            print_table(
+                ("participant", "role", "eligible", "explanation"),
+                (
+                    (
+                        each.participant,
+                        enum_word(participation_pb2.Role.Name(each.role), "ROLE_"),
+                        "yes" if each.eligible else "no",
+                        each.explanation,
+                    )
+                    for each in found
+                ),
+            )
+
+    run(work())
+
+
+async def join_task(client: "Client", task: str, role: str) -> "membership_pb2.JoinTaskResponse":
+    """Joins as `role`, one of ROLES, with the client's key."""
+    from tiltyard.client import new_request_id, persist
+    from tiltyard.registry.v1 import membership_pb2
+    from tiltyard.statements import sign_statement
+    from tiltyard.type.v1 import envelope_pb2, participation_pb2
+
+    statement = envelope_pb2.JoinStatement(
+        origin=client.origin,
+        task=task,
+        participant=client.participant,
+        role=participation_pb2.Role.Value(ROLES[role]),
+    )
+    request = membership_pb2.JoinTaskRequest(
+        statement=sign_statement(client.key, statement), request_id=new_request_id()
+    )
+    return await persist(lambda: client.memberships.JoinTask(request))
+
+
+@app.command("join")
+def join(
+    task: TaskArgument,
+    key: KeyOption,
+    role: Annotated[str, typer.Option(help="training-node or validator.")] = "training-node",
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """Take a role in a task; one role per participant and task."""
+    if role not in ROLES:
+        raise typer.BadParameter(f"{role!r} is neither training-node nor validator", param_hint="--role")
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            answer = await join_task(client, task_name(task), role)
+        print_message(answer.member, as_document=json)
+
+    run(work())
+
+
+@app.command("results")
+def results(
+    task: TaskArgument,
+    out: Annotated[Path, typer.Option(help="Folder for results.json and the models.")],
+    key: KeyOption,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+) -> None:
+    """Download the scored models and results.json. For the creator, once the task is closed."""
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            count = await fetch_results(client, task_name(task), out)
+        print(f"{count} models and results.json in {out}")
+
+    run(work())
+
+
+async def fetch_results(client: "Client", task: str, out: Path) -> int:
+    """Writes results.json (task, submissions, leaderboard) and each scored model into `out`; returns their number."""
+    from tiltyard.client import pages
+    from tiltyard.registry.v1 import leaderboard_pb2, submission_pb2, task_pb2
+    from tiltyard.transfers import artifact_name, download
+    from tiltyard.type.v1 import evaluation_pb2, model_pb2
+
+    known = (await client.tasks.GetTask(task_pb2.GetTaskRequest(name=task))).task
+    ranking = (await client.leaderboard.GetLeaderboard(leaderboard_pb2.GetLeaderboardRequest(task=task))).leaderboard
+    request = submission_pb2.ListSubmissionsRequest(parent=task, page_size=1000)
+    submissions = [
+        each async for page in pages(client.submissions.ListSubmissions, request) for each in page.submissions
+    ]
+    await asyncio.to_thread(out.mkdir, parents=True, exist_ok=True)
+    scored = [each for each in submissions if each.state == evaluation_pb2.SUBMISSION_STATE_SCORED]
+    for each in scored:
+        ending = "onnx" if each.format == model_pb2.MODEL_FORMAT_ONNX else "safetensors"
+        file = out / f"submission-{each.name.rpartition('/')[2]}.{ending}"
+        await download(client.artifacts, artifact_name(each.model_digest), file, size_bytes=each.size_bytes)
+    document = {
+        "task": as_json(known),
+        "submissions": [as_json(each) for each in submissions],
+        "leaderboard": as_json(ranking),
+    }
+    await asyncio.to_thread((out / "results.json").write_text, json_module.dumps(document, indent=2) + "\n")
+    return len(scored)

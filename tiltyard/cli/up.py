@@ -1,0 +1,123 @@
+"""`tiltyard up`: one of each service on this machine."""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tiltyard.cli.connection import DEFAULT_ORIGIN, CommandError, OriginOption, run
+
+if TYPE_CHECKING:
+    from tiltyard.cli.supervisor import Program, Supervisor
+
+SERVICES = ("registry", "selector", "trainer", "validator")
+DATA_FOLDER = "data"
+
+
+def arena_programs(
+    supervisor: "Supervisor", *, registry_port: int, selector_port: int, operator: str, origin: str
+) -> "list[Program]":
+    """Registry and selector that know each other by address and key; `operator` is a participant id."""
+    from tiltyard.cli.supervisor import Program
+    from tiltyard.identity import Key
+
+    registry_key = Key.load_or_create(supervisor.folder("registry") / "key.pem")
+    Key.load_or_create(supervisor.folder("selector") / "key.pem")
+    shared = {"ORIGIN": origin, "OPERATORS": operator}
+    selector = Program("selector", "services.selector", selector_port, {**shared, "SERVICES": registry_key.id})
+    registry = Program("registry", "services.registry", registry_port, {**shared, "SELECTOR": selector.address})
+    return [registry, selector]
+
+
+def node_program(
+    supervisor: "Supervisor",
+    name: str,
+    *,
+    kind: str,
+    port: int,
+    registry: str,
+    operator: str,
+    origin: str,
+    settings: "dict[str, str] | None" = None,
+) -> "Program":
+    """A trainer or validator (`kind`) with a key of its own."""
+    from tiltyard.cli.supervisor import Program
+    from tiltyard.identity import Key
+
+    folder = supervisor.folder(name)
+    Key.load_or_create(folder / "key.pem")
+    known = {"ORIGIN": origin, "OPERATORS": operator, "REGISTRY": registry, **(settings or {})}
+    if kind == "trainer":
+        data = folder / DATA_FOLDER
+        data.mkdir(parents=True, exist_ok=True)
+        known["DATA_DIR"] = str(data)
+    return Program(name, f"services.{kind}", port, known, may_end=kind == "validator")
+
+
+def up(
+    state: Annotated[Path, typer.Option(help="Folder of all durable state; keys are made in it.")] = Path(
+        "tiltyard-state"
+    ),
+    port_base: Annotated[
+        int,
+        typer.Option(min=0, max=65000, help="Ports are this plus 1 to 4 in the order of the ready line; 0: free ones."),
+    ] = 7400,
+    origin: OriginOption = DEFAULT_ORIGIN,
+) -> None:
+    """Run registry, selector, trainer and validator until interrupted; what dies is started again."""
+    run(_up(state.absolute(), port_base, origin))
+
+
+async def _up(state: Path, port_base: int, origin: str) -> None:
+    from tiltyard.cli.supervisor import StartFailed, Supervisor, free_ports, is_free
+    from tiltyard.identity import Key
+
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    ports = [port_base + n for n in range(1, 5)] if port_base else free_ports(4)
+    taken = [port for port in ports if not is_free(port)]
+    if taken:
+        raise CommandError(f"port {taken[0]} is taken; choose another --port-base, or 0 for free ports")
+    operator = await asyncio.to_thread(Key.load_or_create, state / "operator.pem")
+    async with Supervisor(state, report=_report) as supervisor:
+        registry, selector = arena_programs(
+            supervisor, registry_port=ports[0], selector_port=ports[1], operator=operator.id, origin=origin
+        )
+        nodes = [
+            node_program(
+                supervisor,
+                kind,
+                kind=kind,
+                port=port,
+                registry=registry.address,
+                operator=operator.id,
+                origin=origin,
+            )
+            for kind, port in zip(("trainer", "validator"), ports[2:], strict=True)
+        ]
+        programs = [registry, selector, *nodes]
+        await supervisor.start(programs)
+        serving = asyncio.create_task(supervisor.until_serving())
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
+        try:
+            if serving.done():
+                serving.result()
+                print("ready", *(f"{each.name}={each.address}" for each in programs), flush=True)
+                _report(f"state, keys and logs lie in {state}; stop with Ctrl-C or SIGTERM to {os.getpid()}")
+                await stopped
+        except StartFailed as error:
+            raise CommandError(str(error)) from None
+        finally:
+            serving.cancel()
+            stopped.cancel()
+        _report("draining")
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
