@@ -1,6 +1,5 @@
 """Duties of validators as leases: offered, accepted with a token, renewed while work goes on, or given back."""
 
-import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -20,13 +19,13 @@ from services.registry.records import (
 )
 from services.registry.rounds import FIRST_ROUND, end_assignment, log_assignment
 from services.registry.transaction import Changes, Reading, Store, Writing
+from services.registry.watching import watch
 from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied
 from services.runtime.names import AssignmentId
 from tiltyard.commitments import matches
 from tiltyard.modelspec import ModelSpec
 
-_WATCH_PAGE = 200
-_WATCH_TIMEOUT_S = 60.0
+_WATCH_PAGE = 1000
 
 
 @dataclass(frozen=True)
@@ -70,32 +69,27 @@ class Assignments:
                 yield assignment
         else:
             seen = after
-        while True:
-            # Asked for before the read, so that a change between the two is not missed.
-            change = asyncio.ensure_future(self._changes.wait(f"validators/{caller}", _WATCH_TIMEOUT_S))
-            try:
-                page = await self._changed(caller, seen)
-                if not page:
-                    await change
-            finally:
-                change.cancel()
+
+        async def changed() -> Sequence[Assignment]:
+            return await self._store.read(lambda tx: tx.assignments_of(caller, after=seen, limit=_WATCH_PAGE))
+
+        async for page in watch(self._changes, f"validators/{caller}", changed):
             for assignment in page:
                 seen = assignment.sequence
                 yield assignment
 
-    async def _changed(self, caller: str, after: int) -> Sequence[Assignment]:
-        return await self._store.read(lambda tx: tx.assignments_of(caller, after=after, limit=_WATCH_PAGE))
-
-    async def page_of_caller(self, caller: str, *, after: int, limit: int) -> Sequence[Assignment]:
-        """The caller's assignments over all tasks by their last change, those of a sequence above `after`."""
-        return await self._store.read(lambda tx: tx.assignments_of(caller, after=after, limit=limit))
-
-    async def page_of_submission(
-        self, task: str, number: int, *, after: tuple[int, int], limit: int
+    async def page(
+        self, caller: str, submission: tuple[str, int] | None, *, after: tuple[int, int], limit: int
     ) -> Sequence[Assignment]:
-        """The assignments of a submission by round and position, those beyond `after`."""
+        """The assignments of a submission by round and position, or the caller's over all tasks by their last change.
+
+        Those beyond `after`: round and position in a submission, 0 and the sequence over all tasks.
+        """
 
         def read(tx: Reading) -> Sequence[Assignment]:
+            if submission is None:
+                return tx.assignments_of(caller, after=max(0, after[1]), limit=limit)
+            task, number = submission
             if tx.submission(task, number) is None:
                 raise NotFound("SUBMISSION_NOT_FOUND", f"task {task} has no submission {number}")
             return [a for a in tx.assignments(task, number) if (a.round, a.position) > after][:limit]

@@ -25,7 +25,6 @@ class Report:
     finding: Finding
     prediction_blocks: int
     """How many block digests there are."""
-    detail: str
 
 
 class Evaluations:

@@ -198,7 +198,8 @@ def _view(tx: Reading, task: Task, submission: Submission) -> SubmissionView:
 
 
 def _check_daily_limit(tx: Writing, task: Task, participant: str) -> None:
-    since = tx.now - DAY
+    # What was committed exactly a day ago does not count any more.
+    since = tx.now - DAY + timedelta(microseconds=1)
     used = tx.count_submissions(task.id, participant, since=since)
     limit = task.config.limits.daily_submissions
     if used < limit:
@@ -208,7 +209,7 @@ def _check_daily_limit(tx: Writing, task: Task, participant: str) -> None:
         "DAILY_LIMIT",
         f"{used} of {limit} submissions have been made in the last 24 hours",
         # When the oldest is a day old there is room for one more.
-        retry_after_s=(oldest - since).total_seconds() if oldest else DAY.total_seconds(),
+        retry_after_s=((oldest or tx.now) + DAY - tx.now).total_seconds(),
         limit=str(limit),
         used=str(used),
     )
