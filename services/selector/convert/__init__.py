@@ -1,0 +1,1 @@
+"""Between the contract and the domain: requests are checked, answers are written."""

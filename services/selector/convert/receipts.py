@@ -1,0 +1,94 @@
+"""Receipts of draws: what an outsider needs to check them, under the selector's BLS signature."""
+
+import hashlib
+
+from services.runtime import names
+from services.selector.convert.pool import CURVE_NUMBERS
+from services.selector.convert.times import timestamp
+from services.selector.records import Draw, DrawnPlace, PassedOverReason
+from tiltyard.bls import BlsKey
+from tiltyard.sumtree import SUM_BYTES, SumNode
+from tiltyard.type.v1 import draw_pb2 as types
+
+_REASONS = {reason: types.PassedOverReason.Value(f"PASSED_OVER_REASON_{reason.name}") for reason in PassedOverReason}
+
+
+class ReceiptSigner:
+    """The selector's BLS key at work: sigma for a draw's seed, and the signature over its receipt."""
+
+    def __init__(self, key: BlsKey) -> None:
+        self._key = key
+
+    def sign_anchor(self, anchor: bytes) -> bytes:
+        """Sigma."""
+        return self._key.sign(anchor)
+
+    def sign_receipt(self, draw: Draw) -> bytes:
+        """The signature over the receipt of a draw."""
+        return self._key.sign(receipt_digest(receipt(draw)))
+
+
+def receipt_digest(message: types.DrawReceipt) -> bytes:
+    """SHA-256 of a receipt without its signature, fields in order of their numbers."""
+    unsigned = types.DrawReceipt()
+    unsigned.CopyFrom(message)
+    unsigned.ClearField("signature")
+    return hashlib.sha256(unsigned.SerializeToString(deterministic=True)).digest()
+
+
+def receipt(draw: Draw) -> types.DrawReceipt:
+    """The receipt of a draw as recorded."""
+    return types.DrawReceipt(
+        draw=names.format_draw(draw.draw),
+        task=names.format_task(draw.task),
+        submission=draw.submission,
+        round=draw.round,
+        anchor=draw.anchor,
+        sigma=draw.sigma,
+        reveal_salt=draw.reveal_salt,
+        seed=draw.seed,
+        pool_root=draw.pool_root,
+        pool_weight=_sum(draw.pool_weight),
+        pool_size=draw.pool_size,
+        curve=CURVE_NUMBERS[draw.curve.kind],
+        alpha_millis=draw.curve.alpha_millis,
+        assigned=draw.assigned,
+        picks=[_pick(position, drawn) for position, drawn in enumerate(draw.picks)],
+        passed_over=[_passed_over(drawn, drawn.passed_over) for drawn in draw.places if drawn.passed_over],
+        draw_time=timestamp(draw.draw_time),
+        signature=draw.signature,
+    )
+
+
+def _pick(position: int, drawn: DrawnPlace) -> types.Pick:
+    return types.Pick(
+        position=position,
+        participant=names.format_participant(drawn.participant),
+        owner_group=drawn.owner_group,
+        group_weight=_sum(drawn.place.weight),
+        value=_sum(drawn.place.value),
+        leaf_index=drawn.place.leaf_index,
+        path=[_node(node) for node in drawn.path],
+        members=[names.format_participant(member) for member in drawn.members],
+        place=drawn.place.place,
+    )
+
+
+def _passed_over(drawn: DrawnPlace, reason: PassedOverReason) -> types.PassedOver:
+    return types.PassedOver(
+        owner_group=drawn.owner_group,
+        reason=_REASONS[reason],
+        leaf_index=drawn.place.leaf_index,
+        place=drawn.place.place,
+        group_weight=_sum(drawn.place.weight),
+        value=_sum(drawn.place.value),
+        path=[_node(node) for node in drawn.path],
+    )
+
+
+def _node(node: SumNode) -> types.SumNode:
+    return types.SumNode(hash=node.hash, sum=_sum(node.sum), left=node.left)
+
+
+def _sum(value: int) -> bytes:
+    return value.to_bytes(SUM_BYTES, "big")

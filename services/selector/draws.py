@@ -1,0 +1,262 @@
+"""Draws: a random order of a pool for one submission and round, recorded before it is answered."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Set
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Protocol
+
+from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from services.selector import quotas
+from services.selector.pool_trees import PoolTrees, at_version
+from services.selector.pools import open_pool
+from services.selector.records import Draw, DrawnPlace, PassedOverReason, Pool, Settlement
+from services.selector.transaction import Store, Transaction
+from tiltyard.commitments import draw_seed
+from tiltyard.sortition import Place, SumTree, draw, drawn_member
+
+MAX_FURTHER_PICKS = 1000
+
+
+@dataclass(frozen=True)
+class DrawOrder:
+    """What a draw is asked for. `submission` is a resource name, `submitter` and `paused` are participant ids."""
+
+    task: str
+    submission: str
+    round: int
+    anchor: bytes
+    reveal_salt: bytes
+    validators: int
+    submitter: str
+    paused: frozenset[str]
+
+
+class Signer(Protocol):
+    """The selector's BLS key."""
+
+    def sign_anchor(self, anchor: bytes) -> bytes:
+        """Sigma: the one signature over an anchor."""
+        ...
+
+    def sign_receipt(self, draw: Draw) -> bytes:
+        """The signature over the draw's receipt."""
+        ...
+
+
+class Draws:
+    """Draws validators, goes on with draws, and keeps the account of their quotas."""
+
+    def __init__(self, store: Store, trees: PoolTrees, signer: Signer, *, clock: Callable[[], datetime]) -> None:
+        self._store = store
+        self._trees = trees
+        self._signer = signer
+        self._clock = clock
+
+    async def draw(self, order: DrawOrder) -> Draw:
+        """Draws once for each submission and round; asked again it answers with the same draw.
+
+        Raises NotFound, FailedPrecondition for a closed pool or too few eligible groups, AlreadyExists when the draw
+        was made with other arguments.
+        """
+        sigma = self._signer.sign_anchor(order.anchor)
+        name = draw_id(order.submission, order.round)
+
+        def work(transaction: Transaction) -> Draw:
+            known = transaction.draw(name)
+            if known is not None:
+                return _same(known, order)
+            pool = open_pool(transaction, order.task)
+            tree = self._trees.current(transaction, pool)
+            now = self._clock()
+            drawn = Draw(
+                draw=name,
+                task=order.task,
+                submission=order.submission,
+                round=order.round,
+                anchor=order.anchor,
+                sigma=sigma,
+                reveal_salt=order.reveal_salt,
+                seed=draw_seed(sigma=sigma, reveal_salt=order.reveal_salt),
+                pool_root=tree.root(),
+                pool_weight=tree.total,
+                pool_size=len(tree),
+                pool_version=pool.version,
+                curve=pool.policy.curve,
+                assigned=order.validators,
+                submitter=order.submitter,
+                places=(),
+                draw_time=now,
+            )
+            drawn = _go_on(transaction, pool, tree, drawn, wanted=order.validators, paused=order.paused, now=now)
+            if len(drawn.picks) < order.validators:
+                raise _not_enough(drawn, order.validators, pool, now)
+            return self._record(transaction, drawn)
+
+        return await self._store.write(work)
+
+    async def extend(self, name: str, *, picks: int, paused: frozenset[str]) -> Draw:
+        """Goes on in the same order until there are `picks` in all, or no group is left.
+
+        Raises NotFound, InvalidArgument for more than 1000 further picks, FailedPrecondition for a closed pool, or when
+        more are asked for and not one is left.
+        """
+
+        def work(transaction: Transaction) -> Draw:
+            known = find_draw(transaction, name)
+            if picks <= len(known.picks):
+                return known
+            if picks > len(known.picks) + MAX_FURTHER_PICKS:
+                raise InvalidArgument.field(
+                    "picks", f"is {picks}, allowed are {MAX_FURTHER_PICKS} more than the {len(known.picks)} there are"
+                )
+            pool = open_pool(transaction, known.task)
+            if pool.version == known.pool_version:
+                tree = self._trees.current(transaction, pool)
+            else:
+                tree = at_version(transaction, known.task, known.pool_version)
+            now = self._clock()
+            drawn = _go_on(transaction, pool, tree, known, wanted=picks, paused=paused, now=now)
+            if len(drawn.picks) == len(known.picks):
+                raise FailedPrecondition(
+                    "ORDER_EXHAUSTED",
+                    f"no group is left after {len(known.picks)} picks",
+                    picks=str(len(known.picks)),
+                    **_counts(drawn),
+                )
+            return self._record(transaction, drawn)
+
+        return await self._store.write(work)
+
+    async def get(self, name: str) -> Draw:
+        """A draw with all places so far. Raises NotFound."""
+        return await self._store.read(lambda transaction: find_draw(transaction, name))
+
+    async def settle(self, name: str, *, participant: str, settlement: Settlement) -> int:
+        """Ends the account of one pick; returns the uses charged to the owner group in its window."""
+
+        def work(transaction: Transaction) -> int:
+            find_draw(transaction, name)
+            return quotas.settle(
+                transaction, draw=name, participant=participant, settlement=settlement, now=self._clock()
+            )
+
+        return await self._store.write(work)
+
+    def _record(self, transaction: Transaction, drawn: Draw) -> Draw:
+        signed = replace(drawn, signature=self._signer.sign_receipt(drawn))
+        transaction.put_draw(signed)
+        return signed
+
+
+def draw_id(submission: str, round: int) -> str:
+    """Id of the one draw for a submission and round."""
+    return hashlib.sha256(f"{submission}/{round}".encode()).hexdigest()[:32]
+
+
+def find_draw(transaction: Transaction, name: str) -> Draw:
+    """A draw by its id. Raises NotFound."""
+    known = transaction.draw(name)
+    if known is None:
+        raise NotFound("DRAW_NOT_FOUND", "there is no such draw", draw=name)
+    return known
+
+
+def _go_on(
+    transaction: Transaction,
+    pool: Pool,
+    tree: SumTree,
+    drawn: Draw,
+    *,
+    wanted: int,
+    paused: Set[str],
+    now: datetime,
+) -> Draw:
+    """Takes further places until there are `wanted` picks or no weight is left, and charges each pick."""
+    left_out = {
+        transaction.owner_group(drawn.submitter): PassedOverReason.SUBMITTER,
+        transaction.owner_group(pool.creator): PassedOverReason.TASK_CREATOR,
+    }
+    places, picks = list(drawn.places), len(drawn.picks)
+    picked_groups = {transaction.owner_group(place.participant) for place in drawn.picks}
+    order = draw(drawn.seed, tree, [place.place.leaf_index for place in places])
+    while picks < wanted and (place := next(order, None)) is not None:
+        came = _judge(
+            transaction,
+            pool,
+            drawn,
+            place,
+            left_out=left_out,
+            picked_groups=picked_groups,
+            paused=paused,
+            now=now,
+        )
+        places.append(replace(came, owner_group=tree.identifier(place.leaf_index), path=tree.path(place.leaf_index)))
+        if came.passed_over is None:
+            quotas.charge(transaction, pool, draw=drawn.draw, participant=came.participant, now=now)
+            picked_groups.add(transaction.owner_group(came.participant))
+            picks += 1
+    return replace(drawn, places=tuple(places))
+
+
+def _judge(
+    transaction: Transaction,
+    pool: Pool,
+    drawn: Draw,
+    place: Place,
+    *,
+    left_out: dict[str, PassedOverReason],
+    picked_groups: Set[str],
+    paused: Set[str],
+    now: datetime,
+) -> DrawnPlace:
+    """Picks a member of the group whose place came up, or says why it is passed over."""
+    seated = transaction.seated(pool.task, leaf_index=place.leaf_index, version=drawn.pool_version)
+    members = tuple(member for member in seated if member not in paused)
+    group = transaction.owner_group(seated[0]) if seated else ""
+    reason = None
+    if not seated:
+        reason = PassedOverReason.LEFT
+    elif group in left_out:
+        reason = left_out[group]
+    elif group in picked_groups:
+        reason = PassedOverReason.ALREADY_PICKED
+    elif not members:
+        reason = PassedOverReason.PAUSED
+    elif quotas.quota(transaction, pool, group, now).is_used_up:
+        reason = PassedOverReason.QUOTA
+    if reason is not None:
+        return DrawnPlace(place, group, (), passed_over=reason)
+    return DrawnPlace(place, group, (), members, drawn_member(drawn.seed, place.place, members))
+
+
+def _same(known: Draw, order: DrawOrder) -> Draw:
+    arguments = (order.anchor, order.reveal_salt, order.validators, order.submitter)
+    if (known.anchor, known.reveal_salt, known.assigned, known.submitter) != arguments:
+        raise AlreadyExists(
+            "DRAW_EXISTS",
+            "this submission and round was drawn with another anchor, salt, submitter or number",
+            draw=known.draw,
+        )
+    return known
+
+
+def _counts(drawn: Draw) -> dict[str, str]:
+    passed_over = Counter(place.passed_over for place in drawn.places)
+    return {reason.value: str(passed_over[reason]) for reason in PassedOverReason if passed_over[reason]}
+
+
+def _not_enough(drawn: Draw, wanted: int, pool: Pool, now: datetime) -> FailedPrecondition:
+    counts = _counts(drawn)
+    described = ", ".join(f"{number} {reason}" for reason, number in counts.items()) or "nobody"
+    refill_time = pool.open_time + (quotas.window_at(pool, now) + 1) * pool.policy.window
+    if PassedOverReason.QUOTA.value in counts:
+        counts["refill_time"] = refill_time.isoformat()
+    return FailedPrecondition(
+        "NOT_ENOUGH_VALIDATORS",
+        f"{wanted} validators are wanted and {len(drawn.picks)} owner groups are eligible; passed over: {described}",
+        eligible=str(len(drawn.picks)),
+        wanted=str(wanted),
+        **counts,
+    )

@@ -1,0 +1,1 @@
+"""The selector's tables, version by version."""

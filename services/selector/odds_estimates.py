@@ -1,0 +1,56 @@
+"""What a validator may expect: its weight, its chance of being drawn, and what is left of its quota."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from services.runtime.errors import NotFound
+from services.selector.pool_trees import at_version
+from services.selector.pools import find_pool
+from services.selector.quotas import Quota, quota
+from services.selector.transaction import Store, Transaction
+from tiltyard.odds import Odds, odds
+
+
+@dataclass(frozen=True)
+class OddsEstimate:
+    """A participant's weight and chance in a pool, and its owner group's quota."""
+
+    weight: int
+    pool_weight: int
+    chance: Odds
+    quota: Quota
+
+
+class OddsEstimates:
+    """Estimates for people; nothing is decided by them."""
+
+    def __init__(self, store: Store, *, clock: Callable[[], datetime]) -> None:
+        self._store = store
+        self._clock = clock
+
+    async def estimate(self, task: str, *, participant: str, validators: int) -> OddsEstimate:
+        """The odds of a draw of `validators` in which nobody is passed over.
+
+        Raises NotFound when the participant is no validator of the task that can be drawn.
+        """
+
+        def work(transaction: Transaction) -> OddsEstimate:
+            pool = find_pool(transaction, task)
+            candidate = transaction.candidate(task, participant)
+            group = transaction.owner_group(participant)
+            leaf = transaction.leaf(task, group)
+            if candidate is None or not candidate.weight or leaf is None:
+                raise NotFound("NOT_A_VALIDATOR", "the participant is no validator of this task", task=task)
+            # The remembered trees belong to the writer; this is a reader.
+            tree = at_version(transaction, task, pool.version)
+            chance = odds([tree.weight(index) for index in range(len(tree))], leaf.index, validators)
+            members = len(transaction.seated(task, leaf_index=leaf.index, version=pool.version))
+            return OddsEstimate(
+                weight=candidate.weight,
+                pool_weight=tree.total,
+                chance=Odds(chance.probability / members, chance.standard_error / members),
+                quota=quota(transaction, pool, group, self._clock()),
+            )
+
+        return await self._store.read(work)

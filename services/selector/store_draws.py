@@ -1,0 +1,124 @@
+"""Draws and charges in SQL."""
+
+import json
+from typing import Any
+
+from sqlmodel import Session, col, func, or_, select
+
+from services.selector.columns import from_us, to_us, weight_bytes, weight_of
+from services.selector.records import Charge, Draw, DrawnPlace, PassedOverReason, Settlement
+from services.selector.rows import ChargeRow, DrawRow, OwnerGroupRow
+from tiltyard.sortition import Curve, CurveKind, Place, SumNode
+
+
+class SqlDrawRecords:
+    """Implements DrawRecords."""
+
+    _session: Session
+
+    def draw(self, draw: str) -> Draw | None:
+        row = self._session.get(DrawRow, draw)
+        return _draw(row) if row else None
+
+    def put_draw(self, draw: Draw) -> None:
+        self._session.merge(
+            DrawRow(
+                draw=draw.draw,
+                task=draw.task,
+                submission=draw.submission,
+                round=draw.round,
+                anchor=draw.anchor,
+                sigma=draw.sigma,
+                reveal_salt=draw.reveal_salt,
+                seed=draw.seed,
+                pool_root=draw.pool_root,
+                pool_weight=weight_bytes(draw.pool_weight),
+                pool_size=draw.pool_size,
+                pool_version=draw.pool_version,
+                curve=draw.curve.kind.value,
+                alpha_millis=draw.curve.alpha_millis,
+                assigned=draw.assigned,
+                submitter=draw.submitter,
+                places=json.dumps([_place_json(place) for place in draw.places], separators=(",", ":")),
+                draw_time_us=to_us(draw.draw_time),
+                signature=draw.signature,
+            )
+        )
+
+    def charge(self, draw: str, participant: str) -> Charge | None:
+        row = self._session.get(ChargeRow, (draw, participant))
+        if row is None:
+            return None
+        return Charge(row.draw, row.participant, row.task, row.rate_window, Settlement(row.settlement))
+
+    def put_charge(self, charge: Charge) -> None:
+        self._session.merge(
+            ChargeRow(
+                draw=charge.draw,
+                participant=charge.participant,
+                task=charge.task,
+                rate_window=charge.window,
+                settlement=charge.settlement.value,
+            )
+        )
+
+    def quota_used(self, task: str, *, window: int, owner_group: str) -> int:
+        members = select(OwnerGroupRow.participant).where(OwnerGroupRow.owner_group == owner_group)
+        query = select(func.count()).where(
+            ChargeRow.task == task,
+            ChargeRow.rate_window == window,
+            or_(ChargeRow.participant == owner_group, col(ChargeRow.participant).in_(members)),
+            ChargeRow.settlement != Settlement.REFUNDED.value,
+        )
+        return self._session.exec(query).one()
+
+
+def _draw(row: DrawRow) -> Draw:
+    return Draw(
+        draw=row.draw,
+        task=row.task,
+        submission=row.submission,
+        round=row.round,
+        anchor=row.anchor,
+        sigma=row.sigma,
+        reveal_salt=row.reveal_salt,
+        seed=row.seed,
+        pool_root=row.pool_root,
+        pool_weight=weight_of(row.pool_weight),
+        pool_size=row.pool_size,
+        pool_version=row.pool_version,
+        curve=Curve(CurveKind(row.curve), row.alpha_millis),
+        assigned=row.assigned,
+        submitter=row.submitter,
+        places=tuple(_place(place) for place in json.loads(row.places)),
+        draw_time=from_us(row.draw_time_us),
+        signature=row.signature,
+    )
+
+
+def _place_json(drawn: DrawnPlace) -> dict[str, Any]:
+    """Weights as decimal strings: they outgrow the numbers that other readers of JSON can hold."""
+    place = drawn.place
+    return {
+        "place": place.place,
+        "leaf_index": place.leaf_index,
+        "weight": str(place.weight),
+        "value": str(place.value),
+        "owner_group": drawn.owner_group,
+        "path": [[node.hash.hex(), str(node.sum), node.left] for node in drawn.path],
+        "members": list(drawn.members),
+        "participant": drawn.participant,
+        "passed_over": drawn.passed_over.value if drawn.passed_over else None,
+    }
+
+
+def _place(stored: dict[str, Any]) -> DrawnPlace:
+    reason = stored["passed_over"]
+    return DrawnPlace(
+        place=Place(stored["place"], stored["leaf_index"], int(stored["weight"]), int(stored["value"])),
+        owner_group=stored["owner_group"],
+        path=tuple(SumNode(bytes.fromhex(digest), int(below), left) for digest, below, left in stored["path"]),
+        members=tuple(stored["members"]),
+        participant=stored["participant"],
+        passed_over=PassedOverReason(reason) if reason else None,
+    )

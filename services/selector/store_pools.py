@@ -1,0 +1,202 @@
+"""Owner groups, pools, candidates, leaves and seats in SQL."""
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+
+from sqlalchemy.orm import aliased
+from sqlmodel import Session, col, or_, select
+
+from services.selector.columns import from_us, to_us, weight_bytes, weight_of
+from services.selector.records import Candidate, Evidence, EvidenceKind, LeafChange, Policy, Pool, Role, Verdict
+from services.selector.rows import CandidateRow, FundingAccountRow, LeafRow, OwnerGroupRow, PoolRow, SeatRow
+from tiltyard.sortition import Curve, CurveKind
+
+_MICROSECOND = timedelta(microseconds=1)
+
+
+class SqlGroupRecords:
+    """Implements GroupRecords."""
+
+    _session: Session
+
+    def owner_group(self, participant: str) -> str:
+        row = self._session.get(OwnerGroupRow, participant)
+        return row.owner_group if row else participant
+
+    def owner_group_members(self, owner_group: str) -> Sequence[str]:
+        query = select(OwnerGroupRow.participant).where(OwnerGroupRow.owner_group == owner_group)
+        # The group bears the id of one of its members, who has no row before somebody joins.
+        return sorted({owner_group, *self._session.exec(query)})
+
+    def put_owner_group(self, participant: str, owner_group: str) -> None:
+        self._session.merge(OwnerGroupRow(participant=participant, owner_group=owner_group))
+
+    def funded_by(self, funding_account: str) -> str | None:
+        row = self._session.get(FundingAccountRow, funding_account)
+        return row.participant if row else None
+
+    def add_funding_account(self, funding_account: str, participant: str) -> None:
+        self._session.add(FundingAccountRow(funding_account=funding_account, participant=participant))
+
+
+class SqlPoolRecords:
+    """Implements PoolRecords."""
+
+    _session: Session
+
+    def pool(self, task: str) -> Pool | None:
+        row = self._session.get(PoolRow, task)
+        return _pool(row) if row else None
+
+    def put_pool(self, pool: Pool) -> None:
+        policy = pool.policy
+        self._session.merge(
+            PoolRow(
+                task=pool.task,
+                curve=policy.curve.kind.value,
+                alpha_millis=policy.curve.alpha_millis,
+                validator_min_stake_micros=policy.validator_min_stake_micros,
+                training_node_min_stake_micros=policy.training_node_min_stake_micros,
+                window_us=policy.window // _MICROSECOND,
+                quota_limit=policy.limit,
+                reference_stake_micros=policy.reference_stake_micros,
+                open_time_us=to_us(pool.open_time),
+                creator=pool.creator,
+                closed=pool.closed,
+                version=pool.version,
+                leaf_count=pool.leaf_count,
+                root=pool.root,
+            )
+        )
+
+    def candidate(self, task: str, participant: str) -> Candidate | None:
+        row = self._session.get(CandidateRow, (task, participant))
+        return _candidate(row) if row else None
+
+    def put_candidate(self, candidate: Candidate) -> None:
+        verdict = candidate.verdict
+        self._session.merge(
+            CandidateRow(
+                task=verdict.task,
+                participant=verdict.participant,
+                role=verdict.role.value,
+                evidence=json.dumps([_evidence_json(fact) for fact in verdict.evidence]),
+                explanation=verdict.explanation,
+                decide_time_us=to_us(verdict.decide_time),
+                locked_micros=candidate.locked_micros,
+                weight=weight_bytes(candidate.weight),
+                active=candidate.active,
+            )
+        )
+
+    def active_candidates(self, task: str) -> Sequence[Candidate]:
+        query = select(CandidateRow).where(CandidateRow.task == task, col(CandidateRow.active))
+        return [_candidate(row) for row in self._session.exec(query.order_by(CandidateRow.participant))]
+
+    def candidacies(self, participant: str) -> Sequence[Candidate]:
+        query = select(CandidateRow).where(CandidateRow.participant == participant, col(CandidateRow.active))
+        return [_candidate(row) for row in self._session.exec(query.order_by(CandidateRow.task))]
+
+    def put_leaf(self, task: str, change: LeafChange) -> None:
+        self._session.add(
+            LeafRow(
+                task=task,
+                version=change.version,
+                leaf_index=change.index,
+                owner_group=change.owner_group,
+                stake_micros=change.stake_micros,
+                weight=weight_bytes(change.weight),
+            )
+        )
+
+    def leaf(self, task: str, owner_group: str) -> LeafChange | None:
+        query = select(LeafRow).where(LeafRow.task == task, LeafRow.owner_group == owner_group)
+        row = self._session.exec(query.order_by(col(LeafRow.version).desc()).limit(1)).first()
+        return _leaf(row) if row else None
+
+    def leaf_changes(self, task: str, *, after: int, upto: int) -> Sequence[LeafChange]:
+        query = select(LeafRow).where(LeafRow.task == task, LeafRow.version > after, LeafRow.version <= upto)
+        return [_leaf(row) for row in self._session.exec(query.order_by(col(LeafRow.version)))]
+
+    def seat(self, task: str, participant: str, *, leaf_index: int, since: int) -> None:
+        self._session.add(SeatRow(task=task, participant=participant, since=since, until=None, leaf_index=leaf_index))
+
+    def unseat(self, task: str, participant: str, *, until: int) -> None:
+        query = select(SeatRow).where(
+            SeatRow.task == task, SeatRow.participant == participant, col(SeatRow.until).is_(None)
+        )
+        for row in self._session.exec(query):
+            row.until = until
+            self._session.add(row)
+
+    def seated(self, task: str, *, leaf_index: int, version: int) -> Sequence[str]:
+        still = aliased(SeatRow)
+        query = (
+            select(SeatRow.participant)
+            .join(still, (col(still.task) == SeatRow.task) & (col(still.participant) == SeatRow.participant))
+            .where(
+                SeatRow.task == task,
+                SeatRow.leaf_index == leaf_index,
+                SeatRow.since <= version,
+                or_(col(SeatRow.until).is_(None), col(SeatRow.until) > version),
+                col(still.until).is_(None),
+            )
+            .order_by(SeatRow.participant)
+        )
+        return list(self._session.exec(query))
+
+
+def _pool(row: PoolRow) -> Pool:
+    return Pool(
+        task=row.task,
+        policy=Policy(
+            curve=Curve(CurveKind(row.curve), row.alpha_millis),
+            validator_min_stake_micros=row.validator_min_stake_micros,
+            training_node_min_stake_micros=row.training_node_min_stake_micros,
+            window=row.window_us * _MICROSECOND,
+            limit=row.quota_limit,
+            reference_stake_micros=row.reference_stake_micros,
+        ),
+        open_time=from_us(row.open_time_us),
+        creator=row.creator,
+        closed=row.closed,
+        version=row.version,
+        leaf_count=row.leaf_count,
+        root=row.root,
+    )
+
+
+def _candidate(row: CandidateRow) -> Candidate:
+    verdict = Verdict(
+        task=row.task,
+        participant=row.participant,
+        role=Role(row.role),
+        evidence=tuple(
+            Evidence(
+                kind=EvidenceKind(fact["kind"]),
+                sufficient=fact["sufficient"],
+                amount_micros=fact["amount_micros"],
+                threshold_micros=fact["threshold_micros"],
+                references=tuple(fact["references"]),
+            )
+            for fact in json.loads(row.evidence)
+        ),
+        explanation=row.explanation,
+        decide_time=from_us(row.decide_time_us),
+    )
+    return Candidate(verdict, row.locked_micros, weight_of(row.weight), row.active)
+
+
+def _evidence_json(fact: Evidence) -> dict[str, object]:
+    return {
+        "kind": fact.kind.value,
+        "sufficient": fact.sufficient,
+        "amount_micros": fact.amount_micros,
+        "threshold_micros": fact.threshold_micros,
+        "references": list(fact.references),
+    }
+
+
+def _leaf(row: LeafRow) -> LeafChange:
+    return LeafChange(row.leaf_index, row.version, row.owner_group, row.stake_micros, weight_of(row.weight))

@@ -1,0 +1,156 @@
+"""Accounts, deposits, unbonding stake, punishments and events in SQL."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlmodel import Session, col, func, select
+
+from services.selector.columns import from_us, to_us, weight_bytes, weight_of
+from services.selector.records import Accounts, Deposit, EventKind, LedgerEvent, Slash, Unbonding
+from services.selector.rows import AccountsRow, DepositRow, EventRow, SlashRow, UnbondingRow
+
+
+class SqlStakeRecords:
+    """Implements StakeRecords."""
+
+    _session: Session
+
+    def accounts(self, participant: str) -> Accounts:
+        row = self._session.get(AccountsRow, participant)
+        return _accounts(row) if row else Accounts(participant)
+
+    def put_accounts(self, accounts: Accounts) -> None:
+        self._session.merge(
+            AccountsRow(
+                participant=accounts.participant,
+                available_micros=accounts.available_micros,
+                locked_micros=accounts.locked_micros,
+                unbonding_micros=accounts.unbonding_micros,
+                slashed_micros=accounts.slashed_micros,
+            )
+        )
+
+    def list_accounts(self, *, after: str, limit: int) -> Sequence[Accounts]:
+        query = select(AccountsRow).where(AccountsRow.participant > after).order_by(AccountsRow.participant)
+        return [_accounts(row) for row in self._session.exec(query.limit(limit))]
+
+    def deposit(self, reference: str) -> Deposit | None:
+        row = self._session.get(DepositRow, reference)
+        if row is None:
+            return None
+        return Deposit(row.reference, row.participant, row.amount_micros, row.funding_account)
+
+    def add_deposit(self, deposit: Deposit) -> None:
+        last = self._last_deposit()
+        self._session.add(
+            DepositRow(
+                reference=deposit.reference,
+                number=last.number + 1 if last else 1,
+                participant=deposit.participant,
+                amount_micros=deposit.amount_micros,
+                funding_account=deposit.funding_account,
+                total_micros=deposit.amount_micros + (last.total_micros if last else 0),
+            )
+        )
+
+    def total_deposited(self) -> int:
+        last = self._last_deposit()
+        return last.total_micros if last else 0
+
+    def unbondings(self, participant: str) -> Sequence[Unbonding]:
+        query = (
+            select(UnbondingRow)
+            .where(UnbondingRow.participant == participant, UnbondingRow.amount_micros > 0)
+            .order_by(col(UnbondingRow.release_time_us), col(UnbondingRow.number))
+        )
+        return [
+            Unbonding(row.participant, row.number, row.amount_micros, from_us(row.release_time_us))
+            for row in self._session.exec(query)
+        ]
+
+    def add_unbonding(self, participant: str, amount_micros: int, release_time: datetime) -> None:
+        query = select(func.max(UnbondingRow.number)).where(UnbondingRow.participant == participant)
+        self._session.add(
+            UnbondingRow(
+                participant=participant,
+                number=(self._session.exec(query).one() or 0) + 1,
+                amount_micros=amount_micros,
+                release_time_us=to_us(release_time),
+            )
+        )
+
+    def put_unbonding(self, unbonding: Unbonding) -> None:
+        self._session.merge(
+            UnbondingRow(
+                participant=unbonding.participant,
+                number=unbonding.number,
+                amount_micros=unbonding.amount_micros,
+                release_time_us=to_us(unbonding.release_time),
+            )
+        )
+
+    def slash(self, participant: str, evidence: str) -> Slash | None:
+        row = self._session.get(SlashRow, (participant, evidence))
+        return Slash(participant, evidence, row.amount_micros, row.taken_micros) if row else None
+
+    def add_slash(self, slash: Slash) -> None:
+        self._session.add(
+            SlashRow(
+                participant=slash.participant,
+                evidence=slash.evidence,
+                amount_micros=slash.amount_micros,
+                taken_micros=slash.taken_micros,
+            )
+        )
+
+    def append_event(self, event: LedgerEvent) -> None:
+        self._session.add(
+            EventRow(
+                sequence=self.last_sequence() + 1,
+                kind=event.kind.value,
+                time_us=to_us(event.time),
+                participant=event.participant,
+                amount_micros=event.amount_micros,
+                task=event.task,
+                draw=event.draw,
+                owner_group=event.owner_group,
+                weight=weight_bytes(event.weight),
+                reference=event.reference,
+                funding_account=event.funding_account,
+            )
+        )
+
+    def last_sequence(self) -> int:
+        return self._session.exec(select(func.max(EventRow.sequence))).one() or 0
+
+    def list_events(self, *, start: int, limit: int) -> Sequence[LedgerEvent]:
+        query = select(EventRow).where(EventRow.sequence >= start).order_by(col(EventRow.sequence)).limit(limit)
+        return [
+            LedgerEvent(
+                kind=EventKind(row.kind),
+                time=from_us(row.time_us),
+                participant=row.participant,
+                amount_micros=row.amount_micros,
+                task=row.task,
+                draw=row.draw,
+                owner_group=row.owner_group,
+                weight=weight_of(row.weight),
+                reference=row.reference,
+                funding_account=row.funding_account,
+                sequence=row.sequence,
+            )
+            for row in self._session.exec(query)
+        ]
+
+    def _last_deposit(self) -> DepositRow | None:
+        return self._session.exec(select(DepositRow).order_by(col(DepositRow.number).desc()).limit(1)).first()
+
+
+def _accounts(row: AccountsRow) -> Accounts:
+    return Accounts(
+        participant=row.participant,
+        available_micros=row.available_micros,
+        locked_micros=row.locked_micros,
+        unbonding_micros=row.unbonding_micros,
+        slashed_micros=row.slashed_micros,
+    )

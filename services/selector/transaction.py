@@ -1,0 +1,158 @@
+"""What the domain asks of its store: transactions that see and change everything the selector remembers."""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Protocol, TypeVar
+
+from services.selector.records import (
+    Accounts,
+    Candidate,
+    Charge,
+    Deposit,
+    Draw,
+    LeafChange,
+    LedgerEvent,
+    Pool,
+    Slash,
+    Unbonding,
+)
+
+T = TypeVar("T")
+
+
+class StakeRecords(Protocol):
+    """Accounts, what moved them, and the events."""
+
+    def accounts(self, participant: str) -> Accounts:
+        """All zero for somebody who never deposited."""
+        ...
+
+    def put_accounts(self, accounts: Accounts) -> None: ...
+
+    def list_accounts(self, *, after: str, limit: int) -> Sequence[Accounts]:
+        """By participant id."""
+        ...
+
+    def deposit(self, reference: str) -> Deposit | None: ...
+
+    def add_deposit(self, deposit: Deposit) -> None: ...
+
+    def total_deposited(self) -> int:
+        """Sum of all deposits there have ever been, in micro-units."""
+        ...
+
+    def unbondings(self, participant: str) -> Sequence[Unbonding]:
+        """Those not yet withdrawn, by release time."""
+        ...
+
+    def add_unbonding(self, participant: str, amount_micros: int, release_time: datetime) -> None: ...
+
+    def put_unbonding(self, unbonding: Unbonding) -> None:
+        """Changes the amount; one of 0 is gone."""
+        ...
+
+    def slash(self, participant: str, evidence: str) -> Slash | None: ...
+
+    def add_slash(self, slash: Slash) -> None: ...
+
+    def append_event(self, event: LedgerEvent) -> None:
+        """Gives the event the next sequence number."""
+        ...
+
+    def last_sequence(self) -> int: ...
+
+    def list_events(self, *, start: int, limit: int) -> Sequence[LedgerEvent]: ...
+
+
+class GroupRecords(Protocol):
+    """Owner groups. A group's id is the smallest participant id in it."""
+
+    def owner_group(self, participant: str) -> str:
+        """The participant's own id for somebody who stands alone."""
+        ...
+
+    def owner_group_members(self, owner_group: str) -> Sequence[str]:
+        """By participant id."""
+        ...
+
+    def put_owner_group(self, participant: str, owner_group: str) -> None: ...
+
+    def funded_by(self, funding_account: str) -> str | None:
+        """The first participant who was funded from the account."""
+        ...
+
+    def add_funding_account(self, funding_account: str, participant: str) -> None: ...
+
+
+class PoolRecords(Protocol):
+    """Pools, their candidates and the history of their leaves."""
+
+    def pool(self, task: str) -> Pool | None: ...
+
+    def put_pool(self, pool: Pool) -> None: ...
+
+    def candidate(self, task: str, participant: str) -> Candidate | None: ...
+
+    def put_candidate(self, candidate: Candidate) -> None: ...
+
+    def active_candidates(self, task: str) -> Sequence[Candidate]:
+        """By participant id."""
+        ...
+
+    def candidacies(self, participant: str) -> Sequence[Candidate]:
+        """The active ones, by task id."""
+        ...
+
+    def put_leaf(self, task: str, change: LeafChange) -> None: ...
+
+    def leaf(self, task: str, owner_group: str) -> LeafChange | None:
+        """The newest state of a group's leaf."""
+        ...
+
+    def leaf_changes(self, task: str, *, after: int, upto: int) -> Sequence[LeafChange]:
+        """Those with after < version <= upto, by version."""
+        ...
+
+    def seat(self, task: str, participant: str, *, leaf_index: int, since: int) -> None:
+        """The participant can be picked by way of this leaf from version `since` on."""
+        ...
+
+    def unseat(self, task: str, participant: str, *, until: int) -> None:
+        """It cannot be picked any more from version `until` on."""
+        ...
+
+    def seated(self, task: str, *, leaf_index: int, version: int) -> Sequence[str]:
+        """Who could be picked by way of a leaf at a version and still is in the pool, by participant id."""
+        ...
+
+
+class DrawRecords(Protocol):
+    """Draws and the uses of quotas."""
+
+    def draw(self, draw: str) -> Draw | None: ...
+
+    def put_draw(self, draw: Draw) -> None: ...
+
+    def charge(self, draw: str, participant: str) -> Charge | None: ...
+
+    def put_charge(self, charge: Charge) -> None: ...
+
+    def quota_used(self, task: str, *, window: int, owner_group: str) -> int:
+        """Charges in one window, but for refunded ones, of all who are in the group now."""
+        ...
+
+
+class Transaction(StakeRecords, GroupRecords, PoolRecords, DrawRecords, Protocol):
+    """Everything, in one transaction: all of its changes are kept or none."""
+
+
+class Store(Protocol):
+    """Where the selector remembers. Writes run one after the other and are durable when they return."""
+
+    async def write(self, work: Callable[[Transaction], T]) -> T:
+        """Runs `work`, which must have no other effects: it may run more than once."""
+        ...
+
+    async def read(self, work: Callable[[Transaction], T]) -> T:
+        """Runs `work` on a consistent snapshot."""
+        ...
