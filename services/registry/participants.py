@@ -1,0 +1,123 @@
+"""Key holders: their names for people, their owners, and who vouches for them."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from services.registry.entries import EndorsementChanged, OwnerBound, ParticipantRegistered
+from services.registry.records import Endorsement, Participant
+from services.registry.transaction import Reading, Store, Writing
+from services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound
+from tiltyard.identity import Envelope
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A participant with the endorsements in force."""
+
+    participant: Participant
+    endorsements: tuple[Endorsement, ...]
+
+
+class Participants:
+    """Knows the key holders. The words of `trusted` participants count for eligibility."""
+
+    def __init__(self, store: Store, *, trusted: Collection[str]) -> None:
+        self._store = store
+        self._trusted = frozenset(trusted)
+
+    async def register(self, caller: str, *, public_key: bytes, display_name: str) -> Profile:
+        """Record the caller's key and name; registering again changes the name."""
+
+        def work(tx: Writing) -> Profile:
+            known = tx.participant(caller)
+            if known is not None and known.display_name == display_name:
+                return self._profile(tx, known)
+            if known is None:
+                participant = Participant(caller, display_name, public_key, None, tx.now)
+            else:
+                participant = replace(known, display_name=display_name)
+            tx.put_participant(participant)
+            tx.append(ParticipantRegistered(caller, public_key, display_name))
+            return self._profile(tx, participant)
+
+        return await self._store.write(work)
+
+    async def get(self, participant: str) -> Profile:
+        """One participant. Raises NotFound."""
+        return await self._store.read(lambda tx: self._profile(tx, _known(tx, participant)))
+
+    async def page(self, *, after: int | None, limit: int) -> Sequence[tuple[int, Profile]]:
+        """Participants in order of registration, those beyond a position."""
+
+        def read(tx: Reading) -> Sequence[tuple[int, Profile]]:
+            found = tx.participants(after=after or 0, limit=limit)
+            return [(position, self._profile(tx, participant)) for position, participant in found]
+
+        return await self._store.read(read)
+
+    async def bind_owner(self, caller: str, *, owner: str, statement: Envelope) -> Profile:
+        """Bind the caller to who signed the statement. Raises FailedPrecondition(OWNER_BOUND, NOT_REGISTERED)."""
+        if owner == caller:
+            raise InvalidArgument.field("statement.owner", "is the caller itself")
+
+        def work(tx: Writing) -> Profile:
+            participant = registered(tx, caller)
+            if participant.owner not in (None, owner):
+                raise FailedPrecondition("OWNER_BOUND", "the caller is bound to another owner")
+            if participant.owner is None:
+                participant = replace(participant, owner=owner)
+                tx.put_participant(participant)
+                tx.append(OwnerBound(statement))
+            return self._profile(tx, participant)
+
+        return await self._store.write(work)
+
+    async def endorse(self, caller: str, *, subject: str, field: str, statement: Envelope) -> Profile:
+        """Record the caller's word for somebody. Raises NotFound, FailedPrecondition(NOT_REGISTERED)."""
+        if subject == caller:
+            raise InvalidArgument.field("statement.subject", "nobody endorses itself")
+
+        def work(tx: Writing) -> Profile:
+            registered(tx, caller)
+            participant = _known(tx, subject)
+            if not _endorsed(tx, caller, subject, field):
+                tx.put_endorsement(Endorsement(caller, subject, field, tx.now))
+                tx.append(EndorsementChanged(statement))
+            return self._profile(tx, participant)
+
+        return await self._store.write(work)
+
+    async def revoke(self, caller: str, *, subject: str, field: str, statement: Envelope) -> Profile:
+        """Take the caller's word back. Raises NotFound when there is none."""
+
+        def work(tx: Writing) -> Profile:
+            participant = _known(tx, subject)
+            if not tx.delete_endorsement(caller, subject, field):
+                raise NotFound("ENDORSEMENT_NOT_FOUND", "the caller has not endorsed this participant in this field")
+            tx.append(EndorsementChanged(statement))
+            return self._profile(tx, participant)
+
+        return await self._store.write(work)
+
+    def _profile(self, tx: Reading, participant: Participant) -> Profile:
+        endorsements = tx.endorsements(participant.id)
+        return Profile(participant, tuple(replace(e, trusted=e.endorser in self._trusted) for e in endorsements))
+
+
+def registered(tx: Reading, participant: str) -> Participant:
+    """Somebody who acts and so must have registered. Raises FailedPrecondition(NOT_REGISTERED)."""
+    known = tx.participant(participant)
+    if known is None:
+        raise FailedPrecondition("NOT_REGISTERED", "register as a participant first")
+    return known
+
+
+def _known(tx: Reading, participant: str) -> Participant:
+    known = tx.participant(participant)
+    if known is None:
+        raise NotFound("PARTICIPANT_NOT_FOUND", f"there is no participant {participant}")
+    return known
+
+
+def _endorsed(tx: Reading, endorser: str, subject: str, field: str) -> bool:
+    return any(e.endorser == endorser and e.field == field for e in tx.endorsements(subject))

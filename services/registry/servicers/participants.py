@@ -1,0 +1,60 @@
+"""ParticipantService over the domain's participants."""
+
+from typing import Any
+
+from services.registry.convert import participants as convert
+from services.registry.convert.pages import close_page, open_page
+from services.registry.participants import Participants, Profile
+from services.runtime.auth import current_caller
+from services.runtime.idempotency import idempotent
+from services.runtime.names import parse_participant
+from services.runtime.paging import PageTokens
+from tiltyard.registry.v1 import participant_pb2, participant_pb2_grpc
+
+
+class ParticipantServicer(participant_pb2_grpc.ParticipantServiceServicer):
+    """The key holders of the arena."""
+
+    def __init__(self, participants: Participants, *, origin: str, tokens: PageTokens) -> None:
+        self._participants = participants
+        self._origin = origin
+        self._tokens = tokens
+
+    @idempotent(answer=convert.registered_message)
+    async def RegisterParticipant(self, request: participant_pb2.RegisterParticipantRequest, context: Any) -> Profile:
+        caller = current_caller()
+        name = convert.display_name_of(request)
+        return await self._participants.register(caller.id, public_key=caller.public_key, display_name=name)
+
+    async def GetParticipant(
+        self, request: participant_pb2.GetParticipantRequest, context: Any
+    ) -> participant_pb2.GetParticipantResponse:
+        profile = await self._participants.get(parse_participant(request.name))
+        return participant_pb2.GetParticipantResponse(participant=convert.participant_message(profile))
+
+    async def ListParticipants(
+        self, request: participant_pb2.ListParticipantsRequest, context: Any
+    ) -> participant_pb2.ListParticipantsResponse:
+        page = open_page("ListParticipants", self._tokens, size=request.page_size, token=request.page_token)
+        found = await self._participants.page(after=page.after, limit=page.limit)
+        profiles, token = close_page(page, self._tokens, found)
+        messages = [convert.participant_message(profile) for profile in profiles]
+        return participant_pb2.ListParticipantsResponse(participants=messages, next_page_token=token)
+
+    @idempotent(answer=convert.bound_message)
+    async def BindOwner(self, request: participant_pb2.BindOwnerRequest, context: Any) -> Profile:
+        caller = current_caller().id
+        owner, statement = convert.owner_of(request, origin=self._origin, caller=caller)
+        return await self._participants.bind_owner(caller, owner=owner, statement=statement)
+
+    @idempotent(answer=convert.endorsed_message)
+    async def EndorseParticipant(self, request: participant_pb2.EndorseParticipantRequest, context: Any) -> Profile:
+        caller = current_caller().id
+        subject, field, statement = convert.endorsement_of(request, origin=self._origin, caller=caller, revoke=False)
+        return await self._participants.endorse(caller, subject=subject, field=field, statement=statement)
+
+    @idempotent(answer=convert.revoked_message)
+    async def RevokeEndorsement(self, request: participant_pb2.RevokeEndorsementRequest, context: Any) -> Profile:
+        caller = current_caller().id
+        subject, field, statement = convert.endorsement_of(request, origin=self._origin, caller=caller, revoke=True)
+        return await self._participants.revoke(caller, subject=subject, field=field, statement=statement)
