@@ -122,7 +122,7 @@ async def download(
     """
     wanted = bytes.fromhex(artifact.removeprefix("artifacts/"))
     part = destination.with_name(destination.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
+    await asyncio.to_thread(_touch, part)
     if size_bytes is None:
         request = artifact_pb2.GetArtifactRequest(name=artifact)
         known = await persist(lambda: artifacts.GetArtifact(request), patience_s=patience_s)
@@ -146,13 +146,16 @@ async def download(
     await asyncio.to_thread(_move_into_place, part, destination)
 
 
+def _touch(part: Path) -> None:
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
+
+
 def _bytes_so_far(part: Path, size_bytes: int) -> int:
-    if not part.exists():
-        return 0
     size = part.stat().st_size
     if size > size_bytes:
-        # More than there can be: somebody else's file, or another artifact's.
-        part.unlink()
+        # More than there can be: the part of another artifact.
+        os.truncate(part, 0)
         return 0
     return size
 

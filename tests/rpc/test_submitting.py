@@ -1,0 +1,320 @@
+"""Transfers and submissions against a small registry that breaks off, restarts and lies."""
+
+import hashlib
+import os
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from tiltyard.client import Client
+from tiltyard.commitments import submission_commitment
+from tiltyard.identity import Key
+from tiltyard.registry.v1 import artifact_pb2, artifact_pb2_grpc, submission_pb2, submission_pb2_grpc
+from tiltyard.statements import open_statement
+from tiltyard.submitting import JournalMismatch, read_journal, submit_model
+from tiltyard.transfers import CHUNK_BYTES, DigestMismatch, artifact_name, download, file_digest, upload
+from tiltyard.type.v1 import envelope_pb2
+
+TASK = "tasks/digits"
+ORIGIN = "tiltyard.test"
+
+
+@dataclass
+class SmallRegistry(artifact_pb2_grpc.ArtifactServiceServicer, submission_pb2_grpc.SubmissionServiceServicer):
+    """Artifacts and submissions in memory; `break_uploads_after` and `break_downloads_after` are bytes of a stream."""
+
+    parts: dict[str, bytearray] = field(default_factory=dict)
+    complete: dict[str, bytes] = field(default_factory=dict)
+    claims: list[tuple[str, str]] = field(default_factory=list)
+    streams: list[int] = field(default_factory=list)
+    commits: dict[str, envelope_pb2.CommitStatement] = field(default_factory=dict)
+    reveals: dict[str, envelope_pb2.RevealStatement] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    break_uploads_after: list[int] = field(default_factory=list)
+    break_downloads_after: list[int] = field(default_factory=list)
+    fail_next: dict[str, list[grpc.StatusCode]] = field(default_factory=dict)
+    lost_answers: set[str] = field(default_factory=set)
+
+    async def _maybe_fail(self, method: str, context: Any) -> None:
+        self.calls.append(method)
+        if self.fail_next.get(method):
+            await context.abort(self.fail_next[method].pop(0), "for the test")
+
+    async def GetUpload(self, request: Any, context: Any) -> artifact_pb2.GetUploadResponse:
+        await self._maybe_fail("GetUpload", context)
+        done = self.complete.get(request.artifact)
+        return artifact_pb2.GetUploadResponse(
+            offset=len(done if done is not None else self.parts.get(request.artifact, b"")), complete=done is not None
+        )
+
+    async def UploadArtifact(self, requests: Any, context: Any) -> artifact_pb2.UploadArtifactResponse:
+        await self._maybe_fail("UploadArtifact", context)
+        header = (await anext(aiter(requests))).header
+        part = self.parts.setdefault(header.artifact, bytearray(self.complete.get(header.artifact, b"")))
+        if header.offset != len(part):
+            await context.abort(grpc.StatusCode.OUT_OF_RANGE, "wrong offset")
+        self.streams.append(header.offset)
+        limit = self.break_uploads_after.pop(0) if self.break_uploads_after else None
+        received = 0
+        async for request in requests:
+            assert len(request.chunk) <= 1024 * 1024
+            if limit is not None and received + len(request.chunk) > limit:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "broken off")
+            part += request.chunk
+            received += len(request.chunk)
+        assert len(part) == header.size_bytes
+        assert artifact_name(hashlib.sha256(part).digest()) == header.artifact
+        self.complete[header.artifact] = bytes(part)
+        self.claims.append((header.WhichOneof("purpose"), header.task or header.submission))
+        return artifact_pb2.UploadArtifactResponse(
+            artifact=artifact_pb2.Artifact(name=header.artifact, size_bytes=header.size_bytes)
+        )
+
+    async def GetArtifact(self, request: Any, context: Any) -> artifact_pb2.GetArtifactResponse:
+        await self._maybe_fail("GetArtifact", context)
+        size = len(self.complete[request.name])
+        return artifact_pb2.GetArtifactResponse(artifact=artifact_pb2.Artifact(name=request.name, size_bytes=size))
+
+    async def DownloadArtifact(
+        self, request: Any, context: Any
+    ) -> AsyncIterator[artifact_pb2.DownloadArtifactResponse]:
+        await self._maybe_fail("DownloadArtifact", context)
+        self.streams.append(request.offset)
+        content = self.complete[request.name][request.offset :]
+        limit = self.break_downloads_after.pop(0) if self.break_downloads_after else len(content)
+        for start in range(0, limit, CHUNK_BYTES):
+            yield artifact_pb2.DownloadArtifactResponse(chunk=content[start : min(limit, start + CHUNK_BYTES)])
+        if limit < len(content):
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "broken off")
+
+    async def CommitSubmission(
+        self, request: Any, context: Any
+    ) -> submission_pb2.CommitSubmissionResponse:
+        await self._maybe_fail("CommitSubmission", context)
+        statement, _ = open_statement(request.statement, envelope_pb2.CommitStatement)
+        # The same request id gives the same submission.
+        self.commits.setdefault(request.request_id, statement)
+        number = list(self.commits).index(request.request_id) + 1
+        await self._lose_answer("CommitSubmission", context)
+        return submission_pb2.CommitSubmissionResponse(
+            submission=submission_pb2.Submission(name=f"{TASK}/submissions/{number}")
+        )
+
+    async def RevealSubmission(
+        self, request: Any, context: Any
+    ) -> submission_pb2.RevealSubmissionResponse:
+        await self._maybe_fail("RevealSubmission", context)
+        statement, _ = open_statement(request.statement, envelope_pb2.RevealStatement)
+        self.reveals[request.request_id] = statement
+        await self._lose_answer("RevealSubmission", context)
+        return submission_pb2.RevealSubmissionResponse(submission=submission_pb2.Submission(name=statement.submission))
+
+    async def _lose_answer(self, method: str, context: Any) -> None:
+        if method in self.lost_answers:
+            self.lost_answers.discard(method)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the process died here")
+
+
+@asynccontextmanager
+async def serving(registry: SmallRegistry) -> AsyncIterator[Client]:
+    server = grpc.aio.server()
+    artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(registry, server)
+    submission_pb2_grpc.add_SubmissionServiceServicer_to_server(registry, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with Client(Key.generate(), origin=ORIGIN, registry=f"127.0.0.1:{port}") as client:
+            yield client
+    finally:
+        await server.stop(0)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(os.urandom(5 * CHUNK_BYTES + 321))
+    return file
+
+
+async def test_an_upload_arrives_in_chunks_with_its_purpose(model: Path) -> None:
+    registry, seen = SmallRegistry(), list[tuple[int, int]]()
+    async with serving(registry) as client:
+        name = await upload(client.artifacts, model, task=TASK, progress=lambda done, total: seen.append((done, total)))
+    assert registry.complete == {name: model.read_bytes()}
+    assert registry.claims == [("task", TASK)]
+    size = model.stat().st_size
+    assert seen[-1] == (size, size)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+async def test_a_broken_upload_goes_on_where_it_was(model: Path) -> None:
+    registry = SmallRegistry(break_uploads_after=[2 * CHUNK_BYTES, 0, CHUNK_BYTES])
+    async with serving(registry) as client:
+        name = await upload(client.artifacts, model, submission=f"{TASK}/submissions/1")
+    assert registry.complete[name] == model.read_bytes()
+    assert registry.streams == [0, 2 * CHUNK_BYTES, 2 * CHUNK_BYTES, 3 * CHUNK_BYTES]
+
+
+async def test_a_complete_artifact_is_claimed_but_not_sent_again(model: Path) -> None:
+    registry = SmallRegistry(complete={artifact_name(file_digest(model)): model.read_bytes()})
+    async with serving(registry) as client:
+        await upload(client.artifacts, model, submission=f"{TASK}/submissions/2")
+    assert registry.streams == [model.stat().st_size]
+    assert registry.claims == [("submission", f"{TASK}/submissions/2")]
+
+
+async def test_what_the_registry_refuses_is_not_tried_again(model: Path) -> None:
+    registry = SmallRegistry(fail_next={"UploadArtifact": [grpc.StatusCode.FAILED_PRECONDITION]})
+    async with serving(registry) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await upload(client.artifacts, model, task=TASK)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert registry.calls.count("UploadArtifact") == 1
+
+
+async def test_an_upload_that_gets_nowhere_is_given_up(model: Path) -> None:
+    registry = SmallRegistry(break_uploads_after=[0] * 1000)
+    async with serving(registry) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await upload(client.artifacts, model, task=TASK, patience_s=0.5)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_an_upload_has_exactly_one_purpose(model: Path) -> None:
+    async with serving(SmallRegistry()) as client:
+        with pytest.raises(ValueError, match="exactly one"):
+            await upload(client.artifacts, model)
+        with pytest.raises(ValueError, match="exactly one"):
+            await upload(client.artifacts, model, task=TASK, submission=f"{TASK}/submissions/1")
+
+
+def stored(content: bytes) -> tuple[str, SmallRegistry]:
+    name = artifact_name(hashlib.sha256(content).digest())
+    return name, SmallRegistry(complete={name: content})
+
+
+async def test_a_download_resumes_and_appears_whole(tmp_path: Path) -> None:
+    content = os.urandom(4 * CHUNK_BYTES + 7)
+    name, registry = stored(content)
+    registry.break_downloads_after = [CHUNK_BYTES, 0, 2 * CHUNK_BYTES]
+    destination = tmp_path / "deep" / "model.safetensors"
+    async with serving(registry) as client:
+        await download(client.artifacts, name, destination)
+    assert destination.read_bytes() == content
+    assert registry.streams == [0, CHUNK_BYTES, CHUNK_BYTES, 3 * CHUNK_BYTES]
+    assert list(destination.parent.iterdir()) == [destination]
+
+
+async def test_a_download_goes_on_after_the_process_has_died(tmp_path: Path) -> None:
+    content = os.urandom(3 * CHUNK_BYTES)
+    name, registry = stored(content)
+    destination = tmp_path / "model.safetensors"
+    (tmp_path / "model.safetensors.part").write_bytes(content[:1000])
+    async with serving(registry) as client:
+        await download(client.artifacts, name, destination, size_bytes=len(content))
+    assert destination.read_bytes() == content
+    assert registry.streams == [1000]
+
+
+async def test_bytes_of_another_digest_are_deleted(tmp_path: Path) -> None:
+    name, registry = stored(b"what was promised")
+    registry.complete[name] = b"what was not said"
+    destination = tmp_path / "model.safetensors"
+    async with serving(registry) as client:
+        with pytest.raises(DigestMismatch):
+            await download(client.artifacts, name, destination)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_more_bytes_than_promised_are_refused(tmp_path: Path) -> None:
+    name, registry = stored(os.urandom(3 * CHUNK_BYTES))
+    async with serving(registry) as client:
+        with pytest.raises(DigestMismatch, match="longer"):
+            await download(client.artifacts, name, tmp_path / "model", size_bytes=CHUNK_BYTES)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_empty_artifact_is_downloaded(tmp_path: Path) -> None:
+    name, registry = stored(b"")
+    async with serving(registry) as client:
+        await download(client.artifacts, name, tmp_path / "nothing")
+    assert (tmp_path / "nothing").read_bytes() == b""
+
+
+async def test_a_submission_is_committed_uploaded_and_revealed(model: Path, tmp_path: Path) -> None:
+    registry, journal = SmallRegistry(), tmp_path / "run" / "journal.json"
+    async with serving(registry) as client:
+        name = await submit_model(client, task=TASK, model=model, model_index=2, journal=journal)
+    (commit,), (reveal,) = registry.commits.values(), registry.reveals.values()
+    assert name == reveal.submission == f"{TASK}/submissions/1"
+    assert (reveal.model_index, reveal.model_digest) == (2, file_digest(model))
+    assert commit.commitment == submission_commitment(
+        origin=ORIGIN,
+        task=TASK,
+        participant=client.participant,
+        model_digest=reveal.model_digest,
+        salt=reveal.salt,
+    )
+    assert registry.complete[artifact_name(reveal.model_digest)] == model.read_bytes()
+    assert stat.S_IMODE(journal.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("method", ["CommitSubmission", "RevealSubmission"])
+async def test_a_lost_answer_makes_no_second_submission(model: Path, tmp_path: Path, method: str) -> None:
+    registry, journal = SmallRegistry(lost_answers={method}), tmp_path / "journal.json"
+    async with serving(registry) as client:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await submit_model(client, task=TASK, model=model, journal=journal)
+        salt = read_journal(journal).salt
+        name = await submit_model(client, task=TASK, model=model, journal=journal)
+    assert name == f"{TASK}/submissions/1"
+    assert len(registry.commits) == len(registry.reveals) == 1
+    assert [reveal.salt.hex() for reveal in registry.reveals.values()] == [salt]
+
+
+async def test_the_salt_is_on_disk_before_anyone_hears_of_the_commitment(model: Path, tmp_path: Path) -> None:
+    registry = SmallRegistry(fail_next={"CommitSubmission": [grpc.StatusCode.PERMISSION_DENIED]})
+    async with serving(registry) as client:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await submit_model(client, task=TASK, model=model, journal=tmp_path / "journal.json")
+    assert len(bytes.fromhex(read_journal(tmp_path / "journal.json").salt)) == 32
+    assert not registry.commits
+
+
+async def test_a_finished_journal_needs_no_further_call(model: Path, tmp_path: Path) -> None:
+    registry = SmallRegistry()
+    async with serving(registry) as client:
+        first = await submit_model(client, task=TASK, model=model, journal=tmp_path / "journal.json")
+        before = list(registry.calls)
+        assert await submit_model(client, task=TASK, model=model, journal=tmp_path / "journal.json") == first
+    assert registry.calls == before
+
+
+async def test_a_service_that_is_away_for_a_moment_is_waited_for(model: Path, tmp_path: Path) -> None:
+    away = [grpc.StatusCode.UNAVAILABLE] * 5
+    registry = SmallRegistry(fail_next={"CommitSubmission": list(away), "RevealSubmission": list(away)})
+    async with serving(registry) as client:
+        await submit_model(client, task=TASK, model=model, journal=tmp_path / "journal.json")
+    assert len(registry.commits) == len(registry.reveals) == 1
+
+
+async def test_a_journal_is_of_one_model_only(model: Path, tmp_path: Path) -> None:
+    async with serving(SmallRegistry()) as client:
+        await submit_model(client, task=TASK, model=model, journal=tmp_path / "journal.json")
+        model.write_bytes(b"another")
+        with pytest.raises(JournalMismatch, match="model_digest"):
+            await submit_model(client, task=TASK, model=model, journal=tmp_path / "journal.json")
+
+
+async def test_a_file_that_is_no_journal_is_left_alone(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "journal.json").write_text("{}")
+    async with serving(SmallRegistry()) as client:
+        with pytest.raises(JournalMismatch, match="not the journal"):
+            await submit_model(client, task=TASK, model=model, journal=tmp_path / "journal.json")
+    assert (tmp_path / "journal.json").read_text() == "{}"
