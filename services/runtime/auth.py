@@ -77,33 +77,33 @@ class Authenticator:
         self._operators = frozenset(operators)
         self._services = frozenset(services)
         self._clock = clock
-        self._checked: OrderedDict[str, TokenClaims] = OrderedDict()
+        self._checked: OrderedDict[str, tuple[Caller, float]] = OrderedDict()
 
     def authenticate(self, authorization: str | None) -> Caller:
         """The caller who sent this header (`Bearer <token>`). Raises Unauthenticated."""
         if not authorization:
             raise Unauthenticated("TOKEN_MISSING", "this method needs a bearer token")
+        now = self._clock().timestamp()
+        caller, expires_at = self._checked.get(authorization, (None, 0.0))
+        if caller is not None and now <= expires_at + _LEEWAY_S:
+            self._checked.move_to_end(authorization)
+            return caller
+        self._checked.pop(authorization, None)
+        claims = self._verify(authorization, now)
+        caller = Caller(id=claims.id, public_key=claims.public_key, roles=self._roles(claims.id))
+        self._checked[authorization] = (caller, claims.expires_at)
+        if len(self._checked) > _REMEMBERED_TOKENS:
+            self._checked.popitem(last=False)
+        return caller
+
+    def _verify(self, authorization: str, now: float) -> TokenClaims:
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Unauthenticated("TOKEN_INVALID", "authorization must be: Bearer <token>")
-        claims = self._claims(token)
-        return Caller(id=claims.id, public_key=claims.public_key, roles=self._roles(claims.id))
-
-    def _claims(self, token: str) -> TokenClaims:
-        now = self._clock().timestamp()
-        claims = self._checked.get(token)
-        if claims is not None and now <= claims.expires_at + _LEEWAY_S:
-            self._checked.move_to_end(token)
-            return claims
-        self._checked.pop(token, None)
         try:
-            claims = verify_token(token, audience=self._audiences, now=now, leeway_s=_LEEWAY_S)
+            return verify_token(token, audience=self._audiences, now=now, leeway_s=_LEEWAY_S)
         except InvalidToken as error:
             raise Unauthenticated("TOKEN_INVALID", f"the bearer token is not valid here: {error.reason}") from None
-        self._checked[token] = claims
-        if len(self._checked) > _REMEMBERED_TOKENS:
-            self._checked.popitem(last=False)
-        return claims
 
     def _roles(self, participant: str) -> frozenset[Role]:
         roles = {Role.PARTICIPANT}

@@ -77,13 +77,15 @@ class InFlight:
 
 
 @dataclass(frozen=True)
-class _Scope:
+class RequestScope:
+    """What the calls of one server share: where answers are remembered, and which ids are being served."""
+
     memory: RequestMemory
     in_flight: InFlight
 
 
 _pending: ContextVar[PendingRequest | None] = ContextVar("tiltyard_pending_request", default=None)
-_scope: ContextVar[_Scope | None] = ContextVar("tiltyard_request_memory", default=None)
+_scope: ContextVar[RequestScope | None] = ContextVar("tiltyard_request_memory", default=None)
 
 
 def pending_request() -> PendingRequest | None:
@@ -92,9 +94,9 @@ def pending_request() -> PendingRequest | None:
     return None if pending is None or pending.closed else pending
 
 
-def use_memory(memory: RequestMemory, in_flight: InFlight) -> None:
+def use_memory(scope: RequestScope) -> None:
     """Names the memory for the rest of the current task: the server does so for each call."""
-    _scope.set(_Scope(memory, in_flight))
+    _scope.set(scope)
 
 
 def check_body(pending: PendingRequest, remembered_sha256: bytes) -> None:

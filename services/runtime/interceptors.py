@@ -1,10 +1,14 @@
-"""What every call passes through, whatever its shape: log line, error table, drain, identity, remembered requests."""
+"""What every call passes through, whatever its shape: log line, error table, drain, identity, remembered requests.
+
+All five are one interceptor: each further one would cost every call a wrapper, a coroutine and a handler of its own.
+"""
 
 import asyncio
+import functools
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
@@ -12,7 +16,7 @@ import structlog
 
 from services.runtime.auth import AccessPolicy, Authenticator, maybe_caller, set_caller
 from services.runtime.errors import Unavailable, Unimplemented
-from services.runtime.idempotency import InFlight, RequestMemory, use_memory
+from services.runtime.idempotency import InFlight, RequestMemory, RequestScope, use_memory
 from services.runtime.rpc_errors import to_rpc_status
 
 # grpc types neither handlers nor contexts usefully: messages are of any type here.
@@ -23,6 +27,8 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 
 _HEALTH = "/grpc.health.v1.Health/"
 _QUIET = (_HEALTH, "/grpc.reflection.", "/grpc.channelz.")
+_SLOW_S = 1.0
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 _log = structlog.get_logger("tiltyard.calls")
 
@@ -68,116 +74,99 @@ def _surrounded(handler: Handler, around: Around) -> Handler:
     return grpc.unary_unary_rpc_method_handler(unary(handler.unary_unary), **coders)
 
 
-class _CallInterceptor(grpc.aio.ServerInterceptor):
-    """Puts one async context manager around each call; unknown methods pass through to gRPC's own UNIMPLEMENTED."""
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Surrounds each call; unknown methods pass through to gRPC's own UNIMPLEMENTED.
+
+    Without an `authenticator` no call is asked for a token. `memory` is where `@idempotent` finds earlier answers.
+    """
+
+    def __init__(
+        self,
+        drain: "Drain",
+        authenticator: Authenticator | None = None,
+        policy: AccessPolicy | None = None,
+        memory: RequestMemory | None = None,
+    ) -> None:
+        self._drain = drain
+        self._authenticator = authenticator
+        self._policy = policy or AccessPolicy()
+        self._scope = None if memory is None else RequestScope(memory, InFlight())
+        self._known: dict[str, tuple[Handler, Handler]] = {}
+        # Bound once: an unbound logger costs every call a new one, printed or not.
+        self._log = _log.bind()
 
     async def intercept_service(self, continuation: Continuation, handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
-        if handler is None or not self.covers(handler_call_details.method):
-            return handler
-        return _surrounded(handler, lambda context: self.around(handler_call_details.method, context))
-
-    def covers(self, method: str) -> bool:
-        """Whether `method` (`/pkg.Service/Method`) is this interceptor's business."""
-        return True
-
-    def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]:
-        """What happens before and after one call."""
-        raise NotImplementedError
-
-
-def _code(context: Context) -> grpc.StatusCode:
-    code = context.code()
-    if isinstance(code, grpc.StatusCode):
-        return code
-    return next((known for known in grpc.StatusCode if known.value[0] == code), grpc.StatusCode.OK)
-
-
-class RequestLogInterceptor(_CallInterceptor):
-    """One line a call: method, code, duration_ms, caller. Health, reflection and channelz show at level debug only."""
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        plain, surrounded = self._known.get(method, (None, None))
+        if plain is not handler:
+            surrounded = _surrounded(handler, functools.partial(self._around, method))
+            self._known[method] = (handler, surrounded)
+        return surrounded
 
     @asynccontextmanager
-    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+    async def _around(self, method: str, context: Context) -> AsyncIterator[None]:
         started = time.monotonic()
         code: grpc.StatusCode | None = None
         try:
-            yield
+            with self._drain.watching(method, context):
+                self._admit(method, context)
+                if self._scope is not None:
+                    use_memory(self._scope)
+                yield
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
-        finally:
-            caller = maybe_caller()
-            level = "debug" if method.startswith(_QUIET) else "info"
-            getattr(_log, level)(
-                "call",
-                method=method,
-                code=(code or _code(context)).name,
-                duration_ms=round((time.monotonic() - started) * 1000, 2),
-                caller=caller.id if caller else None,
-            )
-
-
-class ErrorInterceptor(_CallInterceptor):
-    """Answers every exception by the table of rpc_errors; what nobody foresaw becomes INTERNAL with a logged id."""
-
-    @asynccontextmanager
-    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
-        try:
-            yield
         except grpc.aio.AbortError:
             raise  # the method has answered by itself
-        except NotImplementedError as error:
-            # The generated base sets the code before it raises; anybody else's NotImplementedError is a defect.
-            known = _code(context) is grpc.StatusCode.UNIMPLEMENTED
-            name = method.rpartition("/")[2]
-            await _abort(
-                context,
-                Unimplemented("METHOD_UNIMPLEMENTED", f"{name} is not built yet", method=method) if known else error,
-            )
         except Exception as error:
-            await _abort(context, error)
+            await _abort(method, context, error)
+        finally:
+            self._log_call(method, code or _code(context), time.monotonic() - started)
 
-
-async def _abort(context: Context, error: Exception) -> None:
-    status = to_rpc_status(error)
-    await context.abort(status.code, status.message, status.trailing_metadata)
-
-
-class IdentityInterceptor(_CallInterceptor):
-    """Lets a call through when its token proves a caller whom the policy admits, and names that caller for the call."""
-
-    def __init__(self, authenticator: Authenticator, policy: AccessPolicy) -> None:
-        self._authenticator = authenticator
-        self._policy = policy
-
-    def covers(self, method: str) -> bool:
-        return not self._policy.is_free(method)
-
-    @asynccontextmanager
-    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+    def _admit(self, method: str, context: Context) -> None:
+        """Names the caller for the call when its token proves one whom the policy admits; raises otherwise."""
+        if self._authenticator is None or self._policy.is_free(method):
+            return
         headers = context.invocation_metadata() or ()
         authorization = next((value for key, value in headers if key == "authorization"), None)
         caller = self._authenticator.authenticate(authorization)
         self._policy.check(method, caller)
         # Each call has its own task and so its own context: nothing to reset.
         set_caller(caller)
-        yield
+
+    def _log_call(self, method: str, code: grpc.StatusCode, duration_s: float) -> None:
+        """One line a call: at level info when it failed or took long, at debug when there is nothing to learn."""
+        remarkable = code is not grpc.StatusCode.OK or duration_s >= _SLOW_S
+        log = self._log.info if remarkable and not method.startswith(_QUIET) else self._log.debug
+        caller = maybe_caller()
+        log(
+            "call",
+            method=method,
+            code=code.name,
+            duration_ms=round(duration_s * 1000, 2),
+            caller=caller.id if caller else None,
+        )
 
 
-class MemoryInterceptor(_CallInterceptor):
-    """Tells `@idempotent` methods where answers are remembered."""
-
-    def __init__(self, memory: RequestMemory) -> None:
-        self._memory = memory
-        self._in_flight = InFlight()
-
-    @asynccontextmanager
-    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
-        use_memory(self._memory, self._in_flight)
-        yield
+def _code(context: Context) -> grpc.StatusCode:
+    code = context.code()
+    return code if isinstance(code, grpc.StatusCode) else _CODES.get(code, grpc.StatusCode.OK)
 
 
-class DrainInterceptor(_CallInterceptor):
+async def _abort(method: str, context: Context, error: Exception) -> None:
+    """Answers an exception by the table of rpc_errors; what nobody foresaw becomes INTERNAL with a logged id."""
+    # The generated base sets the code before it raises; anybody else's NotImplementedError is a defect.
+    if isinstance(error, NotImplementedError) and _code(context) is grpc.StatusCode.UNIMPLEMENTED:
+        name = method.rpartition("/")[2]
+        error = Unimplemented("METHOD_UNIMPLEMENTED", f"{name} is not built yet", method=method)
+    status = to_rpc_status(error)
+    await context.abort(status.code, status.message, status.trailing_metadata)
+
+
+class Drain:
     """Ends the streams that would never end by themselves (`Watch...`) when the server drains, with UNAVAILABLE.
 
     Their callers then watch another server, or this one after its restart; every other call is left to finish. The
@@ -192,8 +181,9 @@ class DrainInterceptor(_CallInterceptor):
         self._idle = asyncio.Event()
         self._idle.set()
 
-    @asynccontextmanager
-    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+    @contextmanager
+    def watching(self, method: str, context: Context) -> Iterator[None]:
+        """Around one call: lets `drain` wait for it, or end it when it is a watch."""
         task = asyncio.current_task()
         assert task is not None  # a call is a task
         watching = method.rpartition("/")[2].startswith("Watch")

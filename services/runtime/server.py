@@ -19,13 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from services.runtime.auth import AccessPolicy, Authenticator, utc_now
 from services.runtime.idempotency import RequestMemory
-from services.runtime.interceptors import (
-    DrainInterceptor,
-    ErrorInterceptor,
-    IdentityInterceptor,
-    MemoryInterceptor,
-    RequestLogInterceptor,
-)
+from services.runtime.interceptors import CallInterceptor, Drain
 
 if TYPE_CHECKING:  # a model server has no database: it need not wait for SQLAlchemy's import
     from services.runtime.database import Database
@@ -91,14 +85,9 @@ class ArenaServer:
         self._mounts = tuple(mounts)
         self._tls = tls
         self._port = 0
-        self._drain = DrainInterceptor()
-        interceptors: list[grpc.aio.ServerInterceptor] = [RequestLogInterceptor(), ErrorInterceptor(), self._drain]
-        if authenticator is not None:
-            interceptors.append(IdentityInterceptor(authenticator, policy or AccessPolicy()))
-        if remembered is not None:
-            interceptors.append(MemoryInterceptor(remembered))
+        self._drain = Drain()
         self._server = grpc.aio.server(
-            interceptors=interceptors,
+            interceptors=[CallInterceptor(self._drain, authenticator, policy, remembered)],
             options=_options(max_message_bytes),
             maximum_concurrent_rpcs=max_concurrent_rpcs,
         )
