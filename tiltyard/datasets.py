@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tiltyard.datasources import Array, DatasetError, read_rows
-from tiltyard.tensorfile import TensorEntry, TensorFileError, read_header_of
+from tiltyard.tensorfile import TensorEntry, TensorFileError, read_header
 
 __all__ = ["Dataset", "DatasetError", "DatasetViolation", "Packed", "pack", "scan", "smallest", "write_dataset"]
 
@@ -63,10 +63,12 @@ class Dataset:
     @classmethod
     def open(cls, path: Path) -> "Dataset":
         """Open a file without reading its tensors. Raises OSError, and DatasetError for what is no dataset."""
-        try:
-            header = read_header_of(path)
-        except TensorFileError as error:
-            raise DatasetError(str(error)) from error
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                header = read_header(lambda offset, n: os.pread(file.fileno(), n, offset), size)
+            except TensorFileError as error:
+                raise DatasetError(str(error)) from error
         if set(header.tensors) != {"x", "y"}:
             raise DatasetError("a dataset has exactly the tensors x and y")
         x, y = (_mapped(path, name, header.tensors[name]) for name in ("x", "y"))

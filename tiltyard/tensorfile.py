@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_TENSORS = 65_536
@@ -73,17 +72,6 @@ def read_header(read: Read, total_bytes: int) -> TensorFileHeader:
     if position != total_bytes:
         raise TensorFileError(f"the tensors end at byte {position}, but the file has {total_bytes}")
     return TensorFileHeader(tensors=tensors, metadata=metadata)
-
-
-def read_header_of(path: Path) -> TensorFileHeader:
-    """`read_header` of a file on disk. Raises OSError and TensorFileError."""
-    with path.open("rb") as file:
-
-        def read(offset: int, n: int) -> bytes:
-            file.seek(offset)
-            return file.read(n)
-
-        return read_header(read, path.stat().st_size)
 
 
 def _exactly(read: Read, offset: int, n: int) -> bytes:

@@ -62,7 +62,9 @@ def live(order: Order, report: int, zygote: int) -> int:
 
 
 async def _serve(order: Order, report: int, confinement: sandbox.Confinement) -> int:
-    models = Models(threads=order.threads or os.cpu_count() or 1, on_out_of_memory=lambda: os._exit(EXIT_OUT_OF_MEMORY))
+    models = Models(
+        threads=order.threads or len(os.sched_getaffinity(0)), on_out_of_memory=lambda: os._exit(EXIT_OUT_OF_MEMORY)
+    )
     try:
         await models.load_folder(MODEL_NAME, Path(order.folder))
     except ModelFault as fault:

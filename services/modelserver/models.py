@@ -244,7 +244,7 @@ def _read_model(folder: Path, device: str) -> LoadedModel:
         if violations := validate(spec, max_parameters=MAX_PARAMETERS):
             raise ModelFault(FaultCode.BAD_FORMAT, f"{violations[0].field}: {violations[0].description}")
         network = load_model(spec, folder / WEIGHTS_FILE, device=device)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFault(FaultCode.BAD_FORMAT, f"{type(error).__name__}: {error}") from error
     except RuntimeError as error:
         if is_out_of_memory(error):

@@ -142,6 +142,8 @@ class Nursery:
     async def start(self) -> None:
         """Start the zygote and wait until it is warm. Raises NurseryDown."""
         async with self._starting:
+            if self._closing:
+                raise NurseryDown("the nursery is closed")
             if self._zygote is not None:
                 return
             environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}

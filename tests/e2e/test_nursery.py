@@ -1,0 +1,297 @@
+"""Confined children of a warm process, with real processes: how they serve, how they end, and that none is left."""
+
+from __future__ import annotations  # the stubs' asynchronous types exist for the type checker only
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from services.modelserver.spawn import MODEL_NAME, Child, ChildEnded, ExitKind, Limits, Nursery, NurseryDown
+from tiltyard.inference.v2 import inference_pb2 as pb
+from tiltyard.inference.v2 import inference_pb2_grpc as rpc
+from tiltyard.models import build, save_weights
+from tiltyard.modelspec import Convnet, FaultCode, Linear, Mlp, ModelFault, ModelSpec, tensor_shapes, to_json
+
+SPEC = ModelSpec((28, 28), 10, Mlp((128,)), 1 / 255)
+ROWS = np.random.default_rng(0).integers(0, 256, (512, 28, 28), dtype=np.uint8)
+# Few weights, and a gigabyte between its layers for one row.
+GREEDY = ModelSpec((256, 256), 2, Convnet((4096,), kernel_size=1))
+BUSY = ModelSpec((64, 64), 2, Convnet((64, 64), kernel_size=11))
+ROOMY = Limits(memory_bytes=1 << 30, cpu_seconds=60)
+OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the nursery stands on Linux's process controls")
+
+
+def put(folder: Path, spec: ModelSpec) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spec.json").write_text(json.dumps(to_json(spec)))
+    save_weights(build(spec, seed=0), folder / "model.safetensors")
+    return folder
+
+
+async def infer(address: str, rows: np.ndarray, *, batches: int = 1) -> np.ndarray:
+    """The logits of the last of several equal batches, over one stream."""
+    message = pb.ModelInferRequest(model_name=MODEL_NAME, raw_input_contents=[rows.tobytes()])
+    message.inputs.add(name="x", datatype="UINT8", shape=rows.shape)
+    async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
+        last = None
+        async for answer in rpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(message for _ in range(batches)):
+            assert not answer.error_message, answer.error_message
+            last = answer.infer_response
+        assert last is not None
+        return np.frombuffer(last.raw_output_contents[0], "<f4").reshape(last.outputs[0].shape)
+
+
+async def gone(*pids: int) -> None:
+    """Wait until none of the processes runs."""
+    running = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, alive = await asyncio.to_thread(psutil.wait_procs, running, timeout=20)
+    assert not alive
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return put(tmp_path_factory.mktemp("models") / "digits", SPEC)
+
+
+@pytest.fixture
+async def nursery() -> AsyncIterator[Nursery]:
+    async with Nursery() as started:
+        yield started
+
+
+def children_of(nursery: Nursery) -> list[int]:
+    return [child.pid for child in psutil.Process(zygote_of(nursery)).children()]
+
+
+def zygote_of(nursery: Nursery) -> int:
+    (zygote,) = [c.pid for c in psutil.Process().children() if "--zygote" in c.cmdline()]
+    return zygote
+
+
+async def test_children_serve_what_the_model_answers_in_this_process(nursery: Nursery, digits: Path) -> None:
+    loop = asyncio.get_running_loop()
+    with torch.inference_mode():
+        expected = build(SPEC, seed=0).eval()(torch.tensor(ROWS)).numpy()
+    seconds = []
+    for threads in (1, 2, 0):
+        began = loop.time()
+        child = await nursery.spawn(digits, Limits(1 << 30, 60, threads))
+        seconds.append(loop.time() - began)
+        np.testing.assert_allclose(await infer(child.address, ROWS, batches=5), expected, rtol=1e-4, atol=1e-5)
+        end = await child.kill()
+        assert (end.kind, await child.wait()) == (ExitKind.OK, end)
+        assert 0 < end.cpu_seconds < 30
+        await gone(child.pid)
+        assert not os.path.exists(child.address.removeprefix("unix:"))  # noqa: ASYNC240
+    # Importing torch alone takes more than a second.
+    assert min(seconds) < 0.5
+
+
+async def test_two_children_at_once_are_told_apart(nursery: Nursery, digits: Path, tmp_path: Path) -> None:
+    other = ModelSpec((28, 28), 3, Linear())
+    one, two = await asyncio.gather(nursery.spawn(digits, ROOMY), nursery.spawn(put(tmp_path / "other", other), ROOMY))
+    assert (await infer(one.address, ROWS)).shape == (512, 10)
+    assert (await infer(two.address, ROWS)).shape == (512, 3)
+    await one.kill()
+    assert (await infer(two.address, ROWS)).shape == (512, 3)
+    await two.kill()
+
+
+async def test_a_child_has_no_network_and_its_limits(nursery: Nursery, digits: Path) -> None:
+    child = await nursery.spawn(digits, Limits(1 << 29, 77))
+    assert child.network
+    if "namespace" in child.network:
+        assert os.readlink(f"/proc/{child.pid}/ns/net") != os.readlink("/proc/self/ns/net")
+    process = psutil.Process(child.pid)
+    assert process.rlimit(psutil.RLIMIT_CPU)[0] == 77
+    assert process.rlimit(psutil.RLIMIT_CORE) == (0, 0)
+    assert 1 << 29 < process.rlimit(psutil.RLIMIT_DATA)[0] < 1 << 32
+    assert os.readlink(f"/proc/{child.pid}/cwd") == str(digits)
+    assert process.net_connections("inet") == []
+    await child.kill()
+
+
+def test_the_filter_leaves_unix_sockets_and_takes_the_rest() -> None:
+    # A process of its own, since what is given up does not come back.
+    tried = subprocess.run(
+        [sys.executable, "-c", CONFINED], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.split()
+    network, outcome = tried[0], tried[1:]
+    if network == "open":
+        pytest.skip("this kernel lets nothing be taken away")
+    assert outcome == ["unix:yes", "inet:no", "exec:no", "threads:yes"]
+
+
+CONFINED = """
+import os, socket, threading
+from services.modelserver import sandbox
+confinement = sandbox.confine()
+print("filtered" if "filter" in confinement.network else "open")
+socket.socket(socket.AF_UNIX).close()
+print("unix:yes")
+try:
+    socket.socket(socket.AF_INET).close()
+    print("inet:yes")
+except PermissionError:
+    print("inet:no")
+try:
+    os.execv("/bin/true", ["true"])
+except PermissionError:
+    print("exec:no", flush=True)
+thread = threading.Thread(target=print, args=("threads:yes",))
+thread.start()
+thread.join()
+"""
+
+
+async def test_out_of_memory_is_named(nursery: Nursery, tmp_path: Path) -> None:
+    child = await nursery.spawn(put(tmp_path / "greedy", GREEDY), Limits(64 << 20, 60))
+    with pytest.raises(grpc.aio.AioRpcError):
+        await infer(child.address, np.zeros((1, 256, 256), dtype=np.uint8))
+    assert (await child.wait()).kind is ExitKind.OUT_OF_MEMORY
+
+
+async def test_weights_over_the_memory_limit_are_named(nursery: Nursery, tmp_path: Path) -> None:
+    spec = ModelSpec((28, 28), 10, Mlp((12_000, 12_000)))
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "spec.json").write_text(json.dumps(to_json(spec)))
+    sparse_weights(folder / "model.safetensors", spec)
+    with pytest.raises(ChildEnded) as caught:
+        await nursery.spawn(folder, Limits(16 << 20, 60))
+    assert caught.value.exit.kind is ExitKind.OUT_OF_MEMORY
+
+
+async def test_too_slow_is_counted_in_cpu_seconds(nursery: Nursery, tmp_path: Path) -> None:
+    child = await nursery.spawn(put(tmp_path / "busy", BUSY), Limits(1 << 30, 1))
+    with pytest.raises(grpc.aio.AioRpcError):
+        await infer(child.address, np.zeros((64, 64, 64), dtype=np.uint8), batches=10_000)
+    end = await child.wait()
+    assert end.kind is ExitKind.TOO_SLOW
+    assert 0.9 < end.cpu_seconds < 10
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (signal.SIGSEGV, ExitKind.CRASHED),
+        (signal.SIGABRT, ExitKind.CRASHED),
+        (signal.SIGKILL, ExitKind.KILLED),
+        (signal.SIGTERM, ExitKind.KILLED),
+    ],
+)
+async def test_a_crash_is_the_models_and_a_kill_from_outside_is_not(
+    nursery: Nursery, digits: Path, number: signal.Signals, kind: ExitKind
+) -> None:
+    child = await nursery.spawn(digits, ROOMY)
+    os.kill(child.pid, number)
+    assert (await child.wait()).kind is kind
+    again = await nursery.spawn(digits, ROOMY)
+    assert (await infer(again.address, ROWS)).shape == (512, 10)
+    assert (await child.kill()).kind is kind
+
+
+async def test_files_that_make_no_model_are_faults(nursery: Nursery, digits: Path, tmp_path: Path) -> None:
+    folder = put(tmp_path / "m", ModelSpec((28, 28), 9, Mlp((128,))))
+    (folder / "spec.json").write_text(json.dumps(to_json(SPEC)))
+    with pytest.raises(ModelFault) as caught:
+        await nursery.spawn(folder, ROOMY)
+    assert caught.value.code is FaultCode.SHAPE_MISMATCH
+    (folder / "model.safetensors").write_bytes(b"\x80\x04K\x01.")
+    with pytest.raises(ModelFault) as caught:
+        await nursery.spawn(folder, ROOMY)
+    assert caught.value.code is FaultCode.BAD_FORMAT
+    child = await nursery.spawn(digits, ROOMY)
+    assert children_of(nursery) == [child.pid]
+
+
+async def test_a_dead_zygote_takes_its_children_along_and_another_starts(nursery: Nursery, digits: Path) -> None:
+    child = await nursery.spawn(digits, ROOMY)
+    zygote = zygote_of(nursery)
+    os.kill(zygote, signal.SIGKILL)
+    assert (await child.wait()).kind is ExitKind.KILLED
+    await gone(child.pid, zygote)
+    again = await nursery.spawn(digits, ROOMY)
+    assert (await infer(again.address, ROWS)).shape == (512, 10)
+
+
+async def test_closing_ends_all_and_refuses_more(digits: Path) -> None:
+    async with Nursery() as nursery:
+        child = await nursery.spawn(digits, ROOMY)
+        zygote = zygote_of(nursery)
+    assert (await child.wait()).kind is ExitKind.KILLED
+    await gone(child.pid, zygote)
+    with pytest.raises(NurseryDown):
+        await nursery.spawn(digits, ROOMY)
+
+
+async def test_a_spawn_given_up_leaves_no_child(nursery: Nursery, digits: Path) -> None:
+    with pytest.raises(NurseryDown):
+        await nursery.spawn(digits, ROOMY, timeout_s=0.001)
+    await gone(*children_of(nursery))
+    # What comes next is a child of its own.
+    child = await nursery.spawn(digits, ROOMY)
+    assert children_of(nursery) == [child.pid]
+
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from services.modelserver.spawn import Limits, Nursery
+assert "torch" not in sys.modules
+
+async def main():
+    nursery = Nursery()
+    await nursery.start()
+    child = await nursery.spawn(Path(sys.argv[1]), Limits(1 << 30, 60))
+    print(child.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_nothing_outlives_its_owner_however_that_ends(digits: Path) -> None:
+    owner = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", OWNER, str(digits), stdout=asyncio.subprocess.PIPE
+    )
+    assert owner.stdout is not None
+    child = int(await owner.stdout.readline())
+    zygote = psutil.Process(child).ppid()
+    owner.kill()
+    await owner.wait()
+    await gone(child, zygote)
+
+
+async def test_a_folder_too_deep_for_a_socket_is_served_from_a_short_one(nursery: Nursery, tmp_path: Path) -> None:
+    child: Child = await nursery.spawn(put(tmp_path / ("deep" * 20) / "model", SPEC), ROOMY)
+    path = child.address.removeprefix("unix:")
+    assert len(path) < 100
+    assert Path(path).parent.stat().st_mode & 0o077 == 0
+    assert (await infer(child.address, ROWS)).shape == (512, 10)
+
+
+def sparse_weights(path: Path, spec: ModelSpec) -> None:
+    """A weights file of zeros that takes no room on the disk."""
+    entries, position = {}, 0
+    for name, shape in tensor_shapes(spec).items():
+        end = position + 4 * int(np.prod(shape))
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [position, end]}
+        position = end
+    header = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + position)
