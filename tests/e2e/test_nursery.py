@@ -95,7 +95,7 @@ async def test_children_serve_what_the_model_answers_in_this_process(nursery: Nu
         assert (end.kind, await child.wait()) == (ExitKind.OK, end)
         assert 0 < end.cpu_seconds < 30
         await gone(child.pid)
-        assert not os.path.exists(child.address.removeprefix("unix:"))  # noqa: ASYNC240
+        assert not os.path.exists(child.address.removeprefix("unix:"))
     # Importing torch alone takes more than a second.
     assert min(seconds) < 0.5
 
