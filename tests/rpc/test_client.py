@@ -1,0 +1,191 @@
+"""The public client: errors read, pages turned, watches resumed, patience kept."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+import tiltyard
+from tiltyard.client import Client, ClientError, FieldViolation, explain, pages, persist, watch
+from tiltyard.identity import Key, verify_token
+from tiltyard.registry.v1 import task_pb2, task_pb2_grpc
+
+
+@dataclass
+class SmallTasks(task_pb2_grpc.TaskServiceServicer):
+    """Tasks t0, t1, ... in pages of two, and a watch that breaks off after each of `breaks` messages."""
+
+    tasks: int = 5
+    answers: list[grpc.StatusCode] = field(default_factory=list)
+    breaks: list[int] = field(default_factory=list)
+    cursors: list[str] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    refusal: status_pb2.Status | None = None
+
+    async def GetTask(self, request: Any, context: Any) -> task_pb2.GetTaskResponse:
+        self.tokens.append(dict(context.invocation_metadata())["authorization"])
+        if self.refusal is not None:
+            await context.abort_with_status(rpc_status.to_status(self.refusal))
+        if self.answers:
+            await context.abort(self.answers.pop(0), "for the test")
+        return task_pb2.GetTaskResponse(task=task_pb2.Task(name=request.name))
+
+    async def ListTasks(self, request: Any, context: Any) -> task_pb2.ListTasksResponse:
+        start = int(request.page_token or 0)
+        end = min(start + 2, self.tasks)
+        return task_pb2.ListTasksResponse(
+            tasks=[task_pb2.Task(name=f"tasks/t{n}") for n in range(start, end)],
+            next_page_token=str(end) if end < self.tasks else "",
+        )
+
+    async def WatchTask(self, request: Any, context: Any) -> AsyncIterator[task_pb2.WatchTaskResponse]:
+        self.cursors.append(request.cursor)
+        start = int(request.cursor or 0)
+        limit = self.breaks.pop(0) if self.breaks else self.tasks
+        for n in range(start + 1, min(start + limit, self.tasks) + 1):
+            yield task_pb2.WatchTaskResponse(task=task_pb2.Task(submissions=n), cursor=str(n))
+        if start + limit < self.tasks:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "broken off")
+
+
+@asynccontextmanager
+async def serving(tasks: SmallTasks, address: str = "127.0.0.1:0") -> AsyncIterator[Client]:
+    server = grpc.aio.server()
+    task_pb2_grpc.add_TaskServiceServicer_to_server(tasks, server)
+    port = server.add_insecure_port(address)
+    await server.start()
+    where = address if address.startswith("unix:") else f"127.0.0.1:{port}"
+    try:
+        async with Client(Key.generate(), origin="tiltyard.test", registry=where) as client:
+            yield client
+    finally:
+        await server.stop(0)
+
+
+async def refused(client: Client) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.tasks.GetTask(task_pb2.GetTaskRequest(name="tasks/t"))
+    return caught.value
+
+
+def refusal(code: int, message: str, *details: Any) -> status_pb2.Status:
+    status = status_pb2.Status(code=code, message=message)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+async def test_every_call_is_signed_for_the_registry() -> None:
+    import time
+
+    tasks = SmallTasks()
+    async with serving(tasks) as client:
+        await client.tasks.GetTask(task_pb2.GetTaskRequest(name="tasks/t"))
+    token = tasks.tokens[0].removeprefix("Bearer ")
+    assert verify_token(token, audience="tiltyard.test/registry", now=time.time()).id == client.key.id
+
+
+async def test_an_address_may_be_a_unix_socket(tmp_path: Any) -> None:
+    async with serving(SmallTasks(), f"unix:{tmp_path}/registry.sock") as client:
+        answer = await client.tasks.GetTask(task_pb2.GetTaskRequest(name="tasks/t"))
+    assert answer.task.name == "tasks/t"
+
+
+async def test_details_of_an_error_are_read() -> None:
+    status = refusal(
+        code_pb2.RESOURCE_EXHAUSTED,
+        "20 submissions a day are allowed",
+        error_details_pb2.ErrorInfo(reason="DAILY_LIMIT", domain="tiltyard", metadata={"limit": "20"}),
+        error_details_pb2.RetryInfo(retry_delay={"seconds": 90}),
+    )
+    async with serving(SmallTasks(refusal=status)) as client:
+        caught = await refused(client)
+    error = ClientError.of(caught)
+    assert (error.code, error.reason, error.metadata) == (
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "DAILY_LIMIT",
+        {"limit": "20"},
+    )
+    assert error.retry_after_s == 90.0
+    assert explain(caught) == ("RESOURCE_EXHAUSTED (DAILY_LIMIT): 20 submissions a day are allowed (try again in 90 s)")
+
+
+async def test_refused_fields_are_named() -> None:
+    violation = error_details_pb2.BadRequest.FieldViolation(field="config.models[0].mlp.hidden", description="empty")
+    status = refusal(
+        code_pb2.INVALID_ARGUMENT,
+        "the request\nis invalid",
+        error_details_pb2.BadRequest(field_violations=[violation]),
+    )
+    async with serving(SmallTasks(refusal=status)) as client:
+        caught = await refused(client)
+    assert ClientError.of(caught).violations == (FieldViolation("config.models[0].mlp.hidden", "empty"),)
+    assert explain(caught) == "INVALID_ARGUMENT: the request is invalid [config.models[0].mlp.hidden: empty]"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (grpc.StatusCode.UNIMPLEMENTED, "does not offer that yet"),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, "did not answer in time"),
+        (grpc.StatusCode.NOT_FOUND, "NOT_FOUND: for the test"),
+    ],
+)
+async def test_bare_errors_are_explained_too(code: grpc.StatusCode, words: str) -> None:
+    async with serving(SmallTasks(answers=[code])) as client:
+        assert words in explain(await refused(client))
+
+
+async def test_pages_follow_each_other_to_the_end() -> None:
+    request = task_pb2.ListTasksRequest(page_size=2)
+    async with serving(SmallTasks(tasks=5)) as client:
+        found = [[task.name for task in page.tasks] async for page in pages(client.tasks.ListTasks, request)]
+    assert found == [["tasks/t0", "tasks/t1"], ["tasks/t2", "tasks/t3"], ["tasks/t4"]]
+    assert request.page_token == ""
+
+
+async def test_a_broken_watch_resumes_without_gap_or_repeat() -> None:
+    tasks = SmallTasks(tasks=6, breaks=[2, 0, 3])
+    request = task_pb2.WatchTaskRequest(name="tasks/t")
+    async with serving(tasks) as client:
+        seen = [message.task.submissions async for message in watch(client.tasks.WatchTask, request)]
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert tasks.cursors == ["", "2", "2", "5"]
+
+
+async def test_a_watch_that_brings_nothing_is_given_up() -> None:
+    request = task_pb2.WatchTaskRequest(name="tasks/t")
+    async with serving(SmallTasks(breaks=[0] * 100)) as client:
+        with pytest.raises(grpc.aio.AioRpcError):
+            [message async for message in watch(client.tasks.WatchTask, request, patience_s=0.4)]
+
+
+async def test_patience_outlasts_a_restart_but_no_refusal() -> None:
+    tasks = SmallTasks(answers=[grpc.StatusCode.UNAVAILABLE] * 9)
+    request = task_pb2.GetTaskRequest(name="tasks/t")
+    async with serving(tasks) as client:
+        assert (await persist(lambda: client.tasks.GetTask(request))).task.name == "tasks/t"
+        tasks.answers = [grpc.StatusCode.PERMISSION_DENIED]
+        with pytest.raises(grpc.aio.AioRpcError):
+            await persist(lambda: client.tasks.GetTask(request))
+    assert tasks.answers == []
+
+
+async def test_without_its_address_the_selector_is_missed_by_name() -> None:
+    async with Client(Key.generate(), origin="tiltyard.test", registry="127.0.0.1:1") as client:
+        with pytest.raises(ValueError, match="selector"):
+            _ = client.stakes
+
+
+def test_the_package_offers_the_client() -> None:
+    assert tiltyard.Client is Client
+    with pytest.raises(AttributeError):
+        _ = tiltyard.Server  # type: ignore[attr-defined]

@@ -1,0 +1,164 @@
+"""The command line without a service: keys, tokens, signatures, datasets, and how it refuses."""
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from tiltyard.cli import app
+from tiltyard.cli.supervisor import free_ports
+from tiltyard.identity import Key, verify_token
+from tiltyard.statements import open_statement
+from tiltyard.type.v1 import envelope_pb2, participation_pb2
+
+
+def tiltyard(*arguments: object, stdin: str | None = None, **environment: str) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in arguments], input=stdin, env=environment)
+
+
+def document(result: Result) -> Any:
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_a_new_key_is_shown_by_its_id(tmp_path: Path) -> None:
+    file = tmp_path / "me.pem"
+    made = document(tiltyard("key", "new", file, "--json"))
+    key = Key.load(file)
+    assert (made["id"], made["public_key"]) == (key.id, key.public_bytes.hex())
+    assert document(tiltyard("key", "show", file, "--json")) == made
+
+
+def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
+    file = tmp_path / "me.pem"
+    tiltyard("key", "new", file)
+    before = file.read_bytes()
+    result = tiltyard("key", "new", file)
+    assert (result.exit_code, result.stderr) == (1, f"error: {file} is there already\n")
+    assert file.read_bytes() == before
+
+
+def test_what_is_no_key_is_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "not.pem"
+    file.write_text("hello")
+    result = tiltyard("key", "show", file)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [f"error: {file} holds no unencrypted PEM key"]
+
+
+@pytest.mark.parametrize(
+    ("audience", "expected"),
+    [("registry", "arena.test/registry"), ("selector", "arena.test/selector"), ("ab" * 20, "ab" * 20)],
+)
+def test_a_token_is_for_its_audience(tmp_path: Path, audience: str, expected: str) -> None:
+    import time
+
+    key = Key.generate()
+    key.save(tmp_path / "me.pem")
+    result = tiltyard(
+        "token", "--audience", audience, TILTYARD_KEY=str(tmp_path / "me.pem"), TILTYARD_ORIGIN="arena.test"
+    )
+    assert result.exit_code == 0
+    assert verify_token(result.stdout.strip(), audience=expected, now=time.time()).id == key.id
+
+
+def test_a_statement_is_signed_for_grpcurl(tmp_path: Path) -> None:
+    key = Key.generate()
+    key.save(tmp_path / "me.pem")
+    statement = {"origin": "arena.test", "task": "tasks/t", "participant": f"participants/{key.id}", "role": 2}
+    made = document(tiltyard("sign", "join", "--key", tmp_path / "me.pem", stdin=json.dumps(statement)))
+    envelope = envelope_pb2.Envelope(
+        payload_type=made["payload_type"],
+        **{name: base64.b64decode(made[name]) for name in ("payload", "signature", "public_key")},
+    )
+    opened, signer = open_statement(envelope, envelope_pb2.JoinStatement)
+    assert signer == key.id
+    assert (opened.task, opened.role) == ("tasks/t", participation_pb2.ROLE_TRAINING_NODE)
+
+
+def test_a_statement_with_an_unknown_field_is_refused(tmp_path: Path) -> None:
+    Key.generate().save(tmp_path / "me.pem")
+    result = tiltyard("sign", "join", "--key", tmp_path / "me.pem", stdin='{"rank": 1}')
+    assert result.exit_code == 1
+    assert "rank" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_unknown_kind_of_statement_is_a_usage_error(tmp_path: Path) -> None:
+    Key.generate().save(tmp_path / "me.pem")
+    assert tiltyard("sign", "nonsense", "--key", tmp_path / "me.pem").exit_code == 2
+
+
+def test_a_missing_key_says_how_to_make_one(tmp_path: Path) -> None:
+    result = tiltyard("task", "list", "--key", tmp_path / "none.pem")
+    assert result.exit_code == 1
+    assert f"tiltyard key new {tmp_path / 'none.pem'}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("participant", "list"),
+        ("stake", "show"),
+        ("odds", "digits"),
+        ("validate", "status"),
+    ],
+)
+def test_a_service_that_is_away_is_named_in_one_line(tmp_path: Path, command: tuple[str, ...]) -> None:
+    Key.generate().save(tmp_path / "me.pem")
+    nobody = f"127.0.0.1:{free_ports(1)[0]}"
+    result = tiltyard(
+        *command,
+        TILTYARD_KEY=str(tmp_path / "me.pem"),
+        TILTYARD_REGISTRY=nobody,
+        TILTYARD_SELECTOR=nobody,
+        TILTYARD_VALIDATOR=nobody,
+    )
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: the service cannot be reached")
+
+
+@pytest.mark.parametrize("command", [("nonsense",), ("task", "show"), ("key", "new"), ("demo", "--trainers", "0")])
+def test_wrong_usage_exits_2(command: tuple[str, ...]) -> None:
+    assert tiltyard(*command).exit_code == 2
+
+
+def test_a_dataset_is_packed_and_shown(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.arange(12.0).reshape(6, 2), y=np.array([7, 9, 7, 9, 7, 9]))
+    packed = document(tiltyard("dataset", "pack", tmp_path / "d.npz", tmp_path / "d.safetensors", "--json"))
+    assert (packed["rows"], packed["sample_shape"], packed["classes"], packed["labels"]) == (6, [2], 2, [7, 9])
+    assert document(tiltyard("dataset", "show", tmp_path / "d.safetensors", "--json")) == packed
+
+
+@pytest.mark.parametrize("content", [b"", b"no dataset at all", (2**60).to_bytes(8, "little")])
+def test_what_is_no_dataset_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "d.safetensors").write_bytes(content)
+    result = tiltyard("dataset", "show", tmp_path / "d.safetensors")
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_config_that_is_none_is_refused_before_anything_is_called(tmp_path: Path) -> None:
+    Key.generate().save(tmp_path / "me.pem")
+    (tmp_path / "task.json").write_text('{"display_nam": "typo"}')
+    (tmp_path / "d.safetensors").write_bytes(b"x")
+    result = tiltyard(
+        "task", "create", tmp_path / "task.json", "--dataset", tmp_path / "d.safetensors", "--key", tmp_path / "me.pem"
+    )
+    assert result.exit_code == 1
+    assert "display_nam" in result.stderr
+
+
+def test_the_command_starts_without_torch_and_sklearn() -> None:
+    code = "import sys, tiltyard.cli; print([m for m in ('torch', 'sklearn', 'grpc', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
