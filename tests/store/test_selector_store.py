@@ -1,0 +1,349 @@
+"""The selector's domain over a real database: what survives, what is rolled back, and what the events add up to."""
+
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, inspect
+
+from services.runtime.database import Database
+from services.runtime.errors import ArenaError
+from services.selector.convert.receipts import ReceiptSigner
+from services.selector.draws import DrawOrder, Draws
+from services.selector.eligibility import Applicant, Eligibility, Facts
+from services.selector.pool_trees import PoolTrees, at_version
+from services.selector.pools import Pools
+from services.selector.records import (
+    Deposit,
+    EventKind,
+    Evidence,
+    EvidenceKind,
+    LedgerEvent,
+    Policy,
+    Pool,
+    Role,
+    Settlement,
+)
+from services.selector.rows import SelectorRow
+from services.selector.stakes import Stakes
+from services.selector.store import SqlStore
+from services.selector.transaction import Transaction
+from tiltyard.bls import BlsKey
+from tiltyard.sortition import SQUARE_ROOT
+
+NOW = datetime(2030, 1, 1, 12, 30, 15, 123456, UTC)
+MINIMUM = 100
+POLICY = Policy(
+    curve=SQUARE_ROOT,
+    validator_min_stake_micros=MINIMUM,
+    training_node_min_stake_micros=MINIMUM // 10,
+    window=timedelta(hours=24),
+    limit=1000,
+    reference_stake_micros=10 * MINIMUM,
+)
+
+
+def someone(number: int) -> str:
+    return f"{number:040x}"
+
+
+CREATOR = someone(10**6)
+SUBMITTER = someone(10**6 + 1)
+
+
+@dataclass
+class Selector:
+    """The domain over one store."""
+
+    store: SqlStore
+    trees: PoolTrees
+    stakes: Stakes
+    pools: Pools
+    draws: Draws
+    reference: int = 0
+
+    async def deposit(self, participant: str, micros: int, account: str = "") -> None:
+        self.reference += 1
+        await self.stakes.deposit(Deposit(str(self.reference), participant, micros, account or participant))
+
+    async def admit(self, participant: str, *, task: str = "t", role: Role = Role.VALIDATOR, owner: str = "") -> None:
+        await self.pools.add(Applicant(task, participant, role, Facts()), owner=owner)
+
+    async def open(self, task: str = "t") -> Pool:
+        return await self.pools.open(task=task, policy=POLICY, open_time=NOW, creator=CREATOR)
+
+    def order(self, number: int, **changes: object) -> DrawOrder:
+        fields = {
+            "task": "t",
+            "submission": f"tasks/t/submissions/{number}",
+            "round": 1,
+            "anchor": number.to_bytes(32, "big"),
+            "reveal_salt": bytes(32),
+            "validators": 2,
+            "submitter": SUBMITTER,
+            "paused": frozenset(),
+        }
+        return DrawOrder(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    opened = Database.open(f"sqlite:///{tmp_path / 'selector.db'}", migrations="services.selector.migrations")
+    yield opened
+    await opened.close()
+
+
+def domain(database: Database) -> Selector:
+    store, trees = SqlStore(database), PoolTrees()
+    clock: Callable[[], datetime] = lambda: NOW  # noqa: E731 - a clock that stands still
+    eligibility = Eligibility(store, clock=clock, task_creator_min_stake_micros=5 * MINIMUM)
+    return Selector(
+        store,
+        trees,
+        Stakes(store, trees, clock=clock, unbonding_time=timedelta(0)),
+        Pools(store, trees, eligibility, clock=clock),
+        Draws(store, trees, ReceiptSigner(BlsKey(bytes(32))), clock=clock),
+    )
+
+
+@pytest.fixture
+def selector(database: Database) -> Selector:
+    return domain(database)
+
+
+def test_the_migrations_make_the_tables_of_the_rows(tmp_path: Path, database: Database) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path / 'selector.db'}")
+    inspector = inspect(engine)
+    for table in SelectorRow.metadata.sorted_tables:
+        made = {
+            column["name"]: (str(column["type"]), column["nullable"], bool(column["primary_key"]))
+            for column in inspector.get_columns(table.name)
+        }
+        wanted = {
+            column.name: (
+                str(column.type.compile(engine.dialect)).replace("TEXT", "VARCHAR"),
+                bool(column.nullable),
+                column.primary_key,
+            )
+            for column in table.columns
+        }
+        made = {name: (kind.replace("TEXT", "VARCHAR"), *rest) for name, (kind, *rest) in made.items()}
+        assert made == wanted, table.name
+    engine.dispose()
+
+
+async def test_what_is_put_comes_back(selector: Selector) -> None:
+    await selector.open()
+    for number in range(3):
+        await selector.deposit(someone(number), 250)
+        await selector.admit(someone(number))
+    drawn = await selector.draws.draw(selector.order(1))
+
+    def look(transaction: Transaction) -> None:
+        assert transaction.draw(drawn.draw) == drawn
+        candidate = transaction.candidate("t", someone(1))
+        assert candidate is not None
+        assert candidate.verdict.evidence == (Evidence(EvidenceKind.STAKE, True, 250, MINIMUM),)
+        assert candidate.verdict.decide_time == NOW
+        pool = transaction.pool("t")
+        assert pool is not None
+        assert (pool.policy, pool.open_time, pool.creator) == (POLICY, NOW, CREATOR)
+        assert pool.root == at_version(transaction, "t", pool.version).root() == drawn.pool_root
+
+    await selector.store.read(look)
+
+
+async def test_a_remembered_tree_that_ran_ahead_is_built_again(selector: Selector) -> None:
+    pool = await selector.open()
+    for number in range(5):
+        await selector.deposit(someone(number), 100 + number)
+        await selector.admit(someone(number))
+
+    class DiskIsFullError(Exception):
+        pass
+
+    def fail_after_the_change(transaction: Transaction) -> None:
+        newest = transaction.pool("t")
+        assert newest is not None
+        selector.trees.change_leaf(transaction, newest, someone(3), 10**6)
+        raise DiskIsFullError
+
+    with pytest.raises(DiskIsFullError):
+        await selector.store.write(fail_after_the_change)
+    # The version that was rolled back is used again, for another change.
+    await selector.deposit(someone(7), 900)
+    await selector.admit(someone(7))
+    drawn = await selector.draws.draw(selector.order(1, validators=6))
+
+    def truth(transaction: Transaction) -> bytes:
+        newest = transaction.pool("t")
+        assert newest is not None
+        return at_version(transaction, pool.task, newest.version).root()
+
+    assert drawn.pool_root == await selector.store.read(truth)
+    assert sum(place.owner_group == someone(7) for place in drawn.places) == 1
+
+
+async def test_another_process_over_the_same_database_draws_the_same(selector: Selector, database: Database) -> None:
+    await selector.open()
+    for number in range(8):
+        await selector.deposit(someone(number), 100 + number)
+        await selector.admit(someone(number))
+    first = await selector.draws.draw(selector.order(1))
+    other = domain(database)
+    assert await other.draws.draw(selector.order(1)) == first
+    extended = await other.draws.extend(first.draw, picks=8, paused=frozenset())
+    assert extended.places[: len(first.places)] == first.places
+    assert await selector.draws.get(first.draw) == extended
+
+
+async def test_trees_remembered_twice_follow_each_others_changes(selector: Selector, database: Database) -> None:
+    other = domain(database)
+    await selector.open()
+    for number in range(12):
+        one = selector if number % 2 else other
+        await selector.deposit(someone(number), 100 + number)
+        await one.admit(someone(number))
+        if number > 1:
+            mine = await selector.draws.draw(selector.order(number))
+            twin = await other.draws.draw(selector.order(number, round=2))
+            assert mine.pool_root == twin.pool_root
+            assert [place.participant for place in mine.places] == [place.participant for place in twin.places]
+
+
+async def test_a_failed_change_leaves_no_event_and_no_gap(selector: Selector) -> None:
+    await selector.deposit(someone(1), 5)
+    with pytest.raises(ArenaError):
+        await selector.stakes.request_withdrawal(someone(1), 6)
+    with pytest.raises(ArenaError):
+        await selector.stakes.deposit(Deposit("1", someone(2), 5, "x"))
+    await selector.deposit(someone(2), 5)
+    page = await selector.stakes.list_events(start=1, limit=10)
+    assert [(event.sequence, event.participant) for event in page.events] == [(1, someone(1)), (2, someone(2))]
+    assert page.next_sequence == 3
+
+
+async def test_a_chain_of_funding_accounts_is_one_group_named_by_its_smallest_id(selector: Selector) -> None:
+    await selector.open()
+    for number in (9, 5, 7, 3):
+        await selector.deposit(someone(number), 100, account=f"account {number}")
+        await selector.admit(someone(number))
+    await selector.deposit(someone(9), 1, account="account 7")
+    await selector.deposit(someone(3), 1, account="account 5")
+    assert await _groups(selector, 3, 5, 7, 9) == [3, 3, 7, 7]
+    await selector.deposit(someone(7), 1, account="account 3")
+    assert await _groups(selector, 3, 5, 7, 9) == [3, 3, 3, 3]
+    await selector.deposit(someone(100), 100)
+    await selector.admit(someone(100))
+    drawn = await selector.draws.draw(selector.order(1))
+    assert {place.owner_group for place in drawn.picks} == {someone(3), someone(100)}
+    assert next(place for place in drawn.picks if len(place.members) > 1).members == tuple(map(someone, (3, 5, 7, 9)))
+    # The stakes of all four, each of 100 at the time it was locked.
+    assert drawn.pool_weight == 2 * 2**32 + 2**32
+
+
+async def _groups(selector: Selector, *numbers: int) -> list[int]:
+    stakes = [await selector.stakes.get(someone(number)) for number in numbers]
+    return [int(stake.owner_group, 16) for stake in stakes]
+
+
+async def test_a_stake_that_is_topped_up_weighs_more_only_after_it_has_come_in_again(selector: Selector) -> None:
+    await selector.open()
+    await selector.deposit(someone(1), 100)
+    await selector.admit(someone(1))
+    await selector.deposit(someone(1), 300)
+    await selector.admit(someone(1))
+    assert (await selector.stakes.get(someone(1))).accounts.locked_micros == 100
+    assert await selector.pools.remove(task="t", participant=someone(1)) == 100
+    await selector.admit(someone(1))
+    assert (await selector.stakes.get(someone(1))).accounts.locked_micros == 400
+
+
+async def test_the_pool_can_be_recomputed_from_the_events(selector: Selector) -> None:
+    """A random history; then accounts, weights and quotas are added up from the events alone."""
+    chance = random.Random(7)
+    people = [someone(number) for number in range(12)]
+    for task in ("t", "u"):
+        await selector.open(task)
+    for step in range(400):
+        person, task = chance.choice(people), chance.choice(("t", "u"))
+        try:
+            match chance.randrange(8):
+                case 0 | 1:
+                    await selector.deposit(person, chance.randrange(1, 500), account=f"a{chance.randrange(40)}")
+                case 2:
+                    await selector.stakes.request_withdrawal(person, chance.randrange(1, 300))
+                case 3:
+                    await selector.stakes.withdraw(person)
+                case 4:
+                    await selector.stakes.slash(person, amount_micros=chance.randrange(1, 200), evidence=str(step))
+                case 5 | 6:
+                    role = chance.choice((Role.VALIDATOR, Role.VALIDATOR, Role.TRAINING_NODE))
+                    await selector.admit(person, task=task, role=role)
+                case 7:
+                    if chance.random() < 0.5:
+                        await selector.pools.remove(task=task, participant=person)
+                    else:
+                        drawn = await selector.draws.draw(selector.order(step + 1, validators=1))
+                        if chance.random() < 0.5:
+                            await selector.draws.settle(
+                                drawn.draw, participant=drawn.picks[0].participant, settlement=Settlement.REFUNDED
+                            )
+        except ArenaError:
+            continue  # the random step was not allowed
+    page = await selector.stakes.list_events(start=1, limit=10_000)
+    kinds = {event.kind for event in page.events}
+    assert kinds == set(EventKind) - {EventKind.POOL_CLOSED}
+    totals = {person: 0 for person in people}
+    weights: dict[tuple[str, str], int] = {}
+    uses: dict[str, int] = {}
+    for event in page.events:
+        _follow(event, totals, weights, uses)
+
+    def compare(transaction: Transaction) -> None:
+        for person in people:
+            accounts = transaction.accounts(person)
+            there = accounts.available_micros + accounts.locked_micros + accounts.unbonding_micros
+            assert there == totals[person]
+            locked = sum(candidate.locked_micros for candidate in transaction.candidacies(person))
+            assert accounts.locked_micros == locked
+            assert sum(waiting.amount_micros for waiting in transaction.unbondings(person)) == (
+                accounts.unbonding_micros
+            )
+            for candidate in transaction.candidacies(person):
+                assert candidate.weight == weights[candidate.task, person]
+        for task in ("t", "u"):
+            pool = transaction.pool(task)
+            assert pool is not None
+            tree = at_version(transaction, task, pool.version)
+            assert tree.root() == pool.root
+            for index in range(len(tree)):
+                seated = transaction.seated(task, leaf_index=index, version=pool.version)
+                assert {transaction.owner_group(member) for member in seated} <= {tree.identifier(index)}
+                assert bool(seated) == (tree.weight(index) > 0)
+                if len(seated) == 1:
+                    assert tree.weight(index) == weights[task, seated[0]]
+        groups = {transaction.owner_group(person) for person in people}
+        used = sum(transaction.quota_used("t", window=0, owner_group=group) for group in groups)
+        assert used == sum(uses.values())
+
+    await selector.store.read(compare)
+
+
+def _follow(
+    event: LedgerEvent, totals: dict[str, int], weights: dict[tuple[str, str], int], uses: dict[str, int]
+) -> None:
+    match event.kind:
+        case EventKind.DEPOSITED:
+            totals[event.participant] += event.amount_micros
+        case EventKind.WITHDRAWN | EventKind.SLASHED:
+            totals[event.participant] -= event.amount_micros
+        case EventKind.CANDIDATE_ADDED | EventKind.WEIGHT_CHANGED | EventKind.CANDIDATE_REMOVED:
+            weights[event.task, event.participant] = event.weight
+        case EventKind.QUOTA_CHARGED:
+            uses[event.participant] = uses.get(event.participant, 0) + 1
+        case EventKind.QUOTA_REFUNDED:
+            uses[event.participant] -= 1

@@ -1,0 +1,312 @@
+"""Draws: vectors, an independent reading of the text, distribution, proofs."""
+
+import hashlib
+import json
+from collections import Counter
+from itertools import accumulate, islice, pairwise, permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiltyard import bls
+from tiltyard.commitments import draw_seed
+from tiltyard.odds import inclusion_probabilities, odds
+from tiltyard.sortition import (
+    SQUARE_ROOT,
+    Curve,
+    CurveKind,
+    Place,
+    ProvedPlace,
+    SumTree,
+    check_order,
+    draw,
+    drawn_member,
+    drawn_value,
+    quota_limit,
+    weight,
+)
+
+VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "vectors" / "draws.json").read_text())
+MINIMUM = 1_000_000
+LOG = Curve(CurveKind.LOG)
+LOGISTIC = Curve(CurveKind.LOGISTIC)
+
+
+def _tree(case: dict[str, Any]) -> SumTree:
+    return SumTree((identifier, int(weight)) for identifier, weight in case["leaves"])
+
+
+def _seed(number: int) -> bytes:
+    return hashlib.sha256(number.to_bytes(4, "big")).digest()
+
+
+# Vectors
+
+
+def test_the_seed_follows_from_anchor_and_salt() -> None:
+    made = VECTORS["seed"]
+    key = bls.BlsKey(bytes.fromhex(made["bls_key_seed"]))
+    sigma = key.sign(bytes.fromhex(made["anchor"]))
+    assert (key.public_key.hex(), sigma.hex()) == (made["public_key"], made["sigma"])
+    assert draw_seed(sigma=sigma, reveal_salt=bytes.fromhex(made["reveal_salt"])).hex() == made["seed"]
+
+
+@pytest.mark.parametrize("case", VECTORS["values"])
+def test_values_of_the_vectors(case: dict[str, Any]) -> None:
+    value = drawn_value(bytes.fromhex(case["seed"]), case["place"], int(case["bound"]))
+    assert value == int(case["value"]) < int(case["bound"])
+
+
+@pytest.mark.parametrize("case", VECTORS["members"])
+def test_members_of_the_vectors(case: dict[str, Any]) -> None:
+    assert drawn_member(bytes.fromhex(case["seed"]), case["place"], case["members"]) == case["member"]
+
+
+@pytest.mark.parametrize("case", VECTORS["weights"])
+def test_weights_of_the_vectors(case: dict[str, Any]) -> None:
+    curve = Curve(CurveKind(case["curve"]), case["alpha_millis"])
+    stake, minimum = int(case["stake_micros"]), int(case["minimum_micros"])
+    assert weight(stake, minimum_micros=minimum, curve=curve) == int(case["weight"])
+
+
+@pytest.mark.parametrize("case", VECTORS["draws"], ids=lambda case: case["name"])
+def test_orders_roots_and_paths_of_the_vectors(case: dict[str, Any]) -> None:
+    tree = _tree(case)
+    assert (tree.root().hex(), str(tree.total)) == (case["root"], case["total"])
+    order = list(islice(draw(bytes.fromhex(case["seed"]), tree), len(case["order"])))
+    assert [
+        {"place": p.place, "leaf_index": p.leaf_index, "weight": str(p.weight), "value": str(p.value)} for p in order
+    ] == case["order"]
+    for place, expected in zip(order, case["paths"], strict=False):
+        path = [[node.hash.hex(), str(node.sum), node.left] for node in tree.path(place.leaf_index)]
+        assert path == expected
+
+
+@pytest.mark.parametrize("case", VECTORS["draws"], ids=lambda case: case["name"])
+def test_the_text_of_the_algorithm_gives_the_vectors(case: dict[str, Any]) -> None:
+    """docs/sortition.md written down plainly: a list, no tree."""
+    seed = bytes.fromhex(case["seed"])
+    left = [(index, int(weight)) for index, (_, weight) in enumerate(case["leaves"])]
+    order = []
+    while total := sum(weight for _, weight in left):
+        place, attempt = len(order), 0
+        bits = (total - 1).bit_length()
+        while True:
+            block = seed + b"\x00" + place.to_bytes(4, "big") + attempt.to_bytes(4, "big")
+            value = int(hashlib.sha256(block).hexdigest(), 16) >> (256 - bits)
+            if value < total:
+                break
+            attempt += 1
+        running = list(accumulate(weight for _, weight in left))
+        drawn = next(number for number, upto in enumerate(running) if value < upto)
+        order.append(left.pop(drawn)[0])
+    assert order == [place["leaf_index"] for place in case["order"]]
+
+
+# Order
+
+
+def test_a_draw_goes_on_where_it_stopped() -> None:
+    tree = SumTree((str(number), 1 + number) for number in range(50))
+    whole = list(draw(_seed(1), tree))
+    for stop in (0, 1, 7, 49, 50):
+        assert list(draw(_seed(1), tree, [place.leaf_index for place in whole[:stop]])) == whole[stop:]
+    assert sorted(place.leaf_index for place in whole) == list(range(50))
+
+
+def test_a_draw_leaves_the_tree_as_it_was() -> None:
+    tree = SumTree((str(number), 1 + number) for number in range(20))
+    root = tree.root()
+    whole = list(draw(_seed(2), tree))
+    assert (tree.root(), tree.total) == (root, 210)
+    assert list(draw(_seed(2), tree)) == whole
+
+
+def test_a_pool_without_weight_gives_nobody() -> None:
+    assert list(draw(_seed(1), SumTree())) == []
+    assert list(draw(_seed(1), SumTree([("a", 0), ("b", 0)]))) == []
+
+
+def test_a_seed_has_32_bytes() -> None:
+    with pytest.raises(ValueError, match="32 bytes"):
+        next(draw(b"short", SumTree([("a", 1)])))
+
+
+def test_frequencies_fit_sequential_sampling_without_replacement() -> None:
+    weights = [1, 2, 3, 5, 9]
+    total = sum(weights)
+    tree = SumTree((str(index), value << 32) for index, value in enumerate(weights))
+    runs = 20_000
+    seen = Counter(tuple(place.leaf_index for place in islice(draw(_seed(run), tree), 2)) for run in range(runs))
+    statistic = 0.0
+    for first, second in permutations(range(5), 2):
+        chance = weights[first] / total * weights[second] / (total - weights[first])
+        statistic += (seen[first, second] - runs * chance) ** 2 / (runs * chance)
+    # Chi-square with 19 degrees of freedom exceeds this with a chance of 0.001.
+    assert statistic < 43.82
+
+
+def test_members_are_drawn_uniformly() -> None:
+    members = ["a", "b", "c", "d", "e"]
+    runs = 20_000
+    seen = Counter(drawn_member(_seed(run), run % 7, members) for run in range(runs))
+    statistic = sum((seen[member] - runs / 5) ** 2 / (runs / 5) for member in members)
+    # Four degrees of freedom, 0.001.
+    assert statistic < 18.47
+
+
+# Receipts
+
+
+def _proved(tree: SumTree, seed: bytes, places: int) -> list[ProvedPlace]:
+    return [
+        ProvedPlace(place, tree.identifier(place.leaf_index), tree.path(place.leaf_index))
+        for place in islice(draw(seed, tree), places)
+    ]
+
+
+def test_an_order_is_proved_by_its_paths_and_no_change_gets_through() -> None:
+    tree = SumTree((f"group {number}", 3 + number) for number in range(21))
+    proved = _proved(tree, _seed(5), 4)
+    arguments = {"root": tree.root(), "leaf_count": len(tree), "total": tree.total}
+    check_order(_seed(5), proved, **arguments)
+    with pytest.raises(ValueError, match="does not follow from the seed"):
+        check_order(_seed(6), proved, **arguments)
+    for name, wrong in (("root", bytes(32)), ("leaf_count", 22), ("total", tree.total + 1)):
+        with pytest.raises(ValueError, match="place 0"):
+            check_order(_seed(5), proved, **(arguments | {name: wrong}))
+    first, *others = proved
+    place = first.place
+    for changed in (
+        ProvedPlace(Place(0, place.leaf_index, place.weight + 1, place.value), first.identifier, first.path),
+        ProvedPlace(Place(0, place.leaf_index ^ 1, place.weight, place.value), first.identifier, first.path),
+        ProvedPlace(Place(0, place.leaf_index, place.weight, place.value + 1), first.identifier, first.path),
+        ProvedPlace(place, "somebody else", first.path),
+        ProvedPlace(place, first.identifier, first.path[:-1]),
+        ProvedPlace(place, first.identifier, first.path[::-1]),
+        ProvedPlace(place, others[0].identifier, others[0].path),
+    ):
+        with pytest.raises(ValueError, match="place 0"):
+            check_order(_seed(5), [changed, *others], **arguments)
+    with pytest.raises(ValueError, match="place 0 of the order is missing"):
+        check_order(_seed(5), others, **arguments)
+
+
+def test_the_proof_of_another_leaf_at_the_right_value_is_refused() -> None:
+    tree = SumTree((f"group {number}", 7) for number in range(8))
+    (proved,) = _proved(tree, _seed(5), 1)
+    other = (proved.place.leaf_index + 1) % 8
+    forged = ProvedPlace(Place(0, other, 7, proved.place.value), tree.identifier(other), tree.path(other))
+    with pytest.raises(ValueError, match="falls on another leaf"):
+        check_order(_seed(5), [forged], root=tree.root(), leaf_count=8, total=tree.total)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("curve", [SQUARE_ROOT, Curve(CurveKind.POWER, 900), LOG])
+def test_chance_rises_with_stake_and_each_step_adds_less(curve: Curve) -> None:
+    others = [weight(stake * MINIMUM, minimum_micros=MINIMUM, curve=curve) for stake in (1, 4, 9, 16, 25)]
+    chances = [
+        inclusion_probabilities([weight(stake * MINIMUM, minimum_micros=MINIMUM, curve=curve), *others], 3)[0]
+        for stake in range(1, 21)
+    ]
+    steps = [later - earlier for earlier, later in pairwise(chances)]
+    assert all(step > 0 for step in steps)
+    assert all(later < earlier for earlier, later in pairwise(steps))
+
+
+@given(stake=st.integers(1, 2**62), more=st.integers(0, 2**61), minimum=st.integers(1, 2**40))
+@pytest.mark.parametrize("curve", [SQUARE_ROOT, Curve(CurveKind.POWER, 1), Curve(CurveKind.POWER, 1000), LOG, LOGISTIC])
+def test_weight_never_falls_and_doubling_a_stake_never_doubles_it(
+    curve: Curve, stake: int, more: int, minimum: int
+) -> None:
+    own = weight(stake, minimum_micros=minimum, curve=curve)
+    assert weight(stake + more, minimum_micros=minimum, curve=curve) >= own
+    if curve is not LOGISTIC:
+        # Up to one unit of rounding.
+        assert weight(2 * stake, minimum_micros=minimum, curve=curve) <= 2 * own + 1
+
+
+def test_the_minimum_weighs_one_by_a_power_and_nothing_weighs_nothing() -> None:
+    assert weight(MINIMUM, minimum_micros=MINIMUM, curve=SQUARE_ROOT) == 2**32
+    assert weight(4 * MINIMUM, minimum_micros=MINIMUM, curve=SQUARE_ROOT) == 2 * 2**32
+    assert weight(2 * MINIMUM, minimum_micros=MINIMUM, curve=LOGISTIC) == 2**31
+    for curve in (SQUARE_ROOT, LOG, LOGISTIC):
+        assert weight(0, minimum_micros=MINIMUM, curve=curve) == 0
+
+
+@pytest.mark.parametrize("alpha_millis", [0, -1, 1001])
+def test_an_exponent_out_of_range_is_refused(alpha_millis: int) -> None:
+    with pytest.raises(ValueError, match="1 to 1000"):
+        Curve(CurveKind.POWER, alpha_millis)
+
+
+@pytest.mark.parametrize(("stake", "minimum"), [(-1, 1), (1, 0), (1, -1)])
+def test_a_negative_stake_and_no_minimum_are_refused(stake: int, minimum: int) -> None:
+    with pytest.raises(ValueError, match=" or more"):
+        weight(stake, minimum_micros=minimum, curve=SQUARE_ROOT)
+
+
+@pytest.mark.parametrize(
+    ("stake", "limit", "uses"),
+    [(10, 100, 100), (40, 100, 100), (1, 100, 31), (2, 100, 44), (1, 1, 1), (0, 100, 1)],
+)
+def test_the_quota_grows_with_stake_up_to_the_limit(stake: int, limit: int, uses: int) -> None:
+    assert uses == quota_limit(
+        stake * MINIMUM,
+        minimum_micros=MINIMUM,
+        curve=SQUARE_ROOT,
+        limit=limit,
+        reference_stake_micros=10 * MINIMUM,
+    )
+
+
+# Odds
+
+
+def test_exact_and_simulated_odds_agree() -> None:
+    weights = [1 + number for number in range(20)]
+    simulated = odds(weights, 12, 4)
+    assert simulated.standard_error > 0
+    tree = SumTree((str(index), value) for index, value in enumerate(weights))
+    runs = 4000
+    hits = sum(
+        any(place.leaf_index == 12 for place in islice(draw(_seed(10**6 + run), tree), 4)) for run in range(runs)
+    )
+    assert abs(simulated.probability - hits / runs) < 4 * simulated.standard_error
+    exact = inclusion_probabilities([1, 1, 2], 2)
+    assert exact == pytest.approx([1 / 4 + 1 / 4 / 3 + 1 / 4, 1 / 4 + 1 / 4 / 3 + 1 / 4, 1 / 2 + 2 * 1 / 4 * 2 / 3])
+    assert odds([5, 0, 3], 1, 2).probability == 0
+    assert odds([5, 0, 3], 2, 2).probability == 1
+
+
+# Keys
+
+
+def test_a_bls_key_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "bls.key"
+    key = bls.BlsKey.load_or_create(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(path.parent.iterdir()) == [path]
+    assert bls.BlsKey.load_or_create(path).public_key == key.public_key
+    path.write_text("not a key")
+    with pytest.raises(ValueError, match="holds no BLS key seed"):
+        bls.BlsKey.load_or_create(path)
+
+
+def test_signatures_hold_for_one_key_and_one_message() -> None:
+    key, other = bls.BlsKey(b"1" * 32), bls.BlsKey(b"2" * 32)
+    signature = key.sign(b"message")
+    assert key.sign(b"message") == signature
+    assert bls.verify(key.public_key, b"message", signature)
+    assert not bls.verify(key.public_key, b"another", signature)
+    assert not bls.verify(other.public_key, b"message", signature)
+    assert not bls.verify(key.public_key, b"message", signature[:-1])
+    assert not bls.verify(key.public_key, b"message", bytes(bls.SIGNATURE_BYTES))
+    infinity = bytes([0xC0]) + bytes(bls.PUBLIC_KEY_BYTES - 1)
+    infinite_signature = bytes([0xC0]) + bytes(bls.SIGNATURE_BYTES - 1)
+    assert not bls.verify(infinity, b"message", infinite_signature)
