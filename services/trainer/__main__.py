@@ -1,0 +1,29 @@
+"""`python -m services.trainer`: a training node in a process of its own."""
+
+from services.runtime.server import run, serve
+from services.runtime.telemetry import configure_logging
+from services.trainer.bootstrap import build
+from services.trainer.servicers.inference import MAX_MESSAGE_BYTES
+from services.trainer.settings import TrainerSettings
+
+
+async def main() -> None:
+    """Serves until SIGTERM or SIGINT."""
+    settings = TrainerSettings.load()
+    configure_logging(settings.service, settings.log_level, settings.log_format)
+    trainer = await build(settings)
+    await serve(
+        settings,
+        trainer.mounts,
+        name=settings.service,
+        authenticator=trainer.authenticator,
+        policy=trainer.policy,
+        remembered=trainer.database,
+        background=trainer.background,
+        on_close=trainer.on_close,
+        max_message_bytes=MAX_MESSAGE_BYTES,
+    )
+
+
+if __name__ == "__main__":
+    run(main())

@@ -1,0 +1,96 @@
+"""Wires the training node once: from settings to servicers that are ready to be mounted."""
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from services.runtime.auth import AccessPolicy, Authenticator, Role, utc_now
+from services.runtime.database import Database
+from services.runtime.paging import PageTokens, load_secret
+from services.runtime.server import Background, Mount
+from services.trainer.devices import find_devices
+from services.trainer.live import LiveTrainings
+from services.trainer.localdata import DataFolder
+from services.trainer.peers import NoRegistry, RegistryPeer
+from services.trainer.runner import ChildProcesses
+from services.trainer.runs import Runs
+from services.trainer.servicers import inference, training
+from services.trainer.servicers.inference import TrainedModels
+from services.trainer.settings import TrainerSettings
+from services.trainer.store import SqlTrainingStore
+from services.trainer.trainings import Trainings
+from tiltyard.client import Client
+from tiltyard.identity import Key
+
+_OPERATOR = frozenset({Role.OPERATOR})
+
+POLICY = AccessPolicy({f"/{training.SERVICE}/*": _OPERATOR, f"/{inference.SERVICE}/*": _OPERATOR})
+"""A node obeys its own key and its operators; its own key is made one of them."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A training node that can be served."""
+
+    mounts: tuple[Mount, ...]
+    authenticator: Authenticator
+    policy: AccessPolicy
+    database: Database
+    key: Key
+    background: tuple[Background, ...]
+    on_close: tuple[Background, ...]
+
+
+async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = utc_now) -> Trainer:
+    """Opens the state and puts everything together."""
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    folder = settings.state_dir / "trainings"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    key = Key.load_or_create(settings.key_file)
+    migrations = "services.trainer.migrations"
+    database = await asyncio.to_thread(Database.open, settings.database_url, migrations=migrations, clock=clock)
+    client = Client(key, origin=settings.origin, registry=settings.registry) if settings.registry else None
+    registry = RegistryPeer(client, runs=folder) if client else NoRegistry()
+    store, live, data = SqlTrainingStore(database), LiveTrainings(), DataFolder(settings.data_dir)
+    models = TrainedModels(runs=folder, device="cpu" if settings.device == "cpu" else "auto")
+    runs = Runs(
+        store=store,
+        live=live,
+        children=ChildProcesses(folder=folder, data=data, threads=settings.threads),
+        submitter=registry,
+        devices=lambda: find_devices(settings.device),
+        runs_per_device=settings.max_runs,
+        on_model=models.add,
+        clock=clock,
+    )
+    trainings = Trainings(
+        store=store,
+        live=live,
+        queue=runs,
+        datasets=data,
+        tasks=registry,
+        new_id=lambda: secrets.token_hex(8),
+        clock=clock,
+    )
+
+    async def close() -> None:
+        await models.close()
+        if client is not None:
+            await client.close()
+        await database.close()
+
+    return Trainer(
+        mounts=(
+            training.mount(trainings, PageTokens(load_secret(settings.state_dir / "pages.key"))),
+            models.mount(),
+        ),
+        authenticator=Authenticator({key.id}, settings.operators | {key.id}, settings.services, clock),
+        policy=POLICY,
+        database=database,
+        key=key,
+        background=(runs.run,),
+        on_close=(close,),
+    )

@@ -1,0 +1,63 @@
+"""How to descend: what a caller chooses and what a newcomer gets by leaving it out."""
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class OptimizerKind(StrEnum):
+    """How gradients become steps."""
+
+    SGD = "sgd"
+    ADAMW = "adamw"
+
+
+class ScheduleKind(StrEnum):
+    """How the learning rate moves after the warm-up."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"
+
+
+class LossKind(StrEnum):
+    """The training objective l of L = (1/N) * sum l(f(x_i), y_i)."""
+
+    CROSS_ENTROPY = "cross_entropy"
+    MSE = "mse"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A complete configuration; the meaning of each field is that of tiltyard.trainer.v1.TrainingConfig."""
+
+    epochs: int = 30
+    batch_size: int = 64
+    learning_rate: float = 0.003
+    optimizer: OptimizerKind = OptimizerKind.ADAMW
+    weight_decay: float = 0.01
+    momentum: float = 0.9
+    schedule: ScheduleKind = ScheduleKind.COSINE
+    warmup: float = 0.05
+    max_gradient_norm: float = 0.0
+    accumulation: int = 1
+    holdout_share: float = 0.1
+    patience: int = 0
+    label_smoothing: float = 0.0
+    seed: int = 0
+    augment: bool = False
+    checkpoint_interval_s: int = 60
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name; `from_json` gives back an equal configuration."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "TrainingConfig":
+        """The configuration that `to_json` wrote."""
+        return cls(
+            **{
+                **value,
+                "optimizer": OptimizerKind(value["optimizer"]),
+                "schedule": ScheduleKind(value["schedule"]),
+            }
+        )

@@ -1,0 +1,321 @@
+"""Gradient descent on L = (1/N) * sum l(f(x_i), y_i): the loop itself, which resumes to the bit on a CPU."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from services.trainer.augmentation import shifted
+from services.trainer.checkpoints import Checkpoint
+from services.trainer.config import LossKind, OptimizerKind, TrainingConfig
+from services.trainer.progress import Progress
+from services.trainer.rows import Rows
+from services.trainer.schedule import Plan
+from tiltyard.models import Network, build
+from tiltyard.modelspec import ModelSpec
+
+# Rows are gathered for many batches at once: one copy of 16 MiB costs less than a thousand small ones.
+_GATHERED_BYTES = 16 * 1024 * 1024
+_EVALUATED_ROWS = 512
+_KEPT_LOSSES = 4096
+REPORT_INTERVAL_S = 0.1
+
+
+class Diverged(Exception):
+    """The loss or the weights are no longer finite."""
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """The model on the held-out rows: `correct` of `total`, mean loss without smoothing. A regression has 0 correct."""
+
+    correct: int
+    total: int
+    loss: float
+
+
+def split(rows: int, *, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices to train on and indices held out (the share, rounded down), by a permutation that the seed fixes."""
+    order = torch.randperm(rows, generator=_generator(seed, "holdout"))
+    held_out = int(share * rows)
+    return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def _generator(seed: int, purpose: str) -> torch.Generator:
+    mixed = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(mixed[:8], "big") >> 1)
+
+
+class Descent:
+    """One training. `run` descends to the end or until `stop`; `state` and `restore` carry it over to another process.
+
+    Seeds torch's global random state, which dropout draws from: one at a time in a process.
+    """
+
+    def __init__(
+        self, *, spec: ModelSpec, loss: LossKind, config: TrainingConfig, rows: Rows, device: str = "cpu"
+    ) -> None:
+        self._config = config
+        self._loss = loss
+        self._rows = rows
+        self.device = torch.device(device)
+        self._train, self._held_out = split(len(rows), share=config.holdout_share, seed=config.seed)
+        self.plan = Plan(rows=len(self._train), config=config)
+        self.module: Network = build(spec, seed=config.seed).to(self.device)
+        self._optimizer = _optimizer(config, self.module)
+        self._objective = objective(loss, config.label_smoothing)
+        torch.manual_seed(config.seed)
+        self.step = 0
+        self.holdout: Holdout | None = None
+        self._best: dict[str, Tensor] = {}
+        self._best_rank = (-math.inf, -math.inf)
+        self._stale_epochs = 0
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Makes `run` return after the step that it is at; safe in a signal handler."""
+        self._stopping = True
+
+    def run(
+        self,
+        *,
+        report: Callable[[Progress], None],
+        checkpoint: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> bool:
+        """Descends; True at the end, False when stopped before it.
+
+        `report` gets a point every 100 ms at most, `checkpoint` is called at the configured interval and when stopped,
+        each between two updates. Raises Diverged at the first loss that is not finite, naming its step.
+        """
+        meter = _Meter(self, report, clock)
+        next_checkpoint = clock() + self._config.checkpoint_interval_s
+        module, backward_scale, losses = self.module, self._backward_scale, meter.losses
+        accumulation, clip = self._config.accumulation, self._config.max_gradient_norm
+        per_epoch, objective_of, augment = self.plan.steps_per_epoch, self._objective, self._config.augment
+        optimizer, group = self._optimizer, self._optimizer.param_groups[0]
+        parameters = list(module.parameters())
+        module.train()
+        while self.step < self.plan.total_steps and not self._patience_is_over():
+            epoch, done = divmod(self.step, per_epoch)
+            for x, y in self._batches(epoch, done):
+                loss = objective_of(module(shifted(x) if augment else x), y)
+                (loss if accumulation == 1 else loss * backward_scale(done, len(y))).backward()  # type: ignore[no-untyped-call]  # torch's
+                losses.append(loss.detach())
+                done += 1
+                self.step += 1
+                if done % accumulation and done < per_epoch:
+                    continue
+                if clip:
+                    nn.utils.clip_grad_norm_(parameters, clip)
+                group["lr"] = self.plan.learning_rate(self._updates_before(epoch, done))
+                optimizer.step()
+                optimizer.zero_grad()
+                now = clock()
+                if done == per_epoch and (self._config.patience or now >= meter.due or self._ends(epoch)):
+                    self._end_epoch()
+                if now >= meter.due or len(losses) >= _KEPT_LOSSES:
+                    meter.look(now)
+                    if now >= next_checkpoint:
+                        checkpoint()
+                        next_checkpoint = clock() + self._config.checkpoint_interval_s
+                if self._stopping:
+                    meter.look(now)
+                    checkpoint()
+                    return False
+        meter.look(clock())
+        self._finish()
+        return True
+
+    def evaluate(self, module: Network) -> Holdout | None:
+        """A module on the held-out rows, None when no row is held out."""
+        total = len(self._held_out)
+        if total == 0:
+            return None
+        plain = objective(self._loss, 0.0)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        training = module.training
+        module.eval()
+        with torch.inference_mode():
+            for indices in torch.split(self._held_out, _EVALUATED_ROWS):
+                x, y = self._rows.take(indices)
+                answers = module(x)
+                loss += plain(answers, y) * len(y)
+                if self._loss is LossKind.CROSS_ENTROPY:
+                    correct += (answers.argmax(1) == y).sum()
+        module.train(training)
+        return Holdout(correct=int(correct), total=total, loss=float(loss) / total)
+
+    def state(self) -> Checkpoint:
+        """Everything that `restore` needs, between two updates."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
+        for index, values in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in values.items() if tensor is not None}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        facts = {
+            "step": self.step,
+            "stale_epochs": self._stale_epochs,
+            "best_rank": list(self._best_rank) if self._best else None,
+            "holdout": asdict(self.holdout) if self.holdout else None,
+        }
+        return Checkpoint(tensors, facts)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes back to where `state` was taken of a descent with the same arguments."""
+        tensors, facts = checkpoint.tensors, checkpoint.facts
+        self.module.load_state_dict(_named(tensors, "model."))
+        self._best = {name: tensor.to(self.device) for name, tensor in _named(tensors, "best.").items()}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _named(tensors, "optimizer.").items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        self.step = facts["step"]
+        self._stale_epochs = facts["stale_epochs"]
+        self._best_rank = tuple(facts["best_rank"]) if facts["best_rank"] else (-math.inf, -math.inf)
+        self.holdout = Holdout(**facts["holdout"]) if facts["holdout"] else None
+
+    def rows_before(self, step: int) -> int:
+        """Rows trained on in the first `step` steps."""
+        epoch, done = divmod(step, self.plan.steps_per_epoch)
+        return epoch * self.plan.rows + min(self.plan.rows, done * self._config.batch_size)
+
+    def device_memory_bytes(self) -> int:
+        """Device memory that torch holds; 0 on a CPU."""
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
+    def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from the `first` on, in the order that seed and epoch fix."""
+        size = self._config.batch_size
+        order = self._train[torch.randperm(self.plan.rows, generator=_generator(self._config.seed, f"epoch {epoch}"))]
+        gathered = max(1, _GATHERED_BYTES // (size * self._rows.row_bytes))
+        for start in range(0, self.plan.steps_per_epoch, gathered):
+            if start + gathered <= first:
+                continue
+            # A resumed epoch gathers from where an uninterrupted one did: the offset of a batch in memory decides
+            # which instructions its product is computed with, and with them the last bit.
+            x, y = self._rows.take(order[start * size : (start + gathered) * size])
+            yield from list(zip(torch.split(x, size), torch.split(y, size), strict=True))[max(0, first - start) :]
+
+    def _backward_scale(self, step: int, rows: int) -> float:
+        """The share of an update's rows that this step of the epoch has, so that the update follows their mean."""
+        size = self._config.batch_size * self._config.accumulation
+        first = step // self._config.accumulation * size
+        return rows / (min(self.plan.rows, first + size) - first)
+
+    def _updates_before(self, epoch: int, done: int) -> int:
+        """Updates before the one that `done` steps of this epoch lead to."""
+        return epoch * self.plan.updates_per_epoch + -(-done // self._config.accumulation) - 1
+
+    def _ends(self, epoch: int) -> bool:
+        return epoch + 1 == self._config.epochs
+
+    def _end_epoch(self) -> None:
+        self.holdout = self.evaluate(self.module)
+        if not self._config.patience or self.holdout is None:
+            return
+        rank = (float(self.holdout.correct), -self.holdout.loss)
+        # A regression has no correct rows: there the loss alone is progress.
+        better = rank > self._best_rank if self._loss is LossKind.MSE else rank[0] > self._best_rank[0]
+        self._stale_epochs = 0 if better else self._stale_epochs + 1
+        if rank > self._best_rank:
+            self._best_rank = rank
+            self._best = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+
+    def _patience_is_over(self) -> bool:
+        return bool(self._config.patience) and self._stale_epochs >= self._config.patience
+
+    def _finish(self) -> None:
+        if self._best:
+            self.module.load_state_dict(self._best)
+            self.holdout = self.evaluate(self.module)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.module.state_dict().values()):
+            raise Diverged(f"the weights are not finite after step {self.step}: try a smaller learning rate")
+
+
+class _Meter:
+    """Turns the losses since the last look into a point of progress; only a look waits for the device."""
+
+    def __init__(self, descent: Descent, report: Callable[[Progress], None], clock: Callable[[], float]) -> None:
+        self.losses: list[Tensor] = []
+        self.due = -math.inf
+        self._descent = descent
+        self._report = report
+        self._looked_at = clock()
+        self._looked_step = descent.step
+        self._step_s = 0.0
+
+    def look(self, now: float) -> None:
+        """Reports, and raises Diverged when a loss was not finite."""
+        self.due = now + REPORT_INTERVAL_S
+        if not self.losses:
+            return
+        descent = self._descent
+        values = torch.stack(self.losses).tolist()
+        self.losses.clear()
+        for step, value in enumerate(values, descent.step - len(values) + 1):
+            if not math.isfinite(value):
+                raise Diverged(f"the loss is {value} at step {step}: try a smaller learning rate")
+        elapsed_s = max(now - self._looked_at, 1e-9)
+        samples = descent.rows_before(descent.step) - descent.rows_before(self._looked_step)
+        step_s = elapsed_s / max(1, descent.step - self._looked_step)
+        self._step_s = 0.7 * self._step_s + 0.3 * step_s if self._step_s else step_s
+        self._looked_at, self._looked_step = now, descent.step
+        holdout = descent.holdout or Holdout(0, 0, 0.0)
+        self._report(
+            Progress(
+                step=descent.step,
+                total_steps=descent.plan.total_steps,
+                epoch=(descent.step - 1) // descent.plan.steps_per_epoch + 1,
+                loss=math.fsum(values) / len(values),
+                learning_rate=float(descent._optimizer.param_groups[0]["lr"]),
+                samples_per_second=samples / elapsed_s,
+                device_memory_bytes=descent.device_memory_bytes(),
+                eta_s=self._step_s * (descent.plan.total_steps - descent.step),
+                holdout_correct=holdout.correct,
+                holdout_total=holdout.total,
+                holdout_loss=holdout.loss,
+                time_s=time.time(),
+            )
+        )
+
+
+def objective(loss: LossKind, label_smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """The mean of l over a batch."""
+    match loss:
+        case LossKind.CROSS_ENTROPY:
+            return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        case LossKind.MSE:
+            return nn.MSELoss()
+
+
+def _optimizer(config: TrainingConfig, module: nn.Module) -> torch.optim.Optimizer:
+    match config.optimizer:
+        case OptimizerKind.ADAMW:
+            return torch.optim.AdamW(
+                module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+            )
+        case OptimizerKind.SGD:
+            return torch.optim.SGD(
+                module.parameters(),
+                lr=config.learning_rate,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+                fused=True,
+            )
+
+
+def _named(tensors: Any, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

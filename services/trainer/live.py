@@ -1,0 +1,66 @@
+"""The trainings that have not ended, as they are this moment, and those who watch them."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from services.trainer.progress import History, Progress
+from services.trainer.training import Training
+
+
+@dataclass
+class _Entry:
+    training: Training
+    history: History
+
+
+class LiveTrainings:
+    """Progress is published here many times a second and written to the store now and then.
+
+    A watcher takes the newest state when it is ready for it: nobody waits for a slow one.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+        self._changes: dict[str, asyncio.Event] = {}
+
+    def publish(self, training: Training, history: Iterable[Progress] = ()) -> None:
+        """A training's new state; `history` counts when it was not here before. An ended one leaves."""
+        entry = self._entries.get(training.id)
+        if entry is None:
+            entry = self._entries[training.id] = _Entry(training, History(history))
+        newest = entry.history.newest
+        entry.training = training if training.ended or newest is None else replace(training, progress=newest)
+        if training.ended:
+            del self._entries[training.id]
+        self._wake(training.id)
+
+    def report(self, training: str, point: Progress) -> None:
+        """A new point of a training that is here."""
+        entry = self._entries[training]
+        entry.history.add(point)
+        entry.training = replace(entry.training, progress=point)
+        self._wake(training)
+
+    def get(self, training: str) -> Training | None:
+        """The training as it is now, None when it is not here."""
+        entry = self._entries.get(training)
+        return entry.training if entry else None
+
+    def history(self, training: str) -> Sequence[Progress] | None:
+        """The points of a training, None when it is not here."""
+        entry = self._entries.get(training)
+        return entry.history.points if entry else None
+
+    def all(self) -> Sequence[Training]:
+        """Every training that is here, oldest first."""
+        return [entry.training for entry in self._entries.values()]
+
+    def next_change(self, training: str) -> asyncio.Event:
+        """Set at the next change after now: take it before reading, wait for it after."""
+        return self._changes.setdefault(training, asyncio.Event())
+
+    def _wake(self, training: str) -> None:
+        changed = self._changes.pop(training, None)
+        if changed is not None:
+            changed.set()

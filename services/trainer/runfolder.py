@@ -1,0 +1,122 @@
+"""The folder of one run: what the service orders, what the child keeps, and the model that both end with."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.trainer.config import LossKind, TrainingConfig
+from tiltyard import modelspec
+from tiltyard.modelspec import ModelSpec
+
+MODEL_FILE = "model.safetensors"
+SPEC_FILE = "spec.json"
+JOURNAL_FILE = "submission.json"
+_ORDER_FILE = "run.json"
+_RESULT_FILE = "result.json"
+_LOCK_FILE = "lock"
+
+
+@dataclass(frozen=True)
+class Order:
+    """Everything that a child needs to know. `threads` is fixed for a run: sums depend on it to the last bit."""
+
+    dataset: Path
+    dataset_mark: str
+    spec: ModelSpec
+    loss: LossKind
+    config: TrainingConfig
+    device: str
+    threads: int
+
+
+def prepare(folder: Path, order: Order) -> None:
+    """Makes the folder and writes the order into it; model servers find the spec beside the model."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_json(folder / SPEC_FILE, modelspec.to_json(order.spec))
+    write_json(
+        folder / _ORDER_FILE,
+        {
+            "dataset": str(order.dataset),
+            "dataset_mark": order.dataset_mark,
+            "spec": modelspec.to_json(order.spec),
+            "loss": order.loss,
+            "config": order.config.to_json(),
+            "device": order.device,
+            "threads": order.threads,
+        },
+    )
+
+
+def read_order(folder: Path) -> Order:
+    """The order that `prepare` wrote."""
+    raw = json.loads((folder / _ORDER_FILE).read_text())
+    return Order(
+        dataset=Path(raw["dataset"]),
+        dataset_mark=raw["dataset_mark"],
+        spec=modelspec.from_json(raw["spec"]),
+        loss=LossKind(raw["loss"]),
+        config=TrainingConfig.from_json(raw["config"]),
+        device=raw["device"],
+        threads=raw["threads"],
+    )
+
+
+def checkpoint(folder: Path) -> Path:
+    """The last checkpoint."""
+    return folder / "checkpoint.safetensors"
+
+
+def log(folder: Path) -> Path:
+    """What the child writes to standard error."""
+    return folder / "child.log"
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The last word of a child that finished, None before."""
+    try:
+        result: dict[str, Any] = json.loads((folder / _RESULT_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    return result
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Makes the run finished: from here on it is never trained again."""
+    write_json(folder / _RESULT_FILE, result)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process works in the folder; the lock goes with the process that holds it."""
+    with (folder / _LOCK_FILE).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def clear(folder: Path) -> None:
+    """Leaves the model, its spec and the submission's journal."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.name not in (MODEL_FILE, SPEC_FILE, JOURNAL_FILE):
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a file whole or not at all, and durably."""
+    draft = path.with_name(f".{path.name}.draft")
+    with draft.open("w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

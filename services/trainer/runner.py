@@ -1,0 +1,143 @@
+"""Child processes that train: started, listened to, and never left behind."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from services.trainer import runfolder
+from services.trainer.localdata import DataFolder
+from services.trainer.progress import Progress
+from services.trainer.runs import Broken, Died, End, Trained
+from services.trainer.training import Training
+
+# From SIGTERM to SIGKILL: long enough for a step and a small checkpoint, short enough to cancel within a second.
+STOP_GRACE_S = 0.6
+_MAX_LINE_BYTES = 1024 * 1024
+_LOG_TAIL_BYTES = 4096
+
+_log = structlog.get_logger("tiltyard.trainer")
+
+
+class ChildProcesses:
+    """Runs each training by `python -m services.trainer.child`, in a process group and a folder of its own."""
+
+    def __init__(self, *, folder: Path, data: DataFolder, threads: int) -> None:
+        self._folder = folder
+        self._data = data
+        self._threads = threads
+
+    async def train(self, training: Training, *, device: str, report: Callable[[Progress], None]) -> End:
+        """Starts or resumes the training's process and waits for its end. When cancelled, the process is gone."""
+        folder = self._folder / training.id
+        order = runfolder.Order(
+            dataset=self._data.path(training.dataset),
+            dataset_mark=training.dataset_mark,
+            spec=training.spec,
+            loss=training.loss,
+            config=training.config,
+            device=device,
+            threads=self._threads,
+        )
+        await asyncio.to_thread(runfolder.prepare, folder, order)
+        process = await self._start(folder)
+        try:
+            return await _listen(process, folder, report)
+        finally:
+            # Also when this task is cancelled, and even if it is cancelled again.
+            await asyncio.shield(_stop(process))
+
+    async def clear(self, training: Training) -> None:
+        """Keeps the model of a training that has one to show, and nothing of any other."""
+        await asyncio.to_thread(_clear, self._folder / training.id, keep_model=bool(training.model_digest))
+
+    async def _start(self, folder: Path) -> asyncio.subprocess.Process:
+        # The child needs nothing of what the service was told, least of all where its key lies.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TILTYARD_")}
+        with runfolder.log(folder).open("wb") as log:
+            return await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "services.trainer.child",
+                str(folder),
+                str(os.getpid()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                env=environment | {"OMP_NUM_THREADS": str(self._threads)},
+                limit=_MAX_LINE_BYTES,
+                process_group=0,
+            )
+
+
+async def _listen(process: asyncio.subprocess.Process, folder: Path, report: Callable[[Progress], None]) -> End:
+    """What the process says until it has ended, and what that means."""
+    end: End | None = None
+    assert process.stdout is not None  # it is a pipe
+    async for line in process.stdout:
+        event = _event(line)
+        match event.get("event"):
+            case "progress":
+                report(Progress.from_json(event["point"]))
+            case "trained":
+                end = Trained(bytes.fromhex(event["model_digest"]))
+            case "broken":
+                end = Broken(event["error"])
+            case "warning":
+                _log.warning("a training goes on in spite of trouble", run=folder.name, trouble=event["text"])
+    code = await process.wait()
+    if end is not None:
+        return end
+    tail = await asyncio.to_thread(_log_tail, folder)
+    detail = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    return Died(f"{detail}{f' ({tail})' if tail else ''}")
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}  # the last line of a process that was killed while it wrote
+    return event if isinstance(event, dict) else {}
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    """Ends the whole process group and waits for it."""
+    if process.returncode is None:
+        _signal(process, signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), STOP_GRACE_S)
+    # Whatever the process may have started has the same group.
+    _signal(process, signal.SIGKILL)
+    await process.wait()
+
+
+def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _log_tail(folder: Path) -> str:
+    """The last line that the process wrote to standard error, for people."""
+    try:
+        with runfolder.log(folder).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except FileNotFoundError:
+        return ""
+    return lines[-1][:500] if lines else ""
+
+
+def _clear(folder: Path, *, keep_model: bool) -> None:
+    if keep_model:
+        runfolder.clear(folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,40 @@
+"""Settings of a training node."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from services.runtime.settings import ServiceSettings
+
+
+class TrainerSettings(ServiceSettings):
+    """What a training node can be told beside what every service can."""
+
+    service: ClassVar[str] = "trainer"
+
+    listen: str = "127.0.0.1:7403"
+    registry: str = ""
+    """Address of the registry; empty for a node that trains outside of tasks only."""
+    data_dir: Path = Path()
+    """The folder of local datasets. Default: `{state_dir}/data`."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,3})$")] = "auto"
+    """`cuda` is every CUDA device, `auto` the same where there is one and `cpu` elsewhere."""
+    max_runs: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Trainings at once on each device."""
+    training_threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Cores that one training is spread over; 0 means all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_data_dir(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("data_dir"):
+            return values
+        state_dir = Path(values.get("state_dir") or cls.model_fields["state_dir"].default)
+        return {**values, "data_dir": state_dir / "data"}
+
+    @property
+    def threads(self) -> int:
+        """Cores of one training."""
+        return self.training_threads or len(os.sched_getaffinity(0))

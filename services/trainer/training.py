@@ -1,0 +1,147 @@
+"""One training: what was asked for, where it stands, and the steps from one state to the next."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import StrEnum
+from typing import Protocol
+
+from services.trainer.config import LossKind, TrainingConfig
+from services.trainer.progress import Progress
+from tiltyard.modelspec import ModelSpec
+
+
+class TrainingState(StrEnum):
+    """Where a training stands, in the contract's words."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUBMITTING = "submitting"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+ENDED = frozenset({TrainingState.SUCCEEDED, TrainingState.FAILED, TrainingState.CANCELLED})
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training as it is written down.
+
+    `task` is a bare id, empty outside any task. `dataset_mark` tells a changed file from the one that was scanned.
+    `cancel_requested` outlives the process: a training that was being cancelled when the service died is not resumed.
+    `model_digest` is 32 bytes of SHA-256, empty until the model exists.
+    """
+
+    id: str
+    task: str
+    model_index: int
+    dataset: str
+    dataset_mark: str
+    spec: ModelSpec
+    loss: LossKind
+    config: TrainingConfig
+    submit: bool
+    created_at: datetime
+    state: TrainingState = TrainingState.QUEUED
+    error: str = ""
+    cancel_requested: bool = False
+    progress: Progress | None = None
+    model_digest: bytes = b""
+    submission: str = ""
+    device: str = ""
+    ended_at: datetime | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it will never change again."""
+        return self.state in ENDED
+
+    def queued(self) -> "Training":
+        """Back in the queue, as after a restart of the service; one that submits goes on doing so."""
+        return replace(self, state=TrainingState.QUEUED) if self.state is TrainingState.RUNNING else self
+
+    def running(self, *, device: str, now: datetime) -> "Training":
+        """On a device, unless it has been cancelled meanwhile."""
+        if self.ended:
+            return self
+        return (
+            self.cancelled(now=now)
+            if self.cancel_requested
+            else replace(self, state=TrainingState.RUNNING, device=device)
+        )
+
+    def trained(self, *, model_digest: bytes, progress: Progress | None, now: datetime) -> "Training":
+        """With its model: next it is submitted where that was asked for."""
+        done = replace(self, model_digest=model_digest, progress=progress)
+        if self.cancel_requested:
+            return done.cancelled(now=now)
+        if self.submit:
+            return replace(done, state=TrainingState.SUBMITTING)
+        return replace(done, state=TrainingState.SUCCEEDED, ended_at=now)
+
+    def submitted(self, *, submission: str, now: datetime) -> "Training":
+        """The registry has the model."""
+        return replace(self, state=TrainingState.SUCCEEDED, submission=submission, ended_at=now)
+
+    def failed(self, *, error: str, progress: Progress | None, now: datetime) -> "Training":
+        """Ended by an error; one line that a person can act on."""
+        return replace(self, state=TrainingState.FAILED, error=error, progress=progress, ended_at=now)
+
+    def cancelled(self, *, now: datetime, progress: Progress | None = None) -> "Training":
+        """Ended by its owner."""
+        if self.ended:
+            return self
+        return replace(self, state=TrainingState.CANCELLED, progress=progress or self.progress, ended_at=now)
+
+    def cancel(self, *, now: datetime) -> "Training":
+        """Asked to stop: at once where nothing runs yet, else as soon as the process is gone."""
+        if self.ended:
+            return self
+        if self.state is TrainingState.QUEUED:
+            return replace(self, cancel_requested=True).cancelled(now=now)
+        return replace(self, cancel_requested=True)
+
+
+@dataclass(frozen=True)
+class TrainingPage:
+    """Trainings, newest first, and the cursor of the page after them (empty on the last)."""
+
+    trainings: Sequence[Training]
+    next_cursor: str
+
+
+class TrainingStore(Protocol):
+    """Where trainings are written down; each method is one transaction."""
+
+    async def create(self, training: Training) -> Training:
+        """Writes a new training down and returns it."""
+        ...
+
+    async def get(self, training: str) -> Training:
+        """Raises NotFound."""
+        ...
+
+    async def page(self, *, cursor: str, size: int) -> TrainingPage:
+        """Up to `size` trainings older than the cursor."""
+        ...
+
+    async def unended(self) -> Sequence[Training]:
+        """All trainings that have not ended, oldest first."""
+        ...
+
+    async def change(self, training: str, change: Callable[[Training], Training], *, answers: bool = False) -> Training:
+        """Replaces a training by what `change` makes of it and returns that. Raises NotFound.
+
+        `answers` says that the result is the answer to the call being served.
+        """
+        ...
+
+    async def history(self, training: str) -> Sequence[Progress]:
+        """The points kept of a training, by step."""
+        ...
+
+    async def keep_history(self, training: str, points: Sequence[Progress]) -> None:
+        """Replaces the points kept of a training; the last one is where it stands."""
+        ...
