@@ -11,16 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.validator.evaluation import CannotEvaluate
-from tiltyard.tensorfile import DTYPE_BYTES, TensorFileError, read_header_of
+from tiltyard.tensorfile import DTYPE_BYTES, TensorFileError, TensorFileHeader, read_header
 
 # What the Open Inference Protocol calls the dtypes of a dataset's features.
 _OIP_DATATYPE = {
     "BOOL": "BOOL", "U8": "UINT8", "I8": "INT8", "U16": "UINT16", "I16": "INT16", "I32": "INT32", "I64": "INT64",
     "F16": "FP16", "F32": "FP32", "F64": "FP64",
 }  # fmt: skip
-_LABELS_OF = {
-    "BOOL": "<u1", "U8": "<u1", "I8": "<i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "I64": "<i8",
-}  # fmt: skip
+_LABEL_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -37,22 +35,27 @@ class EvaluationRows:
     _descriptor: int
     _features_start: int
     _labels_start: int
-    _labels_dtype: str
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """Opens a dataset for classification. Raises CannotEvaluate for what is none, and OSError."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            tensors = read_header_of(path).tensors
-        except TensorFileError as error:
-            raise CannotEvaluate(f"the dataset is no safetensors file: {error}") from error
+            return cls._of(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    @classmethod
+    def _of(cls, descriptor: int) -> Self:
+        tensors = _header(descriptor).tensors
         if "x" not in tensors or "y" not in tensors:
             raise CannotEvaluate("the dataset lacks x or y")
         x, y = tensors["x"], tensors["y"]
         if not x.shape or y.shape != x.shape[:1] or x.shape[0] == 0:
             raise CannotEvaluate(f"x of shape {x.shape} and y of shape {y.shape} are no dataset")
-        if y.dtype not in _LABELS_OF:
-            raise CannotEvaluate(f"labels are {y.dtype}, not integers")
+        if y.dtype != "I64":
+            raise CannotEvaluate(f"labels are {y.dtype}, not I64")
         if x.dtype not in _OIP_DATATYPE:
             raise CannotEvaluate(f"features are {x.dtype}, which no model server takes")
         return cls(
@@ -60,10 +63,9 @@ class EvaluationRows:
             row_shape=x.shape[1:],
             row_bytes=math.prod(x.shape[1:]) * DTYPE_BYTES[x.dtype],
             datatype=_OIP_DATATYPE[x.dtype],
-            _descriptor=os.open(path, os.O_RDONLY | os.O_CLOEXEC),
+            _descriptor=descriptor,
             _features_start=x.start,
             _labels_start=y.start,
-            _labels_dtype=_LABELS_OF[y.dtype],
         )
 
     def features(self, start: int, stop: int) -> bytes:
@@ -72,9 +74,8 @@ class EvaluationRows:
 
     def labels(self, start: int, stop: int) -> NDArray[np.int64]:
         """Rows `start` to `stop` of y."""
-        width = np.dtype(self._labels_dtype).itemsize
-        raw = self._read(self._labels_start + start * width, (stop - start) * width)
-        return np.frombuffer(raw, dtype=self._labels_dtype).astype(np.int64)
+        raw = self._read(self._labels_start + start * _LABEL_BYTES, (stop - start) * _LABEL_BYTES)
+        return np.frombuffer(raw, dtype="<i8")
 
     def close(self) -> None:
         """Closes the file."""
@@ -96,3 +97,10 @@ class EvaluationRows:
                 raise CannotEvaluate("the dataset's file became shorter while it was read")
             found += more
         return found
+
+
+def _header(descriptor: int) -> TensorFileHeader:
+    try:
+        return read_header(lambda offset, n: os.pread(descriptor, n, offset), os.fstat(descriptor).st_size)
+    except TensorFileError as error:
+        raise CannotEvaluate(f"the dataset is no safetensors file: {error}") from error
