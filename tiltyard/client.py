@@ -228,11 +228,13 @@ Asked = TypeVar("Asked", bound=_PageRequest)
 Page = TypeVar("Page", bound=_Page)
 
 
-async def pages(method: Callable[[Asked], Awaitable[Page]], request: Asked) -> AsyncIterator[Page]:
-    """All pages of a list method, in order. `request` is copied, not changed."""
+async def pages(
+    method: Callable[[Asked], Awaitable[Page]], request: Asked, *, patience_s: float = 0.0
+) -> AsyncIterator[Page]:
+    """All pages of a list method, in order, each asked for as `persist` does. `request` is copied, not changed."""
     asked = _copy(request)
     while True:
-        page = await method(asked)
+        page = await persist(lambda: method(asked), patience_s=patience_s)
         yield page
         if not page.next_page_token:
             return

@@ -3,13 +3,12 @@
 import asyncio
 from collections.abc import Callable
 
-import grpc
-
 from tiltyard.cli.demo.reporting import Reporter
 from tiltyard.cli.submissions import describe
-from tiltyard.client import Client, is_transient, pages, persist, watch
+from tiltyard.client import PATIENCE_S, Client, pages, persist, watch
 from tiltyard.registry.v1 import assignment_pb2, submission_pb2, task_pb2
 from tiltyard.selector.v1 import draw_pb2
+from tiltyard.type.v1 import draw_pb2 as draw_type_pb2
 from tiltyard.type.v1 import evaluation_pb2
 from tiltyard.type.v1 import task_pb2 as task_type_pb2
 
@@ -43,21 +42,17 @@ class Judging:
         async for seen in watch(tasks.WatchTask, task_pb2.WatchTaskRequest(name=self._task)):
             if seen.task.state in ended:
                 break
-        await persist(self._look)
+        await self._look()
 
     async def follow(self) -> None:
         """Tells what changes until it is cancelled."""
         while True:
-            try:
-                await self._look()
-            except grpc.aio.AioRpcError as error:
-                if not is_transient(error):
-                    raise
+            await self._look()
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _look(self) -> None:
         listing = submission_pb2.ListSubmissionsRequest(parent=self._task, page_size=1000)
-        async for page in pages(self._client.submissions.ListSubmissions, listing):
+        async for page in pages(self._client.submissions.ListSubmissions, listing, patience_s=PATIENCE_S):
             for submission in page.submissions:
                 if submission.name not in self._ended and submission.draws:
                     await self._tell(submission)
@@ -65,12 +60,11 @@ class Judging:
     async def _tell(self, submission: submission_pb2.Submission) -> None:
         for draw in submission.draws:
             if self._is_new(draw, 0):
-                request = draw_pb2.GetDrawRequest(name=draw)
-                receipt = (await self._client.draws.GetDraw(request)).receipt
+                receipt = await self._receipt(draw_pb2.GetDrawRequest(name=draw))
                 picks = ", ".join(self._name_of(pick.participant) for pick in receipt.picks)
                 self._reporter.say(f"drawn for {submission.name}: {picks} (seed {receipt.seed.hex()[:16]}...)")
         listing = assignment_pb2.ListAssignmentsRequest(parent=submission.name, page_size=1000)
-        async for page in pages(self._client.assignments.ListAssignments, listing):
+        async for page in pages(self._client.assignments.ListAssignments, listing, patience_s=PATIENCE_S):
             for each in page.assignments:
                 if each.state in _STATES and self._is_new(each.name, each.state):
                     self._reporter.say(f"{self._name_of(each.validator)} {_STATES[each.state]} {submission.name}")
@@ -78,6 +72,9 @@ class Judging:
         if submission.state in ended:
             self._ended.add(submission.name)
             self._reporter.say(describe(submission))
+
+    async def _receipt(self, request: draw_pb2.GetDrawRequest) -> draw_type_pb2.DrawReceipt:
+        return (await persist(lambda: self._client.draws.GetDraw(request))).receipt
 
     def _is_new(self, name: str, state: int) -> bool:
         if (name, state) in self._told:

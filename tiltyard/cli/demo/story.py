@@ -20,7 +20,7 @@ from tiltyard.cli.output import as_json
 from tiltyard.cli.supervisor import Program, StartFailed, Supervisor, free_ports
 from tiltyard.cli.training import describe, follow
 from tiltyard.cli.up import DATA_FOLDER, arena_programs, node_program
-from tiltyard.client import Client, Node, new_request_id, pages, persist, watch
+from tiltyard.client import PATIENCE_S, Client, Node, new_request_id, pages, persist, watch
 from tiltyard.datasets import write_dataset
 from tiltyard.identity import Key
 from tiltyard.registry.v1 import leaderboard_pb2, participant_pb2, submission_pb2, task_pb2
@@ -195,15 +195,18 @@ class _Play:
     async def run(self) -> Result:
         await self._register_and_deposit()
         task = await self._create_task()
-        async with asyncio.TaskGroup() as group:
-            joined = group.create_task(self._join(task))
-            await joined
-            judging = Judging(task, self._cast.creator.client, self._reporter, self._cast.name_of)
-            following = group.create_task(judging.follow())
+        await self._join(task)
+        judging = Judging(task, self._cast.creator.client, self._reporter, self._cast.name_of)
+        following = asyncio.create_task(judging.follow())
+        try:
             trained = await _all(lambda each: self._train(each, task), self._cast.trainers)
             await self._close(task)
             await judging.until_final()
+        finally:
             following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+        if not following.cancelled():
+            following.result()
         return await self._conclude(task, trained)
 
     async def _register_and_deposit(self) -> None:
@@ -321,7 +324,9 @@ class _Play:
         board = (await persist(lambda: client.leaderboard.GetLeaderboard(board_request))).leaderboard
         listing = submission_pb2.ListSubmissionsRequest(parent=task, page_size=1000)
         submissions = [
-            each async for page in pages(client.submissions.ListSubmissions, listing) for each in page.submissions
+            each
+            async for page in pages(client.submissions.ListSubmissions, listing, patience_s=PATIENCE_S)
+            for each in page.submissions
         ]
         reporter.say("leaderboard:")
         for entry in board.entries:

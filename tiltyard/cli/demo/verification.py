@@ -3,6 +3,9 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+
+from google.protobuf.message import DecodeError
 
 from tiltyard import bls
 from tiltyard.client import Client, persist
@@ -15,6 +18,9 @@ from tiltyard.sumtree import SumNode
 from tiltyard.transparency import leaf_hash, parse_checkpoint, root_hash, verify_note
 from tiltyard.type.v1 import draw_pb2, envelope_pb2, evaluation_pb2
 from tiltyard.type.v1 import log_pb2 as log_type_pb2
+
+
+_PAGE = 1000
 
 
 class Wrong(Exception):
@@ -36,7 +42,14 @@ class Record:
 
     checkpoint: log_pb2.Checkpoint
     leaves: tuple[bytes, ...]
-    entries: tuple[log_type_pb2.LogEntry, ...]
+
+    @cached_property
+    def entries(self) -> tuple[log_type_pb2.LogEntry, ...]:
+        """The leaves read. Raises Wrong for bytes that are no entry."""
+        try:
+            return tuple(log_type_pb2.LogEntry.FromString(leaf) for leaf in self.leaves)
+        except DecodeError as error:
+            raise Wrong("a leaf is not a LogEntry") from error
 
     @property
     def genesis(self) -> log_type_pb2.Genesis:
@@ -59,13 +72,18 @@ async def fetch_record(client: Client) -> Record:
     checkpoint = (await persist(lambda: client.log.GetCheckpoint(log_pb2.GetCheckpointRequest()))).checkpoint
     leaves: list[bytes] = []
     while len(leaves) < checkpoint.size:
-        size = min(1000, checkpoint.size - len(leaves))
-        request = log_pb2.ListEntriesRequest(start_index=len(leaves), page_size=size)
-        page = (await persist(lambda request=request: client.log.ListEntries(request))).leaves  # type: ignore[misc]
+        request = log_pb2.ListEntriesRequest(
+            start_index=len(leaves), page_size=min(_PAGE, checkpoint.size - len(leaves))
+        )
+        page = await _leaves(client, request)
         if not page:
             break
-        leaves += (leaf.entry for leaf in page)
-    return Record(checkpoint, tuple(leaves), tuple(log_type_pb2.LogEntry.FromString(leaf) for leaf in leaves))
+        leaves += page
+    return Record(checkpoint, tuple(leaves))
+
+
+async def _leaves(client: Client, request: log_pb2.ListEntriesRequest) -> list[bytes]:
+    return [leaf.entry for leaf in (await persist(lambda: client.log.ListEntries(request))).leaves]
 
 
 @dataclass
