@@ -19,7 +19,6 @@ from tiltyard.transparency import leaf_hash, parse_checkpoint, root_hash, verify
 from tiltyard.type.v1 import draw_pb2, envelope_pb2, evaluation_pb2
 from tiltyard.type.v1 import log_pb2 as log_type_pb2
 
-
 _PAGE = 1000
 
 
