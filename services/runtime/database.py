@@ -1,11 +1,12 @@
 """One database for each process: a writer that commits in groups, and readers on consistent snapshots."""
 
 import asyncio
+import contextlib
 import contextvars
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,10 +14,10 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import structlog
-from sqlalchemy import Column, LargeBinary, delete
+from sqlalchemy import Column, LargeBinary, bindparam, delete, insert
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
-from sqlmodel import Field, Session, SQLModel, col
+from sqlmodel import Field, Session, SQLModel, col, select
 
 from services.runtime.auth import utc_now
 from services.runtime.engines import is_serialization_failure, migrate, reading_engine, writing_engine
@@ -67,7 +68,10 @@ class _Write:
     context: contextvars.Context
     pending: PendingRequest | None
     final: bool
-    done: "Future[Any]"
+    done: "asyncio.Future[Any]"
+
+
+_Outcome = tuple[Any, BaseException | None]
 
 
 class Database:
@@ -113,9 +117,9 @@ class Database:
             raise RuntimeError(f"a second final write under request id {pending.request_id!r}: say final=False")
         if pending is not None and pending.stored:
             pending = None
-        done: Future[Any] = Future()
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._queue.put(_Write(work, contextvars.copy_context(), pending, final, done))
-        return cast(T, await asyncio.wrap_future(done))
+        return cast(T, await done)
 
     async def read(self, work: Callable[[Session], T]) -> T:
         """Runs `work` in a read-only transaction that sees one consistent snapshot, beside the writer."""
@@ -128,10 +132,9 @@ class Database:
     async def lookup_remembered(self, pending: PendingRequest) -> bytes | None:
         """The answer stored under this request's key. Raises AlreadyExists where it was stored for another body."""
 
-        def look(session: Session) -> bytes | None:
-            return _remembered(session, pending)
-
-        return await self.read(look)
+        if self._closed:
+            raise Unavailable("DATABASE_CLOSED", "the server is stopping")
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._lookup, pending)
 
     async def forget_requests(self, before: datetime) -> int:
         """Drops the answers stored before `before` and returns how many they were."""
@@ -158,6 +161,10 @@ class Database:
         with self._read_engine.connect() as connection, Session(bind=connection) as session:
             return work(session)
 
+    def _lookup(self, pending: PendingRequest) -> bytes | None:
+        with self._read_engine.connect() as connection:
+            return _remembered(connection, pending)
+
     def _write_groups(self) -> None:
         open_for_more = True
         while open_for_more:
@@ -174,7 +181,7 @@ class Database:
                     open_for_more = False
                     break
                 group.append(item)
-            self._write_group([item for item in group if item.done.set_running_or_notify_cancel()])
+            self._write_group([item for item in group if not item.done.cancelled()])
 
     def _write_group(self, group: list[_Write]) -> None:
         if not group:
@@ -188,20 +195,15 @@ class Database:
                     attempt += 1
                     continue
                 _log.error("a group of writes was not committed", writes=len(group), exc_info=error)
-                for item in group:
-                    item.done.set_exception(_not_committed(error))
-                return
+                outcomes = [(None, _not_committed(error))] * len(group)
             break
-        for item, (result, failure) in zip(group, outcomes, strict=True):
-            if failure is not None:
-                item.done.set_exception(failure)
-                continue
-            if item.pending is not None and item.final:
+        for item, (_, failure) in zip(group, outcomes, strict=True):
+            if failure is None and item.pending is not None and item.final:
                 item.pending.stored = True
-            item.done.set_result(result)
+        _tell(group, outcomes)
 
-    def _commit(self, group: list[_Write]) -> list[tuple[Any, Exception | None]]:
-        outcomes: list[tuple[Any, Exception | None]] = []
+    def _commit(self, group: list[_Write]) -> list[_Outcome]:
+        outcomes: list[_Outcome] = []
         with self._write_engine.connect() as connection, connection.begin():
             for item in group:
                 try:
@@ -213,36 +215,80 @@ class Database:
         return outcomes
 
     def _run(self, connection: Connection, item: _Write) -> Any:
-        # The session has a savepoint of its own: an exception rolls back to it. Where that fails too (the disk is full
-        # and SQLite has given the whole transaction up), so does the commit of the group.
-        with Session(bind=connection, join_transaction_mode="create_savepoint") as session:
-            if item.pending is not None:
-                answer = _remembered(session, item.pending)
-                if answer is not None:
-                    raise Replayed(answer)
-            result = item.work(session)
-            if item.pending is not None and item.final:
-                session.add(self._remember(item.pending, result))
-            session.commit()
-            return result
+        # What is not final stores no answer: nothing but a look before it finds out that it was answered.
+        if item.pending is not None and not item.final:
+            _raise_if_remembered(connection, item.pending)
+        try:
+            # The session has a savepoint of its own: an exception rolls back to it. Where that fails too (the disk is
+            # full and SQLite has given the whole transaction up), so does the commit of the group.
+            with Session(bind=connection, join_transaction_mode="create_savepoint") as session:
+                result = item.work(session)
+                if item.pending is not None and item.final:
+                    session.flush()
+                    session.connection().execute(_REMEMBER, self._row(item.pending, result))
+                session.commit()
+                return result
+        except Exception as failure:
+            # Answered before, the second time fails on the answer's key or on what the first time changed. So only a
+            # failure needs the look, and every first time is spared it.
+            if item.pending is not None and not is_serialization_failure(failure):
+                _raise_if_remembered(connection, item.pending)
+            raise
 
-    def _remember(self, pending: PendingRequest, result: Any) -> RememberedRequest:
-        return RememberedRequest(
-            sub=pending.sub,
-            method=pending.method,
-            request_id=pending.request_id,
-            body_sha256=pending.body_sha256,
-            answer=pending.encode(result),
-            remembered_at_s=int(self._clock().timestamp()),
-        )
+    def _row(self, pending: PendingRequest, result: Any) -> dict[str, Any]:
+        return {
+            "sub": pending.sub,
+            "method": pending.method,
+            "request_id": pending.request_id,
+            "body_sha256": pending.body_sha256,
+            "answer": pending.encode(result),
+            "remembered_at_s": int(self._clock().timestamp()),
+        }
 
 
-def _remembered(session: Session, pending: PendingRequest) -> bytes | None:
-    row = session.get(RememberedRequest, (pending.sub, pending.method, pending.request_id))
+_REMEMBER = insert(RememberedRequest)
+_REMEMBERED = select(RememberedRequest.body_sha256, RememberedRequest.answer).where(
+    col(RememberedRequest.sub) == bindparam("sub"),
+    col(RememberedRequest.method) == bindparam("method"),
+    col(RememberedRequest.request_id) == bindparam("request_id"),
+)
+
+
+def _remembered(connection: Connection, pending: PendingRequest) -> bytes | None:
+    key = {"sub": pending.sub, "method": pending.method, "request_id": pending.request_id}
+    row = connection.execute(_REMEMBERED, key).one_or_none()
     if row is None:
         return None
     check_body(pending, row.body_sha256)
-    return row.answer
+    answer: bytes = row.answer
+    return answer
+
+
+def _raise_if_remembered(connection: Connection, pending: PendingRequest) -> None:
+    answer = _remembered(connection, pending)
+    if answer is not None:
+        raise Replayed(answer)
+
+
+def _tell(group: list[_Write], outcomes: list[_Outcome]) -> None:
+    """Resolves the futures of a group, waking each event loop once."""
+
+    def resolve(told: list[tuple[asyncio.Future[Any], _Outcome]]) -> None:
+        for done, (result, failure) in told:
+            if done.cancelled():
+                continue
+            if failure is None:
+                done.set_result(result)
+            else:
+                done.set_exception(failure)
+
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], _Outcome]]] = {}
+    for item, outcome in zip(group, outcomes, strict=True):
+        by_loop.setdefault(item.done.get_loop(), []).append((item.done, outcome))
+    for loop, told in by_loop.items():
+        # A loop that was closed meanwhile has nobody waiting.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(resolve, told)
 
 
 def _not_committed(error: BaseException) -> BaseException:

@@ -11,7 +11,7 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import event, text
-from sqlalchemy.engine import Connection, Engine, make_url
+from sqlalchemy.engine import Connection, Dialect, Engine, make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool
 from sqlmodel import create_engine
@@ -25,10 +25,14 @@ _SERIALIZATION_STATES = ("40001", "40P01")  # serialization_failure, deadlock_de
 
 def writing_engine(url: str) -> Engine:
     """An engine of one connection whose transactions may write."""
-    if not _is_sqlite(url):
-        return create_engine(url, pool_size=1, max_overflow=0, isolation_level="SERIALIZABLE", pool_pre_ping=True)
-    # IMMEDIATE takes the write lock at once: a transaction that read first can no longer fail to upgrade.
-    return _sqlite_engine(url, begin="BEGIN IMMEDIATE", connections=1, pragmas=("journal_mode=WAL", "synchronous=FULL"))
+    if _is_sqlite(url):
+        # IMMEDIATE takes the write lock at once: a transaction that read first can no longer fail to upgrade.
+        pragmas = ("journal_mode=WAL", "synchronous=FULL")
+        engine = _sqlite_engine(url, begin="BEGIN IMMEDIATE", connections=1, pragmas=pragmas)
+    else:
+        engine = create_engine(url, pool_size=1, max_overflow=0, isolation_level="SERIALIZABLE", pool_pre_ping=True)
+    _ready_made_savepoints(engine.dialect)
+    return engine
 
 
 def reading_engine(url: str, *, readers: int) -> Engine:
@@ -44,6 +48,24 @@ def reading_engine(url: str, *, readers: int) -> Engine:
 
         return engine
     return _sqlite_engine(url, begin="BEGIN", connections=readers, pragmas=("query_only=ON",))
+
+
+def _ready_made_savepoints(dialect: Dialect) -> None:
+    """Spares each savepoint SQLAlchemy's compiler, which makes these three statements anew every time.
+
+    That is 80 of 130 microseconds for an empty session in a savepoint. The names are SQLAlchemy's own, plain words.
+    """
+
+    def savepoint(connection: Connection, name: str) -> None:
+        connection.exec_driver_sql(f"SAVEPOINT {name}")
+
+    def release(connection: Connection, name: str) -> None:
+        connection.exec_driver_sql(f"RELEASE SAVEPOINT {name}")
+
+    def roll_back(connection: Connection, name: str) -> None:
+        connection.exec_driver_sql(f"ROLLBACK TO SAVEPOINT {name}")
+
+    vars(dialect).update(do_savepoint=savepoint, do_release_savepoint=release, do_rollback_to_savepoint=roll_back)
 
 
 def is_serialization_failure(error: BaseException) -> bool:
