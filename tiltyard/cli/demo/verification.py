@@ -13,7 +13,7 @@ from tiltyard.commitments import draw_seed, evaluation_seal, matches, submission
 from tiltyard.registry.v1 import leaderboard_pb2, log_pb2, submission_pb2
 from tiltyard.scoring import lower_median
 from tiltyard.sortition import Place, ProvedPlace, check_order, drawn_member
-from tiltyard.statements import open_statement
+from tiltyard.statements import InvalidSignature, open_statement
 from tiltyard.sumtree import SumNode
 from tiltyard.transparency import leaf_hash, parse_checkpoint, root_hash, verify_note
 from tiltyard.type.v1 import draw_pb2, envelope_pb2, evaluation_pb2
@@ -140,41 +140,49 @@ def _root(record: Record) -> int:
 
 
 def _envelopes(record: Record, found: _Task) -> int:
-    origin, checked = record.genesis.origin, 0
+    checked = 0
     for index, entry in enumerate(record.entries):
-        kind = entry.WhichOneof("entry")
-        if kind == "membership_changed" and entry.membership_changed.HasField("statement"):
-            join, signer = open_statement(entry.membership_changed.statement, envelope_pb2.JoinStatement)
-            _signed(index, origin, join.origin, join.participant, signer)
-        elif kind == "submission_committed":
-            commit, signer = open_statement(entry.submission_committed.statement, envelope_pb2.CommitStatement)
-            _signed(index, origin, commit.origin, commit.participant, signer)
-            found.commits[entry.submission_committed.submission] = commit
-        elif kind == "submission_revealed":
-            reveal, signer = open_statement(entry.submission_revealed.statement, envelope_pb2.RevealStatement)
-            name = entry.submission_revealed.submission
-            _demand(name in found.commits, f"leaf {index} reveals {name}, which nobody committed to")
-            _signed(index, origin, reveal.origin, found.commits[name].participant, signer)
-            _demand(reveal.submission == name, f"leaf {index} holds the reveal of {reveal.submission}")
-            found.reveals[name] = (index, reveal)
-        elif kind == "evaluation_sealed":
-            seal, signer = open_statement(entry.evaluation_sealed.statement, envelope_pb2.SealStatement)
-            _signed(index, origin, seal.origin, _validator_of(seal.assignment), signer)
-            found.seals[entry.evaluation_sealed.evaluation] = seal
-        elif kind == "evaluation_opened":
-            report, signer = open_statement(entry.evaluation_opened.report, envelope_pb2.EvaluationReport)
-            _signed(index, origin, report.origin, _validator_of(report.assignment), signer)
-            found.reports[entry.evaluation_opened.evaluation] = report
-        elif kind == "endorsement_changed":
-            said, signer = open_statement(entry.endorsement_changed.statement, envelope_pb2.EndorsementStatement)
-            _signed(index, origin, said.origin, said.endorser, signer)
-        elif kind == "owner_bound":
-            bound, signer = open_statement(entry.owner_bound.statement, envelope_pb2.OwnerStatement)
-            _signed(index, origin, bound.origin, bound.owner, signer)
-        else:
-            continue
-        checked += 1
+        try:
+            checked += _envelope(index, entry, record.genesis.origin, found)
+        except (InvalidSignature, ValueError) as error:
+            raise Wrong(f"leaf {index}: {error}") from error
     return checked
+
+
+def _envelope(index: int, entry: log_type_pb2.LogEntry, origin: str, found: _Task) -> bool:
+    """Checks and gathers the statement of an entry, if it holds one."""
+    kind = entry.WhichOneof("entry")
+    if kind == "membership_changed" and entry.membership_changed.HasField("statement"):
+        join, signer = open_statement(entry.membership_changed.statement, envelope_pb2.JoinStatement)
+        _signed(index, origin, join.origin, join.participant, signer)
+    elif kind == "submission_committed":
+        commit, signer = open_statement(entry.submission_committed.statement, envelope_pb2.CommitStatement)
+        _signed(index, origin, commit.origin, commit.participant, signer)
+        found.commits[entry.submission_committed.submission] = commit
+    elif kind == "submission_revealed":
+        reveal, signer = open_statement(entry.submission_revealed.statement, envelope_pb2.RevealStatement)
+        name = entry.submission_revealed.submission
+        _demand(name in found.commits, f"leaf {index} reveals {name}, which nobody committed to")
+        _signed(index, origin, reveal.origin, found.commits[name].participant, signer)
+        _demand(reveal.submission == name, f"leaf {index} holds the reveal of {reveal.submission}")
+        found.reveals[name] = (index, reveal)
+    elif kind == "evaluation_sealed":
+        seal, signer = open_statement(entry.evaluation_sealed.statement, envelope_pb2.SealStatement)
+        _signed(index, origin, seal.origin, _validator_of(seal.assignment), signer)
+        found.seals[entry.evaluation_sealed.evaluation] = seal
+    elif kind == "evaluation_opened":
+        report, signer = open_statement(entry.evaluation_opened.report, envelope_pb2.EvaluationReport)
+        _signed(index, origin, report.origin, _validator_of(report.assignment), signer)
+        found.reports[entry.evaluation_opened.evaluation] = report
+    elif kind == "endorsement_changed":
+        said, signer = open_statement(entry.endorsement_changed.statement, envelope_pb2.EndorsementStatement)
+        _signed(index, origin, said.origin, said.endorser, signer)
+    elif kind == "owner_bound":
+        bound, signer = open_statement(entry.owner_bound.statement, envelope_pb2.OwnerStatement)
+        _signed(index, origin, bound.origin, bound.owner, signer)
+    else:
+        return False
+    return True
 
 
 def _signed(index: int, origin: str, named_origin: str, participant: str, signer: str) -> None:
@@ -269,6 +277,7 @@ def _scores(record: Record, found: _Task, submissions: Sequence[submission_pb2.S
     }
     for (name, round_), score in scores.items():
         _demand(bool(score.evaluations), f"the score of {name} names no evaluations")
+        _demand(name in found.reveals, f"{name} was scored but never revealed")
         reports = []
         for evaluation in score.evaluations:
             _demand(evaluation.startswith(f"{name}/evaluations/{round_}-"), f"{evaluation} is not one of {name}")
