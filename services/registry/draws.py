@@ -139,7 +139,8 @@ class Draws:
         except FailedPrecondition as error:
             if error.reason != "ORDER_EXHAUSTED":
                 raise
-            return await self._store.write(lambda tx: _note_exhausted(tx, round_))
+            # The last reserves may have been taken by a question whose answer was lost: look how the draw stands.
+            drawn = await self._selection.extend_draw(round_.draw, picks=round_.picks, paused=short.paused)
         if len(drawn.order) <= round_.picks:
             return await self._store.write(lambda tx: _note_exhausted(tx, round_))
         return await self._store.write(lambda tx: _record_extension(tx, round_, drawn))

@@ -4,8 +4,6 @@ import hashlib
 import os
 from pathlib import Path
 
-from services.runtime.errors import DataLoss
-
 
 class PartialFile:
     """One upload on its way: appended to, hashed as it grows. Used by one thread at a time."""
@@ -61,18 +59,12 @@ class DirectoryFiles:
         return self._artifacts / sha256[:2] / sha256
 
     def size(self, sha256: str) -> int:
-        """Bytes of a complete artifact. Raises DataLoss where its file is gone."""
-        try:
-            return self.path(sha256).stat().st_size
-        except FileNotFoundError:
-            raise _gone(sha256) from None
+        """Bytes of a complete artifact. Raises FileNotFoundError where its file is gone."""
+        return self.path(sha256).stat().st_size
 
     def read(self, sha256: str, offset: int, length: int) -> bytes:
-        """Bytes of a complete artifact from `offset` on; fewer at its end. Raises DataLoss where its file is gone."""
-        try:
-            descriptor = os.open(self.path(sha256), os.O_RDONLY)
-        except FileNotFoundError:
-            raise _gone(sha256) from None
+        """Bytes of an artifact from `offset` on; fewer at its end. Raises FileNotFoundError where it is gone."""
+        descriptor = os.open(self.path(sha256), os.O_RDONLY)
         try:
             return os.pread(descriptor, length, offset)
         finally:
@@ -94,10 +86,6 @@ class DirectoryFiles:
 
     def _partial(self, owner: str, sha256: str) -> Path:
         return self._uploads / f"{owner}-{sha256}"
-
-
-def _gone(sha256: str) -> DataLoss:
-    return DataLoss("ARTIFACT_LOST", f"the bytes of artifacts/{sha256} are gone")
 
 
 def _sync_directory(folder: Path) -> None:

@@ -1,8 +1,12 @@
-"""When a task's next state falls due, and which of its states are over."""
+"""The states of a task: when the next falls due, and the steps into the later ones, inside one transaction."""
 
+from dataclasses import replace
 from datetime import datetime
 
-from services.registry.records import HoldoutState, Task, TaskState
+from services.registry.entries import HoldoutChanged, TaskChanged
+from services.registry.records import HoldoutState, RejectionReason, SubmissionState, Task, TaskState
+from services.registry.rounds import reject
+from services.registry.transaction import Writing
 
 ENDED = frozenset({TaskState.FINAL, TaskState.CANCELLED})
 
@@ -10,7 +14,7 @@ ENDED = frozenset({TaskState.FINAL, TaskState.CANCELLED})
 def deadline_of(task: Task) -> datetime | None:
     """When the task's state changes by itself; None when it waits for others, or has ended."""
     match task.state:
-        case TaskState.PREPARING:
+        case TaskState.PREPARING if task.open_time is None:
             return task.config.schedule.prepare_deadline
         case TaskState.OPEN:
             return task.config.schedule.close_time
@@ -23,3 +27,24 @@ def deadline_of(task: Task) -> datetime | None:
 def holdout_deadline(task: Task) -> datetime:
     """Until when a closed task's holdout may be published."""
     return (task.close_time or task.config.schedule.close_time) + task.config.schedule.holdout_time
+
+
+def close(tx: Writing, task: Task, *, reason: str = "") -> Task:
+    """No new submissions; those made are still revealed and judged."""
+    tx.append(TaskChanged(task.id, TaskState.CLOSED, reason=reason))
+    return tx.put_task(replace(task, state=TaskState.CLOSED, close_time=tx.now))
+
+
+def cancel(tx: Writing, task: Task, *, reason: str) -> Task:
+    """End a task without a result, and with it its submissions; validators at work are released."""
+    for submission in tx.submissions(task.id):
+        if submission.state is not SubmissionState.REJECTED:
+            reject(tx, submission, RejectionReason.TASK_CANCELLED, detail="the task was cancelled")
+    tx.append(TaskChanged(task.id, TaskState.CANCELLED, reason=reason))
+    return tx.put_task(replace(task, state=TaskState.CANCELLED, state_reason=reason))
+
+
+def fail_holdout(tx: Writing, task: Task, *, reason: str) -> Task:
+    """The first round ranks, and the log says why."""
+    tx.append(HoldoutChanged(task.id, accepted=False, reason=reason))
+    return tx.put_task(replace(task, holdout=HoldoutState.FAILED, state_reason=reason))

@@ -1,7 +1,7 @@
 """Watching a state: read it, yield it, wait for the next change of its topic, without missing one in between."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ S = TypeVar("S")
 _LOOK_AGAIN_S = 5.0
 
 
-async def watch(changes: Changes, topic: str, read: Callable[[], Awaitable[S]]) -> AsyncIterator[S]:
+async def watch(changes: Changes, topic: str, read: Callable[[], Awaitable[S]]) -> AsyncGenerator[S, None]:
     """What `read` answers now and after each change of the topic, until the watcher goes; repeats are its to drop."""
     while True:
         # Waiting begins before reading: a change that comes after the read's snapshot ends this wait.

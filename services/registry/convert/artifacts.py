@@ -1,0 +1,69 @@
+"""Artifacts, and the stream of an upload, in the contract's words."""
+
+from collections.abc import AsyncIterator
+
+from services.registry.artifacts import Progress, Upload
+from services.registry.convert.times import timestamp
+from services.registry.records import Artifact
+from services.runtime import names
+from services.runtime.errors import InvalidArgument
+from services.runtime.fields import FieldChecks
+from tiltyard.registry.v1 import artifact_pb2
+
+MAX_CHUNK_BYTES = 1 << 20
+
+
+async def upload_of(messages: AsyncIterator[artifact_pb2.UploadArtifactRequest], *, max_bytes: int) -> Upload:
+    """The header, which is the first message; the chunks are still to come."""
+    first = await anext(messages, None)
+    if first is None or first.WhichOneof("content") != "header":
+        raise InvalidArgument.field("header", "must be the first message")
+    header = first.header
+    sha256 = names.parse_artifact(header.artifact, "header.artifact")
+    checks = FieldChecks()
+    checks.range("header.size_bytes", header.size_bytes, minimum=1, maximum=max_bytes, unit="bytes")
+    checks.range("header.offset", header.offset, minimum=0, maximum=max(0, header.size_bytes), unit="bytes")
+    purpose = header.WhichOneof("purpose")
+    checks.require("header.purpose", purpose, "must name a task or a submission")
+    checks.finish()
+    return Upload(
+        sha256=sha256,
+        size_bytes=header.size_bytes,
+        offset=header.offset,
+        task=names.parse_task(header.task, "header.task") if purpose == "task" else None,
+        submission=(
+            names.parse_submission(header.submission, "header.submission") if purpose == "submission" else None
+        ),
+    )
+
+
+async def chunks_of(messages: AsyncIterator[artifact_pb2.UploadArtifactRequest]) -> AsyncIterator[bytes]:
+    """The chunks after the header."""
+    async for message in messages:
+        if message.WhichOneof("content") != "chunk" or not message.chunk:
+            raise InvalidArgument.field("chunk", "must hold 1 byte to 1 MiB")
+        if len(message.chunk) > MAX_CHUNK_BYTES:
+            description = f"has {len(message.chunk)} bytes, at most {MAX_CHUNK_BYTES} are allowed"
+            raise InvalidArgument.field("chunk", description, reason="CHUNK_TOO_LARGE")
+        yield message.chunk
+
+
+def offset_of(request: artifact_pb2.DownloadArtifactRequest) -> int:
+    """The first byte wanted."""
+    if request.offset < 0:
+        raise InvalidArgument.field("offset", f"is {request.offset}, must not be negative")
+    return request.offset
+
+
+def artifact_message(artifact: Artifact) -> artifact_pb2.Artifact:
+    """An artifact as it is."""
+    return artifact_pb2.Artifact(
+        name=names.format_artifact(artifact.sha256),
+        size_bytes=artifact.size_bytes,
+        create_time=timestamp(artifact.create_time),
+    )
+
+
+def progress_message(progress: Progress) -> artifact_pb2.GetUploadResponse:
+    """The answer of GetUpload."""
+    return artifact_pb2.GetUploadResponse(offset=progress.offset, complete=progress.complete)

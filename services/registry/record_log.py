@@ -1,0 +1,157 @@
+"""The record log as outsiders read it: signed checkpoints, leaves in order, and proofs."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from services.registry.entries import Genesis, LedgerEventSeen
+from services.registry.selection import Selection
+from services.registry.transaction import Leaf, Reading, Store, Writing
+from services.runtime.errors import OutOfRange
+from tiltyard.identity import Key
+from tiltyard.transparency import (
+    Checkpoint,
+    checkpoint_body,
+    consistency_proof,
+    inclusion_proof,
+    sign_note,
+)
+
+MAX_PAGE_BYTES = 2 * 1024 * 1024
+_EVENTS_A_TURN = 500
+_LEAVES_A_READ = 100
+
+
+@dataclass(frozen=True)
+class SignedCheckpoint:
+    """The log at one size, with the note that says so."""
+
+    checkpoint: Checkpoint
+    note: str
+    sign_time: datetime
+
+
+@dataclass(frozen=True)
+class InclusionProof:
+    """That a leaf is in the tree of a size."""
+
+    leaf_hash: bytes
+    tree_size: int
+    path: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class ConsistencyProof:
+    """That an older tree is a beginning of the tree of `new_size`."""
+
+    new_size: int
+    path: tuple[bytes, ...]
+
+
+class RecordLog:
+    """Signs and serves the log; the leaves are appended by whoever changes a state."""
+
+    def __init__(
+        self, store: Store, selection: Selection, clock: Callable[[], datetime], *, origin: str, key: Key
+    ) -> None:
+        self._store = store
+        self._selection = selection
+        self._clock = clock
+        self._origin = origin
+        self._key = key
+
+    async def is_empty(self) -> bool:
+        """Whether the arena has not begun."""
+        return await self._store.read(lambda tx: tx.log_size()) == 0
+
+    async def begin(self, *, operators: Collection[str]) -> None:
+        """Write leaf 0 where there is none: who runs this arena. Raises Unavailable without the selector."""
+        if not await self.is_empty():
+            return
+        genesis = Genesis(
+            origin=self._origin,
+            log_key=self._key.public_bytes,
+            selector_key=await self._selection.selector_key(),
+            operators=tuple(sorted(operators)),
+        )
+
+        def work(tx: Writing) -> None:
+            if tx.log_size() == 0:
+                tx.append(genesis)
+
+        await self._store.write(work)
+
+    async def checkpoint(self) -> SignedCheckpoint:
+        """The log as it is, signed."""
+        size, root = await self._store.read(lambda tx: tx.log_root())
+        checkpoint = Checkpoint(self._origin, size, root)
+        note = sign_note(self._key, name=self._origin, body=checkpoint_body(checkpoint))
+        return SignedCheckpoint(checkpoint, note, self._clock())
+
+    async def entries(self, *, start: int, limit: int) -> Sequence[Leaf]:
+        """Leaves in order; at least one where there is one, and at most 2 MiB otherwise. Raises OutOfRange."""
+
+        def read(tx: Reading) -> Sequence[Leaf]:
+            _check_within(start, tx.log_size())
+            found: list[Leaf] = []
+            size_bytes = 0
+            while len(found) < limit:
+                wanted = min(_LEAVES_A_READ, limit - len(found))
+                leaves = tx.leaves(start=start + len(found), limit=wanted)
+                for leaf in leaves:
+                    size_bytes += len(leaf.entry)
+                    if found and size_bytes > MAX_PAGE_BYTES:
+                        return found
+                    found.append(leaf)
+                if len(leaves) < wanted:
+                    break
+            return found
+
+        return await self._store.read(read)
+
+    async def prove_inclusion(self, *, index: int, tree_size: int) -> InclusionProof:
+        """That a leaf is in the tree of a size, 0 for the newest. Raises OutOfRange."""
+
+        def read(tx: Reading) -> InclusionProof:
+            size = tree_size or tx.log_size()
+            _check_within(size, tx.log_size())
+            if index >= size:
+                raise OutOfRange("BEYOND_LOG", f"there is no leaf {index} in a tree of {size}", size=str(size))
+            path = inclusion_proof(index, size, tx.log_node)
+            return InclusionProof(tx.log_node(0, index), size, tuple(path))
+
+        return await self._store.read(read)
+
+    async def prove_consistency(self, *, old_size: int, new_size: int) -> ConsistencyProof:
+        """That the tree of one size is a beginning of another, 0 for the newest. Raises OutOfRange."""
+
+        def read(tx: Reading) -> ConsistencyProof:
+            size = new_size or tx.log_size()
+            _check_within(size, tx.log_size())
+            _check_within(old_size, size)
+            return ConsistencyProof(size, tuple(consistency_proof(old_size, size, tx.log_node)))
+
+        return await self._store.read(read)
+
+    async def take_ledger_events(self) -> int:
+        """A step of the referee: changes of the selector's state become leaves, each once and in order."""
+        position = await self._store.read(lambda tx: tx.ledger_position())
+        events = await self._selection.ledger_events(start=position + 1, limit=_EVENTS_A_TURN)
+        if not events:
+            return 0
+
+        def work(tx: Writing) -> int:
+            taken = 0
+            for sequence, event in events:
+                if sequence == tx.ledger_position() + 1:
+                    tx.append(LedgerEventSeen(event))
+                    tx.set_ledger_position(sequence)
+                    taken += 1
+            return taken
+
+        return await self._store.write(work)
+
+
+def _check_within(position: int, size: int) -> None:
+    if position > size:
+        raise OutOfRange("BEYOND_LOG", f"the log has {size} leaves", size=str(size))

@@ -1,0 +1,75 @@
+"""The background loop: slow work and deadlines, in small steps that may be repeated after any death of the process."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from typing import Protocol
+
+import structlog
+
+from services.registry.transaction import Store
+from services.runtime.errors import Unavailable
+
+Step = Callable[[], Awaitable[int]]
+"""Does what is due and answers with the number of things done. What it raises is retried at the next turn."""
+
+# The selector's ledger announces nothing: it is asked this often.
+_LONGEST_PAUSE_S = 1.0
+# A deadline that no step can act on yet must not keep a processor busy.
+_SHORTEST_PAUSE_S = 0.05
+
+_log = structlog.get_logger("tiltyard.referee")
+
+
+class Alarm(Protocol):
+    """What wakes the loop."""
+
+    async def wait_for_referee(self, timeout_s: float) -> None:
+        """Return at the next wake-up or when the time is over."""
+        ...
+
+
+class Referee:
+    """Runs all steps when something has changed, when a deadline has come, and at least every second."""
+
+    def __init__(self, steps: Sequence[Step], store: Store, alarm: Alarm, clock: Callable[[], datetime]) -> None:
+        self._steps = tuple(steps)
+        self._store = store
+        self._alarm = alarm
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Turn after turn, without end."""
+        while True:
+            await self.turn()
+            await self._alarm.wait_for_referee(await self._pause_s())
+
+    async def turn(self) -> int:
+        """Run each step once; one that fails is logged and does not hold up the others."""
+        done = 0
+        for step in self._steps:
+            try:
+                done += await step()
+            except Exception as error:
+                _report(step, error)
+        return done
+
+    async def _pause_s(self) -> float:
+        deadline = await self._store.read(lambda tx: tx.next_deadline())
+        if deadline is None:
+            return _LONGEST_PAUSE_S
+        due_s = (deadline - self._clock()).total_seconds()
+        return min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, due_s))
+
+
+def _report(step: Step, error: Exception) -> None:
+    name = getattr(step, "__qualname__", repr(step))
+    if _is_unavailable(error):
+        _log.warning("a peer cannot be reached, the step is tried again", step=name, error=str(error))
+    else:
+        _log.error("a step of the referee failed, it is tried again", step=name, exc_info=error)
+
+
+def _is_unavailable(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_unavailable(part) for part in error.exceptions)
+    return isinstance(error, Unavailable)

@@ -1,0 +1,61 @@
+"""Scans of uploaded datasets, beside the referee's other steps: a large file must not hold them up."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from services.registry.records import DatasetDigest, Metric, Task
+from tiltyard.datasets import Dataset, DatasetError, scan
+
+_SHOWN_VIOLATIONS = 5
+
+
+class DatasetFiles(Protocol):
+    """Where the bytes of artifacts lie."""
+
+    def path(self, sha256: str) -> Path:
+        """The file of a complete artifact."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScanResult:
+    """What a scan found: the number of rows, or what is wrong in one sentence."""
+
+    rows: int
+    fault: str = ""
+
+
+class DatasetScans:
+    """Runs each scan once in a thread; `wake` is called when one is done."""
+
+    def __init__(self, files: DatasetFiles, wake: Callable[[], None]) -> None:
+        self._files = files
+        self._wake = wake
+        self._running: dict[tuple[str, bytes], asyncio.Task[ScanResult]] = {}
+
+    def look(self, task: Task, digest: DatasetDigest) -> ScanResult | None:
+        """The result when there is one; else the scan is started, or goes on. Raises OSError once, then starts anew."""
+        key = (task.id, digest.sha256)
+        running = self._running.get(key)
+        if running is None:
+            running = asyncio.ensure_future(asyncio.to_thread(self._scan, task, digest))
+            running.add_done_callback(lambda done: self._wake())
+            self._running[key] = running
+        if not running.done():
+            return None
+        del self._running[key]
+        return running.result()
+
+    def _scan(self, task: Task, digest: DatasetDigest) -> ScanResult:
+        model = task.config.models[0]
+        classes = model.outputs if task.config.metric is not Metric.WITHIN_BOUND else None
+        try:
+            dataset = Dataset.open(self._files.path(digest.sha256.hex()))
+            violations = scan(dataset, model.input_shape, classes)
+        except DatasetError as error:
+            return ScanResult(0, str(error))
+        shown = "; ".join(f"{violation.field}: {violation.description}" for violation in violations[:_SHOWN_VIOLATIONS])
+        return ScanResult(len(dataset), shown)

@@ -1,0 +1,44 @@
+"""ArtifactService over the domain's artifacts."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from services.registry.artifacts import Artifacts
+from services.registry.convert import artifacts as convert
+from services.runtime.auth import current_caller
+from services.runtime.names import parse_artifact
+from tiltyard.registry.v1 import artifact_pb2, artifact_pb2_grpc
+
+
+class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
+    """Datasets and models in chunks."""
+
+    def __init__(self, artifacts: Artifacts, *, max_bytes: int) -> None:
+        self._artifacts = artifacts
+        self._max_bytes = max_bytes
+
+    async def UploadArtifact(
+        self, request_iterator: AsyncIterator[artifact_pb2.UploadArtifactRequest], context: Any
+    ) -> artifact_pb2.UploadArtifactResponse:
+        messages = aiter(request_iterator)
+        upload = await convert.upload_of(messages, max_bytes=self._max_bytes)
+        artifact = await self._artifacts.upload(current_caller().id, upload, convert.chunks_of(messages))
+        return artifact_pb2.UploadArtifactResponse(artifact=convert.artifact_message(artifact))
+
+    async def GetUpload(self, request: artifact_pb2.GetUploadRequest, context: Any) -> artifact_pb2.GetUploadResponse:
+        sha256 = parse_artifact(request.artifact, "artifact")
+        return convert.progress_message(await self._artifacts.progress(current_caller().id, sha256))
+
+    async def DownloadArtifact(
+        self, request: artifact_pb2.DownloadArtifactRequest, context: Any
+    ) -> AsyncIterator[artifact_pb2.DownloadArtifactResponse]:
+        offset = convert.offset_of(request)
+        caller = current_caller().id
+        async for chunk in self._artifacts.download(caller, parse_artifact(request.name), offset=offset):
+            yield artifact_pb2.DownloadArtifactResponse(chunk=chunk)
+
+    async def GetArtifact(
+        self, request: artifact_pb2.GetArtifactRequest, context: Any
+    ) -> artifact_pb2.GetArtifactResponse:
+        artifact = await self._artifacts.get(current_caller().id, parse_artifact(request.name))
+        return artifact_pb2.GetArtifactResponse(artifact=convert.artifact_message(artifact))

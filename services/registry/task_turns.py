@@ -1,0 +1,211 @@
+"""What the referee does with tasks as time passes: scan, open, close, rank, and let the stakes go."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime
+
+from services.registry.entries import HoldoutChanged, TaskChanged
+from services.registry.records import (
+    ArtifactPurpose,
+    HoldoutState,
+    RoundState,
+    SubmissionState,
+    Task,
+    TaskState,
+)
+from services.registry.rounds import FIRST_ROUND, HOLDOUT_ROUND
+from services.registry.scans import DatasetScans
+from services.registry.selection import Selection
+from services.registry.task_states import cancel, close, fail_holdout, holdout_deadline
+from services.registry.transaction import Reading, Store, Writing
+from services.registry.turns import each
+from services.runtime.errors import NotFound
+
+_UNENDED = (SubmissionState.COMMITTED, SubmissionState.REVEALED, SubmissionState.EVALUATING)
+_SCORED = "SCORED"
+
+
+class TaskTurns:
+    """Steps of the referee; each method is one, and answers with the number of things done."""
+
+    def __init__(self, store: Store, selection: Selection, scans: DatasetScans, clock: Callable[[], datetime]) -> None:
+        self._store = store
+        self._selection = selection
+        self._scans = scans
+        self._clock = clock
+
+    async def scan_evaluation_datasets(self) -> int:
+        """What has been uploaded is scanned: it is to be opened, or CANCELLED with what was found."""
+
+        def uploaded(tx: Reading) -> list[Task]:
+            return [t for t in tx.tasks_in(TaskState.PREPARING) if t.open_time is None and _has_dataset(tx, t)]
+
+        return await each(await self._store.read(uploaded), self._scan_evaluation_dataset)
+
+    async def _scan_evaluation_dataset(self, task: Task) -> int:
+        result = self._scans.look(task, task.config.evaluation_dataset)
+        if result is None:
+            return 0
+
+        def record(tx: Writing) -> int:
+            found = tx.task(task.id)
+            if found is None or found.state is not TaskState.PREPARING or found.open_time is not None:
+                return 0
+            if result.fault:
+                cancel(tx, found, reason=f"the evaluation dataset is not good: {result.fault}")
+            else:
+                # The pool's windows count from here, so this moment is fixed before the selector is asked.
+                tx.put_task(replace(found, evaluation_rows=result.rows, open_time=tx.now, pool_open=True))
+            return 1
+
+        return await self._store.write(record)
+
+    async def open_tasks(self) -> int:
+        """Scanned tasks get their pool and are OPEN."""
+
+        def scanned(tx: Reading) -> list[Task]:
+            return [task for task in tx.tasks_in(TaskState.PREPARING) if task.open_time is not None]
+
+        return await each(await self._store.read(scanned), self._open_task)
+
+    async def _open_task(self, task: Task) -> int:
+        await self._selection.open_pool(task)
+
+        def record(tx: Writing) -> int:
+            found = tx.task(task.id)
+            if found is None or found.state is not TaskState.PREPARING:
+                return 0
+            tx.append(TaskChanged(found.id, TaskState.OPEN))
+            tx.put_task(replace(found, state=TaskState.OPEN))
+            return 1
+
+        return await self._store.write(record)
+
+    async def mind_deadlines(self) -> int:
+        """PREPARING for too long is CANCELLED, OPEN tasks are CLOSED in time, holdouts not published have FAILED."""
+        now = self._clock()
+        if not await self._store.read(lambda tx: _overdue(tx, now)):
+            return 0
+
+        def record(tx: Writing) -> int:
+            overdue = _overdue(tx, tx.now)
+            for task in overdue:
+                if task.state is TaskState.PREPARING:
+                    cancel(tx, task, reason="the evaluation dataset was not uploaded and scanned in time")
+                elif task.state is TaskState.OPEN:
+                    close(tx, task)
+                else:
+                    fail_holdout(tx, task, reason="the holdout was not published in time")
+            return len(overdue)
+
+        return await self._store.write(record)
+
+    async def scan_holdouts(self) -> int:
+        """Published holdouts are scanned: ACCEPTED, or FAILED with what was found."""
+
+        def published(tx: Reading) -> list[Task]:
+            return [task for task in tx.tasks_in(TaskState.CLOSED) if task.holdout is HoldoutState.PUBLISHED]
+
+        return await each(await self._store.read(published), self._scan_holdout)
+
+    async def _scan_holdout(self, task: Task) -> int:
+        digest = task.config.holdout
+        result = None if digest is None else self._scans.look(task, digest)
+        if result is None:
+            return 0
+
+        def record(tx: Writing) -> int:
+            found = tx.task(task.id)
+            if found is None or found.state is not TaskState.CLOSED or found.holdout is not HoldoutState.PUBLISHED:
+                return 0
+            if result.fault:
+                fail_holdout(tx, found, reason=f"the holdout is not good: {result.fault}")
+                return 1
+            leaf = tx.append(HoldoutChanged(found.id, accepted=True))
+            accepted = replace(found, holdout=HoldoutState.ACCEPTED, holdout_rows=result.rows, holdout_leaf=leaf.hash)
+            tx.put_task(accepted)
+            return 1
+
+        return await self._store.write(record)
+
+    async def rank(self) -> int:
+        """Closed tasks of which every submission has ended in every round are FINAL."""
+        if not await self._store.read(_to_rank):
+            return 0
+
+        def record(tx: Writing) -> int:
+            ready = _to_rank(tx)
+            for task, ranking_round in ready:
+                tx.append(TaskChanged(task.id, TaskState.FINAL, reason=f"round {ranking_round} ranks"))
+                tx.put_task(replace(task, state=TaskState.FINAL, ranking_round=ranking_round))
+            return len(ready)
+
+        return await self._store.write(record)
+
+    async def close_pools(self) -> int:
+        """The stakes of ended tasks are unlocked once the last duty is settled."""
+
+        def ready(tx: Reading) -> list[Task]:
+            owed = {assignment.task for assignment in tx.assignments_unsettled()}
+            return [task for task in tx.tasks_ended_with_pool() if task.id not in owed]
+
+        return await each(await self._store.read(ready), self._close_pool)
+
+    async def _close_pool(self, task: Task) -> int:
+        # A task that was cancelled before its pool was opened has nothing to unlock.
+        with suppress(NotFound):
+            await self._selection.close_pool(task.id)
+
+        def record(tx: Writing) -> int:
+            found = tx.task(task.id)
+            if found is None or not found.pool_open:
+                return 0
+            for member in tx.all_members(task.id):
+                tx.put_member(replace(member, locked_micros=0, removed=True))
+            tx.put_task(replace(found, pool_open=False))
+            return 1
+
+        return await self._store.write(record)
+
+
+def _has_dataset(tx: Reading, task: Task) -> bool:
+    sha256 = task.config.evaluation_dataset.sha256.hex()
+    uses = tx.artifact_uses(sha256)
+    claimed = any(use.task == task.id and use.purpose is ArtifactPurpose.EVALUATION_DATASET for use in uses)
+    return claimed and tx.artifact(sha256) is not None
+
+
+def _overdue(tx: Reading, now: datetime) -> list[Task]:
+    overdue = [
+        task
+        for task in tx.tasks_in(TaskState.PREPARING)
+        if task.open_time is None and task.config.schedule.prepare_deadline <= now
+    ]
+    overdue += [task for task in tx.tasks_in(TaskState.OPEN) if task.config.schedule.close_time <= now]
+    overdue += [
+        task
+        for task in tx.tasks_in(TaskState.CLOSED)
+        if task.holdout is HoldoutState.EXPECTED and holdout_deadline(task) <= now
+    ]
+    return overdue
+
+
+def _to_rank(tx: Reading) -> list[tuple[Task, int]]:
+    ready = []
+    for task in tx.tasks_in(TaskState.CLOSED):
+        if task.holdout in (HoldoutState.EXPECTED, HoldoutState.PUBLISHED):
+            continue
+        if any(tx.submissions(task.id, state=state, limit=1) for state in _UNENDED):
+            continue
+        if task.holdout is not HoldoutState.ACCEPTED:
+            ready.append((task, FIRST_ROUND))
+            continue
+        scored = tx.submissions(task.id, state=SubmissionState.SCORED)
+        second = [tx.round(task.id, submission.number, HOLDOUT_ROUND) for submission in scored]
+        if all(round_ is not None and round_.state is RoundState.CONCLUDED for round_ in second):
+            scores = [submission.scores.get(HOLDOUT_ROUND) for submission in scored]
+            # Where the platform could not judge a single submission again, the first round's ranking stands.
+            judged = not scored or any(score is not None and score.outcome == _SCORED for score in scores)
+            ready.append((task, HOLDOUT_ROUND if judged else FIRST_ROUND))
+    return ready

@@ -1,0 +1,244 @@
+"""Tasks as their creators post, amend, close and cancel them; what time does to them is `task_turns`."""
+
+import secrets
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from services.registry.eligibility_facts import facts_of
+from services.registry.entries import TaskChanged, TaskCreated, VerdictGiven
+from services.registry.participants import registered
+from services.registry.records import (
+    ArtifactPurpose,
+    ArtifactUse,
+    HoldoutState,
+    Member,
+    MembershipState,
+    Role,
+    Task,
+    TaskConfig,
+    TaskState,
+    Verdict,
+)
+from services.registry.selection import EligibilityFacts, Selection
+from services.registry.task_states import ENDED, cancel, close, holdout_deadline
+from services.registry.transaction import Changes, Reading, Store, Writing
+from services.registry.watching import watch
+from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+
+
+@dataclass(frozen=True)
+class CreatedTask:
+    """A new task with its creator's verdict."""
+
+    task: Task
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Amendment:
+    """What changes; None stays as it is."""
+
+    display_name: str | None = None
+    description: str | None = None
+    close_time: datetime | None = None
+
+
+class Tasks:
+    """Keeps tasks. The endorsements of `trusted` participants count for eligibility."""
+
+    def __init__(
+        self,
+        store: Store,
+        selection: Selection,
+        changes: Changes,
+        *,
+        trusted: Collection[str],
+        make_id: Callable[[], str] = lambda: secrets.token_hex(8),
+    ) -> None:
+        self._store = store
+        self._selection = selection
+        self._changes = changes
+        self._trusted = frozenset(trusted)
+        self._make_id = make_id
+
+    async def create(self, caller: str, *, task_id: str, config: TaskConfig) -> CreatedTask:
+        """Create a task as PREPARING. Zeros in `config.selection` stand for the selector's defaults.
+
+        Raises FailedPrecondition(NOT_REGISTERED, NOT_ELIGIBLE), AlreadyExists(TASK_EXISTS). The verdict is recorded
+        either way.
+        """
+        task = task_id or self._make_id()
+
+        def gather(tx: Reading) -> EligibilityFacts:
+            registered(tx, caller)
+            _check_free(tx, task)
+            return facts_of(tx, caller, field=config.field, trusted=self._trusted)
+
+        facts = await self._store.read(gather)
+        answer = await self._selection.check_eligibility(
+            participant=caller, task=task, role=Role.TASK_CREATOR, facts=facts, policy=config.selection
+        )
+        verdict = answer.verdict
+        if not verdict.eligible:
+            await self._store.write(lambda tx: record_verdict(tx, verdict), final=False)
+            raise not_eligible(verdict)
+        whole = replace(config, selection=answer.policy)
+        return await self._store.write(lambda tx: _create(tx, caller, task, whole, verdict))
+
+    async def get(self, task: str) -> Task:
+        """One task. Raises NotFound."""
+        return await self._store.read(lambda tx: known_task(tx, task))
+
+    async def page(
+        self, *, before: int | None, limit: int, state: TaskState | None, creator: str | None
+    ) -> Sequence[tuple[int, Task]]:
+        """Tasks, newest first, those before a position."""
+        return await self._store.read(lambda tx: tx.tasks(before=before, limit=limit, state=state, creator=creator))
+
+    async def watch(self, task: str, *, after: int | None) -> AsyncIterator[Task]:
+        """The task now, unless its revision is still `after`, and again after each change until it has ended."""
+        seen = after
+        async with aclosing(watch(self._changes, f"tasks/{task}", lambda: self.get(task))) as states:
+            async for found in states:
+                if found.revision != seen:
+                    seen = found.revision
+                    yield found
+                if found.state in ENDED:
+                    return
+
+    async def update(self, caller: str, task: str, amendment: Amendment) -> Task:
+        """Amend a task that has not ended. Creator only."""
+
+        def work(tx: Writing) -> Task:
+            found = own_task(tx, caller, task)
+            check_unended(found)
+            config = found.config
+            if amendment.display_name is not None:
+                config = replace(config, display_name=amendment.display_name)
+            if amendment.description is not None:
+                config = replace(config, description=amendment.description)
+            if amendment.close_time is not None:
+                if found.state is TaskState.CLOSED:
+                    raise FailedPrecondition("TASK_CLOSED", "the task is closed, and a closed task stays closed")
+                if amendment.close_time < config.schedule.close_time:
+                    raise InvalidArgument.field("task.config.schedule.close_time", "is earlier than it was")
+                config = replace(config, schedule=replace(config.schedule, close_time=amendment.close_time))
+            if config == found.config:
+                return found
+            tx.append(TaskChanged(task, found.state, config))
+            return tx.put_task(replace(found, config=config))
+
+        return await self._store.write(work)
+
+    async def close(self, caller: str, task: str) -> Task:
+        """End the taking of submissions. Creator only. Raises FailedPrecondition(TASK_NOT_OPEN, TASK_ENDED)."""
+
+        def work(tx: Writing) -> Task:
+            found = own_task(tx, caller, task)
+            check_unended(found)
+            if found.state is TaskState.CLOSED:
+                return found
+            if found.state is not TaskState.OPEN:
+                raise FailedPrecondition("TASK_NOT_OPEN", "the task has not been opened yet")
+            return close(tx, found, reason="closed by its creator")
+
+        return await self._store.write(work)
+
+    async def cancel(self, caller: str, task: str, *, reason: str, operator: bool) -> Task:
+        """End a task without a result. Creator or operator. Raises FailedPrecondition(TASK_ENDED) for a FINAL one."""
+
+        def work(tx: Writing) -> Task:
+            found = known_task(tx, task) if operator else own_task(tx, caller, task)
+            if found.state is TaskState.CANCELLED:
+                return found
+            check_unended(found)
+            return cancel(tx, found, reason=reason or "cancelled without a reason given")
+
+        return await self._store.write(work)
+
+    async def publish_holdout(self, caller: str, task: str) -> Task:
+        """Hand the uploaded holdout in. Creator only.
+
+        Raises FailedPrecondition(NO_HOLDOUT, TASK_NOT_CLOSED, HOLDOUT_NOT_UPLOADED, HOLDOUT_EXPIRED).
+        """
+
+        def work(tx: Writing) -> Task:
+            found = own_task(tx, caller, task)
+            digest = found.config.holdout
+            if digest is None:
+                raise FailedPrecondition("NO_HOLDOUT", "the task has no holdout")
+            if found.state is not TaskState.CLOSED:
+                raise FailedPrecondition("TASK_NOT_CLOSED", f"the task is {found.state.name}, not CLOSED")
+            if found.holdout in (HoldoutState.PUBLISHED, HoldoutState.ACCEPTED):
+                return found
+            if found.holdout is HoldoutState.FAILED or tx.now >= holdout_deadline(found):
+                raise FailedPrecondition("HOLDOUT_EXPIRED", "the time to publish the holdout is over")
+            sha256 = digest.sha256.hex()
+            if tx.artifact(sha256) is None:
+                raise FailedPrecondition("HOLDOUT_NOT_UPLOADED", "upload the holdout first")
+            tx.put_artifact_use(ArtifactUse(sha256, task, ArtifactPurpose.HOLDOUT, caller))
+            return tx.put_task(replace(found, holdout=HoldoutState.PUBLISHED))
+
+        return await self._store.write(work)
+
+
+def known_task(tx: Reading, task: str) -> Task:
+    """A task that exists. Raises NotFound."""
+    found = tx.task(task)
+    if found is None:
+        raise NotFound("TASK_NOT_FOUND", f"there is no task {task}")
+    return found
+
+
+def own_task(tx: Reading, caller: str, task: str) -> Task:
+    """A task of the caller. Raises NotFound, PermissionDenied."""
+    found = known_task(tx, task)
+    if found.creator != caller:
+        raise PermissionDenied("NOT_THE_CREATOR", f"task {task} was created by somebody else")
+    return found
+
+
+def check_unended(task: Task) -> None:
+    """Raises FailedPrecondition(TASK_ENDED)."""
+    if task.state in ENDED:
+        raise FailedPrecondition("TASK_ENDED", f"the task is {task.state.name}")
+
+
+def record_verdict(tx: Writing, verdict: Verdict) -> None:
+    """Keep a verdict and make it a leaf."""
+    tx.put_verdict(verdict)
+    tx.append(VerdictGiven(verdict))
+
+
+def not_eligible(verdict: Verdict) -> FailedPrecondition:
+    """What somebody is told whom a verdict refuses."""
+    return FailedPrecondition("NOT_ELIGIBLE", verdict.explanation or "not eligible for this role")
+
+
+def _check_free(tx: Reading, task: str) -> None:
+    if tx.task(task) is not None:
+        raise AlreadyExists("TASK_EXISTS", f"there is a task {task} already")
+
+
+def _create(tx: Writing, caller: str, task: str, config: TaskConfig, verdict: Verdict) -> CreatedTask:
+    _check_free(tx, task)
+    created = tx.put_task(
+        Task(
+            id=task,
+            creator=caller,
+            config=config,
+            state=TaskState.PREPARING,
+            create_time=tx.now,
+            update_time=tx.now,
+            holdout=HoldoutState.NONE if config.holdout is None else HoldoutState.EXPECTED,
+        )
+    )
+    # One role for each participant and task: the creator has its own from the start. Nothing is locked for it.
+    tx.put_member(
+        Member(task, caller, Role.TASK_CREATOR, MembershipState.ACTIVE, None, create_time=tx.now, removed=True)
+    )
+    record_verdict(tx, verdict)
+    tx.append(TaskCreated(task, caller, config))
+    return CreatedTask(tx.task(task) or created, verdict)
