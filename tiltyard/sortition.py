@@ -120,16 +120,12 @@ def check_order(seed: bytes, places: Sequence[ProvedPlace], *, root: bytes, leaf
         before.append(place)
 
 
-def quota_limit(
-    stake_micros: int, *, minimum_micros: int, curve: Curve, limit: int, reference_stake_micros: int
-) -> int:
-    """How often an owner group with this stake in all may be assigned in one window: max(1, floor(limit * share)).
+def quota_limit(weight: int, *, reference_weight: int, limit: int) -> int:
+    """How often an owner group of this weight may be assigned in one window: max(1, floor(limit * share)).
 
-    The share is its weight over the weight of the reference stake, 1 at most.
+    The share is its weight over that of the reference stake, 1 at most.
     """
-    own = weight(stake_micros, minimum_micros=minimum_micros, curve=curve)
-    reference = weight(reference_stake_micros, minimum_micros=minimum_micros, curve=curve)
-    return max(1, limit * min(own, reference) // reference)
+    return max(1, limit * min(weight, reference_weight) // reference_weight)
 
 
 def _uniform(stream: bytes, bound: int) -> int:

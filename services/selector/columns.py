@@ -1,6 +1,10 @@
-"""How times and weights lie in columns: microseconds since 1970, and 16 bytes big-endian, which sort like numbers."""
+"""What lies in columns, and how to get at it fast: times as microseconds since 1970, weights as 16 bytes big-endian."""
 
 from datetime import UTC, datetime, timedelta
+from typing import cast
+
+from sqlalchemy import Connection, Table
+from sqlmodel import Session, SQLModel
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _WEIGHT_BYTES = 16
@@ -24,3 +28,14 @@ def weight_bytes(weight: int) -> bytes:
 def weight_of(column: bytes) -> int:
     """The weight in a column."""
     return int.from_bytes(column, "big")
+
+
+def table_of(row: type[SQLModel]) -> Table:
+    """The table of a row, for statements that do without objects: a draw is made of them."""
+    return cast(Table, row.__table__)  # type: ignore[attr-defined]
+
+
+def connection_of(session: Session) -> Connection:
+    """The session's connection, with everything written that the session still holds back."""
+    session.flush()
+    return session.connection()

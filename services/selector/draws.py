@@ -2,9 +2,10 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import islice
 from typing import Protocol
 
 from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
@@ -17,6 +18,7 @@ from tiltyard.commitments import draw_seed
 from tiltyard.sortition import Place, SumTree, draw, drawn_member
 
 MAX_FURTHER_PICKS = 1000
+MAX_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -174,61 +176,79 @@ def _go_on(
     now: datetime,
 ) -> Draw:
     """Takes further places until there are `wanted` picks or no weight is left, and charges each pick."""
+    known = [place.participant for place in drawn.picks]
+    groups = transaction.owner_groups([*known, drawn.submitter, pool.creator])
     left_out = {
-        transaction.owner_group(drawn.submitter): PassedOverReason.SUBMITTER,
-        transaction.owner_group(pool.creator): PassedOverReason.TASK_CREATOR,
-    }
-    places, picks = list(drawn.places), len(drawn.picks)
-    picked_groups = {transaction.owner_group(place.participant) for place in drawn.picks}
+        groups[drawn.submitter]: PassedOverReason.SUBMITTER,
+        groups[pool.creator]: PassedOverReason.TASK_CREATOR,
+    } | {groups[participant]: PassedOverReason.ALREADY_PICKED for participant in known}
+    places, picked = list(drawn.places), list[str]()
     order = draw(drawn.seed, tree, [place.place.leaf_index for place in places])
-    while picks < wanted and (place := next(order, None)) is not None:
-        came = _judge(
-            transaction,
-            pool,
-            drawn,
-            place,
-            left_out=left_out,
-            picked_groups=picked_groups,
-            paused=paused,
-            now=now,
-        )
-        places.append(replace(came, owner_group=tree.identifier(place.leaf_index), path=tree.path(place.leaf_index)))
-        if came.passed_over is None:
-            quotas.charge(transaction, pool, draw=drawn.draw, participant=came.participant, now=now)
-            picked_groups.add(transaction.owner_group(came.participant))
-            picks += 1
+    # What is asked of the database is asked for many places at once: first for as many as may be enough.
+    batch_size = wanted - len(known)
+    while len(known) + len(picked) < wanted and (batch := list(islice(order, batch_size))):
+        for place, group in _look_up(transaction, pool, drawn, batch, now):
+            came = _judge(pool, drawn, place, group, left_out=left_out, paused=paused)
+            identifier, path = tree.identifier(place.leaf_index), tree.path(place.leaf_index)
+            places.append(replace(came, owner_group=identifier, path=path))
+            if came.passed_over is None:
+                picked.append(came.participant)
+                left_out[group.owner_group] = PassedOverReason.ALREADY_PICKED
+                if len(known) + len(picked) == wanted:
+                    break
+        batch_size = min(2 * batch_size, MAX_BATCH)
+    quotas.charge(transaction, pool, draw=drawn.draw, participants=picked, now=now)
     return replace(drawn, places=tuple(places))
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Those who can be picked when a leaf comes up: nobody, or members of one owner group."""
+
+    owner_group: str
+    members: tuple[str, ...]
+    used: int
+
+
+def _look_up(
+    transaction: Transaction, pool: Pool, drawn: Draw, places: Sequence[Place], now: datetime
+) -> Iterator[tuple[Place, _Group]]:
+    """The places with what the database knows of their groups now."""
+    indices = [place.leaf_index for place in places]
+    seated = transaction.seated(pool.task, leaf_indices=indices, version=drawn.pool_version)
+    firsts = {members[0] for members in seated.values() if members}
+    groups = transaction.owner_groups(firsts)
+    window = quotas.window_at(pool, now)
+    used = transaction.quota_used(pool.task, window=window, owner_groups=set(groups.values()))
+    for place in places:
+        members = tuple(seated[place.leaf_index])
+        group = groups[members[0]] if members else ""
+        yield place, _Group(group, members, used.get(group, 0))
+
+
 def _judge(
-    transaction: Transaction,
     pool: Pool,
     drawn: Draw,
     place: Place,
+    group: _Group,
     *,
-    left_out: dict[str, PassedOverReason],
-    picked_groups: Set[str],
+    left_out: Mapping[str, PassedOverReason],
     paused: Set[str],
-    now: datetime,
 ) -> DrawnPlace:
     """Picks a member of the group whose place came up, or says why it is passed over."""
-    seated = transaction.seated(pool.task, leaf_index=place.leaf_index, version=drawn.pool_version)
-    members = tuple(member for member in seated if member not in paused)
-    group = transaction.owner_group(seated[0]) if seated else ""
+    members = tuple(member for member in group.members if member not in paused)
     reason = None
-    if not seated:
+    if not group.members:
         reason = PassedOverReason.LEFT
-    elif group in left_out:
-        reason = left_out[group]
-    elif group in picked_groups:
-        reason = PassedOverReason.ALREADY_PICKED
+    elif group.owner_group in left_out:
+        reason = left_out[group.owner_group]
     elif not members:
         reason = PassedOverReason.PAUSED
-    elif quotas.quota(transaction, pool, group, now).is_used_up:
+    elif group.used >= quotas.limit_of(pool, place.weight):
         reason = PassedOverReason.QUOTA
     if reason is not None:
-        return DrawnPlace(place, group, (), passed_over=reason)
-    return DrawnPlace(place, group, (), members, drawn_member(drawn.seed, place.place, members))
+        return DrawnPlace(place, group.owner_group, (), passed_over=reason)
+    return DrawnPlace(place, group.owner_group, (), members, drawn_member(drawn.seed, place.place, members))
 
 
 def _same(known: Draw, order: DrawOrder) -> Draw:
@@ -250,9 +270,8 @@ def _counts(drawn: Draw) -> dict[str, str]:
 def _not_enough(drawn: Draw, wanted: int, pool: Pool, now: datetime) -> FailedPrecondition:
     counts = _counts(drawn)
     described = ", ".join(f"{number} {reason}" for reason, number in counts.items()) or "nobody"
-    refill_time = pool.open_time + (quotas.window_at(pool, now) + 1) * pool.policy.window
     if PassedOverReason.QUOTA.value in counts:
-        counts["refill_time"] = refill_time.isoformat()
+        counts["refill_time"] = quotas.refill_time(pool, now).isoformat()
     return FailedPrecondition(
         "NOT_ENOUGH_VALIDATORS",
         f"{wanted} validators are wanted and {len(drawn.picks)} owner groups are eligible; passed over: {described}",

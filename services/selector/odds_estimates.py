@@ -45,12 +45,12 @@ class OddsEstimates:
             # The remembered trees belong to the writer; this is a reader.
             tree = at_version(transaction, task, pool.version)
             chance = odds([tree.weight(index) for index in range(len(tree))], leaf.index, validators)
-            members = len(transaction.seated(task, leaf_index=leaf.index, version=pool.version))
+            members = len(transaction.seated(task, leaf_indices=[leaf.index], version=pool.version)[leaf.index])
             return OddsEstimate(
                 weight=candidate.weight,
                 pool_weight=tree.total,
                 chance=Odds(chance.probability / members, chance.standard_error / members),
-                quota=quota(transaction, pool, group, self._clock()),
+                quota=quota(transaction, pool, owner_group=group, weight=leaf.weight, now=self._clock()),
             )
 
         return await self._store.read(work)

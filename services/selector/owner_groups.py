@@ -23,6 +23,8 @@ def join(transaction: Transaction, trees: PoolTrees, one: str, other: str, now: 
     groups = {transaction.owner_group(one), transaction.owner_group(other)}
     kept = min(groups)
     for absorbed in groups - {kept}:
+        # Every member of a group of several is recorded, the one that gives it its id too.
+        transaction.put_owner_group(kept, kept)
         for member in transaction.owner_group_members(absorbed):
             transaction.put_owner_group(member, kept)
             for candidate in transaction.candidacies(member):
@@ -45,13 +47,15 @@ def _move_seat(
     leaf = transaction.leaf(task, kept)
     if leaf is not None:
         transaction.seat(task, member, leaf_index=leaf.index, since=pool.version)
-    transaction.append_event(
-        LedgerEvent(
-            EventKind.WEIGHT_CHANGED,
-            now,
-            participant=member,
-            task=task,
-            owner_group=kept,
-            weight=candidate.weight,
-        )
+    transaction.append_events(
+        [
+            LedgerEvent(
+                EventKind.WEIGHT_CHANGED,
+                now,
+                participant=member,
+                task=task,
+                owner_group=kept,
+                weight=candidate.weight,
+            )
+        ]
     )

@@ -41,8 +41,8 @@ class Pools:
             if pool is None:
                 pool = Pool(task, policy, open_time, creator)
                 transaction.put_pool(pool)
-                transaction.append_event(
-                    LedgerEvent(EventKind.POOL_OPENED, self._clock(), participant=creator, task=task)
+                transaction.append_events(
+                    [LedgerEvent(EventKind.POOL_OPENED, self._clock(), participant=creator, task=task)]
                 )
             elif (pool.policy, pool.open_time, pool.creator) != (policy, open_time, creator):
                 raise AlreadyExists(
@@ -97,14 +97,16 @@ class Pools:
                 pool = self._trees.change_leaf(transaction, pool, group, -candidate.locked_micros)
                 transaction.unseat(task, participant, until=pool.version)
             _release(transaction, candidate, now)
-            transaction.append_event(
-                LedgerEvent(
-                    EventKind.CANDIDATE_REMOVED,
-                    now,
-                    participant=participant,
-                    task=task,
-                    owner_group=transaction.owner_group(participant),
-                )
+            transaction.append_events(
+                [
+                    LedgerEvent(
+                        EventKind.CANDIDATE_REMOVED,
+                        now,
+                        participant=participant,
+                        task=task,
+                        owner_group=transaction.owner_group(participant),
+                    )
+                ]
             )
             return candidate.locked_micros
 
@@ -121,7 +123,7 @@ class Pools:
             for candidate in transaction.active_candidates(task):
                 _release(transaction, candidate, now)
             transaction.put_pool(replace(pool, closed=True))
-            transaction.append_event(LedgerEvent(EventKind.POOL_CLOSED, now, task=task))
+            transaction.append_events([LedgerEvent(EventKind.POOL_CLOSED, now, task=task)])
             self._trees.forget(task)
 
         await self._store.write(work)
@@ -148,18 +150,20 @@ class Pools:
             )
         )
         if locked:
-            transaction.append_event(
-                LedgerEvent(EventKind.LOCKED, now, participant=participant, amount_micros=locked, task=verdict.task)
+            transaction.append_events(
+                [LedgerEvent(EventKind.LOCKED, now, participant=participant, amount_micros=locked, task=verdict.task)]
             )
-        transaction.append_event(
-            LedgerEvent(
-                EventKind.CANDIDATE_ADDED,
-                now,
-                participant=participant,
-                task=verdict.task,
-                owner_group=group,
-                weight=weight,
-            )
+        transaction.append_events(
+            [
+                LedgerEvent(
+                    EventKind.CANDIDATE_ADDED,
+                    now,
+                    participant=participant,
+                    task=verdict.task,
+                    owner_group=group,
+                    weight=weight,
+                )
+            ]
         )
         if weight:
             pool = self._trees.change_leaf(transaction, pool, group, locked)
@@ -209,15 +213,17 @@ def take_locked(
         if not stays:
             transaction.unseat(pool.task, participant, until=pool.version)
         transaction.put_candidate(replace(candidate, locked_micros=left, weight=weight))
-        transaction.append_event(
-            LedgerEvent(
-                EventKind.WEIGHT_CHANGED,
-                now,
-                participant=participant,
-                task=pool.task,
-                owner_group=group,
-                weight=weight,
-            )
+        transaction.append_events(
+            [
+                LedgerEvent(
+                    EventKind.WEIGHT_CHANGED,
+                    now,
+                    participant=participant,
+                    task=pool.task,
+                    owner_group=group,
+                    weight=weight,
+                )
+            ]
         )
 
 
@@ -235,8 +241,10 @@ def _release(transaction: Transaction, candidate: Candidate, now: datetime) -> N
             locked_micros=accounts.locked_micros - locked,
         )
     )
-    transaction.append_event(
-        LedgerEvent(
-            EventKind.UNLOCKED, now, participant=candidate.participant, amount_micros=locked, task=candidate.task
-        )
+    transaction.append_events(
+        [
+            LedgerEvent(
+                EventKind.UNLOCKED, now, participant=candidate.participant, amount_micros=locked, task=candidate.task
+            )
+        ]
     )

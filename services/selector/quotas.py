@@ -1,9 +1,11 @@
 """Quotas: how often an owner group may be assigned for one task in each rate window."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from services.runtime.errors import FailedPrecondition, NotFound
+from services.selector.pool_trees import policy_weight
 from services.selector.records import Charge, EventKind, LedgerEvent, Pool, Settlement
 from services.selector.transaction import Transaction
 from tiltyard.sortition import quota_limit
@@ -17,38 +19,47 @@ class Quota:
     limit: int
     refill_time: datetime
 
-    @property
-    def is_used_up(self) -> bool:
-        """True when there is no use left."""
-        return self.used >= self.limit
-
 
 def window_at(pool: Pool, now: datetime) -> int:
     """Number of the rate window: 0 from the task's opening on, and before it."""
     return max(0, (now - pool.open_time) // pool.policy.window)
 
 
-def quota(transaction: Transaction, pool: Pool, owner_group: str, now: datetime) -> Quota:
-    """The quota of an owner group by the stake that the pool has locked of all its validators now."""
-    leaf = transaction.leaf(pool.task, owner_group)
-    policy, window = pool.policy, window_at(pool, now)
-    return Quota(
-        used=transaction.quota_used(pool.task, window=window, owner_group=owner_group),
-        limit=quota_limit(
-            leaf.stake_micros if leaf else 0,
-            minimum_micros=policy.validator_min_stake_micros,
-            curve=policy.curve,
-            limit=policy.limit,
-            reference_stake_micros=policy.reference_stake_micros,
-        ),
-        refill_time=pool.open_time + (window + 1) * policy.window,
+def limit_of(pool: Pool, weight: int) -> int:
+    """How often an owner group of this weight may be assigned in a window."""
+    reference = policy_weight(pool, pool.policy.reference_stake_micros)
+    return quota_limit(weight, reference_weight=reference, limit=pool.policy.limit)
+
+
+def refill_time(pool: Pool, now: datetime) -> datetime:
+    """When the next window starts."""
+    return pool.open_time + (window_at(pool, now) + 1) * pool.policy.window
+
+
+def quota(transaction: Transaction, pool: Pool, *, owner_group: str, weight: int, now: datetime) -> Quota:
+    """The quota of an owner group of this weight."""
+    used = transaction.quota_used(pool.task, window=window_at(pool, now), owner_groups=[owner_group])
+    return Quota(used[owner_group], limit_of(pool, weight), refill_time(pool, now))
+
+
+def charge(transaction: Transaction, pool: Pool, *, draw: str, participants: Sequence[str], now: datetime) -> None:
+    """Uses the quota of each participant's owner group once."""
+    window = window_at(pool, now)
+    groups = transaction.owner_groups(participants)
+    transaction.add_charges([Charge(draw, participant, pool.task, window) for participant in participants])
+    transaction.append_events(
+        [
+            LedgerEvent(
+                EventKind.QUOTA_CHARGED,
+                now,
+                participant=participant,
+                task=pool.task,
+                draw=draw,
+                owner_group=groups[participant],
+            )
+            for participant in participants
+        ]
     )
-
-
-def charge(transaction: Transaction, pool: Pool, *, draw: str, participant: str, now: datetime) -> None:
-    """Uses the quota of the participant's owner group once."""
-    transaction.put_charge(Charge(draw, participant, pool.task, window_at(pool, now)))
-    transaction.append_event(_event(transaction, EventKind.QUOTA_CHARGED, pool.task, draw, participant, now))
 
 
 def settle(transaction: Transaction, *, draw: str, participant: str, settlement: Settlement, now: datetime) -> int:
@@ -59,23 +70,23 @@ def settle(transaction: Transaction, *, draw: str, participant: str, settlement:
     known = transaction.charge(draw, participant)
     if known is None:
         raise NotFound("PICK_NOT_FOUND", "the participant has no pick in this draw", draw=draw)
+    group = transaction.owner_group(participant)
     if known.settlement is Settlement.OPEN:
         transaction.put_charge(replace(known, settlement=settlement))
         if settlement is Settlement.REFUNDED:
-            event = _event(transaction, EventKind.QUOTA_REFUNDED, known.task, draw, participant, now)
-            transaction.append_event(event)
+            event = LedgerEvent(
+                EventKind.QUOTA_REFUNDED,
+                now,
+                participant=participant,
+                task=known.task,
+                draw=draw,
+                owner_group=group,
+            )
+            transaction.append_events([event])
     elif known.settlement is not settlement:
         raise FailedPrecondition(
             "ALREADY_SETTLED",
             f"this pick was settled before as {known.settlement.name}",
             settlement=known.settlement.name,
         )
-    group = transaction.owner_group(participant)
-    return transaction.quota_used(known.task, window=known.window, owner_group=group)
-
-
-def _event(
-    transaction: Transaction, kind: EventKind, task: str, draw: str, participant: str, now: datetime
-) -> LedgerEvent:
-    group = transaction.owner_group(participant)
-    return LedgerEvent(kind, now, participant=participant, task=task, draw=draw, owner_group=group)
+    return transaction.quota_used(known.task, window=known.window, owner_groups=[group])[group]

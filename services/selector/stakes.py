@@ -100,16 +100,18 @@ class Stakes:
                 funding_account=deposit.funding_account,
                 now=now,
             )
-            transaction.append_event(
-                LedgerEvent(
-                    EventKind.DEPOSITED,
-                    now,
-                    participant=deposit.participant,
-                    amount_micros=deposit.amount_micros,
-                    owner_group=transaction.owner_group(deposit.participant),
-                    reference=deposit.reference,
-                    funding_account=deposit.funding_account,
-                )
+            transaction.append_events(
+                [
+                    LedgerEvent(
+                        EventKind.DEPOSITED,
+                        now,
+                        participant=deposit.participant,
+                        amount_micros=deposit.amount_micros,
+                        owner_group=transaction.owner_group(deposit.participant),
+                        reference=deposit.reference,
+                        funding_account=deposit.funding_account,
+                    )
+                ]
             )
             return stake_of(transaction, deposit.participant)
 
@@ -136,8 +138,8 @@ class Stakes:
                 )
             )
             transaction.add_unbonding(participant, amount_micros, now + self._unbonding_time)
-            transaction.append_event(
-                LedgerEvent(EventKind.WITHDRAWAL_REQUESTED, now, participant=participant, amount_micros=amount_micros)
+            transaction.append_events(
+                [LedgerEvent(EventKind.WITHDRAWAL_REQUESTED, now, participant=participant, amount_micros=amount_micros)]
             )
             return WithdrawalRequested(stake_of(transaction, participant), self._unbonding_time)
 
@@ -157,8 +159,8 @@ class Stakes:
                 transaction.put_unbonding(replace(unbonding, amount_micros=0))
             accounts = transaction.accounts(participant)
             transaction.put_accounts(replace(accounts, unbonding_micros=accounts.unbonding_micros - amount))
-            transaction.append_event(
-                LedgerEvent(EventKind.WITHDRAWN, now, participant=participant, amount_micros=amount)
+            transaction.append_events(
+                [LedgerEvent(EventKind.WITHDRAWN, now, participant=participant, amount_micros=amount)]
             )
             return Withdrawn(stake_of(transaction, participant), amount)
 
@@ -196,10 +198,12 @@ class Stakes:
                         slashed_micros=accounts.slashed_micros + taken,
                     )
                 )
-                transaction.append_event(
-                    LedgerEvent(
-                        EventKind.SLASHED, now, participant=participant, amount_micros=taken, reference=evidence
-                    )
+                transaction.append_events(
+                    [
+                        LedgerEvent(
+                            EventKind.SLASHED, now, participant=participant, amount_micros=taken, reference=evidence
+                        )
+                    ]
                 )
                 take_locked(transaction, self._trees, participant=participant, amount_micros=locked, now=now)
                 _take_unbonding(transaction, participant, unbonding)

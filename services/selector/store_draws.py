@@ -1,14 +1,19 @@
 """Draws and charges in SQL."""
 
 import json
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlmodel import Session, col, func, or_, select
+from sqlalchemy import insert
+from sqlmodel import Session, func, select
 
-from services.selector.columns import from_us, to_us, weight_bytes, weight_of
+from services.selector.columns import connection_of, from_us, table_of, to_us, weight_bytes, weight_of
 from services.selector.records import Charge, Draw, DrawnPlace, PassedOverReason, Settlement
 from services.selector.rows import ChargeRow, DrawRow, OwnerGroupRow
 from tiltyard.sortition import Curve, CurveKind, Place, SumNode
+
+_CHARGES = table_of(ChargeRow)
+_GROUPS = table_of(OwnerGroupRow)
 
 
 class SqlDrawRecords:
@@ -51,26 +56,46 @@ class SqlDrawRecords:
             return None
         return Charge(row.draw, row.participant, row.task, row.rate_window, Settlement(row.settlement))
 
-    def put_charge(self, charge: Charge) -> None:
-        self._session.merge(
-            ChargeRow(
-                draw=charge.draw,
-                participant=charge.participant,
-                task=charge.task,
-                rate_window=charge.window,
-                settlement=charge.settlement.value,
-            )
-        )
+    def add_charges(self, charges: Sequence[Charge]) -> None:
+        if charges:
+            connection_of(self._session).execute(insert(_CHARGES), [_charge_values(charge) for charge in charges])
 
-    def quota_used(self, task: str, *, window: int, owner_group: str) -> int:
-        members = select(OwnerGroupRow.participant).where(OwnerGroupRow.owner_group == owner_group)
-        query = select(func.count()).where(
-            ChargeRow.task == task,
-            ChargeRow.rate_window == window,
-            or_(ChargeRow.participant == owner_group, col(ChargeRow.participant).in_(members)),
-            ChargeRow.settlement != Settlement.REFUNDED.value,
+    def put_charge(self, charge: Charge) -> None:
+        self._session.merge(ChargeRow(**_charge_values(charge)))
+
+    def quota_used(self, task: str, *, window: int, owner_groups: Collection[str]) -> Mapping[str, int]:
+        charged = (
+            _CHARGES.c.task == task,
+            _CHARGES.c.rate_window == window,
+            _CHARGES.c.settlement != Settlement.REFUNDED.value,
         )
-        return self._session.exec(query).one()
+        # Whoever stands alone bears its group's id; all members of a group of several have a row.
+        alone = (
+            select(_CHARGES.c.participant, func.count())
+            .where(*charged, _CHARGES.c.participant.in_(owner_groups))
+            .group_by(_CHARGES.c.participant)
+        )
+        joined = (
+            select(_GROUPS.c.owner_group, func.count())
+            .join(_CHARGES, _CHARGES.c.participant == _GROUPS.c.participant)
+            .where(*charged, _GROUPS.c.owner_group.in_(owner_groups))
+            .group_by(_GROUPS.c.owner_group)
+        )
+        used = dict.fromkeys(owner_groups, 0)
+        for query in (alone, joined):
+            for group, number in connection_of(self._session).execute(query):
+                used[group] = number
+        return used
+
+
+def _charge_values(charge: Charge) -> dict[str, Any]:
+    return {
+        "draw": charge.draw,
+        "participant": charge.participant,
+        "task": charge.task,
+        "rate_window": charge.window,
+        "settlement": charge.settlement.value,
+    }
 
 
 def _draw(row: DrawRow) -> Draw:

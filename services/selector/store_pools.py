@@ -1,18 +1,19 @@
 """Owner groups, pools, candidates, leaves and seats in SQL."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 
-from sqlalchemy.orm import aliased
 from sqlmodel import Session, col, or_, select
 
-from services.selector.columns import from_us, to_us, weight_bytes, weight_of
+from services.selector.columns import connection_of, from_us, table_of, to_us, weight_bytes, weight_of
 from services.selector.records import Candidate, Evidence, EvidenceKind, LeafChange, Policy, Pool, Role, Verdict
 from services.selector.rows import CandidateRow, FundingAccountRow, LeafRow, OwnerGroupRow, PoolRow, SeatRow
 from tiltyard.sortition import Curve, CurveKind
 
 _MICROSECOND = timedelta(microseconds=1)
+_GROUPS = table_of(OwnerGroupRow)
+_SEATS = table_of(SeatRow)
 
 
 class SqlGroupRecords:
@@ -23,6 +24,11 @@ class SqlGroupRecords:
     def owner_group(self, participant: str) -> str:
         row = self._session.get(OwnerGroupRow, participant)
         return row.owner_group if row else participant
+
+    def owner_groups(self, participants: Collection[str]) -> Mapping[str, str]:
+        query = select(_GROUPS.c.participant, _GROUPS.c.owner_group).where(_GROUPS.c.participant.in_(participants))
+        joined = {participant: group for participant, group in connection_of(self._session).execute(query)}
+        return {participant: joined.get(participant, participant) for participant in participants}
 
     def owner_group_members(self, owner_group: str) -> Sequence[str]:
         query = select(OwnerGroupRow.participant).where(OwnerGroupRow.owner_group == owner_group)
@@ -130,21 +136,24 @@ class SqlPoolRecords:
             row.until = until
             self._session.add(row)
 
-    def seated(self, task: str, *, leaf_index: int, version: int) -> Sequence[str]:
-        still = aliased(SeatRow)
+    def seated(self, task: str, *, leaf_indices: Collection[int], version: int) -> Mapping[int, Sequence[str]]:
+        still = _SEATS.alias()
         query = (
-            select(SeatRow.participant)
-            .join(still, (col(still.task) == SeatRow.task) & (col(still.participant) == SeatRow.participant))
+            select(_SEATS.c.leaf_index, _SEATS.c.participant)
+            .join(still, (still.c.task == _SEATS.c.task) & (still.c.participant == _SEATS.c.participant))
             .where(
-                SeatRow.task == task,
-                SeatRow.leaf_index == leaf_index,
-                SeatRow.since <= version,
-                or_(col(SeatRow.until).is_(None), col(SeatRow.until) > version),
-                col(still.until).is_(None),
+                _SEATS.c.task == task,
+                _SEATS.c.leaf_index.in_(leaf_indices),
+                _SEATS.c.since <= version,
+                or_(_SEATS.c.until.is_(None), _SEATS.c.until > version),
+                still.c.until.is_(None),
             )
-            .order_by(SeatRow.participant)
+            .order_by(_SEATS.c.participant)
         )
-        return list(self._session.exec(query))
+        members: dict[int, list[str]] = {index: [] for index in leaf_indices}
+        for index, participant in connection_of(self._session).execute(query):
+            members[index].append(participant)
+        return members
 
 
 def _pool(row: PoolRow) -> Pool:

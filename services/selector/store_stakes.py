@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from datetime import datetime
 
+from sqlalchemy import insert
 from sqlmodel import Session, col, func, select
 
-from services.selector.columns import from_us, to_us, weight_bytes, weight_of
+from services.selector.columns import connection_of, from_us, table_of, to_us, weight_bytes, weight_of
 from services.selector.records import Accounts, Deposit, EventKind, LedgerEvent, Slash, Unbonding
 from services.selector.rows import AccountsRow, DepositRow, EventRow, SlashRow, UnbondingRow
+
+_EVENTS = table_of(EventRow)
 
 
 class SqlStakeRecords:
@@ -103,25 +106,29 @@ class SqlStakeRecords:
             )
         )
 
-    def append_event(self, event: LedgerEvent) -> None:
-        self._session.add(
-            EventRow(
-                sequence=self.last_sequence() + 1,
-                kind=event.kind.value,
-                time_us=to_us(event.time),
-                participant=event.participant,
-                amount_micros=event.amount_micros,
-                task=event.task,
-                draw=event.draw,
-                owner_group=event.owner_group,
-                weight=weight_bytes(event.weight),
-                reference=event.reference,
-                funding_account=event.funding_account,
-            )
-        )
+    def append_events(self, events: Sequence[LedgerEvent]) -> None:
+        if not events:
+            return
+        rows = [
+            {
+                "sequence": sequence,
+                "kind": event.kind.value,
+                "time_us": to_us(event.time),
+                "participant": event.participant,
+                "amount_micros": event.amount_micros,
+                "task": event.task,
+                "draw": event.draw,
+                "owner_group": event.owner_group,
+                "weight": weight_bytes(event.weight),
+                "reference": event.reference,
+                "funding_account": event.funding_account,
+            }
+            for sequence, event in enumerate(events, self.last_sequence() + 1)
+        ]
+        connection_of(self._session).execute(insert(_EVENTS), rows)
 
     def last_sequence(self) -> int:
-        return self._session.exec(select(func.max(EventRow.sequence))).one() or 0
+        return connection_of(self._session).execute(select(func.max(_EVENTS.c.sequence))).scalar() or 0
 
     def list_events(self, *, start: int, limit: int) -> Sequence[LedgerEvent]:
         query = select(EventRow).where(EventRow.sequence >= start).order_by(col(EventRow.sequence)).limit(limit)

@@ -1,6 +1,6 @@
 """What the domain asks of its store: transactions that see and change everything the selector remembers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Protocol, TypeVar
 
@@ -55,8 +55,8 @@ class StakeRecords(Protocol):
 
     def add_slash(self, slash: Slash) -> None: ...
 
-    def append_event(self, event: LedgerEvent) -> None:
-        """Gives the event the next sequence number."""
+    def append_events(self, events: Sequence[LedgerEvent]) -> None:
+        """Gives the events the next sequence numbers."""
         ...
 
     def last_sequence(self) -> int: ...
@@ -69,6 +69,10 @@ class GroupRecords(Protocol):
 
     def owner_group(self, participant: str) -> str:
         """The participant's own id for somebody who stands alone."""
+        ...
+
+    def owner_groups(self, participants: Collection[str]) -> Mapping[str, str]:
+        """The group of each."""
         ...
 
     def owner_group_members(self, owner_group: str) -> Sequence[str]:
@@ -121,8 +125,8 @@ class PoolRecords(Protocol):
         """It cannot be picked any more from version `until` on."""
         ...
 
-    def seated(self, task: str, *, leaf_index: int, version: int) -> Sequence[str]:
-        """Who could be picked by way of a leaf at a version and still is in the pool, by participant id."""
+    def seated(self, task: str, *, leaf_indices: Collection[int], version: int) -> Mapping[int, Sequence[str]]:
+        """For each leaf those who could be picked by way of it at a version and still are in the pool, by id."""
         ...
 
 
@@ -135,10 +139,12 @@ class DrawRecords(Protocol):
 
     def charge(self, draw: str, participant: str) -> Charge | None: ...
 
+    def add_charges(self, charges: Sequence[Charge]) -> None: ...
+
     def put_charge(self, charge: Charge) -> None: ...
 
-    def quota_used(self, task: str, *, window: int, owner_group: str) -> int:
-        """Charges in one window, but for refunded ones, of all who are in the group now."""
+    def quota_used(self, task: str, *, window: int, owner_groups: Collection[str]) -> Mapping[str, int]:
+        """Charges in one window, but for refunded ones, of all who are in each group now."""
         ...
 
 

@@ -256,13 +256,8 @@ def test_a_negative_stake_and_no_minimum_are_refused(stake: int, minimum: int) -
     [(10, 100, 100), (40, 100, 100), (1, 100, 31), (2, 100, 44), (1, 1, 1), (0, 100, 1)],
 )
 def test_the_quota_grows_with_stake_up_to_the_limit(stake: int, limit: int, uses: int) -> None:
-    assert uses == quota_limit(
-        stake * MINIMUM,
-        minimum_micros=MINIMUM,
-        curve=SQUARE_ROOT,
-        limit=limit,
-        reference_stake_micros=10 * MINIMUM,
-    )
+    own, reference = (weight(minimums * MINIMUM, minimum_micros=MINIMUM, curve=SQUARE_ROOT) for minimums in (stake, 10))
+    assert quota_limit(own, reference_weight=reference, limit=limit) == uses
 
 
 # Odds
