@@ -1,0 +1,28 @@
+"""`python -m services.registry`: the registry in a process of its own."""
+
+from services.registry.bootstrap import build
+from services.registry.settings import RegistrySettings
+from services.runtime.server import run, serve
+from services.runtime.telemetry import configure_logging
+
+
+async def main() -> None:
+    """Serves until SIGTERM or SIGINT."""
+    settings = RegistrySettings.load()
+    configure_logging(settings.service, settings.log_level, settings.log_format)
+    registry = await build(settings)
+    await registry.begin()
+    await serve(
+        settings,
+        registry.mounts,
+        name=settings.service,
+        authenticator=registry.authenticator,
+        policy=registry.policy,
+        remembered=registry.database,
+        background=[registry.referee.run],
+        on_close=[registry.close],
+    )
+
+
+if __name__ == "__main__":
+    run(main())
