@@ -1,18 +1,14 @@
 """The public client: typed stubs of an arena's services over channels that sign every call."""
 
 import asyncio
-import secrets
-import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Self
 
 import grpc
-from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
 
+from tiltyard.call_errors import ClientError, FieldViolation, explain, is_transient
+from tiltyard.calling import PATIENCE_S, new_request_id, pages, persist, watch
 from tiltyard.channel import open_channel
 from tiltyard.identity import Key, TokenSource
 from tiltyard.inference.v2 import inference_pb2_grpc
@@ -49,204 +45,19 @@ if TYPE_CHECKING:
     from tiltyard.trainer.v1.trainer_pb2_grpc import TrainingServiceAsyncStub
     from tiltyard.validator.v1.validator_pb2_grpc import ValidationServiceAsyncStub
 
-T = TypeVar("T")
-PATIENCE_S = 60.0
-_FIRST_WAIT_S = 0.1
-_LONGEST_WAIT_S = 2.0
-# What a server that restarts answers with, or leaves unanswered.
-_TRANSIENT = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
-
-
-@dataclass(frozen=True)
-class FieldViolation:
-    """One field of a request that was refused, by its path, and why."""
-
-    field: str
-    description: str
-
-
-class ClientError(Exception):
-    """What a server answered instead of a result, taken apart.
-
-    `code` is the status code, `reason` the machine-readable reason (`NOT_ELIGIBLE`; empty when none was given),
-    `retry_after_s` the wait in seconds that the server named, or None.
-    """
-
-    def __init__(
-        self,
-        *,
-        code: grpc.StatusCode,
-        message: str,
-        reason: str = "",
-        metadata: dict[str, str] | None = None,
-        violations: tuple[FieldViolation, ...] = (),
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.reason = reason
-        self.metadata = metadata or {}
-        self.violations = violations
-        self.retry_after_s = retry_after_s
-
-    @classmethod
-    def of(cls, error: grpc.aio.AioRpcError) -> "ClientError":
-        """The error of a call with its google.rpc details (ErrorInfo, BadRequest, RetryInfo) read."""
-        reason, metadata, retry_after_s = "", dict[str, str](), None
-        violations: list[FieldViolation] = []
-        for detail in _details(error).details:
-            if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
-                info = error_details_pb2.ErrorInfo()
-                detail.Unpack(info)
-                reason, metadata = info.reason, dict(info.metadata)
-            elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
-                refused = error_details_pb2.BadRequest()
-                detail.Unpack(refused)
-                violations += [FieldViolation(each.field, each.description) for each in refused.field_violations]
-            elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-                retry = error_details_pb2.RetryInfo()
-                detail.Unpack(retry)
-                retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
-        return cls(
-            code=error.code(),
-            message=error.details() or "",
-            reason=reason,
-            metadata=metadata,
-            violations=tuple(violations),
-            retry_after_s=retry_after_s,
-        )
-
-
-def _details(error: grpc.aio.AioRpcError) -> status_pb2.Status:
-    status = status_pb2.Status()
-    for name, value in error.trailing_metadata() or ():
-        if name == "grpc-status-details-bin" and isinstance(value, bytes):
-            status.ParseFromString(value)
-    return status
-
-
-def explain(error: BaseException) -> str:
-    """One clear line for people on what went wrong."""
-    if isinstance(error, grpc.aio.AioRpcError):
-        error = ClientError.of(error)
-    if not isinstance(error, ClientError):
-        return str(error).replace("\n", " ") or type(error).__name__
-    if error.code is grpc.StatusCode.UNAVAILABLE and not error.reason:
-        return f"the service cannot be reached: {_one_line(error.message)}"
-    if error.code is grpc.StatusCode.UNIMPLEMENTED:
-        return "this service does not offer that yet (UNIMPLEMENTED)"
-    if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return "the service did not answer in time (DEADLINE_EXCEEDED)"
-    line = f"{error.code.name}{f' ({error.reason})' if error.reason else ''}: {_one_line(error.message)}"
-    fields = "; ".join(f"{each.field}: {each.description}" for each in error.violations)
-    if fields and fields not in line:
-        line += f" [{fields}]"
-    if error.retry_after_s is not None:
-        line += f" (try again in {error.retry_after_s:g} s)"
-    return line
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def new_request_id() -> str:
-    """A fresh idempotency key."""
-    return secrets.token_hex(16)
-
-
-def is_transient(error: grpc.aio.AioRpcError) -> bool:
-    """Whether the same call may well succeed a little later, as after a restart of the server."""
-    return error.code() in _TRANSIENT
-
-
-async def persist(call: Callable[[], Awaitable[T]], *, patience_s: float = PATIENCE_S) -> T:
-    """Awaits `call()`, again and again with growing pauses while it fails for a transient reason, `patience_s` at most.
-
-    A mutating call must carry one request id through all of them. Raises the last grpc.aio.AioRpcError.
-    """
-    give_up = time.monotonic() + patience_s
-    wait_s = _FIRST_WAIT_S
-    while True:
-        try:
-            return await call()
-        except grpc.aio.AioRpcError as error:
-            if not is_transient(error) or time.monotonic() + wait_s > give_up:
-                raise
-        await asyncio.sleep(wait_s)
-        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-
-
-class _WatchRequest(Protocol):
-    cursor: str
-
-
-class _Seen(Protocol):
-    @property
-    def cursor(self) -> str: ...
-
-
-Watched = TypeVar("Watched", bound=_WatchRequest)
-Seen = TypeVar("Seen", bound=_Seen)
-
-
-async def watch(
-    method: Callable[[Watched], AsyncIterable[Seen]], request: Watched, *, patience_s: float = PATIENCE_S
-) -> AsyncIterator[Seen]:
-    """The messages of a watch that resumes by cursor: a stream that breaks is started again where it was.
-
-    `request` is copied, not changed. Raises grpc.aio.AioRpcError when it fails for good, or when broken streams bring
-    nothing for `patience_s`.
-    """
-    asked = _copy(request)
-    wait_s, give_up = _FIRST_WAIT_S, time.monotonic() + patience_s
-    while True:
-        try:
-            async for message in method(asked):
-                asked.cursor, wait_s = message.cursor, _FIRST_WAIT_S
-                yield message
-                give_up = time.monotonic() + patience_s
-            return
-        except grpc.aio.AioRpcError as error:
-            if not is_transient(error) or time.monotonic() + wait_s > give_up:
-                raise
-        await asyncio.sleep(wait_s)
-        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-
-
-class _PageRequest(Protocol):
-    page_token: str
-
-
-class _Page(Protocol):
-    @property
-    def next_page_token(self) -> str: ...
-
-
-Asked = TypeVar("Asked", bound=_PageRequest)
-Page = TypeVar("Page", bound=_Page)
-
-
-async def pages(
-    method: Callable[[Asked], Awaitable[Page]], request: Asked, *, patience_s: float = 0.0
-) -> AsyncIterator[Page]:
-    """All pages of a list method, in order, each asked for as `persist` does. `request` is copied, not changed."""
-    asked = _copy(request)
-    while True:
-        page = await persist(lambda: method(asked), patience_s=patience_s)
-        yield page
-        if not page.next_page_token:
-            return
-        asked.page_token = page.next_page_token
-
-
-def _copy(request: T) -> T:
-    copy = type(request)()
-    assert isinstance(copy, Message)
-    assert isinstance(request, Message)
-    copy.CopyFrom(request)
-    return copy
+__all__ = [
+    "PATIENCE_S",
+    "Client",
+    "ClientError",
+    "FieldViolation",
+    "Node",
+    "explain",
+    "is_transient",
+    "new_request_id",
+    "pages",
+    "persist",
+    "watch",
+]
 
 
 class _Connections:

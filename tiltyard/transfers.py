@@ -61,6 +61,7 @@ async def upload(
     size_bytes = await asyncio.to_thread(_size, path)
     patience = _Patience(patience_s)
     asked = artifact_pb2.GetUploadRequest(artifact=artifact)
+    answer: grpc.aio.AioRpcError | None = None
     while True:
         at = await persist(lambda: artifacts.GetUpload(asked), patience_s=patience_s)
         # A complete artifact still has to be claimed for this purpose: a header with no bytes left to send.
@@ -75,16 +76,24 @@ async def upload(
         try:
             await artifacts.UploadArtifact(_messages(path, header, progress))
         except grpc.aio.AioRpcError as error:
-            # The server may have kept another number of bytes than it said, when another stream was still ending.
-            if not is_transient(error) and ClientError.of(error).reason != "WRONG_OFFSET":
-                raise
-            if patience.is_over():
-                raise
+            answer = answer if answer and _lost_its_status(error) else error
+            if not _may_go_on(error) or patience.is_over():
+                raise answer from None
         else:
             if progress:
                 progress(size_bytes, size_bytes)
             return artifact
         await patience.pause()
+
+
+def _may_go_on(error: grpc.aio.AioRpcError) -> bool:
+    # WRONG_OFFSET: another stream of ours was still ending when the server said where it is.
+    return is_transient(error) or _lost_its_status(error) or ClientError.of(error).reason == "WRONG_OFFSET"
+
+
+def _lost_its_status(error: grpc.aio.AioRpcError) -> bool:
+    # A server that ends a call while we write to it makes grpc.aio fail the write and forget what the server said.
+    return error.code() is grpc.StatusCode.INTERNAL and "Internal error from Core" in (error.details() or "")
 
 
 def _size(path: Path) -> int:

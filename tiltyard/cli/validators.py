@@ -20,8 +20,8 @@ from tiltyard.cli.connection import (
     run,
     task_name,
 )
+from tiltyard.cli.memberships import join_task
 from tiltyard.cli.output import ProgressLine, as_json, enum_word, print_json, print_message, print_table
-from tiltyard.cli.tasks import join_task
 
 if TYPE_CHECKING:
     from tiltyard.validator.v1 import validator_pb2

@@ -1,33 +1,27 @@
 """One task from its creation to its leaderboard, played by processes that speak only gRPC."""
 
 import asyncio
-import json
-import os
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from tiltyard.cli import tasks as task_commands
-from tiltyard.cli.connection import DEFAULT_ORIGIN, CommandError
-from tiltyard.cli.demo.data import NamedModel, Rows, Split, epochs_for, load_digits, load_npz, models_for, split
+from tiltyard.cli.connection import CommandError
+from tiltyard.cli.demo.data import NamedModel, Split, epochs_for, load_digits, load_npz, models_for, split
+from tiltyard.cli.demo.ending import Ending, Result
 from tiltyard.cli.demo.following import Judging
 from tiltyard.cli.demo.reporting import Reporter
-from tiltyard.cli.demo.verification import Record, fetch_record, verify
-from tiltyard.cli.output import as_json
-from tiltyard.cli.supervisor import Program, StartFailed, Supervisor, free_ports
+from tiltyard.cli.demo.stage import SHARD, Cast, Participant, open_stage, write_rows
+from tiltyard.cli.memberships import join_task
+from tiltyard.cli.supervisor import StartFailed, Supervisor
 from tiltyard.cli.training import describe, follow
-from tiltyard.cli.up import DATA_FOLDER, arena_programs, node_program
-from tiltyard.client import PATIENCE_S, Client, Node, new_request_id, pages, persist, watch
-from tiltyard.datasets import write_dataset
-from tiltyard.identity import Key
-from tiltyard.registry.v1 import leaderboard_pb2, participant_pb2, submission_pb2, task_pb2
+from tiltyard.client import new_request_id, persist, watch
+from tiltyard.registry.v1 import participant_pb2, task_pb2
 from tiltyard.selector.v1 import stake_pb2
 from tiltyard.trainer.v1 import trainer_pb2
 from tiltyard.transfers import file_digest, upload
-from tiltyard.type.v1 import evaluation_pb2
 from tiltyard.type.v1 import task_pb2 as task_type_pb2
 
 T = TypeVar("T")
@@ -38,25 +32,6 @@ TRAINING_NODE_MINIMUM = 10 * MICROS
 CREATOR_STAKE = 1_000 * MICROS
 STAKE_FACTORS = (1, 2, 4, 9, 16)
 JUDGES = 3
-SHARD = "shard.safetensors"
-
-
-@dataclass(frozen=True)
-class Participant:
-    """A key with a name for people and its clients; `node` and `model_index` where it runs a node."""
-
-    name: str
-    client: Client
-    node: Node | None = None
-    model_index: int = 0
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came out: the object of `--json`, and whether everything was scored and everything checked is right."""
-
-    document: dict[str, Any]
-    succeeded: bool
 
 
 @dataclass(frozen=True)
@@ -80,7 +55,11 @@ class Demo:
             async with AsyncExitStack() as stack:
                 supervisor = await stack.enter_async_context(Supervisor(state, report=reporter.say))
                 try:
-                    cast = await _open_stage(self, supervisor, stack, divided, reporter)
+                    cast = await open_stage(supervisor, stack, divided, validators=self.validators)
+                    reporter.say(
+                        f"serving: registry {cast.registry}, selector {cast.selector}, "
+                        f"{self.trainers} trainers and {self.validators} validators, a process each"
+                    )
                     return await _Play(self, reporter, cast, divided, state).run()
                 except StartFailed as error:
                     raise CommandError(str(error)) from None
@@ -93,90 +72,6 @@ class Demo:
         if any(state.iterdir()):
             raise CommandError(f"{state} is not empty; the demo starts with an arena of its own")
         return state
-
-
-@dataclass(frozen=True)
-class Cast:
-    """Everybody on stage."""
-
-    operator: Participant
-    creator: Participant
-    trainers: tuple[Participant, ...]
-    validators: tuple[Participant, ...]
-
-    @property
-    def members(self) -> tuple[Participant, ...]:
-        """Who joins the task."""
-        return self.trainers + self.validators
-
-    def name_of(self, participant: str) -> str:
-        """The name for people of a participants/{id}."""
-        everybody = (self.operator, self.creator, *self.members)
-        return next((each.name for each in everybody if each.client.participant == participant), participant)
-
-
-async def _open_stage(
-    demo: Demo, supervisor: Supervisor, stack: AsyncExitStack, divided: Split, reporter: Reporter
-) -> Cast:
-    """Starts all processes at once and connects everybody."""
-    ports = free_ports(2 + demo.trainers + demo.validators)
-    operator = Key.load_or_create(supervisor.folder("operator") / "key.pem")
-    creator = Key.load_or_create(supervisor.folder("creator") / "key.pem")
-    registry, selector = arena_programs(
-        supervisor, registry_port=ports[0], selector_port=ports[1], operator=operator.id, origin=DEFAULT_ORIGIN
-    )
-    cores = os.cpu_count() or 1
-    threads = {"TRAINING_THREADS": str(max(1, cores // demo.trainers))}
-    names = [("trainer", f"trainer-{n}") for n in range(1, demo.trainers + 1)]
-    names += [("validator", f"validator-{n}") for n in range(1, demo.validators + 1)]
-    nodes = [
-        node_program(
-            supervisor,
-            name,
-            kind=kind,
-            port=port,
-            registry=registry.address,
-            operator=operator.id,
-            origin=DEFAULT_ORIGIN,
-            settings=threads if kind == "trainer" else {},
-        )
-        for (kind, name), port in zip(names, ports[2:], strict=True)
-    ]
-    for program, shard in zip(nodes, divided.shards, strict=False):
-        folder = supervisor.folder(program.name) / DATA_FOLDER
-        await asyncio.to_thread(_write_rows, folder / SHARD, shard)
-    await supervisor.start([registry, selector, *nodes])
-
-    def join(name: str, key: Key, program: Program | None = None, model_index: int = 0) -> Participant:
-        client = Client(key, origin=DEFAULT_ORIGIN, registry=registry.address, selector=selector.address)
-        stack.push_async_callback(client.close)
-        if program is None:
-            return Participant(name, client)
-        node = Node(key, address=program.address, node_id=key.id)
-        stack.push_async_callback(node.close)
-        return Participant(name, client, node, model_index)
-
-    members = [
-        join(program.name, Key.load(supervisor.folder(program.name) / "key.pem"), program, place)
-        for place, program in enumerate(nodes)
-    ]
-    cast = Cast(
-        operator=join("operator", operator),
-        creator=join("creator", creator),
-        trainers=tuple(members[: demo.trainers]),
-        validators=tuple(members[demo.trainers :]),
-    )
-    await supervisor.until_serving()
-    reporter.say(
-        f"serving: registry {registry.address}, selector {selector.address}, "
-        f"{demo.trainers} trainers and {demo.validators} validators, a process each"
-    )
-    return cast
-
-
-def _write_rows(path: Path, rows: Rows) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_dataset(path, rows.x, rows.y, labels=rows.labels)
 
 
 async def _all(do: Callable[[Participant], Awaitable[T]], whom: Sequence[Participant]) -> list[T]:
@@ -207,7 +102,8 @@ class _Play:
             await asyncio.gather(following, return_exceptions=True)
         if not following.cancelled():
             following.result()
-        return await self._conclude(task, trained)
+        ending = Ending(task, self._cast, self._models, self._reporter, self._state)
+        return await ending.tell(expected=len(trained), export=self._demo.export)
 
     async def _register_and_deposit(self) -> None:
         cast = self._cast
@@ -240,7 +136,7 @@ class _Play:
     async def _create_task(self) -> str:
         creator, rows = self._cast.creator.client, self._divided.evaluation
         file = self._state / "creator" / "evaluation.safetensors"
-        await asyncio.to_thread(_write_rows, file, rows)
+        await asyncio.to_thread(write_rows, file, rows)
         digest = task_type_pb2.DatasetDigest(
             sha256=await asyncio.to_thread(file_digest, file), size_bytes=(await asyncio.to_thread(file.stat)).st_size
         )
@@ -281,8 +177,8 @@ class _Play:
     async def _join(self, task: str) -> None:
         cast = self._cast
         await asyncio.gather(
-            _all(lambda each: task_commands.join_task(each.client, task, "training-node"), cast.trainers),
-            _all(lambda each: task_commands.join_task(each.client, task, "validator"), cast.validators),
+            _all(lambda each: join_task(each.client, task, "training-node"), cast.trainers),
+            _all(lambda each: join_task(each.client, task, "validator"), cast.validators),
         )
         await self._watch_task(
             task,
@@ -317,82 +213,3 @@ class _Play:
     async def _close(self, task: str) -> None:
         request = task_pb2.CloseTaskRequest(name=task, request_id=new_request_id())
         await persist(lambda: self._cast.creator.client.tasks.CloseTask(request))
-
-    async def _conclude(self, task: str, trained: Sequence[trainer_pb2.Training]) -> Result:
-        client, reporter, cast = self._cast.creator.client, self._reporter, self._cast
-        board_request = leaderboard_pb2.GetLeaderboardRequest(task=task)
-        board = (await persist(lambda: client.leaderboard.GetLeaderboard(board_request))).leaderboard
-        listing = submission_pb2.ListSubmissionsRequest(parent=task, page_size=1000)
-        submissions = [
-            each
-            async for page in pages(client.submissions.ListSubmissions, listing, patience_s=PATIENCE_S)
-            for each in page.submissions
-        ]
-        reporter.say("leaderboard:")
-        for entry in board.entries:
-            reporter.say(
-                f"  {entry.rank}. {entry.display_name:<12} {entry.correct}/{entry.total} "
-                f"= {entry.correct / entry.total:.4f}  ({entry.interval_low:.4f} to {entry.interval_high:.4f})"
-            )
-        record = await fetch_record(client)
-        checks = await asyncio.to_thread(verify, record, task, submissions, board)
-        for check in checks:
-            reporter.say(f"{'verified' if check.passed else 'NOT VERIFIED'}: {check.claim}")
-            if not check.passed:
-                reporter.say(f"  {check.detail}")
-        scored = [each for each in submissions if each.state == evaluation_pb2.SUBMISSION_STATE_SCORED]
-        for each in submissions:
-            if each.state != evaluation_pb2.SUBMISSION_STATE_SCORED:
-                reason = evaluation_pb2.RejectionReason.Name(each.reason)
-                reporter.say(f"{each.name} was not scored: {reason} {each.detail}")
-        succeeded = len(scored) == len(trained) and all(check.passed for check in checks)
-        document = {
-            "task": task,
-            "seconds": round(reporter.seconds, 3),
-            "submissions": [self._submission(each) for each in submissions],
-            "leaderboard": [{**as_json(each), "correct": each.correct, "total": each.total} for each in board.entries],
-            "verified": {check.claim: check.passed for check in checks},
-            "state": str(self._state),
-        }
-        if self._demo.export:
-            await self._export(self._demo.export, task, record, document)
-        reporter.say(
-            f"{'done' if succeeded else 'FAILED'} in {reporter.seconds:.1f} s; "
-            f"state, keys and logs of {2 + len(cast.members)} processes lie in {self._state}"
-        )
-        return Result(document, succeeded)
-
-    def _submission(self, each: submission_pb2.Submission) -> dict[str, Any]:
-        is_scored = each.state == evaluation_pb2.SUBMISSION_STATE_SCORED
-        document: dict[str, Any] = {
-            "name": each.name,
-            "participant": each.participant,
-            "display_name": self._cast.name_of(each.participant),
-            "model": self._models[each.model_index].name,
-            "state": evaluation_pb2.SubmissionState.Name(each.state).removeprefix("SUBMISSION_STATE_"),
-            "accuracy": each.score.correct / each.score.total if is_scored and each.score.total else None,
-            "correct": each.score.correct if is_scored else None,
-            "total": each.score.total if is_scored else None,
-            "validators": list(each.validators),
-        }
-        if each.reason:
-            document["reason"] = evaluation_pb2.RejectionReason.Name(each.reason).removeprefix("REJECTION_REASON_")
-        return document
-
-    async def _export(self, folder: Path, task: str, record: Record, document: dict[str, Any]) -> None:
-        await asyncio.to_thread(_export_record, folder, record)
-        count = await task_commands.fetch_results(self._cast.creator.client, task, folder / "models")
-        await asyncio.to_thread((folder / "demo.json").write_text, json.dumps(document, indent=2) + "\n")
-        self._reporter.say(f"log, draws and {count} models exported to {folder}")
-
-
-def _export_record(folder: Path, record: Record) -> None:
-    log, draws = folder / "log", folder / "draws"
-    log.mkdir(parents=True, exist_ok=True)
-    draws.mkdir(parents=True, exist_ok=True)
-    (log / "checkpoint").write_text(record.checkpoint.note)
-    # Each leaf as it was hashed, after its length in four big-endian bytes.
-    (log / "leaves").write_bytes(b"".join(len(leaf).to_bytes(4, "big") + leaf for leaf in record.leaves))
-    for receipt in record.draws():
-        name = receipt.draw.removeprefix("draws/").replace("/", "-")
-        (draws / f"{name}.json").write_text(json.dumps(as_json(receipt), indent=2) + "\n")

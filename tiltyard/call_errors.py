@@ -1,0 +1,108 @@
+"""What a call answers instead of a result, taken apart for programs and put in one line for people."""
+
+from dataclasses import dataclass
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+# What a server that restarts answers with, or leaves unanswered.
+_TRANSIENT = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One field of a request that was refused, by its path, and why."""
+
+    field: str
+    description: str
+
+
+class ClientError(Exception):
+    """What a server answered instead of a result, taken apart.
+
+    `code` is the status code, `reason` the machine-readable reason (`NOT_ELIGIBLE`; empty when none was given),
+    `retry_after_s` the wait in seconds that the server named, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        code: grpc.StatusCode,
+        message: str,
+        reason: str = "",
+        metadata: dict[str, str] | None = None,
+        violations: tuple[FieldViolation, ...] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.reason = reason
+        self.metadata = metadata or {}
+        self.violations = violations
+        self.retry_after_s = retry_after_s
+
+    @classmethod
+    def of(cls, error: grpc.aio.AioRpcError) -> "ClientError":
+        """The error of a call with its google.rpc details (ErrorInfo, BadRequest, RetryInfo) read."""
+        reason, metadata, retry_after_s = "", dict[str, str](), None
+        violations: list[FieldViolation] = []
+        for detail in _details(error).details:
+            if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+                info = error_details_pb2.ErrorInfo()
+                detail.Unpack(info)
+                reason, metadata = info.reason, dict(info.metadata)
+            elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+                refused = error_details_pb2.BadRequest()
+                detail.Unpack(refused)
+                violations += [FieldViolation(each.field, each.description) for each in refused.field_violations]
+            elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+                retry = error_details_pb2.RetryInfo()
+                detail.Unpack(retry)
+                retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
+        return cls(
+            code=error.code(),
+            message=error.details() or "",
+            reason=reason,
+            metadata=metadata,
+            violations=tuple(violations),
+            retry_after_s=retry_after_s,
+        )
+
+
+def _details(error: grpc.aio.AioRpcError) -> status_pb2.Status:
+    status = status_pb2.Status()
+    for name, value in error.trailing_metadata() or ():
+        if name == "grpc-status-details-bin" and isinstance(value, bytes):
+            status.ParseFromString(value)
+    return status
+
+
+def explain(error: BaseException) -> str:
+    """One clear line for people on what went wrong."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        error = ClientError.of(error)
+    if not isinstance(error, ClientError):
+        return str(error).replace("\n", " ") or type(error).__name__
+    if error.code is grpc.StatusCode.UNAVAILABLE and not error.reason:
+        return f"the service cannot be reached: {_one_line(error.message)}"
+    if error.code is grpc.StatusCode.UNIMPLEMENTED:
+        return "this service does not offer that yet (UNIMPLEMENTED)"
+    if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return "the service did not answer in time (DEADLINE_EXCEEDED)"
+    line = f"{error.code.name}{f' ({error.reason})' if error.reason else ''}: {_one_line(error.message)}"
+    fields = "; ".join(f"{each.field}: {each.description}" for each in error.violations)
+    if fields and fields not in line:
+        line += f" [{fields}]"
+    if error.retry_after_s is not None:
+        line += f" (try again in {error.retry_after_s:g} s)"
+    return line
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def is_transient(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the same call may well succeed a little later, as after a restart of the server."""
+    return error.code() in _TRANSIENT

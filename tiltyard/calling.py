@@ -1,0 +1,110 @@
+"""Calls that outlast a restart of the server: patience, watches that resume, pages to the end."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from typing import Protocol, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from tiltyard.call_errors import is_transient
+
+T = TypeVar("T")
+PATIENCE_S = 60.0
+_FIRST_WAIT_S = 0.1
+_LONGEST_WAIT_S = 2.0
+
+
+def new_request_id() -> str:
+    """A fresh idempotency key."""
+    return secrets.token_hex(16)
+
+
+async def persist(call: Callable[[], Awaitable[T]], *, patience_s: float = PATIENCE_S) -> T:
+    """Awaits `call()`, again and again with growing pauses while it fails for a transient reason, `patience_s` at most.
+
+    A mutating call must carry one request id through all of them. Raises the last grpc.aio.AioRpcError.
+    """
+    give_up = time.monotonic() + patience_s
+    wait_s = _FIRST_WAIT_S
+    while True:
+        try:
+            return await call()
+        except grpc.aio.AioRpcError as error:
+            if not is_transient(error) or time.monotonic() + wait_s > give_up:
+                raise
+        await asyncio.sleep(wait_s)
+        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+
+class _WatchRequest(Protocol):
+    cursor: str
+
+
+class _Seen(Protocol):
+    @property
+    def cursor(self) -> str: ...
+
+
+Watched = TypeVar("Watched", bound=_WatchRequest)
+Seen = TypeVar("Seen", bound=_Seen)
+
+
+async def watch(
+    method: Callable[[Watched], AsyncIterable[Seen]], request: Watched, *, patience_s: float = PATIENCE_S
+) -> AsyncIterator[Seen]:
+    """The messages of a watch that resumes by cursor: a stream that breaks is started again where it was.
+
+    `request` is copied, not changed. Raises grpc.aio.AioRpcError when it fails for good, or when broken streams bring
+    nothing for `patience_s`.
+    """
+    asked = _copy(request)
+    wait_s, give_up = _FIRST_WAIT_S, time.monotonic() + patience_s
+    while True:
+        try:
+            async for message in method(asked):
+                asked.cursor, wait_s = message.cursor, _FIRST_WAIT_S
+                yield message
+                give_up = time.monotonic() + patience_s
+            return
+        except grpc.aio.AioRpcError as error:
+            if not is_transient(error) or time.monotonic() + wait_s > give_up:
+                raise
+        await asyncio.sleep(wait_s)
+        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+
+class _PageRequest(Protocol):
+    page_token: str
+
+
+class _Page(Protocol):
+    @property
+    def next_page_token(self) -> str: ...
+
+
+Asked = TypeVar("Asked", bound=_PageRequest)
+Page = TypeVar("Page", bound=_Page)
+
+
+async def pages(
+    method: Callable[[Asked], Awaitable[Page]], request: Asked, *, patience_s: float = 0.0
+) -> AsyncIterator[Page]:
+    """All pages of a list method, in order, each asked for as `persist` does. `request` is copied, not changed."""
+    asked = _copy(request)
+    while True:
+        page = await persist(lambda: method(asked), patience_s=patience_s)
+        yield page
+        if not page.next_page_token:
+            return
+        asked.page_token = page.next_page_token
+
+
+def _copy(request: T) -> T:
+    copy = type(request)()
+    assert isinstance(copy, Message)
+    assert isinstance(request, Message)
+    copy.CopyFrom(request)
+    return copy

@@ -1,0 +1,137 @@
+"""`tiltyard task join`, `members` and `verdicts`: who takes part in a task, and who may."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tiltyard.cli.connection import (
+    DEFAULT_ORIGIN,
+    REGISTRY,
+    JsonOption,
+    KeyOption,
+    OriginOption,
+    RegistryOption,
+    TaskArgument,
+    connect,
+    run,
+    task_name,
+)
+from tiltyard.cli.output import as_json, enum_word, print_json, print_message, print_table
+
+if TYPE_CHECKING:
+    from tiltyard.client import Client
+    from tiltyard.registry.v1 import membership_pb2
+
+ROLES = {"training-node": "ROLE_TRAINING_NODE", "validator": "ROLE_VALIDATOR"}
+
+
+def members(
+    task: TaskArgument,
+    key: KeyOption,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """List who takes part."""
+    from tiltyard.client import pages
+    from tiltyard.registry.v1 import membership_pb2
+    from tiltyard.type.v1 import participation_pb2
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            request = membership_pb2.ListMembersRequest(parent=task_name(task), page_size=1000)
+            found = [each async for page in pages(client.memberships.ListMembers, request) for each in page.members]
+        if json:
+            print_json({"members": [as_json(each) for each in found]})
+        else:
+            print_table(
+                ("participant", "role", "state", "locked", "weight", "owner group"),
+                (
+                    (
+                        each.participant,
+                        enum_word(participation_pb2.Role.Name(each.role), "ROLE_"),
+                        enum_word(participation_pb2.MembershipState.Name(each.state), "MEMBERSHIP_STATE_"),
+                        each.locked_micros,
+                        each.weight,
+                        each.owner_group,
+                    )
+                    for each in found
+                ),
+            )
+
+    run(work())
+
+
+def verdicts(
+    task: TaskArgument,
+    key: KeyOption,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """List the eligibility verdicts, refusals included."""
+    from tiltyard.client import pages
+    from tiltyard.registry.v1 import membership_pb2
+    from tiltyard.type.v1 import participation_pb2
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            request = membership_pb2.ListEligibilityVerdictsRequest(parent=task_name(task), page_size=1000)
+            listed = pages(client.memberships.ListEligibilityVerdicts, request)
+            found = [each async for page in listed for each in page.verdicts]
+        if json:
+            print_json({"verdicts": [as_json(each) for each in found]})
+        else:
+            print_table(
+                ("participant", "role", "eligible", "explanation"),
+                (
+                    (
+                        each.participant,
+                        enum_word(participation_pb2.Role.Name(each.role), "ROLE_"),
+                        "yes" if each.eligible else "no",
+                        each.explanation,
+                    )
+                    for each in found
+                ),
+            )
+
+    run(work())
+
+
+async def join_task(client: "Client", task: str, role: str) -> "membership_pb2.JoinTaskResponse":
+    """Joins as `role`, one of ROLES, with the client's key."""
+    from tiltyard.client import new_request_id, persist
+    from tiltyard.registry.v1 import membership_pb2
+    from tiltyard.statements import sign_statement
+    from tiltyard.type.v1 import envelope_pb2, participation_pb2
+
+    statement = envelope_pb2.JoinStatement(
+        origin=client.origin,
+        task=task,
+        participant=client.participant,
+        role=participation_pb2.Role.Value(ROLES[role]),
+    )
+    request = membership_pb2.JoinTaskRequest(
+        statement=sign_statement(client.key, statement), request_id=new_request_id()
+    )
+    return await persist(lambda: client.memberships.JoinTask(request))
+
+
+def join(
+    task: TaskArgument,
+    key: KeyOption,
+    role: Annotated[str, typer.Option(help="training-node or validator.")] = "training-node",
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """Take a role in a task; one role per participant and task."""
+    if role not in ROLES:
+        raise typer.BadParameter(f"{role!r} is neither training-node nor validator", param_hint="--role")
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            answer = await join_task(client, task_name(task), role)
+        print_message(answer.member, as_document=json)
+
+    run(work())
