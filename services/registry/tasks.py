@@ -1,5 +1,6 @@
 """Tasks as their creators post, amend, close and cancel them; what time does to them is `task_turns`."""
 
+import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import aclosing
@@ -25,7 +26,14 @@ from services.registry.selection import EligibilityFacts, Selection
 from services.registry.task_states import ENDED, cancel, close, holdout_deadline
 from services.registry.transaction import Changes, Reading, Store, Writing
 from services.registry.watching import watch
-from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from services.runtime.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    FieldViolation,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+)
 
 
 @dataclass(frozen=True)
@@ -77,9 +85,12 @@ class Tasks:
             return facts_of(tx, caller, field=config.field, trusted=self._trusted)
 
         facts = await self._store.read(gather)
-        answer = await self._selection.check_eligibility(
-            participant=caller, task=task, role=Role.TASK_CREATOR, facts=facts, policy=config.selection
-        )
+        try:
+            answer = await self._selection.check_eligibility(
+                participant=caller, task=task, role=Role.TASK_CREATOR, facts=facts, policy=config.selection
+            )
+        except InvalidArgument as error:
+            raise _in_config(error) from None
         verdict = answer.verdict
         if not verdict.eligible:
             await self._store.write(lambda tx: record_verdict(tx, verdict), final=False)
@@ -215,6 +226,15 @@ def record_verdict(tx: Writing, verdict: Verdict) -> None:
 def not_eligible(verdict: Verdict) -> FailedPrecondition:
     """What somebody is told whom a verdict refuses."""
     return FailedPrecondition("NOT_ELIGIBLE", verdict.explanation or "not eligible for this role")
+
+
+def _in_config(error: InvalidArgument) -> InvalidArgument:
+    """What the selector finds wrong with the policy, by the path that the caller knows."""
+    violations = [
+        FieldViolation(re.sub("^policy", "config.selection", violation.field), violation.description)
+        for violation in error.violations
+    ]
+    return InvalidArgument(violations, reason=error.reason)
 
 
 def _check_free(tx: Reading, task: str) -> None:

@@ -88,7 +88,7 @@ def policy_message(policy: SelectionPolicy) -> task_pb2.SelectionPolicy:
         validator_min_stake_micros=policy.validator_min_stake_micros,
         training_node_min_stake_micros=policy.training_node_min_stake_micros,
         rate=task_pb2.ValidatorRate(
-            window=duration(policy.rate.window),
+            window=duration(policy.rate.window) if policy.rate.window else None,
             limit=policy.rate.limit,
             reference_stake_micros=policy.rate.reference_stake_micros,
         ),
