@@ -1,7 +1,7 @@
 """Streams batches to an Open Inference Protocol server: read, encode, in flight, decode, in order, a window at a time.
 
-A synchronous client in threads of its own: it moves more bytes a second than an asyncio one, and leaves the event loop
-to the leases. Requests are put together by hand, since protobuf would copy every batch twice more.
+A synchronous client in threads of its own: it costs no more than an asyncio one, and leaves the event loop to the
+leases. Requests are put together by hand, since protobuf would copy every batch twice more.
 """
 
 import threading
