@@ -1,10 +1,7 @@
 """One database for each process: a writer that commits in groups, and readers on consistent snapshots."""
 
 import asyncio
-import contextlib
 import contextvars
-import queue
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,12 +18,12 @@ from sqlmodel import Field, Session, SQLModel, col, select
 
 from services.runtime.auth import utc_now
 from services.runtime.engines import is_serialization_failure, migrate, reading_engine, writing_engine
-from services.runtime.errors import Unavailable
+from services.runtime.errors import AlreadyExists, Unavailable
+from services.runtime.groups import GroupThread, Outcome
 from services.runtime.idempotency import PendingRequest, Replayed, check_body, pending_request
 
 T = TypeVar("T")
 
-_GROUP_SIZE = 64
 _READERS = 4
 _SERIALIZATION_ATTEMPTS = 8
 
@@ -68,10 +65,6 @@ class _Write:
     context: contextvars.Context
     pending: PendingRequest | None
     final: bool
-    done: "asyncio.Future[Any]"
-
-
-_Outcome = tuple[Any, BaseException | None]
 
 
 class Database:
@@ -84,12 +77,11 @@ class Database:
     def __init__(self, url: str, *, clock: Callable[[], datetime] = utc_now) -> None:
         self._clock = clock
         self._write_engine = writing_engine(url)
-        self._read_engine = reading_engine(url, readers=_READERS)
-        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._read_engine = reading_engine(url, readers=_READERS + 1)  # one more for the lookups
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="database-reader")
-        self._writer = threading.Thread(target=self._write_groups, name="database-writer", daemon=True)
+        self._writer = GroupThread(self._write_group, name="database-writer")
+        self._lookups = GroupThread(self._look_up_group, name="database-lookups")
         self._closed = False
-        self._writer.start()
 
     @classmethod
     def open(
@@ -117,9 +109,8 @@ class Database:
             raise RuntimeError(f"a second final write under request id {pending.request_id!r}: say final=False")
         if pending is not None and pending.stored:
             pending = None
-        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._queue.put(_Write(work, contextvars.copy_context(), pending, final, done))
-        return cast(T, await done)
+        item = _Write(work, contextvars.copy_context(), pending, final)
+        return cast(T, await self._writer.ask(item))
 
     async def read(self, work: Callable[[Session], T]) -> T:
         """Runs `work` in a read-only transaction that sees one consistent snapshot, beside the writer."""
@@ -131,10 +122,9 @@ class Database:
 
     async def lookup_remembered(self, pending: PendingRequest) -> bytes | None:
         """The answer stored under this request's key. Raises AlreadyExists where it was stored for another body."""
-
         if self._closed:
             raise Unavailable("DATABASE_CLOSED", "the server is stopping")
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._lookup, pending)
+        return await self._lookups.ask(pending)
 
     async def forget_requests(self, before: datetime) -> int:
         """Drops the answers stored before `before` and returns how many they were."""
@@ -150,8 +140,8 @@ class Database:
         if self._closed:
             return
         self._closed = True
-        self._queue.put(None)
-        await asyncio.to_thread(self._writer.join)
+        await self._writer.close()
+        await self._lookups.close()
         await asyncio.to_thread(self._readers.shutdown)
         self._write_engine.dispose()
         self._read_engine.dispose()
@@ -161,49 +151,39 @@ class Database:
         with self._read_engine.connect() as connection, Session(bind=connection) as session:
             return work(session)
 
-    def _lookup(self, pending: PendingRequest) -> bytes | None:
+    def _look_up_group(self, group: list[PendingRequest]) -> list[Outcome[bytes | None]]:
+        outcomes: list[Outcome[bytes | None]] = []
         with self._read_engine.connect() as connection:
-            return _remembered(connection, pending)
-
-    def _write_groups(self) -> None:
-        open_for_more = True
-        while open_for_more:
-            first = self._queue.get()
-            if first is None:
-                return
-            group = [first]
-            while len(group) < _GROUP_SIZE:
+            for pending in group:
                 try:
-                    item = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                if item is None:
-                    open_for_more = False
-                    break
-                group.append(item)
-            self._write_group([item for item in group if not item.done.cancelled()])
+                    outcomes.append((_remembered(connection, pending), None))
+                except AlreadyExists as refusal:
+                    outcomes.append((None, refusal))
+        return outcomes
 
-    def _write_group(self, group: list[_Write]) -> None:
-        if not group:
-            return
+    def _write_group(self, group: list[_Write]) -> list[Outcome[Any]]:
         attempt = 1
         while True:
             try:
                 outcomes = self._commit(group)
-            except BaseException as error:  # whatever a work raises, the writer lives on and everybody hears of it
+            except BaseException as error:
                 if is_serialization_failure(error) and attempt < _SERIALIZATION_ATTEMPTS:
                     attempt += 1
                     continue
                 _log.error("a group of writes was not committed", writes=len(group), exc_info=error)
-                outcomes = [(None, _not_committed(error))] * len(group)
+                if isinstance(error, DBAPIError):
+                    raise Unavailable(
+                        "DATABASE_UNAVAILABLE", "the change could not be stored, nothing was changed"
+                    ) from error
+                raise
             break
         for item, (_, failure) in zip(group, outcomes, strict=True):
             if failure is None and item.pending is not None and item.final:
                 item.pending.stored = True
-        _tell(group, outcomes)
+        return outcomes
 
-    def _commit(self, group: list[_Write]) -> list[_Outcome]:
-        outcomes: list[_Outcome] = []
+    def _commit(self, group: list[_Write]) -> list[Outcome[Any]]:
+        outcomes: list[Outcome[Any]] = []
         with self._write_engine.connect() as connection, connection.begin():
             for item in group:
                 try:
@@ -268,32 +248,3 @@ def _raise_if_remembered(connection: Connection, pending: PendingRequest) -> Non
     answer = _remembered(connection, pending)
     if answer is not None:
         raise Replayed(answer)
-
-
-def _tell(group: list[_Write], outcomes: list[_Outcome]) -> None:
-    """Resolves the futures of a group, waking each event loop once."""
-
-    def resolve(told: list[tuple[asyncio.Future[Any], _Outcome]]) -> None:
-        for done, (result, failure) in told:
-            if done.cancelled():
-                continue
-            if failure is None:
-                done.set_result(result)
-            else:
-                done.set_exception(failure)
-
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], _Outcome]]] = {}
-    for item, outcome in zip(group, outcomes, strict=True):
-        by_loop.setdefault(item.done.get_loop(), []).append((item.done, outcome))
-    for loop, told in by_loop.items():
-        # A loop that was closed meanwhile has nobody waiting.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(resolve, told)
-
-
-def _not_committed(error: BaseException) -> BaseException:
-    if isinstance(error, DBAPIError):
-        unavailable = Unavailable("DATABASE_UNAVAILABLE", "the change could not be stored, nothing was changed")
-        unavailable.__cause__ = error
-        return unavailable
-    return error
