@@ -1,0 +1,99 @@
+"""The judging half of a registry behind a real server, with real tokens, and what its tests ask of it."""
+
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from services.runtime.auth import AccessPolicy, Authenticator
+from services.runtime.channels import open_peer
+from services.runtime.errors import ArenaError, InvalidArgument
+from services.runtime.rpc_errors import from_rpc_error
+from services.runtime.server import ArenaServer, Mount
+from tests.registry_fakes import FakeSelection, SettableClock
+from tests.registry_world import ORIGIN, MemoryFiles, World, open_database
+from tiltyard.identity import Key
+from tiltyard.registry.v1 import assignment_pb2_grpc, evaluation_pb2_grpc, submission_pb2_grpc
+
+AUDIENCE = f"{ORIGIN}/registry"
+
+
+class Peer:
+    """One key's stubs."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.submissions = submission_pb2_grpc.SubmissionServiceStub(channel)
+        self.assignments = assignment_pb2_grpc.AssignmentServiceStub(channel)
+        self.evaluations = evaluation_pb2_grpc.EvaluationServiceStub(channel)
+
+
+class Arena:
+    """A world that is served."""
+
+    def __init__(self, world: World, server: ArenaServer) -> None:
+        self.world = world
+        self.server = server
+        self._channels: list[grpc.aio.Channel] = []
+
+    def peer(self, key: Key) -> Peer:
+        """Stubs that call as `key`'s holder."""
+        channel = open_peer(self.server.address, key=key, audience=AUDIENCE)
+        self._channels.append(channel)
+        return Peer(channel)
+
+    async def close(self) -> None:
+        """Stop serving."""
+        for channel in self._channels:
+            await channel.close()
+        await self.server.stop(grace_s=0)
+
+
+@asynccontextmanager
+async def served(folder: Path) -> AsyncIterator[Arena]:
+    """A registry over a fresh database in `folder`."""
+    clock = SettableClock()
+    database = open_database(folder, clock)
+    world = World(database, clock, FakeSelection(clock), MemoryFiles())
+    mounts = [
+        Mount(
+            f"tiltyard.registry.v1.{name}Service",
+            lambda server, add=add, servicer=servicer: add(servicer, server),  # type: ignore[misc]
+        )
+        for name, add, servicer in (
+            ("Submission", submission_pb2_grpc.add_SubmissionServiceServicer_to_server, world.submission_servicer),
+            ("Assignment", assignment_pb2_grpc.add_AssignmentServiceServicer_to_server, world.assignment_servicer),
+            ("Evaluation", evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server, world.evaluation_servicer),
+        )
+    ]
+    server = ArenaServer(
+        "127.0.0.1:0",
+        mounts,
+        authenticator=Authenticator([AUDIENCE]),
+        policy=AccessPolicy(),
+        remembered=database,
+    )
+    await server.start()
+    await server.set_serving(True)
+    arena = Arena(world, server)
+    try:
+        yield arena
+    finally:
+        await arena.close()
+        await database.close()
+
+
+async def refusal(call: Awaitable[Any]) -> ArenaError:
+    """The domain's error that a call was answered with."""
+    try:
+        answer = await call
+    except grpc.aio.AioRpcError as error:
+        return from_rpc_error(error)
+    raise AssertionError(f"was answered: {answer}")
+
+
+def bad_fields(error: ArenaError) -> list[str]:
+    """Which fields an INVALID_ARGUMENT names."""
+    assert isinstance(error, InvalidArgument), error
+    return [violation.field for violation in error.violations]
