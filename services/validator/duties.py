@@ -173,7 +173,10 @@ class Duty:
             raise CannotEvaluate("the task's metric is not counted by this validator yet")
 
         def fetched(digest: str, size_bytes: int) -> contextlib.AbstractAsyncContextManager[Path]:
-            return cache.hold(digest, size_bytes, lambda path: registry.fetch(digest, size_bytes, path))
+            def fetch(path: Path) -> Awaitable[None]:
+                return persist(lambda: registry.fetch(digest, size_bytes, path), "fetch")
+
+            return cache.hold(digest, size_bytes, fetch)
 
         async with (
             fetched(order.dataset_digest, order.dataset_bytes) as dataset,

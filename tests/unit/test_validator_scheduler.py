@@ -1,0 +1,440 @@
+"""Duties against a registry that refuses, goes away, takes back and comes late; time is the test's."""
+
+import asyncio
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable
+from services.validator import duties, patience
+from services.validator.assignments import Assignment, AssignmentState, DigestMismatch, Lease, Order
+from services.validator.cache import Cache
+from services.validator.duties import Means
+from services.validator.evaluation import CannotEvaluate
+from services.validator.runs import ENDED_RUNS, Finding, Run, RunState, SealedReport
+from services.validator.scheduler import Scheduler
+from services.validator.slots import FairSlots
+from tiltyard.counting import Counts
+from tiltyard.modelspec import Linear, ModelSpec, tensor_shapes
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+SPEC = ModelSpec((4,), 2, Linear())
+ORDER = Order("d" * 64, 10, "e" * 64, 10, SPEC, max_cpu_s=1, max_memory_bytes=1)
+FOUND = Finding(counts=Counts(1, 2, 0, 3), prediction_blocks=(b"b",))
+MODEL = save({name: np.zeros(shape, np.float32) for name, shape in tensor_shapes(SPEC).items()})
+
+
+class MemoryStore:
+    def __init__(self, *runs):
+        self.runs = {run.assignment: run for run in runs}
+        self.changed = asyncio.Condition()
+
+    async def add(self, run):
+        await self.save(replace(run, number=len(self.runs) + 1))
+        return self.runs[run.assignment]
+
+    async def save(self, run):
+        async with self.changed:
+            self.runs[run.assignment] = run
+            self.changed.notify_all()
+
+    async def get(self, assignment):
+        return self.runs.get(assignment)
+
+    async def unfinished(self):
+        return [run for run in self.runs.values() if run.state not in ENDED_RUNS]
+
+    async def page(self, *, below, size):
+        raise NotImplementedError
+
+    async def count_ended(self):
+        raise NotImplementedError
+
+    async def until(self, name, *states):
+        async with asyncio.timeout(10), self.changed:
+            await self.changed.wait_for(lambda: name in self.runs and self.runs[name].state in states)
+        return self.runs[name]
+
+
+class Registry:
+    """Answers as told: `refusals[method]` are raised one after another before it does its duty."""
+
+    def __init__(self):
+        self.known: dict[str, Assignment] = {}
+        self.refusals: dict[str, list[Exception]] = {}
+        self.calls: list[tuple] = []
+        self.updates: asyncio.Queue = asyncio.Queue()
+        self.cursors: list[str] = []
+        self.lease_s = 60.0
+        self.open_at_once = True
+        self.order: Order | None = ORDER
+        self._called_now = asyncio.Event()
+
+    async def until_called(self, method, times=1):
+        async with asyncio.timeout(10):
+            while sum(call[0] == method for call in self.calls) < times:
+                await self._called_now.wait()
+
+    def offer(self, name, task="t", state=AssignmentState.OFFERED, **fields):
+        self.say(Assignment(name, task, state, **fields))
+
+    def say(self, assignment):
+        self.known[assignment.name] = assignment
+        self.updates.put_nowait(assignment)
+
+    def change(self, name, **fields):
+        self.say(replace(self.known[name], **fields))
+
+    def _called(self, method, *arguments):
+        self.calls.append((method, *arguments))
+        self._called_now.set()
+        self._called_now = asyncio.Event()
+        if self.refusals.get(method):
+            raise self.refusals[method].pop(0)
+
+    async def watch(self, cursor):
+        self.cursors.append(cursor)
+        self._called("watch")
+        while True:
+            update = await self.updates.get()
+            if isinstance(update, Exception):
+                raise update
+            yield update, f"{cursor}+"
+
+    async def assignments(self):
+        self._called("assignments")
+        return list(self.known.values())
+
+    async def accept(self, assignment, lease_holder):
+        self._called("accept", assignment)
+        return Lease("token", self.lease_s, self.order, "" if self.order else "not understood")
+
+    async def renew(self, assignment, token):
+        self._called("renew", assignment)
+        return self.lease_s
+
+    async def decline(self, assignment, token, reason):
+        self._called("decline", assignment, reason)
+
+    async def fetch(self, digest, size_bytes, destination):
+        self._called("fetch", digest)
+        destination.write_bytes(MODEL)
+
+    async def seal(self, statement, token):
+        self._called("seal", statement)
+        name = statement.decode().removeprefix("seal of ")
+        self.change(name, state=AssignmentState.SEALED, opening=self.open_at_once)
+
+    async def open(self, report, salt):
+        self._called("open", report, salt)
+
+
+class PlainNotary:
+    def report(self, assignment, order, finding):
+        return f"report on {assignment}".encode()
+
+    def seal(self, assignment, report, salt):
+        return f"seal of {assignment}".encode()
+
+
+class Attempts:
+    """Each attempt takes until it is let go, where `hold` is set."""
+
+    def __init__(self):
+        self.hold: asyncio.Event | None = None
+        self.error: Exception | None = None
+        self.began = asyncio.Event()
+
+    async def attempt(self, job, progress):
+        self.began.set()
+        if self.hold is not None:
+            await self.hold.wait()
+        if self.error is not None:
+            raise self.error
+        return FOUND
+
+
+class Arena:
+    def __init__(self, folder, *runs, stop_after=0, concurrency=1, leases=8):
+        self.registry, self.store, self.attempts = Registry(), MemoryStore(*runs), Attempts()
+        self.drained = asyncio.Event()
+        self.now = NOW
+        self.means = Means(
+            registry=self.registry,
+            notary=PlainNotary(),
+            store=self.store,
+            cache=Cache(folder, max_bytes=1 << 20),
+            attempts=self.attempts,
+            leases=FairSlots(leases),
+            evaluations=FairSlots(concurrency),
+            lease_holder=bytes(32),
+            clock=lambda: self.now,
+        )
+        self.scheduler = Scheduler(self.means, stop_after=stop_after, on_drained=self.drained.set)
+
+    async def __aenter__(self):
+        self._work = asyncio.create_task(self.scheduler.run())
+        return self
+
+    async def __aexit__(self, *_):
+        self._work.cancel()
+        await asyncio.gather(self._work, return_exceptions=True)
+
+    def calls(self, method):
+        return [call for call in self.registry.calls if call[0] == method]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(patience, "LONGEST_PAUSE_S", 0.002)
+
+
+def run(state, **fields):
+    return Run("a", "t", state, NOW, number=1, **fields)
+
+
+SEALED_REPORT = SealedReport(report=b"report on a", salt=b"s" * 32, seal=b"seal of a")
+
+
+async def test_an_offer_is_accepted_evaluated_sealed_and_opened(tmp_path):
+    async with Arena(tmp_path) as arena:
+        arena.registry.offer("a")
+        ended = await arena.store.until("a", *ENDED_RUNS)
+    assert ended.state is RunState.OPENED
+    assert ended.finding == FOUND
+    assert ended.sealed.report == b"report on a"
+    assert [call[0] for call in arena.registry.calls if call[0] not in ("watch", "assignments", "fetch")] == [
+        "accept",
+        "seal",
+        "open",
+    ]
+    assert arena.calls("open") == [("open", b"report on a", ended.sealed.salt)]
+
+
+async def test_a_registry_that_is_away_is_waited_for_at_every_step(tmp_path):
+    arena = Arena(tmp_path)
+    away = Unavailable("UNAVAILABLE", "connection refused")
+    for method in ("assignments", "watch", "accept", "fetch", "seal", "open"):
+        arena.registry.refusals[method] = [away, away, away]
+    async with arena:
+        arena.registry.offer("a")
+        assert (await arena.store.until("a", *ENDED_RUNS)).state is RunState.OPENED
+    assert len(arena.calls("accept")) == len(arena.calls("seal")) == len(arena.calls("open")) == 4
+
+
+async def test_the_watch_resumes_at_its_cursor_and_begins_anew_when_that_is_refused(tmp_path):
+    async with Arena(tmp_path) as arena:
+        arena.registry.offer("a")
+        await arena.store.until("a", *ENDED_RUNS)
+        arena.registry.updates.put_nowait(Unavailable("UNAVAILABLE", "gone"))
+        arena.registry.offer("b")
+        await arena.store.until("b", *ENDED_RUNS)
+        arena.registry.refusals["watch"] = [InvalidArgument.field("cursor", "is of another log")]
+        arena.registry.updates.put_nowait(Unavailable("UNAVAILABLE", "gone"))
+        arena.registry.offer("c")
+        await arena.store.until("c", *ENDED_RUNS)
+    assert arena.registry.cursors == ["", "+", "++", ""]
+
+
+async def test_a_lease_that_another_process_holds_is_left_alone(tmp_path):
+    async with Arena(tmp_path) as arena:
+        arena.registry.refusals["accept"] = [AlreadyExists("LEASE_HELD", "held by another")]
+        arena.registry.offer("a")
+        arena.registry.offer("b")
+        await arena.store.until("b", *ENDED_RUNS)
+    assert set(arena.store.runs) == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("state", "ended"), [(AssignmentState.RELEASED, RunState.RELEASED), (AssignmentState.EXPIRED, RunState.FAILED)]
+)
+async def test_an_assignment_that_ends_in_mid_evaluation_frees_the_place(tmp_path, state, ended):
+    async with Arena(tmp_path) as arena:
+        arena.attempts.hold = asyncio.Event()
+        arena.registry.offer("a")
+        arena.registry.offer("b")
+        await arena.attempts.began.wait()
+        arena.registry.change("a", state=state)
+        assert (await arena.store.until("a", *ENDED_RUNS)).state is ended
+        arena.attempts.hold.set()
+        assert (await arena.store.until("b", *ENDED_RUNS)).state is RunState.OPENED
+    assert len(arena.calls("seal")) == 1
+
+
+async def test_the_lease_is_renewed_while_work_goes_on(tmp_path):
+    async with Arena(tmp_path) as arena:
+        arena.registry.lease_s = 0.15
+        arena.attempts.hold = asyncio.Event()
+        arena.registry.offer("a")
+        await arena.registry.until_called("renew", 3)
+        arena.attempts.hold.set()
+        assert (await arena.store.until("a", *ENDED_RUNS)).state is RunState.OPENED
+
+
+async def test_a_lost_lease_ends_the_run(tmp_path):
+    async with Arena(tmp_path) as arena:
+        arena.registry.lease_s = 0.15
+        arena.registry.refusals["renew"] = [FailedPrecondition("LEASE_LOST", "passed to a reserve")]
+        arena.attempts.hold = asyncio.Event()
+        arena.registry.offer("a")
+        ended = await arena.store.until("a", *ENDED_RUNS)
+    assert (ended.state, ended.detail) == (RunState.FAILED, "the lease was lost: passed to a reserve")
+    assert arena.calls("seal") == []
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "text"),
+    [
+        ("fetch", DigestMismatch("the bytes received are not those of artifacts/d"), "not those"),
+        ("fetch", OSError(28, "No space left on device"), "No space left"),
+        ("attempt", CannotEvaluate("no model server stays alive"), "stays alive"),
+        ("order", None, "not understood"),
+        ("metric", None, "metric is not counted"),
+    ],
+)
+async def test_own_trouble_is_declined_with_its_reason_and_no_report(tmp_path, where, error, text):
+    async with Arena(tmp_path) as arena:
+        if where == "fetch":
+            arena.registry.refusals["fetch"] = [error]
+        elif where == "attempt":
+            arena.attempts.error = error
+        else:
+            arena.registry.order = None if where == "order" else replace(ORDER, metric=None)
+        arena.registry.offer("a")
+        ended = await arena.store.until("a", *ENDED_RUNS)
+        ((_, name, reason),) = arena.calls("decline")
+        assert (ended.state, ended.finding, name) == (RunState.FAILED, None, "a")
+        assert text in reason
+        assert text in ended.detail
+        arena.attempts.error, arena.registry.order = None, ORDER
+        arena.registry.offer("b")
+        assert (await arena.store.until("b", *ENDED_RUNS)).state is RunState.OPENED
+
+
+async def test_an_error_nobody_thought_of_ends_its_run_and_no_other(tmp_path):
+    async with Arena(tmp_path) as arena:
+        arena.attempts.error = KeyError("bug")
+        arena.registry.offer("a")
+        ended = await arena.store.until("a", *ENDED_RUNS)
+        assert (ended.state, ended.detail) == (RunState.FAILED, "internal error: KeyError")
+        arena.attempts.error = None
+        arena.registry.offer("b")
+        assert (await arena.store.until("b", *ENDED_RUNS)).state is RunState.OPENED
+
+
+async def test_a_report_that_is_asked_for_too_early_waits(tmp_path):
+    async with Arena(tmp_path) as arena:
+        arena.registry.refusals["open"] = [FailedPrecondition("NOT_OPENING", "not yet")]
+        arena.registry.offer("a")
+        await arena.store.until("a", RunState.SEALED)
+        await arena.registry.until_called("open")
+        arena.registry.change("a", opening=True)
+        assert (await arena.store.until("a", *ENDED_RUNS)).state is RunState.OPENED
+
+
+async def test_a_report_opened_too_late_is_a_failure(tmp_path):
+    async with Arena(tmp_path) as arena:
+        arena.registry.refusals["open"] = [FailedPrecondition("OPENING_EXPIRED", "too late")]
+        arena.registry.offer("a")
+        ended = await arena.store.until("a", *ENDED_RUNS)
+    assert ended.state is RunState.FAILED
+    assert "too late" in ended.detail
+    assert ended.finding == FOUND
+
+
+@pytest.mark.parametrize(
+    ("stored", "known", "expected", "calls"),
+    [
+        # Cut off at each step; what the registry says decides how it goes on.
+        (run(RunState.FETCHING), AssignmentState.ACCEPTED, RunState.OPENED, ["accept", "seal", "open"]),
+        (run(RunState.EVALUATING, sealed=SEALED_REPORT), AssignmentState.ACCEPTED, RunState.OPENED, None),
+        (run(RunState.EVALUATING, sealed=SEALED_REPORT), AssignmentState.SEALED, RunState.OPENED, ["open"]),
+        (run(RunState.SEALED, sealed=SEALED_REPORT), AssignmentState.SEALED, RunState.OPENED, ["open"]),
+        (run(RunState.SEALED, sealed=SEALED_REPORT), AssignmentState.OPENED, RunState.OPENED, []),
+        (run(RunState.SEALED, sealed=SEALED_REPORT), AssignmentState.RELEASED, RunState.RELEASED, []),
+        (run(RunState.SEALED, sealed=SEALED_REPORT), AssignmentState.EXPIRED, RunState.FAILED, []),
+        (run(RunState.FETCHING), AssignmentState.EXPIRED, RunState.FAILED, []),
+        (run(RunState.FETCHING), AssignmentState.SEALED, RunState.FAILED, []),
+        (run(RunState.FETCHING), None, RunState.FAILED, []),
+    ],
+)
+async def test_a_start_takes_up_what_was_left(tmp_path, stored, known, expected, calls):
+    arena = Arena(tmp_path, stored)
+    if known is not None:
+        arena.registry.known["a"] = Assignment("a", "t", known, opening=known is AssignmentState.SEALED)
+    async with arena:
+        ended = await arena.store.until("a", *ENDED_RUNS)
+        assert ended.state is expected
+    made = [call[0] for call in arena.registry.calls if call[0] in ("accept", "seal", "open")]
+    if calls is None:
+        # The stored report is sealed, not another one.
+        assert made == ["accept", "seal", "open"]
+        assert arena.calls("open") == [("open", SEALED_REPORT.report, SEALED_REPORT.salt)]
+        assert arena.calls("fetch") == []
+    else:
+        assert made == calls
+
+
+async def test_a_run_that_has_ended_is_not_begun_again(tmp_path):
+    arena = Arena(tmp_path, run(RunState.FAILED))
+    arena.registry.known["a"] = Assignment("a", "t", AssignmentState.ACCEPTED)
+    async with arena:
+        arena.registry.offer("b")
+        await arena.store.until("b", *ENDED_RUNS)
+    assert [call[1] for call in arena.calls("accept")] == ["b"]
+
+
+async def test_a_drain_ends_what_runs_and_gives_back_what_waits(tmp_path):
+    async with Arena(tmp_path, leases=1) as arena:
+        arena.attempts.hold = asyncio.Event()
+        for name in "abc":
+            arena.registry.offer(name)
+        await arena.attempts.began.wait()
+        arena.scheduler.drain()
+        arena.registry.offer("d")
+        await arena.registry.until_called("decline", 3)
+        arena.attempts.hold.set()
+        await asyncio.wait_for(arena.drained.wait(), 10)
+    assert {name: run.state for name, run in arena.store.runs.items()} == {"a": RunState.OPENED}
+    assert {call[1] for call in arena.calls("decline")} == {"b", "c", "d"}
+
+
+async def test_an_idle_drain_is_over_at_once(tmp_path):
+    async with Arena(tmp_path) as arena:
+        arena.scheduler.drain()
+        await asyncio.wait_for(arena.drained.wait(), 10)
+
+
+async def test_stop_after_begins_no_more_runs_than_that(tmp_path):
+    async with Arena(tmp_path, stop_after=2, concurrency=4) as arena:
+        arena.registry.refusals["accept"] = [AlreadyExists("LEASE_HELD", "held by another")]
+        for name in "abcde":
+            arena.registry.offer(name)
+        await asyncio.wait_for(arena.drained.wait(), 10)
+    assert len(arena.store.runs) == 2
+    assert {run.state for run in arena.store.runs.values()} == {RunState.OPENED}
+
+
+async def test_a_drain_does_not_wait_for_a_registry_that_never_asks(tmp_path, monkeypatch):
+    monkeypatch.setattr(duties, "_OVERDUE_S", 0.01)
+    async with Arena(tmp_path) as arena:
+        arena.registry.open_at_once = False
+        arena.registry.offer("a", deadline=NOW - timedelta(minutes=5))
+        await arena.store.until("a", RunState.SEALED)
+        arena.scheduler.drain()
+        await asyncio.wait_for(arena.drained.wait(), 10)
+    assert "did not ask" in arena.store.runs["a"].detail
+
+
+async def test_news_that_the_watch_lost_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(duties, "_OVERDUE_S", 0.01)
+    async with Arena(tmp_path) as arena:
+        arena.registry.open_at_once = False
+        arena.registry.offer("a", deadline=NOW - timedelta(minutes=5))
+        await arena.store.until("a", RunState.SEALED)
+        arena.registry.known["a"] = replace(arena.registry.known["a"], opening=True)
+        assert (await arena.store.until("a", *ENDED_RUNS)).state is RunState.OPENED
