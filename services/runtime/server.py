@@ -31,6 +31,7 @@ GRACE_S = 10.0
 _REMEMBER_REQUESTS_FOR = timedelta(days=7)
 _FORGET_EVERY_S = 3600.0
 _MAX_BACKOFF_S = 30.0
+_CANCEL_AGAIN_S = 0.2
 
 _log = structlog.get_logger("tiltyard.server")
 
@@ -217,15 +218,22 @@ async def serve(
         _log.info("draining", name=name)
         await server.set_serving(False)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _cancel(tasks)
         await server.stop(grace_s)
         for close in on_close:
             await close()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
     _log.info("stopped", name=name)
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        # asyncio.wait_for (before Python 3.12) and calls of grpc.aio swallow a cancellation that comes as they end.
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
 
 
 async def _keep_running(job: Background, first_pause_s: float = 0.2) -> None:
