@@ -181,4 +181,4 @@ def models_for(divided: Split) -> list[NamedModel]:
 
 def epochs_for(rows: int) -> int:
     """Passes over a shard: as many as small data needs, few enough that large data does not take all day."""
-    return max(3, min(80, 100_000 // rows))
+    return max(3, min(40, 50_000 // rows))
