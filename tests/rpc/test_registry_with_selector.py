@@ -1,0 +1,149 @@
+"""The registry's judging over a real selector behind a real server: the order of one draw, its reserves, its end."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import cast
+
+import grpc
+import pytest
+
+from services.registry.peers import SelectorPeer
+from services.registry.records import AssignmentState, MembershipState, Role, SubmissionState
+from services.runtime.channels import open_peer
+from services.runtime.server import ArenaServer
+from services.selector.bootstrap import build
+from services.selector.settings import SelectorSettings
+from tests.registry_fakes import FakeSelection, SettableClock
+from tests.registry_world import (
+    CREATOR,
+    NODES,
+    TASK,
+    VALIDATORS,
+    MemoryFiles,
+    World,
+    key_of,
+    model_bytes,
+    open_database,
+)
+from tiltyard.identity import Key
+from tiltyard.selector.v1 import stake_pb2, stake_pb2_grpc
+from tiltyard.type.v1 import draw_pb2
+
+AUDIENCE = "tiltyard.local/selector"
+OPERATOR, REGISTRY = key_of("operator"), key_of("registry")
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    clock = SettableClock()
+    settings = SelectorSettings(
+        state_dir=tmp_path / "selector",
+        listen="127.0.0.1:0",
+        operators=frozenset({OPERATOR.id}),
+        services=frozenset({REGISTRY.id}),
+        validator_min_stake_micros=100,
+        training_node_min_stake_micros=10,
+        task_creator_min_stake_micros=100,
+    )
+    selector = await build(settings, clock=clock)
+    server = ArenaServer(
+        settings.listen,
+        selector.mounts,
+        authenticator=selector.authenticator,
+        policy=selector.policy,
+        remembered=selector.database,
+    )
+    await server.start()
+    await server.set_serving(True)
+
+    def channel(key: Key) -> grpc.aio.Channel:
+        return open_peer(server.address, key=key, audience=AUDIENCE)
+
+    channels = [channel(OPERATOR), channel(REGISTRY)]
+    stakes = stake_pb2_grpc.StakeServiceStub(channels[0])
+    for index, key in enumerate([CREATOR, *NODES, *VALIDATORS]):
+        name = f"participants/{key.id}"
+        await stakes.Deposit(
+            stake_pb2.DepositRequest(
+                participant=name, amount_micros=1000, reference=f"deposit {index}", funding_account=f"account {index}"
+            )
+        )
+    database = open_database(tmp_path, clock)
+    # The world asks of a selection what the Protocol says, and both fulfil it.
+    yield World(database, clock, cast(FakeSelection, SelectorPeer(channels[1])), MemoryFiles())
+    await database.close()
+    for opened in channels:
+        await opened.close()
+    await server.stop(grace_s=0)
+    await selector.close()
+
+
+async def receipt(world: World, number: int) -> draw_pb2.DrawReceipt:
+    draw = (await world.submission(number)).draws[1]
+    kept = await world.store.read(lambda tx: tx.draw_receipt(draw))
+    assert kept is not None
+    return draw_pb2.DrawReceipt.FromString(kept)
+
+
+async def test_a_dispute_takes_the_rest_of_the_order_and_names_the_outlier(world: World) -> None:
+    await world.open_task(validators=6)
+    number = await world.submit(NODES[0], model_bytes("a"))
+    await world.turn()
+    await world.decline((await world.duties(number))[0])
+    await world.turn()
+    await world.judge(number, 900, 500, 900)
+    await world.judge(number, 900, 900)
+    scored = await world.submission(number)
+    assert scored.state is SubmissionState.SCORED
+    duties = await world.duties(number)
+    assert scored.scores[1].outliers == (duties[2].participant,)
+    assert [pick.participant for pick in (await receipt(world, number)).picks] == [
+        f"participants/{duty.participant}" for duty in duties
+    ]
+    assert all(assignment.settled for assignment in await world.all_duties(number))
+
+
+async def test_an_extension_whose_answer_was_lost_is_not_lost(world: World) -> None:
+    await world.open_task(validators=5)
+    number = await world.submit(NODES[0], model_bytes("a"))
+    await world.turn()
+    for duty in (await world.duties(number))[:2]:
+        await world.decline(duty)
+    # The registry dies after the selector has given its last two reserves; three are wanted by the next question.
+    draw = (await world.submission(number)).draws[1]
+    await world.selection.extend_draw(draw, picks=6, paused=())
+    await world.decline((await world.duties(number))[2])
+    await world.turn()
+    assert await world.states(number) == ["DECLINED", "DECLINED", "DECLINED", "OFFERED", "OFFERED"]
+
+
+async def test_a_draw_waits_for_the_selectors_pool_to_grow(world: World) -> None:
+    await world.open_task(validators=2)
+    number = await world.submit(NODES[0], model_bytes("a"))
+    await world.turn()
+    assert (await world.submission(number)).state is SubmissionState.REVEALED
+    assert (await world.submission(number)).detail
+    await world.join(VALIDATORS[2], Role.VALIDATOR)
+    await world.join(VALIDATORS[3], Role.VALIDATOR)
+    await world.join(VALIDATORS[3], Role.VALIDATOR, state=MembershipState.PAUSED)
+    await world.turn()
+    assigned = {duty.participant for duty in await world.duties(number)}
+    assert assigned == {validator.id for validator in VALIDATORS[:3]}
+    assert TASK in (await receipt(world, number)).task
+
+
+async def test_released_validators_get_their_quota_back(world: World) -> None:
+    await world.open_task(validators=3)
+    number = await world.submit(NODES[0], model_bytes("a"))
+    await world.turn()
+    await world.decline((await world.duties(number))[0])
+    await world.turn()
+    await world.decline((await world.duties(number))[1])
+    await world.turn()
+    assert (await world.submission(number)).state is SubmissionState.REJECTED
+    found = [(a.state, a.refund, a.settled) for a in await world.all_duties(number)]
+    assert found == [
+        (AssignmentState.DECLINED, False, True),
+        (AssignmentState.DECLINED, False, True),
+        (AssignmentState.RELEASED, True, True),
+    ]
