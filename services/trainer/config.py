@@ -28,7 +28,10 @@ class LossKind(StrEnum):
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A complete configuration; the meaning of each field is that of tiltyard.trainer.v1.TrainingConfig."""
+    """A complete configuration; the meaning of each field is that of tiltyard.trainer.v1.TrainingConfig.
+
+    Where a caller leaves epochs or label smoothing to data and loss, services.trainer.trainings fills them in.
+    """
 
     epochs: int = 30
     batch_size: int = 64

@@ -10,6 +10,7 @@ from services.runtime.fields import FieldChecks
 from services.runtime.names import format_task, format_training, parse_task
 from services.trainer.config import LossKind, OptimizerKind, ScheduleKind, TrainingConfig
 from services.trainer.progress import Progress
+from services.trainer.schedule import DEFAULT_EPOCHS
 from services.trainer.training import Training, TrainingPage, TrainingState
 from services.trainer.trainings import NewTraining
 from tiltyard.modelspec import ModelSpec, validate
@@ -84,6 +85,8 @@ def new_training(request: pb.StartTrainingRequest) -> NewTraining:
         model_index=request.model_index,
         dataset=request.dataset,
         config=config,
+        epochs_given=request.config.epochs > 0,
+        label_smoothing_given=request.config.HasField("label_smoothing"),
         submit=request.submit,
         spec=spec,
         loss=loss,
@@ -132,7 +135,7 @@ def _config(checks: FieldChecks, message: pb.TrainingConfig) -> TrainingConfig:
         f"is {rate:g}, must be above 0 and at most {_MAX_LEARNING_RATE:g}",
     )
     config = TrainingConfig(
-        epochs=whole("epochs", 100_000, 0),
+        epochs=whole("epochs", 100_000, DEFAULT_EPOCHS),
         batch_size=whole("batch_size", 1_000_000, 64),
         learning_rate=rate or _DEFAULT_LEARNING_RATE[optimizer],
         optimizer=optimizer,
@@ -144,7 +147,7 @@ def _config(checks: FieldChecks, message: pb.TrainingConfig) -> TrainingConfig:
         accumulation=whole("accumulation", 10_000, 1),
         holdout_share=optional("holdout_share", 0.1, 1.0, below=True),
         patience=whole("patience", 100_000, 0),
-        label_smoothing=bounded("label_smoothing", 1.0, below=True),
+        label_smoothing=optional("label_smoothing", 0.0, 1.0, below=True),
         seed=message.seed,
         augment=message.augment,
         checkpoint_interval_s=whole("checkpoint_interval_s", 86_400, 60),

@@ -13,6 +13,9 @@ from services.trainer.schedule import default_epochs
 from services.trainer.training import Training, TrainingPage, TrainingState, TrainingStore
 from tiltyard.modelspec import ModelSpec
 
+# Small datasets are learned by heart long before the weights stop moving; smoothed labels keep them from it.
+DEFAULT_LABEL_SMOOTHING = 0.1
+
 
 @dataclass(frozen=True)
 class TaskFacts:
@@ -27,13 +30,15 @@ class TaskFacts:
 class NewTraining:
     """What is asked for. With a `task` (a bare id) model and loss are the task's; without one they are given.
 
-    A configuration with 0 epochs gets as many as `default_epochs` says.
+    Epochs and label smoothing that are not given follow from the data and the loss.
     """
 
     task: str
     model_index: int
     dataset: str
     config: TrainingConfig
+    epochs_given: bool
+    label_smoothing_given: bool
     submit: bool
     spec: ModelSpec | None
     loss: LossKind
@@ -168,6 +173,15 @@ class Trainings:
                 raise FailedPrecondition("TASK_NOT_OPEN", f"tasks/{new.task} takes no submissions", task=new.task)
             await self._tasks.check_membership(new.task)
         return facts.models[new.model_index], facts.loss
+
+
+def _completed(new: NewTraining, *, rows: int, loss: LossKind) -> TrainingConfig:
+    config = new.config
+    if not new.epochs_given:
+        config = replace(config, epochs=default_epochs(rows, config))
+    if not new.label_smoothing_given and loss is LossKind.CROSS_ENTROPY:
+        config = replace(config, label_smoothing=DEFAULT_LABEL_SMOOTHING)
+    return config
 
 
 def _check_config(config: TrainingConfig, *, spec: ModelSpec, loss: LossKind) -> None:

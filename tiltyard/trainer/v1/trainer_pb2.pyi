@@ -157,7 +157,7 @@ class TrainingConfig(_message.Message):
     patience: _builtins.int
     """Epochs without progress on the held-out rows before stopping; 0 means never."""
     label_smoothing: _builtins.float
-    """Cross-entropy: label smoothing, in [0, 1)."""
+    """Cross-entropy: label smoothing, in [0, 1). Default: 0.1, and 0 for the other losses."""
     seed: _builtins.int
     """Seed of initial weights, order and dropout."""
     augment: _builtins.bool
@@ -179,17 +179,19 @@ class TrainingConfig(_message.Message):
         accumulation: _builtins.int = ...,
         holdout_share: _builtins.float | None = ...,
         patience: _builtins.int = ...,
-        label_smoothing: _builtins.float = ...,
+        label_smoothing: _builtins.float | None = ...,
         seed: _builtins.int = ...,
         augment: _builtins.bool = ...,
         checkpoint_interval_s: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "holdout_share", b"holdout_share", "momentum", b"momentum", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_label_smoothing", b"_label_smoothing", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "momentum", b"momentum", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "augment", b"augment", "batch_size", b"batch_size", "checkpoint_interval_s", b"checkpoint_interval_s", "epochs", b"epochs", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "max_gradient_norm", b"max_gradient_norm", "momentum", b"momentum", "optimizer", b"optimizer", "patience", b"patience", "schedule", b"schedule", "seed", b"seed", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_label_smoothing", b"_label_smoothing", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "augment", b"augment", "batch_size", b"batch_size", "checkpoint_interval_s", b"checkpoint_interval_s", "epochs", b"epochs", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "max_gradient_norm", b"max_gradient_norm", "momentum", b"momentum", "optimizer", b"optimizer", "patience", b"patience", "schedule", b"schedule", "seed", b"seed", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__holdout_share: _TypeAlias = _typing.Literal["holdout_share"]  # noqa: Y015
     _WhichOneofArgType__holdout_share: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share"]  # noqa: Y015
+    _WhichOneofReturnType__label_smoothing: _TypeAlias = _typing.Literal["label_smoothing"]  # noqa: Y015
+    _WhichOneofArgType__label_smoothing: _TypeAlias = _typing.Literal["_label_smoothing", b"_label_smoothing"]  # noqa: Y015
     _WhichOneofReturnType__momentum: _TypeAlias = _typing.Literal["momentum"]  # noqa: Y015
     _WhichOneofArgType__momentum: _TypeAlias = _typing.Literal["_momentum", b"_momentum"]  # noqa: Y015
     _WhichOneofReturnType__warmup: _TypeAlias = _typing.Literal["warmup"]  # noqa: Y015
@@ -198,6 +200,8 @@ class TrainingConfig(_message.Message):
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__holdout_share) -> _WhichOneofReturnType__holdout_share | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__label_smoothing) -> _WhichOneofReturnType__label_smoothing | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__momentum) -> _WhichOneofReturnType__momentum | None: ...
     @_typing.overload
