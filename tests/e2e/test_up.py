@@ -1,0 +1,131 @@
+"""`tiltyard up`: one of each service, started again when it dies, gone when told to go."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tiltyard.cli.supervisor import free_ports
+from tiltyard.identity import Key
+
+SERVICES = ("registry", "selector", "trainer", "validator")
+
+
+@contextmanager
+def running(state: Path, *arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+    """`tiltyard up` and its services' addresses, from the ready line on."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tiltyard.cli", "up", "--state", str(state), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    # Somebody has to read it, or the process stops when the pipe is full.
+    errors = process.stderr
+    reader = threading.Thread(target=lambda: [None for _ in errors], daemon=True)
+    try:
+        line = process.stdout.readline()
+        if not line:
+            pytest.fail(f"it never got ready: {process.stderr.read()}")
+        reader.start()
+        word, *pairs = line.split()
+        assert word == "ready"
+        addresses = dict(pair.split("=") for pair in pairs)
+        assert tuple(addresses) == SERVICES
+        yield process, addresses
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.terminate()
+        process.wait(timeout=30)
+        psutil.wait_procs(children, timeout=10)
+        process.stdout.close()
+        if reader.ident is not None:
+            reader.join(timeout=10)
+        process.stderr.close()
+
+
+def serving(address: str, timeout_s: float = 30) -> bool:
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        answer = stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=timeout_s)
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def child_of(process: subprocess.Popen[str], service: str) -> psutil.Process:
+    (found,) = [
+        child for child in psutil.Process(process.pid).children() if child.cmdline()[-1] == f"services.{service}"
+    ]
+    return found
+
+
+def test_up_restarts_what_dies_and_keeps_its_state(tmp_path: Path) -> None:
+    key = tmp_path / "me.pem"
+    Key.generate().save(key)
+    # What a shell has set for the command line is not meant for the services.
+    with running(tmp_path / "state", "--port-base", "0", TILTYARD_KEY=str(key), TILTYARD_NONSENSE="1") as (
+        process,
+        addresses,
+    ):
+        assert all(serving(address) for address in addresses.values())
+        options = ["--key", str(key), "--registry", addresses["registry"]]
+
+        def command(*arguments: str) -> str:
+            done = subprocess.run(
+                [sys.executable, "-m", "tiltyard.cli", *arguments, *options],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        command("participant", "register", "Ada")
+        registry = child_of(process, "registry")
+        registry.kill()
+        registry.wait(timeout=10)
+        assert serving(addresses["registry"])
+        assert "Ada" in command("participant", "list", "--json")
+        for service in SERVICES:
+            assert (tmp_path / "state" / service / "key.pem").exists()
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert alive == []
+
+
+def test_children_die_with_up(tmp_path: Path) -> None:
+    with running(tmp_path / "state", "--port-base", "0") as (process, _):
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 4
+        process.kill()
+        process.wait(timeout=10)
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert [each.cmdline() for each in alive] == []
+
+
+def test_ports_follow_the_base(tmp_path: Path) -> None:
+    base = next(port for port in free_ports(50) if port % 2 == 0) - 1
+    with running(tmp_path / "state", "--port-base", str(base)) as (_, addresses):
+        assert list(addresses.values()) == [f"127.0.0.1:{base + n}" for n in range(1, 5)]
+        second = subprocess.run(
+            [sys.executable, "-m", "tiltyard.cli", "up", "--state", str(tmp_path / "two"), "--port-base", str(base)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert second.returncode == 1
+        assert f"port {base + 1} is taken" in second.stderr
