@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import structlog
 from sqlalchemy import Column, LargeBinary, bindparam, delete, insert
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlmodel import Field, Session, SQLModel, col, select
 
 from services.runtime.auth import utc_now
@@ -167,7 +167,7 @@ class Database:
             try:
                 outcomes = self._commit(group)
             except BaseException as error:
-                if is_serialization_failure(error) and attempt < _SERIALIZATION_ATTEMPTS:
+                if _must_run_again(error) and attempt < _SERIALIZATION_ATTEMPTS:
                     attempt += 1
                     continue
                 _log.error("a group of writes was not committed", writes=len(group), exc_info=error)
@@ -189,7 +189,7 @@ class Database:
                 try:
                     outcomes.append((item.context.run(self._run, connection, item), None))
                 except Exception as failure:
-                    if is_serialization_failure(failure):
+                    if _must_run_again(failure):
                         raise
                     outcomes.append((None, failure))
         return outcomes
@@ -205,7 +205,7 @@ class Database:
                 result = item.work(session)
                 if item.pending is not None and item.final:
                     session.flush()
-                    session.connection().execute(_REMEMBER, self._row(item.pending, result))
+                    self._remember(session.connection(), item.pending, result)
                 session.commit()
                 return result
         except Exception as failure:
@@ -215,8 +215,8 @@ class Database:
                 _raise_if_remembered(connection, item.pending)
             raise
 
-    def _row(self, pending: PendingRequest, result: Any) -> dict[str, Any]:
-        return {
+    def _remember(self, connection: Connection, pending: PendingRequest, result: Any) -> None:
+        row = {
             "sub": pending.sub,
             "method": pending.method,
             "request_id": pending.request_id,
@@ -224,6 +224,18 @@ class Database:
             "answer": pending.encode(result),
             "remembered_at_s": int(self._clock().timestamp()),
         }
+        try:
+            connection.execute(_REMEMBER, row)
+        except IntegrityError as taken:
+            raise _AnsweredMeanwhile from taken
+
+
+class _AnsweredMeanwhile(Exception):
+    """The request's key is taken. Who took it after this transaction's snapshot is seen by the next attempt only."""
+
+
+def _must_run_again(error: BaseException) -> bool:
+    return is_serialization_failure(error) or isinstance(error, _AnsweredMeanwhile)
 
 
 _REMEMBER = insert(RememberedRequest)

@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from structlog.testing import capture_logs
 
-from services.runtime import errors
+from services.runtime import errors, interceptors
 from services.runtime.errors import ArenaError, FieldViolation, InvalidArgument, NotFound, ResourceExhausted
 from services.runtime.rpc_errors import STATUS_CODES, from_rpc_error
 from services.runtime.server import ArenaServer, Mount
@@ -292,6 +292,16 @@ async def test_each_call_is_logged_with_its_code() -> None:
     assert entry["duration_ms"] >= 0
     assert entries["/grpc.health.v1.Health/Check"]["code"] == "OK"
     assert entries["/grpc.health.v1.Health/Check"]["log_level"] == "debug"
+
+
+async def test_a_call_that_went_well_shows_at_debug_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with capture_logs() as logs:
+        async with serving(mount(Shapes())) as channel:
+            await call(channel, "unary_unary")
+            monkeypatch.setattr(interceptors, "_SLOW_S", 0.0)
+            await call(channel, "unary_unary")
+    levels = [entry["log_level"] for entry in logs if entry["event"] == "call"]
+    assert levels == ["debug", "info"]
 
 
 async def test_messages_above_the_limit_are_refused() -> None:

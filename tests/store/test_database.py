@@ -250,10 +250,12 @@ def request(request_id: str = "r1", body: bytes = b"body", sub: str = "me") -> P
     )
 
 
-async def under(database: Database, pending: PendingRequest, work: Callable[[Session], str]) -> str:
+async def under(
+    database: Database, pending: PendingRequest, work: Callable[[Session], str], *, final: bool = True
+) -> str:
     async def call() -> str:
         _pending.set(pending)
-        return await database.write(work)
+        return await database.write(work, final=final)
 
     return await asyncio.create_task(call())
 
@@ -265,6 +267,30 @@ async def test_a_remembered_request_replays_and_changes_nothing(database: Databa
     assert replayed.value.answer == b"answer:a"
     assert await database.lookup_remembered(request()) == b"answer:a"
     assert await database.read(names) == ["a"]
+
+
+async def test_a_repeated_request_is_replayed_whatever_its_work_meets_now(database: Database) -> None:
+    def refuse(session: Session) -> str:
+        raise LookupError("the first time has changed this")
+
+    await under(database, request(), put("a"))
+    for work in (put("a"), refuse):
+        with pytest.raises(Replayed):
+            await under(database, request(), work)
+    with pytest.raises(Replayed):
+        await under(database, request(), put("b"), final=False)
+    assert await database.read(names) == ["a"]
+
+
+async def test_a_write_whose_asker_has_gone_before_its_group_is_left_out(database: Database) -> None:
+    release, held = await _hold_the_writer(database)
+    gone, stays = (asyncio.create_task(database.write(put(name))) for name in ("gone", "stays"))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.wait([gone])
+    release.set()
+    await asyncio.gather(held, stays)
+    assert await database.read(names) == ["stays"]
 
 
 async def test_a_request_id_belongs_to_its_caller_and_its_body(database: Database) -> None:
