@@ -3,6 +3,7 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 
 
 class ChangeBoard:
@@ -38,9 +39,8 @@ class ChangeBoard:
 
     async def wait_for_referee(self, timeout_s: float) -> None:
         """Return at the next wake-up, also one from before this call that nobody has seen, or when the time is over."""
-        try:
-            await asyncio.wait_for(self._referee.wait(), timeout_s)
-        except TimeoutError:
-            return
-        finally:
-            self._referee.clear()
+        # Not wait_for: on Python 3.11 it loses a cancellation that comes together with the wake-up.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._referee.wait()
+        self._referee.clear()
