@@ -58,8 +58,8 @@ async def open_stage(supervisor: Supervisor, stack: AsyncExitStack, divided: Spl
     registry, selector = arena_programs(
         supervisor, registry_port=ports[0], selector_port=ports[1], operator=operator.id, origin=DEFAULT_ORIGIN
     )
-    cores = os.cpu_count() or 1
-    threads = {"TRAINING_THREADS": str(max(1, cores // trainers))}
+    # Half of the cores train; on the others validators judge meanwhile.
+    threads = {"TRAINING_THREADS": str(max(1, (os.cpu_count() or 1) // 2 // trainers))}
     names = [("trainer", f"trainer-{n}") for n in range(1, trainers + 1)]
     names += [("validator", f"validator-{n}") for n in range(1, validators + 1)]
     nodes = [

@@ -1,0 +1,160 @@
+"""The main job: a whole task on real data over real processes, also when one of them is killed in the middle."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+ALLOWANCE_S = 200
+
+
+def demo(*arguments: object, state: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tiltyard.cli", "demo", "--json", "--state", str(state), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
+    """The one JSON object on standard output, and standard error, of a demo that succeeded."""
+    out, error = process.communicate(timeout=ALLOWANCE_S)
+    assert process.returncode == 0, error
+    return json.loads(out), error
+
+
+def check(result: dict[str, Any], *, submissions: int, validators: int = 3) -> None:
+    assert set(result) >= {"task", "seconds", "submissions", "leaderboard"}
+    assert len(result["submissions"]) == submissions
+    for each in result["submissions"]:
+        assert each["state"] == "SCORED"
+        assert each["accuracy"] == each["correct"] / each["total"]
+        assert len(set(each["validators"])) >= validators
+        assert each["participant"] not in each["validators"]
+    assert len({each["participant"] for each in result["submissions"]}) == submissions
+    best = max(result["submissions"], key=lambda each: each["correct"])
+    assert result["leaderboard"][0]["correct"] == best["correct"]
+    assert all(result["verified"].values())
+
+
+@pytest.fixture
+def leftovers() -> Iterator[None]:
+    """Fails the test when a process that it started outlives it."""
+    yield
+    mine = psutil.Process().children(recursive=True)
+    _, alive = psutil.wait_procs(mine, timeout=15)
+    names = [each.cmdline() for each in alive]
+    for each in alive:
+        each.kill()
+    assert names == []
+
+
+@pytest.mark.usefixtures("leftovers")
+def test_the_digits_from_creation_to_leaderboard(tmp_path: Path) -> None:
+    process = demo("--export", tmp_path / "export", state=tmp_path / "state")
+    result, told = finished(process)
+    check(result, submissions=3)
+    assert len({each["model"] for each in result["submissions"]}) == 3
+    assert max(each["accuracy"] for each in result["submissions"]) > 0.95
+    assert {each["total"] for each in result["submissions"]} == {539}
+    assert "drawn for" in told
+    assert str(tmp_path / "state") in told
+    exported = {str(file.relative_to(tmp_path / "export")) for file in (tmp_path / "export").rglob("*")}
+    assert {"log/checkpoint", "log/leaves", "models/results.json", "demo.json"} <= exported
+    assert len([name for name in exported if name.endswith(".safetensors")]) == 3
+    assert len([name for name in exported if name.startswith("draws/")]) == 3
+
+
+@pytest.mark.usefixtures("leftovers")
+def test_shuffled_labels_score_near_chance(tmp_path: Path) -> None:
+    random_numbers = np.random.default_rng(1)
+    np.savez(
+        tmp_path / "d.npz",
+        x=random_numbers.integers(0, 256, size=(900, 6, 6), dtype=np.uint8),
+        y=random_numbers.integers(0, 10, size=900),
+    )
+    process = demo("--data", tmp_path / "d.npz", "--trainers", 2, "--validators", 3, state=tmp_path / "state")
+    result, _ = finished(process)
+    check(result, submissions=2)
+    # Four standard deviations of 270 guesses among ten classes.
+    assert all(abs(each["accuracy"] - 0.1) < 0.075 for each in result["submissions"])
+
+
+@pytest.mark.usefixtures("leftovers")
+def test_two_classes_of_features_and_one_validator(tmp_path: Path) -> None:
+    random_numbers = np.random.default_rng(2)
+    y = random_numbers.integers(0, 2, size=600)
+    # Columns of different units, labels far from 0 and 1.
+    x = (random_numbers.normal(size=(600, 4)) + 3 * y[:, None]) * [1e-3, 1, 1e3, 1e6]
+    np.savez(tmp_path / "d.npz", x=x, y=y * 1000 - 7)
+    process = demo("--data", tmp_path / "d.npz", "--trainers", 1, "--validators", 1, state=tmp_path / "state")
+    result, _ = finished(process)
+    check(result, submissions=1, validators=1)
+    assert result["submissions"][0]["accuracy"] > 0.95
+
+
+# The seed says which process dies, and at which line of the story.
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.usefixtures("leftovers")
+def test_a_process_killed_in_the_middle_stops_nothing(tmp_path: Path, seed: int) -> None:
+    chosen = random.Random(seed)
+    service = {1: "services.registry", 2: "services.validator", 3: "services.trainer"}[seed]
+    moment = {1: "drawn for", 2: "evaluates", 3: "trains"}[seed]
+    process = demo("--validators", 4, state=tmp_path / "state")
+    killed: list[int] = []
+    told: list[str] = []
+
+    def follow() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            told.append(line)
+            if moment in line and not killed:
+                victims = [child for child in psutil.Process(process.pid).children() if child.cmdline()[-1] == service]
+                victim = chosen.choice(victims)
+                os.kill(victim.pid, signal.SIGKILL)
+                killed.append(victim.pid)
+
+    with process:
+        follower = threading.Thread(target=follow)
+        follower.start()
+        assert process.stdout is not None
+        out = process.stdout.read()
+        assert process.wait(timeout=ALLOWANCE_S) == 0, "".join(told)
+        follower.join()
+    assert len(killed) == 1
+    assert any("died (SIGKILL)" in line for line in told)
+    check(json.loads(out), submissions=3)
+
+
+@pytest.mark.usefixtures("leftovers")
+def test_children_die_with_a_demo_that_is_killed(tmp_path: Path) -> None:
+    process = demo(state=tmp_path / "state")
+    with process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "serving" in line:
+                break
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 10
+        process.kill()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert [each.cmdline() for each in alive] == []
+
+
+def test_data_that_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((5, 2)))
+    process = demo("--data", tmp_path / "d.npz", state=tmp_path / "state")
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert error.splitlines()[-1] == f"error: {tmp_path / 'd.npz'} has no array y"
