@@ -9,6 +9,7 @@ Written out for a second implementation in docs/sortition.md; vectors in tests/v
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tiltyard.curves import SQUARE_ROOT, WEIGHT_SCALE, Curve, CurveKind, weight
 from tiltyard.sumtree import Remaining, SumNode, SumTree, prove_place
@@ -37,8 +38,7 @@ _GROUP_STREAM = b"\x00"
 _MEMBER_STREAM = b"\x01"
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """One place of a draw's order: the leaf that it fell on, the leaf's weight, and the value that was drawn."""
 
     place: int
@@ -71,8 +71,7 @@ def draw(seed: bytes, tree: SumTree, drawn: Iterable[int] = ()) -> Iterator[Plac
         place += 1
     while remaining.total > 0:
         value = drawn_value(seed, place, remaining.total)
-        index = remaining.find(value)
-        remaining.take(index)
+        index = remaining.pop(value)
         yield Place(place, index, tree.weight(index), value)
         place += 1
 

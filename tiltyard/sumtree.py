@@ -11,14 +11,23 @@ its index for ever: one that is not wanted any more weighs 0. After Maxwell's su
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from array import array
+from bisect import insort
+from collections.abc import Iterable, MutableSequence, Sequence
+from typing import NamedTuple
 
 HASH_BYTES = 32
 SUM_BYTES = 16
 SUM_LIMIT = 2**128
 
-_NO_HASH = bytes(HASH_BYTES)
+# Sums below this are kept in an array of machine words, which is small and fast; larger ones in a list.
+_SMALL = 2**64
+_RECORD_BYTES = HASH_BYTES + SUM_BYTES
+_PAIR_BYTES = 1 + 2 * _RECORD_BYTES
+_NO_RECORD = bytes(_RECORD_BYTES)
+_MOST_GAPS = 256
+
+_sha256 = hashlib.sha256
 
 
 def leaf_hash(identifier: str, weight: int) -> bytes:
@@ -40,8 +49,7 @@ def root_hash(leaf_count: int, top_hash: bytes, total: int) -> bytes:
     ).digest()
 
 
-@dataclass(frozen=True)
-class SumNode:
+class SumNode(NamedTuple):
     """A node beside a path: its hash, the sum of the weights below it, and whether it lies to the left."""
 
     hash: bytes
@@ -50,21 +58,27 @@ class SumNode:
 
 
 class SumTree:
-    """Leaves with an id and a weight in a complete binary tree, kept in a list: below node i are 2i and 2i + 1."""
+    """Leaves with an id and a weight in a complete binary tree, kept in arrays: below node i are 2i and 2i + 1.
+
+    A million leaves take some 220 MB, their ids and hashes included.
+    """
 
     def __init__(self, leaves: Iterable[tuple[str, int]] = ()) -> None:
-        pairs = list(leaves)
-        self._ids = [identifier for identifier, _ in pairs]
-        self._capacity = 1
-        while self._capacity < len(pairs):
-            self._capacity *= 2
-        self._sums = [0] * (2 * self._capacity)
-        self._sums[self._capacity : self._capacity + len(pairs)] = [_checked(weight) for _, weight in pairs]
+        self._ids: list[str] = []
+        weights: list[int] = []
+        for identifier, weight in leaves:
+            self._ids.append(identifier)
+            weights.append(_checked(weight))
+        self._capacity = 1 << max(0, len(weights) - 1).bit_length()
+        self._sums = _sums(2 * self._capacity, largest=_checked(sum(weights)))
+        for node, weight in enumerate(weights, self._capacity):
+            self._sums[node] = weight
         for node in range(self._capacity - 1, 0, -1):
             self._sums[node] = self._sums[2 * node] + self._sums[2 * node + 1]
-        _checked(self._sums[1])
         # Hashing a million leaves takes seconds and a draw needs none of it: hashes are made when first asked for.
-        self._hashes: bytearray | None = None
+        # What is hashed for node i lies in one piece, the records of its children after the tag, at i * _PAIR_BYTES.
+        # The top node is the right child of a node 0, which has no other use.
+        self._pairs: bytearray | None = None
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -96,32 +110,47 @@ class SumTree:
         """Changes the weight of a leaf. Raises OverflowError when the sum would reach 2^128."""
         node = self._leaf(index)
         change = _checked(weight) - self._sums[node]
-        _checked(self._sums[1] + change)
-        sums, hashes = self._sums, self._hashes
+        if _checked(self._sums[1] + change) >= _SMALL and isinstance(self._sums, array):
+            self._sums = list(self._sums)
+        sums, pairs = self._sums, self._pairs
         sums[node] = weight
-        if hashes is not None:
-            self._put_hash(hashes, node, leaf_hash(self._ids[index], weight))
-        while node > 1:
-            node //= 2
-            sums[node] += change
-            if hashes is not None:
-                self._put_hash(hashes, node, self._hash_children(hashes, node))
+        if pairs is None:
+            while node > 1:
+                node >>= 1
+                sums[node] += change
+            return
+        # The one loop that every change of a pool waits for: names are local, and each node is written in one piece.
+        pair_bytes, record_bytes, sha256 = _PAIR_BYTES, _RECORD_BYTES, _sha256
+        digest = leaf_hash(self._ids[index], weight)
+        value = weight
+        while True:
+            at = (node >> 1) * pair_bytes + (49 if node & 1 else 1)
+            pairs[at : at + record_bytes] = digest + value.to_bytes(16, "big")
+            node >>= 1
+            if not node:
+                return
+            value = sums[node] + change
+            sums[node] = value
+            at = node * pair_bytes
+            digest = sha256(pairs[at : at + pair_bytes]).digest()
 
     def root(self) -> bytes:
         """The root: it fixes every id, weight and place."""
-        hashes = self._all_hashes()
-        return root_hash(len(self._ids), bytes(hashes[HASH_BYTES : 2 * HASH_BYTES]), self._sums[1])
+        pairs = self._all_pairs()
+        return _sha256(
+            b"\x02" + len(self._ids).to_bytes(8, "big") + pairs[_PAIR_BYTES - _RECORD_BYTES : _PAIR_BYTES]
+        ).digest()
 
     def path(self, index: int) -> tuple[SumNode, ...]:
         """The nodes beside the way from a leaf up to the top node."""
-        hashes = self._all_hashes()
+        pairs, sums = self._all_pairs(), self._sums
         node = self._leaf(index)
         beside = []
         while node > 1:
             sibling = node ^ 1
-            digest = bytes(hashes[sibling * HASH_BYTES : (sibling + 1) * HASH_BYTES])
-            beside.append(SumNode(digest, self._sums[sibling], left=sibling < node))
-            node //= 2
+            at = (node >> 1) * _PAIR_BYTES + 1 + (sibling & 1) * _RECORD_BYTES
+            beside.append(SumNode(bytes(pairs[at : at + HASH_BYTES]), sums[sibling], sibling < node))
+            node >>= 1
         return tuple(beside)
 
     def _leaf(self, index: int) -> int:
@@ -131,77 +160,109 @@ class SumTree:
 
     def _grow(self) -> None:
         """Doubles the room: the whole tree becomes the left child of a new top node."""
-        sums = [0] * (4 * self._capacity)
-        sums[1] = self._sums[1]
-        hashes = None if self._hashes is None else bytearray(4 * self._capacity * HASH_BYTES)
-        level, empty = self._capacity, _NO_HASH
-        while level >= 1:
-            sums[2 * level : 3 * level] = self._sums[level : 2 * level]
-            if hashes is not None and self._hashes is not None:
-                old = self._hashes[level * HASH_BYTES : 2 * level * HASH_BYTES]
-                hashes[2 * level * HASH_BYTES : 3 * level * HASH_BYTES] = old
-                hashes[3 * level * HASH_BYTES : 4 * level * HASH_BYTES] = empty * level
-            level, empty = level // 2, node_hash(empty, 0, empty, 0)
-        self._sums, self._hashes, self._capacity = sums, hashes, 2 * self._capacity
-        if hashes is not None:
-            self._put_hash(hashes, 1, self._hash_children(hashes, 1))
-
-    def _all_hashes(self) -> bytearray:
-        if self._hashes is not None:
-            return self._hashes
-        hashes = bytearray(2 * self._capacity * HASH_BYTES)
-        for index, identifier in enumerate(self._ids):
-            node = self._capacity + index
-            self._put_hash(hashes, node, leaf_hash(identifier, self._sums[node]))
-        level, used, empty = self._capacity, len(self._ids), _NO_HASH
+        old, old_pairs, old_capacity = self._sums, self._pairs, self._capacity
+        self._capacity = 2 * old_capacity
+        self._sums = _sums(2 * self._capacity, largest=old[1])
+        self._sums[1] = old[1]
+        level = 1
+        while level <= old_capacity:
+            self._sums[2 * level : 3 * level] = old[level : 2 * level]
+            level *= 2
+        if old_pairs is None:
+            return
+        pairs = _blank_pairs(self._capacity)
+        level = 1
+        while level < old_capacity:
+            moved = old_pairs[level * _PAIR_BYTES : 2 * level * _PAIR_BYTES]
+            pairs[2 * level * _PAIR_BYTES : 3 * level * _PAIR_BYTES] = moved
+            level *= 2
+        pairs[_PAIR_BYTES + 1 : _PAIR_BYTES + 1 + _RECORD_BYTES] = old_pairs[_PAIR_BYTES - _RECORD_BYTES : _PAIR_BYTES]
+        self._pairs = pairs
+        level, empty = self._capacity // 2, _record_above(_NO_RECORD)
         while level > 1:
-            level, used, empty = level // 2, (used + 1) // 2, node_hash(empty, 0, empty, 0)
+            _fill(pairs, empty, first=level + level // 2, end=2 * level)
+            level, empty = level // 2, _record_above(empty)
+        self._put(pairs, 1, _sha256(pairs[_PAIR_BYTES : 2 * _PAIR_BYTES]).digest())
+
+    def _all_pairs(self) -> bytearray:
+        if self._pairs is not None:
+            return self._pairs
+        pairs, sums = _blank_pairs(self._capacity), self._sums
+        for node, identifier in enumerate(self._ids, self._capacity):
+            self._put(pairs, node, leaf_hash(identifier, sums[node]))
+        level, used, empty = self._capacity, len(self._ids), _NO_RECORD
+        while level > 1:
+            level, used = level // 2, (used + 1) // 2
             for node in range(level, level + used):
-                self._put_hash(hashes, node, self._hash_children(hashes, node))
-            hashes[(level + used) * HASH_BYTES : 2 * level * HASH_BYTES] = empty * (level - used)
-        self._hashes = hashes
-        return hashes
+                at = node * _PAIR_BYTES
+                self._put(pairs, node, _sha256(pairs[at : at + _PAIR_BYTES]).digest())
+            empty = _record_above(empty)
+            _fill(pairs, empty, first=level + used, end=2 * level)
+        self._pairs = pairs
+        return pairs
 
-    def _hash_children(self, hashes: bytearray, node: int) -> bytes:
-        at = 2 * node * HASH_BYTES
-        left, right = hashes[at : at + HASH_BYTES], hashes[at + HASH_BYTES : at + 2 * HASH_BYTES]
-        return node_hash(bytes(left), self._sums[2 * node], bytes(right), self._sums[2 * node + 1])
-
-    def _put_hash(self, hashes: bytearray, node: int, digest: bytes) -> None:
-        hashes[node * HASH_BYTES : (node + 1) * HASH_BYTES] = digest
+    def _put(self, pairs: bytearray, node: int, digest: bytes) -> None:
+        at = (node >> 1) * _PAIR_BYTES + 1 + (node & 1) * _RECORD_BYTES
+        pairs[at : at + _RECORD_BYTES] = digest + self._sums[node].to_bytes(SUM_BYTES, "big")
 
 
 class Remaining:
     """The leaves still left in a draw: takes leaves out without touching the tree, which must not change meanwhile."""
 
     def __init__(self, tree: SumTree) -> None:
-        self._tree = tree
-        self._taken: dict[int, int] = {}
+        self._capacity = tree._capacity
+        self._sums = tree._sums
+        # For each leaf taken out where it begins in the running sum of the whole tree, its weight and its node. A few
+        # of a large pool are drawn fastest by skipping these; from a certain number on a copy of the sums is worth it.
+        self._gaps: list[tuple[int, int, int]] | None = []
         self.total = tree.total
 
     def take(self, index: int) -> None:
         """Takes a leaf out; it must not have been taken out before."""
-        node = self._tree._leaf(index)
-        weight = self._tree._sums[node]
-        taken = self._taken
-        while node >= 1:
-            taken[node] = taken.get(node, 0) + weight
-            node //= 2
-        self.total -= weight
+        node = index + self._capacity
+        begin = 0
+        while node > 1:
+            if node & 1:
+                begin += self._sums[node - 1]
+            node >>= 1
+        self._take(index + self._capacity, begin)
 
-    def find(self, value: int) -> int:
-        """Index of the leaf where the running sum of the weights left first exceeds `value`, 0 <= value < total."""
+    def pop(self, value: int) -> int:
+        """Takes out the leaf where the running sum of the weights left first exceeds `value`; returns its index."""
         if not 0 <= value < self.total:
             raise ValueError(f"{value} is not below the weight that is left, {self.total}")
-        sums, taken, capacity = self._tree._sums, self._taken, self._tree._capacity
-        node = 1
+        for begin, weight, _ in self._gaps or ():
+            if value < begin:
+                break
+            value += weight
+        sums, capacity, node, rest = self._sums, self._capacity, 1, value
         while node < capacity:
             node *= 2
-            left = sums[node] - taken.get(node, 0)
-            if value >= left:
-                value -= left
+            left = sums[node]
+            if rest >= left:
+                rest -= left
                 node += 1
+        self._take(node, value - rest)
         return node - capacity
+
+    def _take(self, node: int, begin: int) -> None:
+        weight = self._sums[node]
+        self.total -= weight
+        if self._gaps is None:
+            self._subtract(node, weight)
+            return
+        insort(self._gaps, (begin, weight, node))
+        if len(self._gaps) > _MOST_GAPS:
+            gaps, self._gaps = self._gaps, None
+            self._sums = self._sums[:]
+            for _, weight, node in gaps:
+                self._subtract(node, weight)
+
+    def _subtract(self, node: int, weight: int) -> None:
+        sums = self._sums
+        while node >= 1:
+            sums[node] -= weight
+            node >>= 1
 
 
 def prove_place(
@@ -236,3 +297,31 @@ def _checked(weight: int) -> int:
     if not 0 <= weight < SUM_LIMIT:
         raise OverflowError("weights and their sums lie in [0, 2^128)")
     return weight
+
+
+def _sums(size: int, *, largest: int) -> MutableSequence[int]:
+    """Zeros, with room for sums up to `largest`."""
+    return array("Q", bytes(8 * size)) if largest < _SMALL else [0] * size
+
+
+def _blank_pairs(capacity: int) -> bytearray:
+    """What is hashed for each inner node, all of it empty but for the tag."""
+    pairs = bytearray(_PAIR_BYTES * capacity)
+    pairs[::_PAIR_BYTES] = b"\x01" * capacity
+    return pairs
+
+
+def _record_above(record: bytes) -> bytes:
+    """The record of a node above two empty ones."""
+    return _sha256(b"\x01" + record + record).digest() + bytes(SUM_BYTES)
+
+
+def _fill(pairs: bytearray, record: bytes, *, first: int, end: int) -> None:
+    """Gives the nodes from `first` until before `end`, which is even, the same record."""
+    if first < end and first & 1:
+        at = (first >> 1) * _PAIR_BYTES + 1 + _RECORD_BYTES
+        pairs[at : at + _RECORD_BYTES] = record
+        first += 1
+    if first < end:
+        pair = b"\x01" + record + record
+        pairs[(first >> 1) * _PAIR_BYTES : (end >> 1) * _PAIR_BYTES] = pair * ((end - first) >> 1)

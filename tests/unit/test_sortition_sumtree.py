@@ -35,19 +35,21 @@ def test_a_tree_that_grew_is_the_tree_built_at_once(weights: list[int], hashed_f
 
 
 @given(weights=_WEIGHTS.filter(any), data=st.data())
-def test_find_and_take_agree_with_running_sums(weights: list[int], data: st.DataObject) -> None:
+def test_what_is_taken_out_agrees_with_running_sums(weights: list[int], data: st.DataObject) -> None:
     tree = SumTree((str(index), weight) for index, weight in enumerate(weights))
     remaining, left = Remaining(tree), dict(enumerate(weights))
     while remaining.total:
         value = data.draw(st.integers(0, remaining.total - 1))
         running = zip(left, accumulate(left.values()), strict=True)
         index = next(leaf for leaf, upto in running if value < upto)
-        assert remaining.find(value) == index
-        remaining.take(index)
+        if data.draw(st.booleans()):
+            assert remaining.pop(value) == index
+        else:
+            remaining.take(index)
         del left[index]
     assert tree.total == sum(weights)
     with pytest.raises(ValueError, match="not below"):
-        remaining.find(0)
+        remaining.pop(0)
 
 
 @given(weights=_WEIGHTS.filter(bool))
@@ -64,6 +66,21 @@ def test_every_leaf_can_be_proved_at_its_place(weights: list[int]) -> None:
             total=tree.total,
         )
         assert before == sum(weights[:index])
+
+
+@pytest.mark.parametrize("scale", [1, 2**60])
+def test_a_long_order_is_drawn_as_from_a_list(scale: int) -> None:
+    """More places than are skipped one by one, with sums in machine words and beyond them."""
+    weights = [scale * (1 + index % 7) for index in range(600)]
+    remaining = Remaining(SumTree((str(index), weight) for index, weight in enumerate(weights)))
+    left = dict(enumerate(weights))
+    for turn in range(600):
+        value = (turn * 7919 * scale) % remaining.total
+        running = zip(left, accumulate(left.values()), strict=True)
+        index = next(leaf for leaf, upto in running if value < upto)
+        assert remaining.pop(value) == index
+        del left[index]
+        assert remaining.total == sum(left.values())
 
 
 def test_different_trees_have_different_roots() -> None:
