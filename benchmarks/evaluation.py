@@ -120,7 +120,8 @@ def _timed_stream(address: str, job: Job) -> float:
                 yield rows.features(start, min(start + step, rows.total))
 
         started = time.perf_counter()
-        answer = channel.stream_unary(_DROP)(batches())
+        method: grpc.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(_DROP)
+        answer = method(batches())
         seconds = time.perf_counter() - started
     assert int(answer) == SAMPLES * rows.row_bytes
     return seconds
@@ -183,7 +184,7 @@ def _be_drop(folder: Path) -> None:
 
     server = grpc.server(futures.ThreadPoolExecutor(4), options=_OPTIONS)
     service, _, method = _DROP[1:].partition("/")
-    handler = grpc.stream_unary_rpc_method_handler(drop)
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_unary_rpc_method_handler(drop)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: handler})])
     address = f"unix:{folder}/drop.sock"
     server.add_insecure_port(address)

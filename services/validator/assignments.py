@@ -112,7 +112,7 @@ class Notary(Protocol):
     """Signs what the validator states; envelopes come back serialised."""
 
     def report(self, assignment: str, order: Order, finding: Finding) -> bytes:
-        """The signed report of a finding."""
+        """The signed report of a finding. Raises `evaluation.CannotEvaluate` for one that is too large to be taken."""
         ...
 
     def seal(self, assignment: str, report: bytes, salt: bytes) -> bytes:

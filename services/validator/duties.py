@@ -156,6 +156,7 @@ class Duty:
                 raise CannotEvaluate(lease.refusal)
             async with self._means.evaluations.hold(self._latest.task):
                 finding = await self._find(lease.order)
+            report = self._means.notary.report(name, lease.order, finding)
         except (CannotEvaluate, CacheTooSmall, DigestMismatch, OSError, ArenaError) as error:
             # Not the model's fault: the next reserve may do better, at once.
             await self._decline(lease, str(error))
@@ -163,7 +164,6 @@ class Duty:
         assert self.run is not None
         self.run = replace(self.run, finding=finding, detail=finding.detail)
         self._desk.changed()
-        report = self._means.notary.report(name, lease.order, finding)
         salt = secrets.token_bytes(SALT_BYTES)
         return SealedReport(report=report, salt=salt, seal=self._means.notary.seal(name, report, salt))
 

@@ -1,15 +1,14 @@
 """Signs reports and seals with the validator's key."""
 
 from services.validator.assignments import Order
+from services.validator.evaluation import CannotEvaluate
 from services.validator.runs import Fault, Finding
 from tiltyard.commitments import evaluation_seal
 from tiltyard.identity import Key
-from tiltyard.statements import sign_statement
+from tiltyard.statements import MAX_PAYLOAD_BYTES, sign_statement
 from tiltyard.type.v1 import envelope_pb2, evaluation_pb2
 
 _MAX_DETAIL_CHARS = 500
-# The contract allows a statement 64 KiB. A report on more rows than these blocks cover leaves the digests out.
-_MAX_BLOCKS = 1800
 
 FAULT_NUMBER = {
     Fault.NAN_OUTPUT: evaluation_pb2.MODEL_FAULT_NAN_OUTPUT,
@@ -29,7 +28,7 @@ class KeyNotary:
         self._origin = origin
 
     def report(self, assignment: str, order: Order, finding: Finding) -> bytes:
-        """The signed report of a finding, a serialised envelope."""
+        """The signed report of a finding, a serialised envelope. Raises CannotEvaluate for one over 64 KiB."""
         report = envelope_pb2.EvaluationReport(
             origin=self._origin,
             assignment=assignment,
@@ -46,11 +45,16 @@ class KeyNotary:
                     loss_sum_micros=finding.counts.loss_sum_micros,
                 )
             )
-            if len(finding.prediction_blocks) <= _MAX_BLOCKS:
-                report.prediction_blocks.extend(finding.prediction_blocks)
+            report.prediction_blocks.extend(finding.prediction_blocks)
         elif finding.fault is not None:
             report.fault = FAULT_NUMBER[finding.fault]
-        return sign_statement(self._key, report).SerializeToString(deterministic=True)
+        envelope = sign_statement(self._key, report)
+        if len(envelope.payload) > MAX_PAYLOAD_BYTES:
+            raise CannotEvaluate(
+                f"a report with {len(finding.prediction_blocks)} digests of predictions is over the limit of "
+                f"{MAX_PAYLOAD_BYTES} bytes: the dataset has too many rows"
+            )
+        return envelope.SerializeToString(deterministic=True)
 
     def seal(self, assignment: str, report: bytes, salt: bytes) -> bytes:
         """The signed seal of a report made by `report`, a serialised envelope."""

@@ -1,0 +1,57 @@
+"""Reports and seals are the same bytes each time, and what anyone can check."""
+
+import pytest
+
+from services.validator.assignments import Order
+from services.validator.evaluation import CannotEvaluate
+from services.validator.runs import Fault, Finding
+from services.validator.signing import KeyNotary
+from tiltyard.commitments import evaluation_seal
+from tiltyard.counting import Counts
+from tiltyard.identity import Key
+from tiltyard.modelspec import Linear, ModelSpec
+from tiltyard.statements import open_statement
+from tiltyard.type.v1 import envelope_pb2, evaluation_pb2
+
+NAME = f"tasks/t/submissions/1/assignments/1-{'a' * 40}"
+ORDER = Order("d" * 64, 1, "e" * 64, 1, ModelSpec((4,), 2, Linear()), max_cpu_s=1, max_memory_bytes=1)
+
+
+def found(blocks: int) -> Finding:
+    return Finding(counts=Counts(1, 2, 3, -4), prediction_blocks=(bytes(32),) * blocks)
+
+
+def test_a_report_states_what_was_found():
+    key = Key.generate()
+    notary = KeyNotary(key, "tiltyard.local")
+    report = notary.report(NAME, ORDER, found(2))
+    assert report == notary.report(NAME, ORDER, found(2))
+    statement, signer = open_statement(envelope_pb2.Envelope.FromString(report), envelope_pb2.EvaluationReport)
+    assert signer == key.id
+    assert (statement.origin, statement.assignment) == ("tiltyard.local", NAME)
+    assert (statement.dataset_digest, statement.model_digest) == (b"\xdd" * 32, b"\xee" * 32)
+    assert statement.counts == evaluation_pb2.Counts(correct=1, total=2, ambiguous=3, loss_sum_micros=-4)
+    assert list(statement.prediction_blocks) == [bytes(32)] * 2
+
+
+@pytest.mark.parametrize("fault", list(Fault))
+def test_a_fault_is_stated_without_counts(fault):
+    report = KeyNotary(Key.generate(), "o").report(NAME, ORDER, Finding(fault=fault, detail="d" * 600))
+    statement, _ = open_statement(envelope_pb2.Envelope.FromString(report), envelope_pb2.EvaluationReport)
+    assert evaluation_pb2.ModelFault.Name(statement.fault) == f"MODEL_FAULT_{fault}"
+    assert statement.WhichOneof("finding") == "fault"
+    assert len(statement.detail) == 500
+
+
+def test_a_seal_binds_the_report_and_its_salt():
+    notary = KeyNotary(Key.generate(), "o")
+    report = notary.report(NAME, ORDER, found(1))
+    envelope = envelope_pb2.Envelope.FromString(notary.seal(NAME, report, bytes(32)))
+    statement, _ = open_statement(envelope, envelope_pb2.SealStatement)
+    payload = envelope_pb2.Envelope.FromString(report).payload
+    assert statement.seal == evaluation_seal(assignment=NAME, report=payload, salt=bytes(32))
+
+
+def test_a_report_over_the_contracts_limit_is_not_made():
+    with pytest.raises(CannotEvaluate, match="too many rows"):
+        KeyNotary(Key.generate(), "o").report(NAME, ORDER, found(2000))
