@@ -107,9 +107,7 @@ class Trainings:
         spec, loss = await self._model(new)
         _check_config(new.config, spec=spec, loss=loss)
         dataset = await self._datasets.check(new.dataset, spec=spec, loss=loss)
-        config = (
-            new.config if new.config.epochs else replace(new.config, epochs=default_epochs(dataset.rows, new.config))
-        )
+        config = _completed(new, rows=dataset.rows, loss=loss)
         training = await self._store.create(
             Training(
                 id=self._new_id(),

@@ -1,8 +1,14 @@
 """A training node over a real server, with real processes that train."""
 
 import asyncio
+import itertools
+import json
 import os
-import signal
+import re
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,13 +18,16 @@ import grpc
 import numpy as np
 import psutil
 import pytest
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
+from services.runtime.database import Database
 from services.runtime.server import ArenaServer
 from services.trainer.bootstrap import build
 from services.trainer.settings import TrainerSettings
-from tiltyard.client import ClientError, Node
+from services.trainer.store import SqlTrainingStore
+from tiltyard.client import ClientError, Node, persist
 from tiltyard.datasets import write_dataset
 from tiltyard.identity import Key
 from tiltyard.inference.v2 import inference_pb2
@@ -64,14 +73,15 @@ class RunningTrainer:
         return self.state / "trainings" / name.removeprefix("trainings/")
 
     def child(self, name: str) -> psutil.Process:
-        return next(process for process in children() if str(self.folder(name)) in process.cmdline())
+        return next(process for process in children(self.state) if str(self.folder(name)) in process.cmdline())
 
 
-def children() -> list[psutil.Process]:
+def children(state: Path) -> list[psutil.Process]:
+    """The processes that train for a node, by the folder that they work in: other nodes may run beside it."""
     found = []
     for process in psutil.process_iter():
         try:
-            if "services.trainer.child" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+            if any(part.startswith(f"{state}/trainings/") for part in process.cmdline()):
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
@@ -109,11 +119,15 @@ async def served(settings: TrainerSettings) -> AsyncIterator[RunningTrainer]:
             await close()
 
 
+def new_settings(state: Path) -> TrainerSettings:
+    (state / "data").mkdir()
+    write_digits(state / "data")
+    return TrainerSettings(state_dir=state, listen="127.0.0.1:0", device="cpu", training_threads=1)
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> TrainerSettings:
-    (tmp_path / "data").mkdir()
-    write_digits(tmp_path / "data")
-    return TrainerSettings(state_dir=tmp_path, listen="127.0.0.1:0", device="cpu", training_threads=1)
+    return new_settings(tmp_path)
 
 
 @pytest.fixture
@@ -133,6 +147,7 @@ async def test_a_training_is_watched_to_its_end_and_its_model_is_served(trainer:
     assert started.state == pb.TRAINING_STATE_QUEUED
     assert started.config.learning_rate == 0.003
     assert started.config.epochs > 30  # the digits are few
+    assert started.config.label_smoothing == 0.1
     seen = [training async for training in trainer.watch(started.name)]
     steps = [training.progress.step for training in seen]
     assert steps == sorted(steps)
@@ -155,3 +170,285 @@ async def test_a_training_is_watched_to_its_end_and_its_model_is_served(trainer:
     answer = await trainer.node.inference.ModelInfer(request)
     logits = np.frombuffer(answer.raw_output_contents[0], np.float32).reshape(-1, 10)
     assert (logits.argmax(1) == digits.target).mean() > 0.97
+
+
+async def test_a_late_watcher_gets_the_history_first(trainer: RunningTrainer) -> None:
+    name = (await trainer.start(epochs=60)).name
+    await trainer.until(name)
+    seen = [training async for training in trainer.watch(name)]
+    steps = [training.progress.step for training in seen]
+    assert len(steps) > 1
+    assert steps == sorted(set(steps))
+    assert [training.state for training in seen] == [pb.TRAINING_STATE_RUNNING] * (len(seen) - 1) + [
+        pb.TRAINING_STATE_SUCCEEDED
+    ]
+
+
+async def test_a_running_training_is_cancelled_within_a_second(trainer: RunningTrainer) -> None:
+    name = (await trainer.start(epochs=LONG)).name
+    await trainer.until(name, pb.TRAINING_STATE_RUNNING, step=1)
+    process = trainer.child(name)
+    begun = time.monotonic()
+    asked = await trainer.cancel(name)
+    assert asked.state == pb.TRAINING_STATE_RUNNING
+    ended = await trainer.until(name)
+    assert ended.state == pb.TRAINING_STATE_CANCELLED
+    assert time.monotonic() - begun < 1
+    assert not process.is_running()
+    assert ended.progress.step >= 1
+    assert not trainer.folder(name).exists()
+    assert (await trainer.cancel(name)) == ended
+
+
+async def test_a_queue_runs_in_order_and_what_waits_is_cancelled_at_once(trainer: RunningTrainer) -> None:
+    first, second, third = [(await trainer.start(epochs=epochs)).name for epochs in (LONG, LONG, 1)]
+    await trainer.until(first, pb.TRAINING_STATE_RUNNING, step=1)
+    assert len(children(trainer.state)) == 1
+    assert (await trainer.get(second)).state == pb.TRAINING_STATE_QUEUED
+    assert (await trainer.cancel(second)).state == pb.TRAINING_STATE_CANCELLED
+    await trainer.cancel(first)
+    assert (await trainer.until(third)).state == pb.TRAINING_STATE_SUCCEEDED
+    assert (await trainer.get(second)).progress.step == 0
+
+
+async def test_trainings_are_listed_newest_first_in_pages(trainer: RunningTrainer) -> None:
+    names = [(await trainer.start(epochs=LONG)).name for _ in range(5)]
+    trainings = trainer.node.trainings
+    found, token = [], ""
+    while True:
+        page = await trainings.ListTrainings(pb.ListTrainingsRequest(page_size=2, page_token=token))
+        assert len(page.trainings) <= 2
+        found += [training.name for training in page.trainings]
+        token = page.next_page_token
+        if not token:
+            break
+    assert found == names[::-1]
+    error = await refused(trainings.ListTrainings(pb.ListTrainingsRequest(page_token="Zm9yZ2Vk")))
+    assert (error.code, error.violations[0].field) == (grpc.StatusCode.INVALID_ARGUMENT, "page_token")
+    error = await refused(trainings.ListTrainings(pb.ListTrainingsRequest(page_size=-1)))
+    assert error.violations[0].field == "page_size"
+
+
+async def test_one_request_id_starts_one_training(trainer: RunningTrainer) -> None:
+    first = await trainer.start(epochs=LONG, request_id="once")
+    again = await trainer.start(epochs=LONG, request_id="once")
+    assert again == first
+    error = await refused(trainer.start(epochs=1, request_id="once"))
+    assert error.reason == "REQUEST_ID_REUSED"
+    assert len((await trainer.node.trainings.ListTrainings(pb.ListTrainingsRequest())).trainings) == 1
+
+
+BAD_REQUESTS: list[tuple[dict[str, object], str, str]] = [
+    ({"config": pb.TrainingConfig(epochs=-1)}, "config.epochs", "-1"),
+    ({"config": pb.TrainingConfig(batch_size=2_000_000)}, "config.batch_size", "1000000"),
+    ({"config": pb.TrainingConfig(learning_rate=float("nan"))}, "config.learning_rate", "nan"),
+    ({"config": pb.TrainingConfig(learning_rate=101)}, "config.learning_rate", "at most 100"),
+    ({"config": pb.TrainingConfig(momentum=1.0)}, "config.momentum", "below 1"),
+    ({"config": pb.TrainingConfig(holdout_share=1.0)}, "config.holdout_share", "below 1"),
+    ({"config": pb.TrainingConfig(patience=2, holdout_share=0.0)}, "config.patience", "holdout_share"),
+    ({"config": pb.TrainingConfig(optimizer=9)}, "config.optimizer", "9"),  # type: ignore[arg-type]
+    ({"loss": task_pb2.LOSS_HUBER}, "loss", "not supported yet"),
+    ({"model": model_pb2.ModelSpec(input_shape=[8, 8], outputs=10)}, "model.architecture", "one of"),
+    ({"model": mlp(outputs=0)}, "model.outputs", "1 to"),
+    ({"model": mlp(inputs=(28, 28))}, "dataset", "(8, 8), but the model takes (28, 28)"),
+    ({"model": mlp(outputs=5)}, "dataset", "outside 0 to 4"),
+    ({"dataset": "one_class.safetensors"}, "dataset", "one class"),
+    ({"dataset": "empty.safetensors"}, "dataset", "empty"),
+    ({"dataset": "nan.safetensors"}, "dataset", "row 3 has a value that is NaN"),
+    ({"dataset": "lengths.safetensors"}, "dataset", "has 4 rows, but x has 5"),
+    ({"dataset": "text.safetensors"}, "dataset", "is not a dataset"),
+    ({"dataset": "../key.pem"}, "dataset", "below the node's data folder"),
+    ({"dataset": "/etc/passwd"}, "dataset", "below the node's data folder"),
+    ({"dataset": "link"}, "dataset", "out of the node's data folder"),
+    ({"dataset": ""}, "dataset", "required"),
+    ({"submit": True}, "submit", "needs a task"),
+    ({"task": "tasks/UPPER"}, "task", "must look like"),
+]
+
+
+@pytest.mark.parametrize(("fields", "field", "text"), BAD_REQUESTS, ids=[f"{f}-{t}" for _, f, t in BAD_REQUESTS])
+async def test_a_bad_request_names_its_field_and_starts_nothing(
+    trainer: RunningTrainer, fields: dict[str, object], field: str, text: str
+) -> None:
+    data = trainer.state / "data"
+    x, y = np.zeros((5, 8, 8), np.float32), np.array([0, 1, 2, 3, 4], np.int64)
+    write_dataset(data / "one_class.safetensors", x, np.full(5, 7))
+    save_file({"x": x[:0], "y": y[:0]}, data / "empty.safetensors")
+    save_file({"x": x, "y": y[:4]}, data / "lengths.safetensors")
+    holed = x.copy()
+    holed[3, 2, 1] = np.nan
+    save_file({"x": holed, "y": y}, data / "nan.safetensors")
+    (data / "text.safetensors").write_text("x,y\n1,2\n")
+    (data / "link").symlink_to(trainer.state / "key.pem")
+    error = await refused(trainer.start(**fields))  # type: ignore[arg-type]
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.violations[0].field == field
+    assert text in error.violations[0].description
+    assert not (await trainer.node.trainings.ListTrainings(pb.ListTrainingsRequest())).trainings
+
+
+async def test_what_does_not_exist_is_not_found(trainer: RunningTrainer) -> None:
+    name = "trainings/none"
+    for call in (trainer.get(name), trainer.cancel(name), trainer.until(name), trainer.start(dataset="none")):
+        assert (await refused(call)).code is grpc.StatusCode.NOT_FOUND
+    error = await refused(trainer.get("training/1"))
+    assert (error.code, error.violations[0].field) == (grpc.StatusCode.INVALID_ARGUMENT, "name")
+
+
+async def test_a_learning_rate_that_diverges_fails_the_training_with_its_step(trainer: RunningTrainer) -> None:
+    config = pb.TrainingConfig(epochs=50, learning_rate=100, optimizer=pb.OPTIMIZER_KIND_SGD, warmup=0.0)
+    x = np.random.default_rng(0).normal(scale=1e4, size=(300, 4)).astype(np.float32)
+    write_dataset(trainer.state / "data" / "wild.safetensors", x, x[:, :1])
+    model = model_pb2.ModelSpec(input_shape=[4], outputs=1, linear=model_pb2.Linear())
+    started = await trainer.start(dataset="wild.safetensors", model=model, loss=task_pb2.LOSS_MSE, config=config)
+    ended = await trainer.until(started.name)
+    assert ended.state == pb.TRAINING_STATE_FAILED
+    assert re.search(r"the loss is (inf|nan) at step \d+", ended.error)
+    assert not ended.model_digest
+    assert not trainer.folder(started.name).exists()
+
+
+async def test_a_dataset_that_changes_while_it_waits_fails_the_training(trainer: RunningTrainer) -> None:
+    blocking = (await trainer.start(epochs=LONG)).name
+    waiting = (await trainer.start(epochs=1)).name
+    os.utime(trainer.state / "data" / "digits.safetensors", ns=(1, 1))
+    await trainer.cancel(blocking)
+    ended = await trainer.until(waiting)
+    assert ended.state == pb.TRAINING_STATE_FAILED
+    assert "has changed" in ended.error
+
+
+async def test_nobody_but_the_own_key_and_operators_is_obeyed(settings: TrainerSettings) -> None:
+    operator, stranger = Key.generate(), Key.generate()
+    settings = settings.model_copy(update={"operators": frozenset({operator.id})})
+    async with served(settings) as trainer:
+        own = Key.load(settings.key_file).id
+        async with Node(operator, address=trainer.address, node_id=own) as node:
+            await node.trainings.ListTrainings(pb.ListTrainingsRequest())
+        async with Node(stranger, address=trainer.address, node_id=own) as node:
+            calls = [
+                node.trainings.StartTraining(pb.StartTrainingRequest()),
+                node.trainings.GetTraining(pb.GetTrainingRequest(name="trainings/1")),
+                node.trainings.ListTrainings(pb.ListTrainingsRequest()),
+                node.trainings.CancelTraining(pb.CancelTrainingRequest(name="trainings/1")),
+                node.inference.ModelInfer(inference_pb2.ModelInferRequest(model_name="1")),
+            ]
+            for call in calls:
+                assert (await refused(call)).code is grpc.StatusCode.PERMISSION_DENIED
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await node.trainings.WatchTraining(pb.WatchTrainingRequest(name="trainings/1")).read()
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        async with Node(operator, address=trainer.address, node_id=stranger.id) as node:
+            error = await refused(node.trainings.ListTrainings(pb.ListTrainingsRequest()))
+            assert error.code is grpc.StatusCode.UNAUTHENTICATED
+
+
+RESUMED = pb.TrainingConfig(epochs=400, seed=4, checkpoint_interval_s=1)
+
+
+@pytest.fixture(scope="module")
+def whole_digest(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The digest of the model that RESUMED ends with when nothing interrupts it."""
+
+    async def train() -> bytes:
+        async with served(new_settings(tmp_path_factory.mktemp("whole"))) as trainer:
+            return (await trainer.until((await trainer.start(config=RESUMED)).name)).model_digest
+
+    return asyncio.run(train())
+
+
+async def test_a_killed_process_resumes_from_its_checkpoint_and_ends_with_the_same_bits(
+    trainer: RunningTrainer, whole_digest: bytes
+) -> None:
+    broken = (await trainer.start(config=RESUMED)).name
+    checkpoint = trainer.folder(broken) / "checkpoint.safetensors"
+    kept, steps = 0, [0]
+    async for training in trainer.watch(broken):
+        steps.append(training.progress.step)
+        if not kept and checkpoint.exists():
+            with safe_open(checkpoint, framework="numpy") as file:
+                kept = json.loads(file.metadata()["facts"])["step"]
+            trainer.child(broken).kill()
+    assert kept > 0
+    assert training.state == pb.TRAINING_STATE_SUCCEEDED
+    # Whatever came after the kill began where the checkpoint was, not at the first step.
+    back = [later for earlier, later in itertools.pairwise(steps) if later < earlier]
+    assert all(step > kept for step in back)
+    assert training.model_digest == whole_digest
+    assert not children(trainer.state)
+
+
+async def test_a_service_that_is_killed_takes_its_processes_along_and_resumes_after_its_restart(
+    settings: TrainerSettings, whole_digest: bytes
+) -> None:
+    Key.load_or_create(settings.key_file)
+    with tempfile.TemporaryDirectory(prefix="tiltyard") as short:
+        address = f"unix:{short}/node"
+        service = start_service(settings.state_dir, address)
+        try:
+            key = Key.load(settings.key_file)
+            async with Node(key, address=address, node_id=key.id) as node:
+                trainer = RunningTrainer(node, address, settings.state_dir)
+                started = await persist(lambda: trainer.start(config=RESUMED, request_id="first"))
+                queued = await trainer.start(epochs=1)
+                async for _ in trainer.watch(started.name):
+                    if (trainer.folder(started.name) / "checkpoint.safetensors").exists():
+                        break
+                child = trainer.child(started.name)
+                service.kill()
+                service.wait()
+                psutil.wait_procs([child], timeout=5)
+                assert not children(settings.state_dir)
+                service = start_service(settings.state_dir, address)
+                ended = await persist(lambda: trainer.until(started.name))
+                assert ended.state == pb.TRAINING_STATE_SUCCEEDED
+                assert ended.model_digest == whole_digest
+                assert (await trainer.until(queued.name)).state == pb.TRAINING_STATE_SUCCEEDED
+
+                last = await trainer.start(epochs=LONG)
+                await trainer.until(last.name, pb.TRAINING_STATE_RUNNING, step=1)
+                service.terminate()
+                assert service.wait(20) == 0
+                assert not children(settings.state_dir)
+        finally:
+            service.kill()
+            service.wait()
+
+
+def start_service(state: Path, address: str) -> subprocess.Popen[bytes]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TILTYARD_")}
+    environment |= {
+        "TILTYARD_STATE_DIR": str(state),
+        "TILTYARD_LISTEN": address,
+        "TILTYARD_DEVICE": "cpu",
+        "TILTYARD_TRAINING_THREADS": "1",
+        "TILTYARD_LOG_LEVEL": "error",
+    }
+    return subprocess.Popen([sys.executable, "-m", "services.trainer"], env=environment)
+
+
+async def test_what_was_being_cancelled_when_the_service_died_is_not_resumed(settings: TrainerSettings) -> None:
+    async with served(settings) as trainer:
+        name = (await trainer.start(epochs=LONG)).name
+        await trainer.until(name, pb.TRAINING_STATE_RUNNING)
+    assert not children(settings.state_dir)
+    database = Database.open(settings.database_url, migrations="services.trainer.migrations")
+    store = SqlTrainingStore(database)
+    asked = await store.change(name.removeprefix("trainings/"), lambda each: each.cancel(now=each.created_at))
+    assert asked.cancel_requested
+    assert not asked.ended
+    await database.close()
+    async with served(settings) as trainer:
+        assert (await trainer.until(name)).state == pb.TRAINING_STATE_CANCELLED
+
+
+async def test_a_process_that_always_dies_is_given_up(trainer: RunningTrainer) -> None:
+    # A folder in the place of the lock: the child dies before its first step, each time.
+    blocking = (await trainer.start(epochs=LONG)).name
+    doomed = (await trainer.start(epochs=1)).name
+    (trainer.folder(doomed) / "lock").mkdir(parents=True)
+    await trainer.cancel(blocking)
+    ended = await trainer.until(doomed)
+    assert ended.state == pb.TRAINING_STATE_FAILED
+    assert "died 4 times" in ended.error
+    assert "IsADirectoryError" in ended.error
