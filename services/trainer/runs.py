@@ -159,6 +159,8 @@ class Runs:
                 raise
             point = self._newest(training.id)
             await self._end(training.id, lambda each: each.cancelled(now=self._clock(), progress=point))
+        except ArenaError as error:
+            await self._fail(training.id, error.message)  # its dataset is gone, say
         except Exception as error:
             # One training's trouble must not stop the queue.
             _log.error("a training failed unexpectedly", training=training.id, exc_info=error)

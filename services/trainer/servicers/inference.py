@@ -5,9 +5,14 @@ import importlib
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import structlog
+
+from services.runtime.errors import ArenaError
 from services.runtime.server import Mount
 from services.trainer.training import Training
 from tiltyard.inference.v2 import inference_pb2_grpc as rpc
+
+_log = structlog.get_logger("tiltyard.trainer")
 
 SERVICE = "inference.GRPCInferenceService"
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -51,8 +56,13 @@ class TrainedModels:
 
     async def add(self, training: Training) -> None:
         """Serves a model that has just been trained, where anybody has asked for models before."""
-        if self._models is not None:
+        if self._models is None:
+            return
+        try:
             await self._models.load(training.id)
+        except (ArenaError, MemoryError) as error:
+            # The model is trained and can be submitted all the same.
+            _log.warning("a trained model cannot be served", training=training.id, error=str(error))
 
     async def servicer(self) -> Any:
         """The model server's own servicer, with every model loaded."""
