@@ -89,7 +89,7 @@ class FakeSelection:
         pool = self.pools.get(task.id)
         if pool is None:
             self.pools[task.id] = FakePool(task.config.selection, task.creator)
-            self._record(stake_pb2.LEDGER_EVENT_KIND_POOL_OPENED, task=task.id)
+            self.record(stake_pb2.LEDGER_EVENT_KIND_POOL_OPENED, task=task.id)
         elif pool.policy != task.config.selection:
             raise AlreadyExists("POOL_EXISTS", "the pool has another policy")
 
@@ -105,7 +105,7 @@ class FakeSelection:
             return Candidacy(verdict)
         if participant not in pool.candidates:
             pool.candidates[participant] = role
-            self._record(stake_pb2.LEDGER_EVENT_KIND_CANDIDATE_ADDED, task=task, participant=participant)
+            self.record(stake_pb2.LEDGER_EVENT_KIND_CANDIDATE_ADDED, task=task, participant=participant)
         weight = 1 << 32 if role is Role.VALIDATOR else 0
         return Candidacy(verdict, locked_micros=100, weight=weight, owner_group=owner or participant)
 
@@ -113,7 +113,7 @@ class FakeSelection:
         self._asked("remove_candidate")
         pool = self.pools.get(task)
         if pool is not None and pool.candidates.pop(participant, None) is not None:
-            self._record(stake_pb2.LEDGER_EVENT_KIND_CANDIDATE_REMOVED, task=task, participant=participant)
+            self.record(stake_pb2.LEDGER_EVENT_KIND_CANDIDATE_REMOVED, task=task, participant=participant)
 
     async def close_pool(self, task: str) -> None:
         self._asked("close_pool")
@@ -123,7 +123,7 @@ class FakeSelection:
         if pool.open:
             pool.open = False
             pool.candidates.clear()
-            self._record(stake_pb2.LEDGER_EVENT_KIND_POOL_CLOSED, task=task)
+            self.record(stake_pb2.LEDGER_EVENT_KIND_POOL_CLOSED, task=task)
 
     async def draw_validators(
         self,
@@ -237,7 +237,7 @@ class FakeSelection:
         )
         return Draw(name, tuple(known.picks), receipt.SerializeToString(deterministic=True))
 
-    def _record(self, kind: stake_pb2.LedgerEventKind.ValueType, *, task: str, participant: str = "") -> None:
+    def record(self, kind: stake_pb2.LedgerEventKind.ValueType, *, task: str, participant: str = "") -> None:
         event = stake_pb2.LedgerEvent(
             sequence=len(self.events) + 1,
             kind=kind,

@@ -38,6 +38,7 @@ from services.registry.structure import StructureChecks
 from services.registry.submissions import Submissions
 from services.registry.task_turns import TaskTurns
 from services.registry.tasks import Tasks
+from services.registry.transaction import Store
 from services.runtime.auth import AccessPolicy, Authenticator, utc_now
 from services.runtime.channels import open_peer
 from services.runtime.database import Database
@@ -59,6 +60,7 @@ class Registry:
     authenticator: Authenticator
     policy: AccessPolicy
     database: Database
+    store: Store
     referee: Referee
     log: RecordLog
     log_key: bytes
@@ -153,6 +155,7 @@ async def build(
         authenticator=Authenticator({f"{origin}/registry"}, settings.operators, settings.services),
         policy=AccessPolicy(),
         database=database,
+        store=store,
         referee=Referee(steps, store, changes, clock),
         log=log,
         log_key=log_key.public_bytes,

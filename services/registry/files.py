@@ -21,8 +21,9 @@ class PartialFile:
         self.size = self._file.tell()
 
     def append(self, chunk: bytes) -> None:
-        """The next bytes."""
+        """The next bytes, out of this process at once: they survive its death."""
         self._file.write(chunk)
+        self._file.flush()
         self._hash.update(chunk)
         self.size += len(chunk)
 
@@ -32,7 +33,6 @@ class PartialFile:
             self.close()
             self._partial.unlink()
             return False
-        self._file.flush()
         os.fsync(self._file.fileno())
         self.close()
         self._final.parent.mkdir(parents=True, exist_ok=True)

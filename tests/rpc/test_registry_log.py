@@ -122,7 +122,7 @@ async def test_a_restart_goes_on_with_the_same_tree_and_key(arena: RegistryServe
 
 async def test_the_selectors_events_become_leaves_once(arena: RegistryServer) -> None:
     for kind in range(1, 4):
-        arena.selection._record(kind, task="t")  # type: ignore[arg-type]
+        arena.selection.record(kind, task="t")
     await arena.registry.referee.turn()
     await arena.restart()
     await arena.registry.referee.turn()
