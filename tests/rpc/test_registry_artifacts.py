@@ -169,7 +169,7 @@ async def test_a_cancelled_stream_keeps_its_bytes(creator: Client, dataset: byte
     call = creator.artifacts.UploadArtifact(messages())
     await arrived.wait()
     async with asyncio.timeout(20):
-        # No event tells a client what has arrived, nor that the server has heard of the cancellation: both are asked for.
+        # No event tells a client what has arrived, nor that the server has heard of the cancellation: both are asked.
         offset = 0
         while offset < 50:
             offset, _ = await progress(creator, dataset)
