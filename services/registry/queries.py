@@ -1,10 +1,12 @@
 """The questions of `transaction.Reading`, asked in SQL within one session."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, or_
+from sqlalchemy import select as sa_select
 from sqlmodel import Session, col, select
 
 from services.registry import rows
@@ -53,7 +55,13 @@ from services.runtime.names import AssignmentId
 from tiltyard.transparency import HASH_BYTES, Frontier
 from tiltyard.type.v1 import participation_pb2
 
-_ONLY_ROW = 1
+COUNTERS_ID = 1
+_COUNTERS = sa_select(
+    col(CountersRow.log_size),
+    col(CountersRow.log_frontier),
+    col(CountersRow.ledger_position),
+    col(CountersRow.assignment_sequence),
+).where(col(CountersRow.id) == COUNTERS_ID)
 _TRACK_RECORD = 10
 _PLATFORM_FAULTS = (RejectionReason.VALIDATORS_UNAVAILABLE.name, RejectionReason.TASK_CANCELLED.name)
 _UNENDED = (AssignmentState.OFFERED.name, AssignmentState.ACCEPTED.name, AssignmentState.SEALED.name)
@@ -64,6 +72,18 @@ _ENDED = (
     AssignmentState.EXPIRED.name,
     AssignmentState.RELEASED.name,
 )
+
+
+@dataclass
+class Counters:
+    """What grows: the log with its frontier, the ledger's position, the last assignment's sequence."""
+
+    log_size: int = 0
+    log_frontier: bytes = b""
+    ledger_position: int = 0
+    assignment_sequence: int = 0
+    stored: bool = False
+    """Whether the database has the row already."""
 
 
 class SessionReading:
@@ -347,10 +367,10 @@ class SessionReading:
         query = select(MemberRow).where(MemberRow.task == task, MemberRow.participant == participant)
         return self._session.exec(query).one_or_none()
 
-    def _counters(self) -> CountersRow:
-        return self._session.get(CountersRow, _ONLY_ROW) or CountersRow(
-            id=_ONLY_ROW, log_size=0, log_frontier=b"", ledger_position=0, assignment_sequence=0
-        )
+    def _counters(self) -> Counters:
+        # Asked in Core: every write needs it, and the unit of work costs more than the question.
+        row = self._session.connection().execute(_COUNTERS).one_or_none()
+        return Counters() if row is None else Counters(*row, stored=True)
 
     def _frontier(self) -> Frontier:
         counters = self._counters()

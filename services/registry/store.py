@@ -1,11 +1,13 @@
 """The registry's store: works of the domain as transactions, states and leaves changed together."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlmodel import Session, SQLModel
+from sqlalchemy import insert, update
+from sqlmodel import Session, SQLModel, col
 
 from services.registry import rows
 from services.registry.changes import ChangeBoard
@@ -13,7 +15,7 @@ from services.registry.convert.times import micros_of
 from services.registry.convert.verdicts import verdict_message
 from services.registry.entries import Entry
 from services.registry.leaves import leaf_bytes
-from services.registry.queries import SessionReading
+from services.registry.queries import COUNTERS_ID, Counters, SessionReading
 from services.registry.records import (
     Artifact,
     ArtifactUse,
@@ -58,7 +60,9 @@ class SessionWriting(SessionReading):
     def __init__(self, session: Session, now: datetime) -> None:
         super().__init__(session)
         self._now = now
-        self._own_counters: CountersRow | None = None
+        self._own_counters: Counters | None = None
+        self._new_leaves: list[dict[str, Any]] = []
+        self._new_nodes: list[dict[str, Any]] = []
         self._own_frontier: Frontier | None = None
         self.topics: set[str] = set()
 
@@ -71,8 +75,8 @@ class SessionWriting(SessionReading):
         data = leaf_bytes(entry, self._now)
         leaf = Leaf(frontier.size, leaf_hash(data), data)
         for (level, index), value in frontier.append(leaf.hash)[1:]:
-            self._session.add(NodeRow(level=level, index=index, hash=value))
-        self._session.add(LeafRow(index=leaf.index, hash=leaf.hash, entry=data))
+            self._new_nodes.append({"level": level, "index": index, "hash": value})
+        self._new_leaves.append({"index": leaf.index, "hash": leaf.hash, "entry": data})
         return leaf
 
     def put_participant(self, participant: Participant) -> None:
@@ -186,11 +190,33 @@ class SessionWriting(SessionReading):
         self._counters().ledger_position = sequence
 
     def close(self) -> None:
-        """Put back what `append` kept in memory."""
+        """Put back what was kept in memory."""
+        self._insert_log()
+        if self._own_counters is None:
+            return
+        values = asdict(self._own_counters)
+        stored = values.pop("stored")
         if self._own_frontier is not None:
-            counters = self._counters()
-            counters.log_size = self._own_frontier.size
-            counters.log_frontier = b"".join(self._own_frontier.hashes)
+            values |= {"log_size": self._own_frontier.size, "log_frontier": b"".join(self._own_frontier.hashes)}
+        connection = self._session.connection()
+        if stored:
+            connection.execute(update(CountersRow).where(col(CountersRow.id) == COUNTERS_ID).values(values))
+        else:
+            connection.execute(insert(CountersRow).values(id=COUNTERS_ID, **values))
+
+    def _insert_log(self) -> None:
+        for table, new in ((LeafRow, self._new_leaves), (NodeRow, self._new_nodes)):
+            if new:
+                self._session.connection().execute(insert(table), new)
+                new.clear()
+
+    def leaves(self, *, start: int, limit: int) -> Sequence[Leaf]:
+        self._insert_log()
+        return super().leaves(start=start, limit=limit)
+
+    def log_node(self, level: int, index: int) -> bytes:
+        self._insert_log()
+        return super().log_node(level, index)
 
     def _put(self, kind: Any, table: type[SQLModel], key: Any, record: Any) -> Any:
         row = self._session.get(table, key)
@@ -201,10 +227,9 @@ class SessionWriting(SessionReading):
             kind.update(row, record)
         return row
 
-    def _counters(self) -> CountersRow:
+    def _counters(self) -> Counters:
         if self._own_counters is None:
             self._own_counters = super()._counters()
-            self._session.add(self._own_counters)
         return self._own_counters
 
     def _frontier(self) -> Frontier:
