@@ -95,7 +95,9 @@ def test_a_task_by_hand(shell: Shell) -> None:
     assert all(each["eligible"] for each in shell.document("task", "verdicts", "clouds")["verdicts"])
     assert shell.document("odds", "clouds", "--validators", "1", key=validator)["probability"] == 1.0
 
-    training = shell.document("train", "shard.safetensors", "--task", "clouds", "--epochs", 60, "--batch-size", 16, key=trainer)
+    training = shell.document(
+        "train", "shard.safetensors", "--task", "clouds", "--epochs", 60, "--batch-size", 16, key=trainer
+    )
     assert training["state"] == "TRAINING_STATE_SUCCEEDED"
     (trained,) = shell.state.glob("trainer/**/model.safetensors")
     submission = shell.document("submit", trained, "--task", "clouds", "--watch", key=trainer)
