@@ -3,6 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
 
+# The tests start many processes on few cores: a thread of torch that waits must not spin.
+export OMP_WAIT_POLICY := PASSIVE
+# Databases under test sync every commit to disk; a file system in memory, where there is a large one, takes that wait away.
+ROOMY := $(shell df --output=avail -k /dev/shm 2>/dev/null | awk 'NR == 2 && $$1 > 4000000 {print "/dev/shm"}')
+
 .PHONY: install demo test soak bench check lint types protos protos-check clean
 
 install: .venv/installed
@@ -16,7 +21,7 @@ demo: install
 	$(BIN)/tiltyard demo
 
 test: install
-	$(BIN)/python -m pytest -m "not soak"
+	$(if $(ROOMY),PYTEST_DEBUG_TEMPROOT=$(ROOMY)) $(BIN)/python -m pytest -m "not soak" --durations 15
 
 soak: install
 	$(BIN)/python -m pytest -m soak --timeout 7200
