@@ -48,6 +48,17 @@ class BlsKey:
         return AugSchemeMPL.sign(self._key, message).to_bytes()
 
 
+def is_public_key(public_key: bytes) -> bool:
+    """True for the 48 bytes of a point that a key can have: in the right group, and not at infinity."""
+    if len(public_key) != PUBLIC_KEY_BYTES or public_key == _INFINITY:
+        return False
+    try:
+        G1Element.from_bytes(public_key)
+    except ValueError:
+        return False
+    return True
+
+
 def verify(public_key: bytes, message: bytes, signature: bytes) -> bool:
     """True when `signature` is the holder's over `message`. False for malformed bytes and for a key at infinity."""
     if len(public_key) != PUBLIC_KEY_BYTES or len(signature) != SIGNATURE_BYTES or public_key == _INFINITY:

@@ -25,6 +25,7 @@ __all__ = [
     "SumTree",
     "check_order",
     "draw",
+    "draw_id",
     "drawn_member",
     "drawn_value",
     "quota_limit",
@@ -54,6 +55,11 @@ class ProvedPlace:
     place: Place
     identifier: str
     path: Sequence[SumNode]
+
+
+def draw_id(submission: str, round: int) -> str:
+    """Id of the one draw for a submission (a resource name) and round: half of a SHA-256, in hex."""
+    return hashlib.sha256(f"{submission}/{round}".encode()).hexdigest()[:32]
 
 
 def draw(seed: bytes, tree: SumTree, drawn: Iterable[int] = ()) -> Iterator[Place]:

@@ -11,7 +11,7 @@ from tiltyard.cli.demo.verification import Check, Record, verify
 from tiltyard.commitments import draw_seed, evaluation_seal, submission_commitment
 from tiltyard.identity import Key
 from tiltyard.registry.v1 import leaderboard_pb2, log_pb2, submission_pb2
-from tiltyard.sortition import SumTree, draw, drawn_member
+from tiltyard.sortition import SumTree, draw, draw_id, drawn_member
 from tiltyard.statements import sign_statement
 from tiltyard.transparency import Checkpoint, checkpoint_body, leaf_hash, root_hash, sign_note
 from tiltyard.type.v1 import draw_pb2, envelope_pb2, evaluation_pb2
@@ -79,7 +79,7 @@ class Story:
         sigma = self.selector.sign(anchor)
         seed = draw_seed(sigma=sigma, reveal_salt=SALT)
         receipt = draw_pb2.DrawReceipt(
-            draw="draws/1",
+            draw=f"draws/{draw_id(SUBMISSION, 1)}",
             task=TASK,
             submission=SUBMISSION,
             round=1,

@@ -5,6 +5,7 @@ import typer
 from tiltyard.cli import (
     datasets,
     demo,
+    draws,
     keys,
     participants,
     rankings,
@@ -38,6 +39,6 @@ app.command("train")(training.train)
 app.command("submit")(submissions.submit)
 app.add_typer(validators.app, name="validate")
 app.command("leaderboard")(rankings.leaderboard)
-app.add_typer(rankings.draws, name="draw")
-app.command("odds")(rankings.odds)
+app.add_typer(draws.app, name="draw")
+app.command("odds")(draws.odds)
 app.add_typer(records.app, name="log")

@@ -1,4 +1,4 @@
-"""`tiltyard leaderboard`, `draw` and `odds`: who leads, who was drawn, and who may expect to be."""
+"""`tiltyard leaderboard`: who leads."""
 
 import json as json_module
 from typing import TYPE_CHECKING, Annotated
@@ -8,15 +8,12 @@ import typer
 from tiltyard.cli.connection import (
     DEFAULT_ORIGIN,
     REGISTRY,
-    SELECTOR,
     JsonOption,
     KeyOption,
     OriginOption,
     RegistryOption,
-    SelectorOption,
     TaskArgument,
     connect,
-    participant_name,
     run,
     task_name,
 )
@@ -24,9 +21,6 @@ from tiltyard.cli.output import as_json, print_json, print_table
 
 if TYPE_CHECKING:
     from tiltyard.registry.v1 import leaderboard_pb2
-    from tiltyard.type.v1 import draw_pb2
-
-draws = typer.Typer(help="Look at draws of validators.", no_args_is_help=True)
 
 
 def print_leaderboard(board: "leaderboard_pb2.Leaderboard") -> None:
@@ -74,75 +68,5 @@ def leaderboard(
                     print(json_module.dumps(as_json(seen.leaderboard)), flush=True)
                 else:
                     print_leaderboard(seen.leaderboard)
-
-    run(work())
-
-
-def print_draw(receipt: "draw_pb2.DrawReceipt") -> None:
-    """A draw's seed and order."""
-    print(f"{receipt.draw} for {receipt.submission}, round {receipt.round}")
-    print(f"seed {receipt.seed.hex()}, pool of {receipt.pool_size} owner groups, root {receipt.pool_root.hex()}")
-    total = int.from_bytes(receipt.pool_weight, "big") or 1
-    print_table(
-        ("place", "participant", "share of the pool", ""),
-        (
-            (
-                each.position,
-                each.participant,
-                f"{int.from_bytes(each.group_weight, 'big') / total:.1%}",
-                "assigned" if each.position < receipt.assigned else "reserve",
-            )
-            for each in receipt.picks
-        ),
-    )
-
-
-@draws.command("show")
-def show(
-    draw: Annotated[str, typer.Argument(help="draws/{draw}, or the last part of it.")],
-    key: KeyOption,
-    origin: OriginOption = DEFAULT_ORIGIN,
-    selector: SelectorOption = SELECTOR,
-    json: JsonOption = False,
-) -> None:
-    """Show a draw with its receipt."""
-    from tiltyard.selector.v1 import draw_pb2
-
-    async def work() -> None:
-        name = draw if draw.startswith("draws/") else f"draws/{draw}"
-        async with connect(key, origin, selector=selector) as client:
-            receipt = (await client.draws.GetDraw(draw_pb2.GetDrawRequest(name=name))).receipt
-        print_json(as_json(receipt)) if json else print_draw(receipt)
-
-    run(work())
-
-
-def odds(
-    task: TaskArgument,
-    key: KeyOption,
-    validators: Annotated[int, typer.Option(help="How many are drawn, 1 to 99.")] = 3,
-    participant: Annotated[str, typer.Option(help="participants/{id} or the id; the key's own when left out.")] = "",
-    origin: OriginOption = DEFAULT_ORIGIN,
-    selector: SelectorOption = SELECTOR,
-    json: JsonOption = False,
-) -> None:
-    """Show a validator's weight, its chance of being drawn, and its quota."""
-    from tiltyard.selector.v1 import draw_pb2
-
-    async def work() -> None:
-        async with connect(key, origin, selector=selector) as client:
-            request = draw_pb2.EstimateOddsRequest(
-                task=task_name(task),
-                validators=validators,
-                participant=participant_name(participant) if participant else "",
-            )
-            answer = await client.draws.EstimateOdds(request)
-        if json:
-            print_json(as_json(answer))
-            return
-        error = f" (standard error {answer.standard_error:.4f})" if answer.standard_error else ""
-        print(f"weight       {answer.weight} of {answer.pool_weight}")
-        print(f"probability  {answer.probability:.4f}{error} of being among {validators}")
-        print(f"quota        {answer.quota_used} of {answer.quota_limit} used in this window")
 
     run(work())

@@ -15,7 +15,7 @@ def demo(
     ] = None,
     trainers: Annotated[int, typer.Option(min=1, max=50, help="Training nodes, each with a shard of its own.")] = 3,
     validators: Annotated[int, typer.Option(min=1, max=50, help="Validators; three judge each submission.")] = 5,
-    export: Annotated[Path | None, typer.Option(help="Folder for log, draws, models and results.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Folder for log, receipts, keys, models and results.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end; all else to stderr.")] = False,
     state: Annotated[Path | None, typer.Option(help="Folder for all state; default: a fresh temporary one.")] = None,
 ) -> None:

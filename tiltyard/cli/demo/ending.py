@@ -14,6 +14,7 @@ from tiltyard.cli.demo.verification import Record, fetch_record, verify
 from tiltyard.cli.output import as_json
 from tiltyard.cli.tasks import fetch_results
 from tiltyard.client import PATIENCE_S, pages, persist
+from tiltyard.receipts import receipt_to_json
 from tiltyard.registry.v1 import leaderboard_pb2, submission_pb2
 from tiltyard.type.v1 import evaluation_pb2
 
@@ -100,7 +101,7 @@ class Ending:
         await asyncio.to_thread(_export_record, folder, record)
         count = await fetch_results(self.cast.creator.client, self.task, folder / "models")
         await asyncio.to_thread((folder / "demo.json").write_text, json.dumps(document, indent=2) + "\n")
-        self.reporter.say(f"log, draws and {count} models exported to {folder}")
+        self.reporter.say(f"log, receipts of draws and {count} models exported to {folder}")
 
 
 def _reason(submission: submission_pb2.Submission) -> str:
@@ -108,12 +109,13 @@ def _reason(submission: submission_pb2.Submission) -> str:
 
 
 def _export_record(folder: Path, record: Record) -> None:
-    log, draws = folder / "log", folder / "draws"
-    log.mkdir(parents=True, exist_ok=True)
-    draws.mkdir(parents=True, exist_ok=True)
+    log, receipts, keys = folder / "log", folder / "receipts", folder / "keys"
+    for each in (log, receipts, keys):
+        each.mkdir(parents=True, exist_ok=True)
     (log / "checkpoint").write_text(record.checkpoint.note)
     # Each leaf as it was hashed, after its length in four big-endian bytes.
     (log / "leaves").write_bytes(b"".join(len(leaf).to_bytes(4, "big") + leaf for leaf in record.leaves))
     for receipt in record.draws():
         name = receipt.draw.removeprefix("draws/").replace("/", "-")
-        (draws / f"{name}.json").write_text(json.dumps(as_json(receipt), indent=2) + "\n")
+        (receipts / f"{name}.json").write_text(receipt_to_json(receipt))
+    (keys / "selector.pub").write_text(record.genesis.selector_key.hex() + "\n")

@@ -1,20 +1,17 @@
 """Checks what a finished task claims against the record log: everything that anyone can recompute."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from google.protobuf.message import DecodeError
 
-from tiltyard import bls
 from tiltyard.client import Client, persist
-from tiltyard.commitments import draw_seed, evaluation_seal, matches, submission_commitment
+from tiltyard.commitments import evaluation_seal, matches, submission_commitment
+from tiltyard.receipts import ReceiptInvalid, verify_receipt
 from tiltyard.registry.v1 import leaderboard_pb2, log_pb2, submission_pb2
 from tiltyard.scoring import lower_median
-from tiltyard.sortition import Place, ProvedPlace, check_order, drawn_member
 from tiltyard.statements import InvalidSignature, open_statement
-from tiltyard.sumtree import SumNode
 from tiltyard.transparency import leaf_hash, parse_checkpoint, root_hash, verify_note
 from tiltyard.type.v1 import draw_pb2, envelope_pb2, evaluation_pb2
 from tiltyard.type.v1 import log_pb2 as log_type_pb2
@@ -237,37 +234,11 @@ def _draws(record: Record, found: _Task) -> int:
                 f"{receipt.draw} is not anchored in the reveal's leaf",
             )
         _demand(receipt.reveal_salt == reveal.salt, f"{receipt.draw} has another salt than the reveal")
-        _demand(bls.verify(selector, receipt.anchor, receipt.sigma), f"the sigma of {receipt.draw} does not verify")
-        seed = draw_seed(sigma=receipt.sigma, reveal_salt=receipt.reveal_salt)
-        _demand(receipt.seed == seed, f"the seed of {receipt.draw} does not follow from sigma and salt")
-        _order(receipt)
-        unsigned = draw_pb2.DrawReceipt()
-        unsigned.CopyFrom(receipt)
-        unsigned.ClearField("signature")
-        digest = hashlib.sha256(unsigned.SerializeToString(deterministic=True)).digest()
-        _demand(bls.verify(selector, digest, receipt.signature), f"the receipt of {receipt.draw} is not the selector's")
+        try:
+            verify_receipt(receipt, selector_key=selector)
+        except ReceiptInvalid as error:
+            _demand(False, f"{receipt.draw}: {error.reason}")
     return len(receipts)
-
-
-def _order(receipt: draw_pb2.DrawReceipt) -> None:
-    """Proves the whole order, passed-over places included, with the selector's own check of its arithmetic."""
-    proved = [_proved(each) for each in receipt.picks] + [_proved(each) for each in receipt.passed_over]
-    proved.sort(key=lambda each: each.place.place)
-    total = int.from_bytes(receipt.pool_weight, "big")
-    check_order(receipt.seed, proved, root=receipt.pool_root, leaf_count=receipt.pool_size, total=total)
-    for pick in receipt.picks:
-        _demand(
-            pick.participant == drawn_member(receipt.seed, pick.place, pick.members),
-            f"{pick.participant} is not the member of its owner group that the seed picks",
-        )
-
-
-def _proved(each: draw_pb2.Pick | draw_pb2.PassedOver) -> ProvedPlace:
-    place = Place(
-        each.place, each.leaf_index, int.from_bytes(each.group_weight, "big"), int.from_bytes(each.value, "big")
-    )
-    path = [SumNode(node.hash, int.from_bytes(node.sum, "big"), node.left) for node in each.path]
-    return ProvedPlace(place, each.owner_group, path)
 
 
 def _scores(record: Record, found: _Task, submissions: Sequence[submission_pb2.Submission]) -> int:
