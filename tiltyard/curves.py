@@ -66,6 +66,40 @@ def weight(stake_micros: int, *, minimum_micros: int, curve: Curve) -> int:
     return int(_EXACT.multiply(value, decimal.Decimal(WEIGHT_SCALE)))
 
 
+@dataclass(frozen=True)
+class Split:
+    """A stake in `parts` equal parts, and their weight together over that of the whole."""
+
+    parts: int
+    gain: float
+
+
+def best_split(stake_micros: int, *, minimum_micros: int, curve: Curve) -> Split:
+    """The number of equal parts, each of the minimum or more, in which a stake would weigh most.
+
+    What is gained so by somebody whose parts nobody knows to belong together. Raises ValueError as `weight` does.
+    """
+    whole = weight(stake_micros, minimum_micros=minimum_micros, curve=curve)
+
+    def together(parts: int) -> int:
+        part, left_over = divmod(stake_micros, parts)
+        larger = weight(part + 1, minimum_micros=minimum_micros, curve=curve) if left_over else 0
+        return (parts - left_over) * weight(part, minimum_micros=minimum_micros, curve=curve) + left_over * larger
+
+    # The weight of all parts has one top: it grows with their number for power and log, and for the logistic until a
+    # part is 2.75 times the minimum.
+    low, high = 1, max(1, stake_micros // minimum_micros)
+    while high - low > 8:
+        third = (high - low) // 3
+        if together(low + third) < together(high - third):
+            low += third
+        else:
+            high -= third
+    parts = max(range(low, high + 1), key=together)
+    gain = together(parts) / whole if whole else 1.0
+    return Split(parts, gain) if gain > 1 else Split(1, 1.0)
+
+
 def _evaluate(curve: Curve, ratio: decimal.Decimal) -> decimal.Decimal:
     match curve.kind:
         case CurveKind.POWER:

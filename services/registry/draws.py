@@ -111,7 +111,7 @@ class Draws:
                 paused=waiting.paused,
             )
         except ArenaError as error:
-            too_few = isinstance(error, FailedPrecondition) and error.reason == "NOT_ENOUGH_VALIDATORS"
+            too_few = error.reason in ("NOT_ENOUGH_VALIDATORS", "QUOTA_USED_UP")
             if not too_few and not (overdue and isinstance(error, Unavailable)):
                 raise
             self._refused[key] = (now, company)

@@ -81,7 +81,8 @@ class Selection(Protocol):
     ) -> Draw:
         """The first `validators` of the order drawn for one submission and round.
 
-        FailedPrecondition(NOT_ENOUGH_VALIDATORS) when fewer owner groups are eligible.
+        FailedPrecondition(NOT_ENOUGH_VALIDATORS) when fewer owner groups are eligible, ResourceExhausted(QUOTA_USED_UP)
+        when it is for used-up quotas alone.
         """
         ...
 

@@ -68,15 +68,17 @@ async def build(settings: SelectorSettings, *, clock: Callable[[], datetime] = u
     store = SqlStore(database)
     trees = PoolTrees()
     eligibility = Eligibility(store, clock=clock, task_creator_min_stake_micros=settings.task_creator_min_stake_micros)
+    receipts = ReceiptSigner(key)
     defaults = ArenaDefaults(settings.validator_min_stake_micros, settings.training_node_min_stake_micros)
     mounts = servicers.mounts(
         stakes=Stakes(store, trees, clock=clock, unbonding_time=settings.unbonding_time),
         eligibility=eligibility,
         pools=Pools(store, trees, eligibility, clock=clock),
-        draws=Draws(store, trees, ReceiptSigner(key), clock=clock),
+        draws=Draws(store, trees, receipts, clock=clock),
         odds=OddsEstimates(store, clock=clock),
         defaults=defaults,
         tokens=tokens,
+        receipts=receipts,
         selector_key=key.public_key,
     )
     authenticator = Authenticator({f"{settings.origin}/selector"}, settings.operators, settings.services)

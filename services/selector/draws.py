@@ -1,6 +1,6 @@
 """Draws: a random order of a pool for one submission and round, recorded before it is answered."""
 
-import hashlib
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -8,14 +8,14 @@ from datetime import datetime
 from itertools import islice
 from typing import Protocol
 
-from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from services.selector import quotas
 from services.selector.pool_trees import PoolTrees, at_version
 from services.selector.pools import open_pool
 from services.selector.records import Draw, DrawnPlace, PassedOverReason, Pool, Settlement
 from services.selector.transaction import Store, Transaction
 from tiltyard.commitments import draw_seed
-from tiltyard.sortition import Place, SumTree, draw, drawn_member
+from tiltyard.sortition import Place, SumTree, draw, draw_id, drawn_member
 
 MAX_FURTHER_PICKS = 1000
 MAX_BATCH = 1024
@@ -42,10 +42,6 @@ class Signer(Protocol):
         """Sigma: the one signature over an anchor."""
         ...
 
-    def sign_receipt(self, draw: Draw) -> bytes:
-        """The signature over the draw's receipt."""
-        ...
-
 
 class Draws:
     """Draws validators, goes on with draws, and keeps the account of their quotas."""
@@ -59,10 +55,11 @@ class Draws:
     async def draw(self, order: DrawOrder) -> Draw:
         """Draws once for each submission and round; asked again it answers with the same draw.
 
-        Raises NotFound, FailedPrecondition for a closed pool or too few eligible groups, AlreadyExists when the draw
-        was made with other arguments.
+        Raises NotFound, FailedPrecondition for a closed pool or too few eligible groups, ResourceExhausted when there
+        would be enough but for used-up quotas, AlreadyExists when the draw was made with other arguments.
         """
-        sigma = self._signer.sign_anchor(order.anchor)
+        # Half a millisecond, outside of the interpreter's lock: the loop answers others meanwhile.
+        sigma = await asyncio.to_thread(self._signer.sign_anchor, order.anchor)
         name = draw_id(order.submission, order.round)
 
         def work(transaction: Transaction) -> Draw:
@@ -94,7 +91,8 @@ class Draws:
             drawn = _go_on(transaction, pool, tree, drawn, wanted=order.validators, paused=order.paused, now=now)
             if len(drawn.picks) < order.validators:
                 raise _not_enough(drawn, order.validators, pool, now)
-            return self._record(transaction, drawn)
+            transaction.add_draw(drawn)
+            return drawn
 
         return await self._store.write(work)
 
@@ -127,7 +125,8 @@ class Draws:
                     picks=str(len(known.picks)),
                     **_counts(drawn),
                 )
-            return self._record(transaction, drawn)
+            transaction.put_places(drawn)
+            return drawn
 
         return await self._store.write(work)
 
@@ -145,16 +144,6 @@ class Draws:
             )
 
         return await self._store.write(work)
-
-    def _record(self, transaction: Transaction, drawn: Draw) -> Draw:
-        signed = replace(drawn, signature=self._signer.sign_receipt(drawn))
-        transaction.put_draw(signed)
-        return signed
-
-
-def draw_id(submission: str, round: int) -> str:
-    """Id of the one draw for a submission and round."""
-    return hashlib.sha256(f"{submission}/{round}".encode()).hexdigest()[:32]
 
 
 def find_draw(transaction: Transaction, name: str) -> Draw:
@@ -267,15 +256,16 @@ def _counts(drawn: Draw) -> dict[str, str]:
     return {reason.value: str(passed_over[reason]) for reason in PassedOverReason if passed_over[reason]}
 
 
-def _not_enough(drawn: Draw, wanted: int, pool: Pool, now: datetime) -> FailedPrecondition:
+def _not_enough(drawn: Draw, wanted: int, pool: Pool, now: datetime) -> FailedPrecondition | ResourceExhausted:
     counts = _counts(drawn)
+    eligible, used_up = len(drawn.picks), int(counts.get(PassedOverReason.QUOTA.value, "0"))
     described = ", ".join(f"{number} {reason}" for reason, number in counts.items()) or "nobody"
-    if PassedOverReason.QUOTA.value in counts:
-        counts["refill_time"] = quotas.refill_time(pool, now).isoformat()
-    return FailedPrecondition(
-        "NOT_ENOUGH_VALIDATORS",
-        f"{wanted} validators are wanted and {len(drawn.picks)} owner groups are eligible; passed over: {described}",
-        eligible=str(len(drawn.picks)),
-        wanted=str(wanted),
-        **counts,
-    )
+    message = f"{wanted} validators are wanted and {eligible} owner groups are eligible; passed over: {described}"
+    metadata = {"eligible": str(eligible), "wanted": str(wanted), **counts}
+    refill_time = quotas.refill_time(pool, now)
+    if used_up:
+        metadata["refill_time"] = refill_time.isoformat()
+    if eligible + used_up >= wanted:
+        wait_s = (refill_time - now).total_seconds()
+        return ResourceExhausted("QUOTA_USED_UP", message, retry_after_s=wait_s, **metadata)
+    return FailedPrecondition("NOT_ENOUGH_VALIDATORS", message, **metadata)

@@ -1,14 +1,16 @@
 """What a validator may expect: its weight, its chance of being drawn, and what is left of its quota."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
 from services.runtime.errors import NotFound
-from services.selector.pool_trees import at_version
+from services.selector.pool_trees import PoolWeights
 from services.selector.pools import find_pool
 from services.selector.quotas import Quota, quota
 from services.selector.transaction import Store, Transaction
+from tiltyard.curves import Split, best_split
 from tiltyard.odds import Odds, odds
 
 
@@ -20,6 +22,7 @@ class OddsEstimate:
     pool_weight: int
     chance: Odds
     quota: Quota
+    split: Split
 
 
 class OddsEstimates:
@@ -28,6 +31,9 @@ class OddsEstimates:
     def __init__(self, store: Store, *, clock: Callable[[], datetime]) -> None:
         self._store = store
         self._clock = clock
+        # The writer's trees are the writer's. Readers run beside each other, so these are used by one at a time.
+        self._weights = PoolWeights()
+        self._lock = threading.Lock()
 
     async def estimate(self, task: str, *, participant: str, validators: int) -> OddsEstimate:
         """The odds of a draw of `validators` in which nobody is passed over.
@@ -42,15 +48,20 @@ class OddsEstimates:
             leaf = transaction.leaf(task, group)
             if candidate is None or not candidate.weight or leaf is None:
                 raise NotFound("NOT_A_VALIDATOR", "the participant is no validator of this task", task=task)
-            # The remembered trees belong to the writer; this is a reader.
-            tree = at_version(transaction, task, pool.version)
-            chance = odds([tree.weight(index) for index in range(len(tree))], leaf.index, validators)
+            with self._lock:
+                tree = self._weights.current(transaction, pool)
+                chance, pool_weight = odds(tree, leaf.index, validators), tree.total
             members = len(transaction.seated(task, leaf_indices=[leaf.index], version=pool.version)[leaf.index])
             return OddsEstimate(
                 weight=candidate.weight,
-                pool_weight=tree.total,
+                pool_weight=pool_weight,
                 chance=Odds(chance.probability / members, chance.standard_error / members),
                 quota=quota(transaction, pool, owner_group=group, weight=leaf.weight, now=self._clock()),
+                split=best_split(
+                    candidate.locked_micros,
+                    minimum_micros=pool.policy.validator_min_stake_micros,
+                    curve=pool.policy.curve,
+                ),
             )
 
         return await self._store.read(work)

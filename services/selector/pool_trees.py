@@ -62,11 +62,40 @@ class PoolTrees:
         return tree
 
 
+class PoolWeights:
+    """The weights of pools without ids and hashes, for estimates. Not for use by two threads at once.
+
+    What is read from the database is committed, so a version has one meaning here. A reader whose snapshot is older
+    than the remembered tree gets the newer one.
+    """
+
+    def __init__(self) -> None:
+        self._trees: OrderedDict[str, tuple[int, SumTree]] = OrderedDict()
+
+    def current(self, transaction: Transaction, pool: Pool) -> SumTree:
+        """The tree of the pool as it is now."""
+        version, tree = self._trees.pop(pool.task, (0, SumTree()))
+        if version < pool.version:
+            changes = transaction.leaf_changes(pool.task, after=version, upto=pool.version)
+            _apply(tree, (replace(change, owner_group="") for change in changes))
+            version = pool.version
+        self._trees[pool.task] = (version, tree)
+        if len(self._trees) > REMEMBERED_POOLS:
+            self._trees.popitem(last=False)
+        return tree
+
+
 def at_version(transaction: Transaction, task: str, version: int) -> SumTree:
     """Builds the tree of a pool as it was at a version."""
-    newest = {change.index: change for change in transaction.leaf_changes(task, after=0, upto=version)}
-    leaves = (newest[index] for index in range(len(newest)))
-    return SumTree((leaf.owner_group, leaf.weight) for leaf in leaves)
+    groups: list[str] = []
+    weights: list[int] = []
+    for change in transaction.leaf_changes(task, after=0, upto=version):
+        if change.index == len(groups):
+            groups.append(change.owner_group)
+            weights.append(change.weight)
+        else:
+            weights[change.index] = change.weight
+    return SumTree(zip(groups, weights, strict=True))
 
 
 def policy_weight(pool: Pool, stake_micros: int) -> int:

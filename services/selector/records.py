@@ -4,6 +4,7 @@ import enum
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from services.selector.faults import Fault
 from tiltyard.sortition import Curve, Place, SumNode
 
 MAX_MICROS = 2**63 - 1
@@ -49,6 +50,7 @@ class LedgerEvent:
     weight: int = 0
     reference: str = ""
     funding_account: str = ""
+    fault: Fault | None = None
     sequence: int = 0
     """Given by the ledger, from 1 without gaps."""
 
@@ -95,11 +97,11 @@ class Deposit:
 
 @dataclass(frozen=True)
 class Slash:
-    """A punishment, once for each participant and evidence: what was asked for and what was there to take."""
+    """A punishment, once for each participant and evidence, with what it took."""
 
     participant: str
     evidence: str
-    amount_micros: int
+    fault: Fault
     taken_micros: int
 
 
@@ -245,7 +247,6 @@ class Draw:
     submitter: str
     places: tuple[DrawnPlace, ...]
     draw_time: datetime
-    signature: bytes = b""
 
     @property
     def picks(self) -> tuple[DrawnPlace, ...]:

@@ -61,7 +61,7 @@ class SlashRow(SelectorRow, table=True):
 
     participant: str = Field(primary_key=True)
     evidence: str = Field(primary_key=True)
-    amount_micros: int = Field(sa_column=_large())
+    fault: str
     taken_micros: int = Field(sa_column=_large())
 
 
@@ -81,6 +81,7 @@ class EventRow(SelectorRow, table=True):
     weight: bytes = Field(sa_column=_bytes())
     reference: str
     funding_account: str
+    fault: str
 
 
 class OwnerGroupRow(SelectorRow, table=True):
@@ -188,7 +189,6 @@ class DrawRow(SelectorRow, table=True):
     places: str
     """JSON list."""
     draw_time_us: int = Field(sa_column=_large())
-    signature: bytes = Field(sa_column=_bytes())
 
 
 class ChargeRow(SelectorRow, table=True):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from services.runtime.errors import AlreadyExists, FailedPrecondition, OutOfRange, ResourceExhausted
+from services.selector.faults import Fault, cost_micros
 from services.selector.owner_groups import join_funding_account
 from services.selector.pool_trees import PoolTrees
 from services.selector.pools import take_locked
@@ -166,28 +167,33 @@ class Stakes:
 
         return await self._store.write(work)
 
-    async def slash(self, participant: str, *, amount_micros: int, evidence: str) -> Slashed:
-        """Takes stake away: available, then locked, then unbonding; never more than there is, once for each evidence.
+    async def slash(self, participant: str, *, fault: Fault, evidence: str) -> Slashed:
+        """Takes the share of the stake that a fault costs: available, then locked, then unbonding; once for evidence.
 
         Locked stake is taken from the pools in order of their tasks, unbonding stake from what is released first.
-        Raises AlreadyExists for evidence used before with another amount.
+        Raises AlreadyExists for evidence used before for another fault.
         """
 
         def work(transaction: Transaction) -> Slashed:
             known = transaction.slash(participant, evidence)
             if known is not None:
-                if known.amount_micros != amount_micros:
+                if known.fault is not fault:
                     raise AlreadyExists(
-                        "EVIDENCE_REUSED", "this evidence was used before with another amount", evidence=evidence
+                        "EVIDENCE_REUSED",
+                        f"this evidence was used before, for {known.fault.name}",
+                        evidence=evidence,
+                        fault=known.fault.name,
                     )
                 return Slashed(stake_of(transaction, participant), known.taken_micros)
             now = self._clock()
             accounts = transaction.accounts(participant)
-            available = min(amount_micros, accounts.available_micros)
-            locked = min(amount_micros - available, accounts.locked_micros)
-            unbonding = min(amount_micros - available - locked, accounts.unbonding_micros)
-            taken = available + locked + unbonding
-            transaction.add_slash(Slash(participant, evidence, amount_micros, taken))
+            taken = cost_micros(
+                fault, stake_micros=accounts.available_micros + accounts.locked_micros + accounts.unbonding_micros
+            )
+            available = min(taken, accounts.available_micros)
+            locked = min(taken - available, accounts.locked_micros)
+            unbonding = taken - available - locked
+            transaction.add_slash(Slash(participant, evidence, fault, taken))
             if taken:
                 transaction.put_accounts(
                     replace(
@@ -201,7 +207,12 @@ class Stakes:
                 transaction.append_events(
                     [
                         LedgerEvent(
-                            EventKind.SLASHED, now, participant=participant, amount_micros=taken, reference=evidence
+                            EventKind.SLASHED,
+                            now,
+                            participant=participant,
+                            amount_micros=taken,
+                            reference=evidence,
+                            fault=fault,
                         )
                     ]
                 )

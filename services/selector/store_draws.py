@@ -4,15 +4,20 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import insert
-from sqlmodel import Session, func, select
+from sqlalchemy import Row, bindparam, insert, select, update
+from sqlmodel import Session, func
 
 from services.selector.columns import connection_of, from_us, table_of, to_us, weight_bytes, weight_of
 from services.selector.records import Charge, Draw, DrawnPlace, PassedOverReason, Settlement
 from services.selector.rows import ChargeRow, DrawRow, OwnerGroupRow
 from tiltyard.sortition import Curve, CurveKind, Place, SumNode
+from tiltyard.sumtree import HASH_BYTES, SUM_BYTES
 
 _CHARGES = table_of(ChargeRow)
+_DRAWS = table_of(DrawRow)
+_DRAW = select(_DRAWS).where(_DRAWS.c.draw == bindparam("name"))
+_PUT_PLACES = update(_DRAWS).where(_DRAWS.c.draw == bindparam("name")).values(places=bindparam("further"))
+_HASH_AND_SUM = HASH_BYTES + SUM_BYTES
 _GROUPS = table_of(OwnerGroupRow)
 
 
@@ -22,12 +27,13 @@ class SqlDrawRecords:
     _session: Session
 
     def draw(self, draw: str) -> Draw | None:
-        row = self._session.get(DrawRow, draw)
+        row = connection_of(self._session).execute(_DRAW, {"name": draw}).one_or_none()
         return _draw(row) if row else None
 
-    def put_draw(self, draw: Draw) -> None:
-        self._session.merge(
-            DrawRow(
+    def add_draw(self, draw: Draw) -> None:
+        connection_of(self._session).execute(
+            insert(_DRAWS),
+            dict(
                 draw=draw.draw,
                 task=draw.task,
                 submission=draw.submission,
@@ -44,11 +50,13 @@ class SqlDrawRecords:
                 alpha_millis=draw.curve.alpha_millis,
                 assigned=draw.assigned,
                 submitter=draw.submitter,
-                places=json.dumps([_place_json(place) for place in draw.places], separators=(",", ":")),
+                places=_places_json(draw.places),
                 draw_time_us=to_us(draw.draw_time),
-                signature=draw.signature,
-            )
+            ),
         )
+
+    def put_places(self, draw: Draw) -> None:
+        connection_of(self._session).execute(_PUT_PLACES, {"name": draw.draw, "further": _places_json(draw.places)})
 
     def charge(self, draw: str, participant: str) -> Charge | None:
         row = self._session.get(ChargeRow, (draw, participant))
@@ -98,7 +106,7 @@ def _charge_values(charge: Charge) -> dict[str, Any]:
     }
 
 
-def _draw(row: DrawRow) -> Draw:
+def _draw(row: Row[Any]) -> Draw:
     return Draw(
         draw=row.draw,
         task=row.task,
@@ -117,7 +125,24 @@ def _draw(row: DrawRow) -> Draw:
         submitter=row.submitter,
         places=tuple(_place(place) for place in json.loads(row.places)),
         draw_time=from_us(row.draw_time_us),
-        signature=row.signature,
+    )
+
+
+def _places_json(places: Sequence[DrawnPlace]) -> str:
+    return json.dumps([_place_json(place) for place in places], separators=(",", ":"))
+
+
+def _path_text(path: Sequence[SumNode]) -> str:
+    """Hashes and sums in hex. Which of them lie to the left follows from the leaf's index."""
+    return b"".join([node.hash + node.sum.to_bytes(SUM_BYTES, "big") for node in path]).hex()
+
+
+def _path(text: str, *, leaf_index: int) -> tuple[SumNode, ...]:
+    stored = bytes.fromhex(text)
+    pieces = [stored[at : at + _HASH_AND_SUM] for at in range(0, len(stored), _HASH_AND_SUM)]
+    return tuple(
+        SumNode(piece[:HASH_BYTES], int.from_bytes(piece[HASH_BYTES:], "big"), bool(leaf_index >> level & 1))
+        for level, piece in enumerate(pieces)
     )
 
 
@@ -130,7 +155,7 @@ def _place_json(drawn: DrawnPlace) -> dict[str, Any]:
         "weight": str(place.weight),
         "value": str(place.value),
         "owner_group": drawn.owner_group,
-        "path": [[node.hash.hex(), str(node.sum), node.left] for node in drawn.path],
+        "path": _path_text(drawn.path),
         "members": list(drawn.members),
         "participant": drawn.participant,
         "passed_over": drawn.passed_over.value if drawn.passed_over else None,
@@ -142,7 +167,7 @@ def _place(stored: dict[str, Any]) -> DrawnPlace:
     return DrawnPlace(
         place=Place(stored["place"], stored["leaf_index"], int(stored["weight"]), int(stored["value"])),
         owner_group=stored["owner_group"],
-        path=tuple(SumNode(bytes.fromhex(digest), int(below), left) for digest, below, left in stored["path"]),
+        path=_path(stored["path"], leaf_index=stored["leaf_index"]),
         members=tuple(stored["members"]),
         participant=stored["participant"],
         passed_over=PassedOverReason(reason) if reason else None,

@@ -1,9 +1,11 @@
 """Owner groups, pools, candidates, leaves and seats in SQL."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
+from sqlalchemy import Row, bindparam
 from sqlmodel import Session, col, or_, select
 
 from services.selector.columns import connection_of, from_us, table_of, to_us, weight_bytes, weight_of
@@ -14,6 +16,17 @@ from tiltyard.sortition import Curve, CurveKind
 _MICROSECOND = timedelta(microseconds=1)
 _GROUPS = table_of(OwnerGroupRow)
 _SEATS = table_of(SeatRow)
+_LEAVES = table_of(LeafRow)
+_LEAF_CHANGES = (
+    _LEAVES.select()
+    .where(
+        _LEAVES.c.task == bindparam("pool"),
+        _LEAVES.c.version > bindparam("after"),
+        _LEAVES.c.version <= bindparam("upto"),
+    )
+    .order_by(_LEAVES.c.version)
+)
+_ROWS_AT_ONCE = 10_000
 
 
 class SqlGroupRecords:
@@ -121,9 +134,12 @@ class SqlPoolRecords:
         row = self._session.exec(query.order_by(col(LeafRow.version).desc()).limit(1)).first()
         return _leaf(row) if row else None
 
-    def leaf_changes(self, task: str, *, after: int, upto: int) -> Sequence[LeafChange]:
-        query = select(LeafRow).where(LeafRow.task == task, LeafRow.version > after, LeafRow.version <= upto)
-        return [_leaf(row) for row in self._session.exec(query.order_by(col(LeafRow.version)))]
+    def leaf_changes(self, task: str, *, after: int, upto: int) -> Iterator[LeafChange]:
+        # A pool of a million is read piece by piece.
+        options = {"yield_per": _ROWS_AT_ONCE}
+        span = {"pool": task, "after": after, "upto": upto}
+        for row in connection_of(self._session).execute(_LEAF_CHANGES, span, execution_options=options):
+            yield _leaf(row)
 
     def seat(self, task: str, participant: str, *, leaf_index: int, since: int) -> None:
         self._session.add(SeatRow(task=task, participant=participant, since=since, until=None, leaf_index=leaf_index))
@@ -207,5 +223,5 @@ def _evidence_json(fact: Evidence) -> dict[str, object]:
     }
 
 
-def _leaf(row: LeafRow) -> LeafChange:
+def _leaf(row: LeafRow | Row[Any]) -> LeafChange:
     return LeafChange(row.leaf_index, row.version, row.owner_group, row.stake_micros, weight_of(row.weight))

@@ -7,6 +7,7 @@ from sqlalchemy import insert
 from sqlmodel import Session, col, func, select
 
 from services.selector.columns import connection_of, from_us, table_of, to_us, weight_bytes, weight_of
+from services.selector.faults import Fault
 from services.selector.records import Accounts, Deposit, EventKind, LedgerEvent, Slash, Unbonding
 from services.selector.rows import AccountsRow, DepositRow, EventRow, SlashRow, UnbondingRow
 
@@ -94,14 +95,14 @@ class SqlStakeRecords:
 
     def slash(self, participant: str, evidence: str) -> Slash | None:
         row = self._session.get(SlashRow, (participant, evidence))
-        return Slash(participant, evidence, row.amount_micros, row.taken_micros) if row else None
+        return Slash(participant, evidence, Fault(row.fault), row.taken_micros) if row else None
 
     def add_slash(self, slash: Slash) -> None:
         self._session.add(
             SlashRow(
                 participant=slash.participant,
                 evidence=slash.evidence,
-                amount_micros=slash.amount_micros,
+                fault=slash.fault.value,
                 taken_micros=slash.taken_micros,
             )
         )
@@ -122,6 +123,7 @@ class SqlStakeRecords:
                 "weight": weight_bytes(event.weight),
                 "reference": event.reference,
                 "funding_account": event.funding_account,
+                "fault": event.fault.value if event.fault else "",
             }
             for sequence, event in enumerate(events, self.last_sequence() + 1)
         ]
@@ -144,6 +146,7 @@ class SqlStakeRecords:
                 weight=weight_of(row.weight),
                 reference=row.reference,
                 funding_account=row.funding_account,
+                fault=Fault(row.fault) if row.fault else None,
                 sequence=row.sequence,
             )
             for row in self._session.exec(query)

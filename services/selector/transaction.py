@@ -1,6 +1,6 @@
 """What the domain asks of its store: transactions that see and change everything the selector remembers."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Protocol, TypeVar
 
@@ -113,7 +113,7 @@ class PoolRecords(Protocol):
         """The newest state of a group's leaf."""
         ...
 
-    def leaf_changes(self, task: str, *, after: int, upto: int) -> Sequence[LeafChange]:
+    def leaf_changes(self, task: str, *, after: int, upto: int) -> Iterable[LeafChange]:
         """Those with after < version <= upto, by version."""
         ...
 
@@ -135,7 +135,11 @@ class DrawRecords(Protocol):
 
     def draw(self, draw: str) -> Draw | None: ...
 
-    def put_draw(self, draw: Draw) -> None: ...
+    def add_draw(self, draw: Draw) -> None: ...
+
+    def put_places(self, draw: Draw) -> None:
+        """Changes the places of a draw; nothing else of it ever changes."""
+        ...
 
     def charge(self, draw: str, participant: str) -> Charge | None: ...
 

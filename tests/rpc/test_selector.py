@@ -19,13 +19,12 @@ from grpc_status.rpc_status import from_call
 from services.runtime.channels import open_peer
 from services.runtime.server import ArenaServer
 from services.selector.bootstrap import build
-from services.selector.convert.receipts import receipt_digest
 from services.selector.settings import SelectorSettings
 from tiltyard import bls
-from tiltyard.commitments import draw_seed
 from tiltyard.identity import Key
+from tiltyard.receipts import receipt_from_json, receipt_to_json, verify_receipt
 from tiltyard.selector.v1 import draw_pb2, draw_pb2_grpc, pool_pb2, pool_pb2_grpc, stake_pb2, stake_pb2_grpc
-from tiltyard.sortition import Place, ProvedPlace, SumNode, check_order, drawn_member
+from tiltyard.sortition import SQUARE_ROOT, weight
 from tiltyard.type.v1 import draw_pb2 as draw_types
 from tiltyard.type.v1 import participation_pb2 as participation
 from tiltyard.type.v1 import stake_pb2 as stake_types
@@ -178,12 +177,15 @@ async def refused(code: grpc.StatusCode, *, reason: str = "", field: str = "") -
     error = caught.value
     assert error.code() is code, error.details()
     status = from_call(error)  # type: ignore[arg-type]
-    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     for detail in status.details if status else []:
         if detail.Is(info.DESCRIPTOR):
             detail.Unpack(info)
         if detail.Is(bad.DESCRIPTOR):
             detail.Unpack(bad)
+        if detail.Is(retry.DESCRIPTOR):
+            detail.Unpack(retry)
+            metadata["retry after"] = retry.retry_delay.ToJsonString()
     metadata.update(info.metadata)
     if reason:
         assert info.reason == reason
@@ -200,34 +202,8 @@ async def arena(tmp_path: Path) -> AsyncIterator[Arena]:
 
 
 def check_receipt(receipt: draw_types.DrawReceipt, key: bytes) -> None:
-    """What an outsider checks: signatures, seed, and that picks and passed-over groups are the order's first places."""
-    assert bls.verify(key, receipt_digest(receipt), receipt.signature)
-    assert bls.verify(key, receipt.anchor, receipt.sigma)
-    assert receipt.seed == draw_seed(sigma=receipt.sigma, reveal_salt=receipt.reveal_salt)
-    places = sorted([*receipt.picks, *receipt.passed_over], key=lambda entry: entry.place)
-    check_order(
-        receipt.seed,
-        [
-            ProvedPlace(
-                Place(
-                    entry.place,
-                    entry.leaf_index,
-                    int.from_bytes(entry.group_weight, "big"),
-                    int.from_bytes(entry.value, "big"),
-                ),
-                entry.owner_group,
-                [SumNode(node.hash, int.from_bytes(node.sum, "big"), node.left) for node in entry.path],
-            )
-            for entry in places
-        ],
-        root=receipt.pool_root,
-        leaf_count=receipt.pool_size,
-        total=int.from_bytes(receipt.pool_weight, "big"),
-    )
-    for position, pick in enumerate(receipt.picks):
-        assert pick.position == position
-        members = [bare(member) for member in pick.members]
-        assert bare(pick.participant) == drawn_member(receipt.seed, pick.place, members)
+    """What an outsider checks."""
+    assert verify_receipt(receipt_from_json(receipt_to_json(receipt)), selector_key=key)
 
 
 # Stakes
@@ -329,28 +305,53 @@ async def test_slashing_takes_available_then_locked_then_unbonding_stake_and_nev
     await arena.deposit(validator, 50)
     await arena.alice.stakes.RequestWithdrawal(stake_pb2.RequestWithdrawalRequest(amount_micros=20))
 
-    async def slash(amount: int, evidence: str) -> stake_pb2.SlashResponse:
+    async def slash(fault: int, evidence: str) -> stake_pb2.SlashResponse:
         return await arena.service.stakes.Slash(
-            stake_pb2.SlashRequest(participant=validator, amount_micros=amount, evidence=evidence)
+            stake_pb2.SlashRequest(participant=validator, fault=fault, evidence=evidence)
         )
 
-    first = await slash(30 + MINIMUM, "fault 1")
-    assert first.slashed_micros == 30 + MINIMUM
+    outside = stake_types.STAKE_FAULT_REPORT_OUTSIDE_TOLERANCE
+    first = await slash(outside, "tasks/digits/submissions/1/evaluations/1-x")
+    cost = -(-(4 * MINIMUM + 50) * 50 // 1000)
+    assert first.slashed_micros == cost
     stake = first.stake
-    assert (stake.available_micros, stake.locked_micros, stake.unbonding_micros) == (0, 3 * MINIMUM, 20)
-    assert await slash(30 + MINIMUM, "fault 1") == first
+    locked = 4 * MINIMUM - (cost - 30)
+    assert (stake.available_micros, stake.locked_micros, stake.unbonding_micros) == (0, locked, 20)
+    assert await slash(outside, "tasks/digits/submissions/1/evaluations/1-x") == first
     async with refused(grpc.StatusCode.ALREADY_EXISTS, reason="EVIDENCE_REUSED"):
-        await slash(1, "fault 1")
+        await slash(stake_types.STAKE_FAULT_CONTRADICTION, "tasks/digits/submissions/1/evaluations/1-x")
     odds = await arena.alice.draws.EstimateOdds(draw_pb2.EstimateOddsRequest(task=TASK, validators=1))
-    assert odds.weight == int(2**32 * 3**0.5)
-    second = await slash(2**62, "fault 2")
-    assert second.slashed_micros == 3 * MINIMUM + 20
+    assert odds.weight == weight(locked, minimum_micros=MINIMUM, curve=SQUARE_ROOT)
+    assert (odds.best_split, odds.split_gain) == (3, pytest.approx(3**0.5))
+    second = await slash(stake_types.STAKE_FAULT_CONTRADICTION, "fault 2")
+    assert second.slashed_micros == locked + 20
     stake = second.stake
     assert (stake.available_micros, stake.locked_micros, stake.unbonding_micros) == (0, 0, 0)
     assert stake.slashed_micros == 4 * MINIMUM + 50
     async with refused(grpc.StatusCode.NOT_FOUND, reason="NOT_A_VALIDATOR"):
         await arena.alice.draws.EstimateOdds(draw_pb2.EstimateOddsRequest(task=TASK, validators=1))
-    assert (await slash(1, "fault 3")).slashed_micros == 0
+    assert (await slash(outside, "fault 3")).slashed_micros == 0
+    events = (await arena.alice.stakes.ListLedgerEvents(stake_pb2.ListLedgerEventsRequest())).events
+    slashed = [event for event in events if event.kind == stake_types.LEDGER_EVENT_KIND_SLASHED]
+    assert [(event.fault, event.reference, event.amount_micros) for event in slashed] == [
+        (outside, "tasks/digits/submissions/1/evaluations/1-x", cost),
+        (stake_types.STAKE_FAULT_CONTRADICTION, "fault 2", locked + 20),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "bad"),
+    [
+        ({"fault": 0}, "fault"),
+        ({"fault": 99}, "fault"),
+        ({"evidence": ""}, "evidence"),
+        ({"participant": "x"}, "participant"),
+    ],
+)
+async def test_a_bad_slash_is_refused_by_its_field(arena: Arena, change: dict[str, Any], bad: str) -> None:
+    fields = {"participant": someone("bob"), "fault": stake_types.STAKE_FAULT_CONTRADICTION, "evidence": "e"} | change
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT, field=bad):
+        await arena.service.stakes.Slash(stake_pb2.SlashRequest(**fields))
 
 
 async def test_stakes_are_listed_page_by_page(arena: Arena) -> None:
@@ -680,13 +681,13 @@ async def test_too_few_validators_are_refused_with_the_counts(arena: Arena) -> N
         await arena.add_validator(someone(name))
     await arena.draw(1, validators=1, paused=[someone(name) for name in "bcd"])
     async with refused(grpc.StatusCode.FAILED_PRECONDITION, reason="NOT_ENOUGH_VALIDATORS") as metadata:
-        await arena.draw(2, paused=[someone("b")])
+        await arena.draw(2, paused=[someone("b"), someone("c")])
     assert {name: value for name, value in metadata.items() if name != "refill_time"} == {
-        "eligible": "2",
+        "eligible": "1",
         "wanted": "3",
         "submitter": "1",
         "task_creator": "1",
-        "paused": "1",
+        "paused": "2",
         "quota": "1",
     }
     assert datetime.fromisoformat(metadata["refill_time"]) == arena.clock() + timedelta(hours=1)
@@ -790,16 +791,17 @@ async def test_a_quota_is_used_up_refunded_and_refilled(arena: Arena) -> None:
     odds = await arena.alice.draws.EstimateOdds(draw_pb2.EstimateOddsRequest(task=TASK, validators=1))
     assert (odds.quota_used, odds.quota_limit) == (2, 2)
     assert odds.refill_time.ToDatetime(tzinfo=UTC) == arena.clock() + timedelta(hours=1)
-    async with refused(grpc.StatusCode.FAILED_PRECONDITION, reason="NOT_ENOUGH_VALIDATORS") as metadata:
+    arena.clock.now += timedelta(minutes=10, milliseconds=250)
+    async with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason="QUOTA_USED_UP") as metadata:
         await arena.draw(3, validators=1)
-    assert metadata["quota"] == "1"
+    assert (metadata["quota"], metadata["eligible"], metadata["retry after"]) == ("1", "0", "2999.750s")
     assert await settle(first, draw_pb2.SETTLEMENT_CHARGED) == 2
     assert await settle(second, draw_pb2.SETTLEMENT_REFUNDED) == 1
     assert await settle(second, draw_pb2.SETTLEMENT_REFUNDED) == 1
     async with refused(grpc.StatusCode.FAILED_PRECONDITION, reason="ALREADY_SETTLED"):
         await settle(second, draw_pb2.SETTLEMENT_CHARGED)
     await arena.draw(3, validators=1)
-    async with refused(grpc.StatusCode.FAILED_PRECONDITION, reason="NOT_ENOUGH_VALIDATORS"):
+    async with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason="QUOTA_USED_UP"):
         await arena.draw(4, validators=1)
     async with refused(grpc.StatusCode.NOT_FOUND, reason="PICK_NOT_FOUND"):
         await arena.service.draws.SettleAssignment(
@@ -809,12 +811,16 @@ async def test_a_quota_is_used_up_refunded_and_refilled(arena: Arena) -> None:
         )
     async with refused(grpc.StatusCode.INVALID_ARGUMENT, field="settlement"):
         await settle(first, draw_pb2.SETTLEMENT_UNSPECIFIED)
-    arena.clock.now += timedelta(hours=1)
+    arena.clock.now += timedelta(seconds=2999, milliseconds=749)
+    async with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason="QUOTA_USED_UP") as metadata:
+        await arena.draw(4, validators=1)
+    assert metadata["retry after"] == "0.001s"
+    arena.clock.now += timedelta(milliseconds=1)
     await arena.draw(4, validators=1)
 
 
-async def test_concurrent_draws_never_overshoot_a_quota(arena: Arena) -> None:
-    await arena.open_pool(limit=20)
+async def test_a_thousand_concurrent_draws_never_overshoot_a_quota_by_one(arena: Arena) -> None:
+    await arena.open_pool(limit=150)
     for number in range(6):
         await arena.add_validator(someone(str(number)), 10, account="one bank" if number < 2 else "")
 
@@ -827,14 +833,14 @@ async def test_concurrent_draws_never_overshoot_a_quota(arena: Arena) -> None:
             codes.add(error.code())
             return None
 
-    receipts = [receipt for receipt in await asyncio.gather(*map(attempt, range(1, 201))) if receipt]
+    receipts = [receipt for receipt in await asyncio.gather(*map(attempt, range(1, 1001))) if receipt]
     uses: dict[str, int] = {}
     for receipt in receipts:
         group = receipt.picks[0].owner_group
         uses[group] = uses.get(group, 0) + 1
-    assert uses == dict.fromkeys(uses, 20)
+    assert uses == dict.fromkeys(uses, 150)
     assert len(uses) == 5
-    assert codes == {grpc.StatusCode.FAILED_PRECONDITION}
+    assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 
 # Odds

@@ -14,6 +14,7 @@ from services.runtime.errors import ArenaError
 from services.selector.convert.receipts import ReceiptSigner
 from services.selector.draws import DrawOrder, Draws
 from services.selector.eligibility import Applicant, Eligibility, Facts
+from services.selector.faults import Fault
 from services.selector.pool_trees import PoolTrees, at_version
 from services.selector.pools import Pools
 from services.selector.records import (
@@ -279,7 +280,7 @@ async def test_the_pool_can_be_recomputed_from_the_events(selector: Selector) ->
                 case 3:
                     await selector.stakes.withdraw(person)
                 case 4:
-                    await selector.stakes.slash(person, amount_micros=chance.randrange(1, 200), evidence=str(step))
+                    await selector.stakes.slash(person, fault=chance.choice(list(Fault)), evidence=str(step))
                 case 5 | 6:
                     role = chance.choice((Role.VALIDATOR, Role.VALIDATOR, Role.TRAINING_NODE))
                     await selector.admit(person, task=task, role=role)

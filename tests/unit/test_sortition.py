@@ -265,18 +265,23 @@ def test_the_quota_grows_with_stake_up_to_the_limit(stake: int, limit: int, uses
 
 def test_exact_and_simulated_odds_agree() -> None:
     weights = [1 + number for number in range(20)]
-    simulated = odds(weights, 12, 4)
-    assert simulated.standard_error > 0
     tree = SumTree((str(index), value) for index, value in enumerate(weights))
+    simulated = odds(tree, 12, 4)
+    assert simulated.standard_error > 0
     runs = 4000
     hits = sum(
         any(place.leaf_index == 12 for place in islice(draw(_seed(10**6 + run), tree), 4)) for run in range(runs)
     )
-    assert abs(simulated.probability - hits / runs) < 4 * simulated.standard_error
+    counted_error = (hits / runs * (1 - hits / runs) / runs) ** 0.5
+    assert simulated.standard_error < counted_error
+    assert abs(simulated.probability - hits / runs) < 4 * (counted_error + simulated.standard_error)
+    assert sum(odds(tree, index, 4).probability for index in range(20)) == pytest.approx(4, abs=0.01)
     exact = inclusion_probabilities([1, 1, 2], 2)
     assert exact == pytest.approx([1 / 4 + 1 / 4 / 3 + 1 / 4, 1 / 4 + 1 / 4 / 3 + 1 / 4, 1 / 2 + 2 * 1 / 4 * 2 / 3])
-    assert odds([5, 0, 3], 1, 2).probability == 0
-    assert odds([5, 0, 3], 2, 2).probability == 1
+    small = SumTree([("a", 5), ("b", 0), ("c", 3)])
+    assert odds(small, 1, 2).probability == 0
+    assert odds(small, 2, 2).probability == 1
+    assert odds(SumTree([("a", 1), ("b", 1), ("c", 2)]), 2, 2).probability == pytest.approx(exact[2])
 
 
 # Keys

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 
 from services.runtime import names
 from services.runtime.fields import FieldChecks
-from services.selector.convert.receipts import receipt
 from services.selector.convert.stake import shown_weight
 from services.selector.convert.times import timestamp
 from services.selector.draws import DrawOrder
 from services.selector.odds_estimates import OddsEstimate
-from services.selector.records import Draw, Settlement
+from services.selector.records import Settlement
 from tiltyard.selector.v1 import draw_pb2 as pb
 
 _MAX_VALIDATORS = 99
@@ -42,11 +41,6 @@ def draw_order(request: pb.DrawValidatorsRequest) -> DrawOrder:
     )
 
 
-def draw_validators_response(drawn: Draw) -> pb.DrawValidatorsResponse:
-    """The receipt."""
-    return pb.DrawValidatorsResponse(receipt=receipt(drawn))
-
-
 def extension(request: pb.ExtendDrawRequest) -> tuple[str, int, frozenset[str]]:
     """Draw, picks wanted in all, paused members. Raises InvalidArgument."""
     name = names.parse_draw(request.draw, "draw")
@@ -54,16 +48,6 @@ def extension(request: pb.ExtendDrawRequest) -> tuple[str, int, frozenset[str]]:
     checks.range("picks", request.picks, minimum=1, maximum=2**31 - 1)
     checks.finish()
     return name, request.picks, _paused(request.paused)
-
-
-def extend_draw_response(drawn: Draw) -> pb.ExtendDrawResponse:
-    """The receipt."""
-    return pb.ExtendDrawResponse(receipt=receipt(drawn))
-
-
-def get_draw_response(drawn: Draw) -> pb.GetDrawResponse:
-    """The receipt."""
-    return pb.GetDrawResponse(receipt=receipt(drawn))
 
 
 def settlement(request: pb.SettleAssignmentRequest) -> tuple[str, str, Settlement]:
@@ -96,6 +80,8 @@ def estimate_odds_response(estimate: OddsEstimate) -> pb.EstimateOddsResponse:
         quota_used=estimate.quota.used,
         quota_limit=estimate.quota.limit,
         refill_time=timestamp(estimate.quota.refill_time),
+        best_split=estimate.split.parts,
+        split_gain=estimate.split.gain,
     )
 
 

@@ -1,12 +1,13 @@
 """Receipts of draws: what an outsider needs to check them, under the selector's BLS signature."""
 
-import hashlib
+import asyncio
 
 from services.runtime import names
 from services.selector.convert.pool import CURVE_NUMBERS
 from services.selector.convert.times import timestamp
 from services.selector.records import Draw, DrawnPlace, PassedOverReason
 from tiltyard.bls import BlsKey
+from tiltyard.receipts import receipt_digest
 from tiltyard.sumtree import SUM_BYTES, SumNode
 from tiltyard.type.v1 import draw_pb2 as types
 
@@ -14,7 +15,10 @@ _REASONS = {reason: types.PassedOverReason.Value(f"PASSED_OVER_REASON_{reason.na
 
 
 class ReceiptSigner:
-    """The selector's BLS key at work: sigma for a draw's seed, and the signature over its receipt."""
+    """The selector's BLS key at work: sigma for a draw's seed, and the signature over its receipt.
+
+    There is one signature for each receipt, so it is made whenever it is asked for and need not be kept.
+    """
 
     def __init__(self, key: BlsKey) -> None:
         self._key = key
@@ -23,21 +27,16 @@ class ReceiptSigner:
         """Sigma."""
         return self._key.sign(anchor)
 
-    def sign_receipt(self, draw: Draw) -> bytes:
-        """The signature over the receipt of a draw."""
-        return self._key.sign(receipt_digest(receipt(draw)))
+    async def receipt(self, draw: Draw) -> types.DrawReceipt:
+        """The signed receipt of a draw as recorded."""
+        made = unsigned_receipt(draw)
+        # Signing goes on outside of the interpreter's lock: the loop answers others meanwhile.
+        made.signature = await asyncio.to_thread(self._key.sign, receipt_digest(made))
+        return made
 
 
-def receipt_digest(message: types.DrawReceipt) -> bytes:
-    """SHA-256 of a receipt without its signature, fields in order of their numbers."""
-    unsigned = types.DrawReceipt()
-    unsigned.CopyFrom(message)
-    unsigned.ClearField("signature")
-    return hashlib.sha256(unsigned.SerializeToString(deterministic=True)).digest()
-
-
-def receipt(draw: Draw) -> types.DrawReceipt:
-    """The receipt of a draw as recorded."""
+def unsigned_receipt(draw: Draw) -> types.DrawReceipt:
+    """The receipt of a draw as recorded, but for the signature."""
     return types.DrawReceipt(
         draw=names.format_draw(draw.draw),
         task=names.format_task(draw.task),
@@ -56,7 +55,6 @@ def receipt(draw: Draw) -> types.DrawReceipt:
         picks=[_pick(position, drawn) for position, drawn in enumerate(draw.picks)],
         passed_over=[_passed_over(drawn, drawn.passed_over) for drawn in draw.places if drawn.passed_over],
         draw_time=timestamp(draw.draw_time),
-        signature=draw.signature,
     )
 
 

@@ -7,6 +7,7 @@ from services.runtime.errors import InvalidArgument
 from services.runtime.fields import FieldChecks
 from services.runtime.paging import PageTokens, page_size
 from services.selector.convert.times import duration, timestamp
+from services.selector.faults import Fault
 from services.selector.records import MAX_MICROS, Deposit, EventKind, LedgerEvent, Stake
 from services.selector.stakes import LedgerPage, Slashed, WithdrawalRequested, Withdrawn
 from tiltyard.selector.v1 import stake_pb2 as pb
@@ -16,6 +17,8 @@ STAKES_QUERY = "ListStakes"
 _REFERENCE_CHARS = 200
 _EVENTS_PER_PAGE = 100
 _UINT64_MAX = 2**64 - 1
+_FAULTS = {types.StakeFault.Value(f"STAKE_FAULT_{fault.name}"): fault for fault in Fault}
+_FAULT_NUMBERS = {fault: number for number, fault in _FAULTS.items()}
 
 
 def deposit(request: pb.DepositRequest) -> Deposit:
@@ -49,14 +52,14 @@ def withdraw_response(withdrawn: Withdrawn) -> pb.WithdrawResponse:
     return pb.WithdrawResponse(stake=stake_message(withdrawn.stake), withdrawn_micros=withdrawn.withdrawn_micros)
 
 
-def slash(request: pb.SlashRequest) -> tuple[str, int, str]:
-    """Participant, amount in micro-units, evidence. Raises InvalidArgument."""
+def slash(request: pb.SlashRequest) -> tuple[str, Fault, str]:
+    """Participant, what it did, and where that is recorded. Raises InvalidArgument."""
     participant = names.parse_participant(request.participant, "participant")
     checks = FieldChecks()
-    checks.range("amount_micros", request.amount_micros, minimum=1, maximum=MAX_MICROS, unit="micro-units")
+    checks.one_of("fault", request.fault, _FAULTS)
     checks.text("evidence", request.evidence, max_chars=_REFERENCE_CHARS)
     checks.finish()
-    return participant, request.amount_micros, request.evidence
+    return participant, _FAULTS[request.fault], request.evidence
 
 
 def slash_response(slashed: Slashed) -> pb.SlashResponse:
@@ -134,6 +137,7 @@ def _event(event: LedgerEvent) -> types.LedgerEvent:
         reference=event.reference,
         time=timestamp(event.time),
         funding_account=event.funding_account,
+        fault=_FAULT_NUMBERS[event.fault] if event.fault else types.STAKE_FAULT_UNSPECIFIED,
     )
 
 

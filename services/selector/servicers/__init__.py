@@ -3,6 +3,7 @@
 from services.runtime.paging import PageTokens
 from services.runtime.server import Mount
 from services.selector.convert.pool import ArenaDefaults
+from services.selector.convert.receipts import ReceiptSigner
 from services.selector.draws import Draws
 from services.selector.eligibility import Eligibility
 from services.selector.odds_estimates import OddsEstimates
@@ -24,13 +25,14 @@ def mounts(
     odds: OddsEstimates,
     defaults: ArenaDefaults,
     tokens: PageTokens,
+    receipts: ReceiptSigner,
     selector_key: bytes,
 ) -> tuple[Mount, ...]:
     """All of the selector's services over its domain."""
     stake = StakeServicer(stakes, tokens)
     eligible = EligibilityServicer(eligibility, defaults)
     pool = PoolServicer(pools, defaults, selector_key)
-    draw = DrawServicer(draws, odds, selector_key)
+    draw = DrawServicer(draws, odds, receipts, selector_key)
     return (
         Mount(
             "tiltyard.selector.v1.StakeService",

@@ -39,8 +39,8 @@ class StakeServicer(stake_pb2_grpc.StakeServiceServicer):
     @idempotent(convert.slash_response)
     async def Slash(self, request: pb.SlashRequest, context: Any) -> Slashed:
         """Takes stake away for a recorded fault."""
-        participant, amount_micros, evidence = convert.slash(request)
-        return await self._stakes.slash(participant, amount_micros=amount_micros, evidence=evidence)
+        participant, fault, evidence = convert.slash(request)
+        return await self._stakes.slash(participant, fault=fault, evidence=evidence)
 
     async def GetStake(self, request: pb.GetStakeRequest, context: Any) -> pb.GetStakeResponse:
         """Reads one participant's accounts."""

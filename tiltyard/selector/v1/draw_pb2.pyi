@@ -353,6 +353,8 @@ class EstimateOddsResponse(_message.Message):
     QUOTA_USED_FIELD_NUMBER: _builtins.int
     QUOTA_LIMIT_FIELD_NUMBER: _builtins.int
     REFILL_TIME_FIELD_NUMBER: _builtins.int
+    BEST_SPLIT_FIELD_NUMBER: _builtins.int
+    SPLIT_GAIN_FIELD_NUMBER: _builtins.int
     weight: _builtins.int
     """The participant's weight."""
     pool_weight: _builtins.str
@@ -365,6 +367,12 @@ class EstimateOddsResponse(_message.Message):
     """Uses of the quota in this window."""
     quota_limit: _builtins.int
     """Uses allowed in this window."""
+    best_split: _builtins.int
+    """Number of equal parts, each at least the task's minimum, in which the participant's locked stake would weigh most; 1 where
+    splitting gains nothing. Parts that share a funding account or an owner gain nothing by it.
+    """
+    split_gain: _builtins.float
+    """Weight of these parts together, over that of the whole."""
     @_builtins.property
     def refill_time(self) -> _timestamp_pb2.Timestamp:
         """When the next window starts."""
@@ -379,10 +387,12 @@ class EstimateOddsResponse(_message.Message):
         quota_used: _builtins.int = ...,
         quota_limit: _builtins.int = ...,
         refill_time: _timestamp_pb2.Timestamp | None = ...,
+        best_split: _builtins.int = ...,
+        split_gain: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["refill_time", b"refill_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool_weight", b"pool_weight", "probability", b"probability", "quota_limit", b"quota_limit", "quota_used", b"quota_used", "refill_time", b"refill_time", "standard_error", b"standard_error", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_split", b"best_split", "pool_weight", b"pool_weight", "probability", b"probability", "quota_limit", b"quota_limit", "quota_used", b"quota_used", "refill_time", b"refill_time", "split_gain", b"split_gain", "standard_error", b"standard_error", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -80,7 +80,9 @@ class DrawServiceServicer:
         The order follows from seed and pool alone. The submitter's and the creator's owner groups, paused members and used-up
         quotas are passed over when their place comes up; the first k others are picked and charged.
         Errors: FAILED_PRECONDITION (NOT_ENOUGH_VALIDATORS) when fewer than k groups are eligible; the metadata says how many there
-        were and how many were passed over for each reason. NOT_FOUND for an unknown pool, FAILED_PRECONDITION (POOL_CLOSED).
+        were and how many were passed over for each reason. RESOURCE_EXHAUSTED (QUOTA_USED_UP) with the same metadata, and with the
+        wait until the next rate window in RetryInfo, when there would be enough but for used-up quotas. NOT_FOUND for an unknown
+        pool, FAILED_PRECONDITION (POOL_CLOSED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

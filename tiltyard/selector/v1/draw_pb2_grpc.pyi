@@ -42,7 +42,9 @@ class DrawServiceStub:
     The order follows from seed and pool alone. The submitter's and the creator's owner groups, paused members and used-up
     quotas are passed over when their place comes up; the first k others are picked and charged.
     Errors: FAILED_PRECONDITION (NOT_ENOUGH_VALIDATORS) when fewer than k groups are eligible; the metadata says how many there
-    were and how many were passed over for each reason. NOT_FOUND for an unknown pool, FAILED_PRECONDITION (POOL_CLOSED).
+    were and how many were passed over for each reason. RESOURCE_EXHAUSTED (QUOTA_USED_UP) with the same metadata, and with the
+    wait until the next rate window in RetryInfo, when there would be enough but for used-up quotas. NOT_FOUND for an unknown
+    pool, FAILED_PRECONDITION (POOL_CLOSED).
     """
     ExtendDraw: _grpc.UnaryUnaryMultiCallable[_draw_pb2.ExtendDrawRequest, _draw_pb2.ExtendDrawResponse]
     """ExtendDraw takes the next of the same order and pool root, and charges them. For services only.
@@ -78,7 +80,9 @@ class DrawServiceAsyncStub(DrawServiceStub):
     The order follows from seed and pool alone. The submitter's and the creator's owner groups, paused members and used-up
     quotas are passed over when their place comes up; the first k others are picked and charged.
     Errors: FAILED_PRECONDITION (NOT_ENOUGH_VALIDATORS) when fewer than k groups are eligible; the metadata says how many there
-    were and how many were passed over for each reason. NOT_FOUND for an unknown pool, FAILED_PRECONDITION (POOL_CLOSED).
+    were and how many were passed over for each reason. RESOURCE_EXHAUSTED (QUOTA_USED_UP) with the same metadata, and with the
+    wait until the next rate window in RetryInfo, when there would be enough but for used-up quotas. NOT_FOUND for an unknown
+    pool, FAILED_PRECONDITION (POOL_CLOSED).
     """
     ExtendDraw: _aio.UnaryUnaryMultiCallable[_draw_pb2.ExtendDrawRequest, _draw_pb2.ExtendDrawResponse]  # type: ignore[assignment]
     """ExtendDraw takes the next of the same order and pool root, and charges them. For services only.
@@ -117,7 +121,9 @@ class DrawServiceServicer(metaclass=_abc_1.ABCMeta):
         The order follows from seed and pool alone. The submitter's and the creator's owner groups, paused members and used-up
         quotas are passed over when their place comes up; the first k others are picked and charged.
         Errors: FAILED_PRECONDITION (NOT_ENOUGH_VALIDATORS) when fewer than k groups are eligible; the metadata says how many there
-        were and how many were passed over for each reason. NOT_FOUND for an unknown pool, FAILED_PRECONDITION (POOL_CLOSED).
+        were and how many were passed over for each reason. RESOURCE_EXHAUSTED (QUOTA_USED_UP) with the same metadata, and with the
+        wait until the next rate window in RetryInfo, when there would be enough but for used-up quotas. NOT_FOUND for an unknown
+        pool, FAILED_PRECONDITION (POOL_CLOSED).
         """
 
     @_abc_1.abstractmethod

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tiltyard.type.v1 import stake_pb2 as tiltyard_dot_type_dot_v1_dot_stake__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n tiltyard/selector/v1/stake.proto\x12\x14tiltyard.selector.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ctiltyard/type/v1/stake.proto\"\xc2\x01\n\x05Stake\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x10\x61vailable_micros\x18\x02 \x01(\x03\x12\x15\n\rlocked_micros\x18\x03 \x01(\x03\x12\x18\n\x10unbonding_micros\x18\x04 \x01(\x03\x12\x16\n\x0eslashed_micros\x18\x05 \x01(\x03\x12\x13\n\x0bowner_group\x18\x06 \x01(\t\x12\x33\n\nunbondings\x18\x07 \x03(\x0b\x32\x1f.tiltyard.selector.v1.Unbonding\"T\n\tUnbonding\x12\x15\n\ramount_micros\x18\x01 \x01(\x03\x12\x30\n\x0crelease_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"|\n\x0e\x44\x65positRequest\x12\x13\n\x0bparticipant\x18\x01 \x01(\t\x12\x15\n\ramount_micros\x18\x02 \x01(\x03\x12\x11\n\treference\x18\x03 \x01(\t\x12\x17\n\x0f\x66unding_account\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"=\n\x0f\x44\x65positResponse\x12*\n\x05stake\x18\x01 \x01(\x0b\x32\x1b.tiltyard.selector.v1.Stake\"E\n\x18RequestWithdrawalRequest\x12\x15\n\ramount_micros\x18\x01 \x01(\x03\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"p\n\x19RequestWithdrawalResponse\x12*\n\x05stake\x18\x01 \x01(\x0b\x32\x1b.tiltyard.selector.v1.Stake\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"%\n\x0fWithdrawRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"X\n\x10WithdrawResponse\x12*\n\x05stake\x18\x01 \x01(\x0b\x32\x1b.tiltyard.selector.v1.Stake\x12\x18\n\x10withdrawn_micros\x18\x02 \x01(\x03\"`\n\x0cSlashRequest\x12\x13\n\x0bparticipant\x18\x01 \x01(\t\x12\x15\n\ramount_micros\x18\x02 \x01(\x03\x12\x10\n\x08\x65vidence\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"S\n\rSlashResponse\x12*\n\x05stake\x18\x01 \x01(\x0b\x32\x1b.tiltyard.selector.v1.Stake\x12\x16\n\x0eslashed_micros\x18\x02 \x01(\x03\"\x1f\n\x0fGetStakeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x10GetStakeResponse\x12*\n\x05stake\x18\x01 \x01(\x0b\x32\x1b.tiltyard.selector.v1.Stake\":\n\x11ListStakesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x12ListStakesResponse\x12+\n\x06stakes\x18\x01 \x03(\x0b\x32\x1b.tiltyard.selector.v1.Stake\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"D\n\x17ListLedgerEventsRequest\x12\x16\n\x0estart_sequence\x18\x01 \x01(\x03\x12\x11\n\tpage_size\x18\x02 \x01(\x05\"`\n\x18ListLedgerEventsResponse\x12-\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1d.tiltyard.type.v1.LedgerEvent\x12\x15\n\rnext_sequence\x18\x02 \x01(\x03\x32\xb8\x05\n\x0cStakeService\x12V\n\x07\x44\x65posit\x12$.tiltyard.selector.v1.DepositRequest\x1a%.tiltyard.selector.v1.DepositResponse\x12t\n\x11RequestWithdrawal\x12..tiltyard.selector.v1.RequestWithdrawalRequest\x1a/.tiltyard.selector.v1.RequestWithdrawalResponse\x12Y\n\x08Withdraw\x12%.tiltyard.selector.v1.WithdrawRequest\x1a&.tiltyard.selector.v1.WithdrawResponse\x12P\n\x05Slash\x12\".tiltyard.selector.v1.SlashRequest\x1a#.tiltyard.selector.v1.SlashResponse\x12Y\n\x08GetStake\x12%.tiltyard.selector.v1.GetStakeRequest\x1a&.tiltyard.selector.v1.GetStakeResponse\x12_\n\nListStakes\x12\'.tiltyard.selector.v1.ListStakesRequest\x1a(.tiltyard.selector.v1.ListStakesResponse\x12q\n\x10ListLedgerEvents\x12-.tiltyard.selector.v1.ListLedgerEventsRequest\x1a..tiltyard.selector.v1.ListLedgerEventsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n tiltyard/selector/v1/stake.proto\x12\x14tiltyard.selector.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ctiltyard/type/v1/stake.proto\"\xc2\x01\n\x05Stake\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x10\x61vailable_micros\x18\x02 \x01(\x03\x12\x15\n\rlocked_micros\x18\x03 \x01(\x03\x12\x18\n\x10unbonding_micros\x18\x04 \x01(\x03\x12\x16\n\x0eslashed_micros\x18\x05 \x01(\x03\x12\x13\n\x0bowner_group\x18\x06 \x01(\t\x12\x33\n\nunbondings\x18\x07 \x03(\x0b\x32\x1f.tiltyard.selector.v1.Unbonding\"T\n\tUnbonding\x12\x15\n\ramount_micros\x18\x01 \x01(\x03\x12\x30\n\x0crelease_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"|\n\x0e\x44\x65positRequest\x12\x13\n\x0bparticipant\x18\x01 \x01(\t\x12\x15\n\ramount_micros\x18\x02 \x01(\x03\x12\x11\n\treference\x18\x03 \x01(\t\x12\x17\n\x0f\x66unding_account\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"=\n\x0f\x44\x65positResponse\x12*\n\x05stake\x18\x01 \x01(\x0b\x32\x1b.tiltyard.selector.v1.Stake\"E\n\x18RequestWithdrawalRequest\x12\x15\n\ramount_micros\x18\x01 \x01(\x03\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"p\n\x19RequestWithdrawalResponse\x12*\n\x05stake\x18\x01 \x01(\x0b\x32\x1b.tiltyard.selector.v1.Stake\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"%\n\x0fWithdrawRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"X\n\x10WithdrawResponse\x12*\n\x05stake\x18\x01 \x01(\x0b\x32\x1b.tiltyard.selector.v1.Stake\x12\x18\n\x10withdrawn_micros\x18\x02 \x01(\x03\"v\n\x0cSlashRequest\x12\x13\n\x0bparticipant\x18\x01 \x01(\t\x12+\n\x05\x66\x61ult\x18\x02 \x01(\x0e\x32\x1c.tiltyard.type.v1.StakeFault\x12\x10\n\x08\x65vidence\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"S\n\rSlashResponse\x12*\n\x05stake\x18\x01 \x01(\x0b\x32\x1b.tiltyard.selector.v1.Stake\x12\x16\n\x0eslashed_micros\x18\x02 \x01(\x03\"\x1f\n\x0fGetStakeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x10GetStakeResponse\x12*\n\x05stake\x18\x01 \x01(\x0b\x32\x1b.tiltyard.selector.v1.Stake\":\n\x11ListStakesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x12ListStakesResponse\x12+\n\x06stakes\x18\x01 \x03(\x0b\x32\x1b.tiltyard.selector.v1.Stake\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"D\n\x17ListLedgerEventsRequest\x12\x16\n\x0estart_sequence\x18\x01 \x01(\x03\x12\x11\n\tpage_size\x18\x02 \x01(\x05\"`\n\x18ListLedgerEventsResponse\x12-\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1d.tiltyard.type.v1.LedgerEvent\x12\x15\n\rnext_sequence\x18\x02 \x01(\x03\x32\xb8\x05\n\x0cStakeService\x12V\n\x07\x44\x65posit\x12$.tiltyard.selector.v1.DepositRequest\x1a%.tiltyard.selector.v1.DepositResponse\x12t\n\x11RequestWithdrawal\x12..tiltyard.selector.v1.RequestWithdrawalRequest\x1a/.tiltyard.selector.v1.RequestWithdrawalResponse\x12Y\n\x08Withdraw\x12%.tiltyard.selector.v1.WithdrawRequest\x1a&.tiltyard.selector.v1.WithdrawResponse\x12P\n\x05Slash\x12\".tiltyard.selector.v1.SlashRequest\x1a#.tiltyard.selector.v1.SlashResponse\x12Y\n\x08GetStake\x12%.tiltyard.selector.v1.GetStakeRequest\x1a&.tiltyard.selector.v1.GetStakeResponse\x12_\n\nListStakes\x12\'.tiltyard.selector.v1.ListStakesRequest\x1a(.tiltyard.selector.v1.ListStakesResponse\x12q\n\x10ListLedgerEvents\x12-.tiltyard.selector.v1.ListLedgerEventsRequest\x1a..tiltyard.selector.v1.ListLedgerEventsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,21 +51,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WITHDRAWRESPONSE']._serialized_start=849
   _globals['_WITHDRAWRESPONSE']._serialized_end=937
   _globals['_SLASHREQUEST']._serialized_start=939
-  _globals['_SLASHREQUEST']._serialized_end=1035
-  _globals['_SLASHRESPONSE']._serialized_start=1037
-  _globals['_SLASHRESPONSE']._serialized_end=1120
-  _globals['_GETSTAKEREQUEST']._serialized_start=1122
-  _globals['_GETSTAKEREQUEST']._serialized_end=1153
-  _globals['_GETSTAKERESPONSE']._serialized_start=1155
-  _globals['_GETSTAKERESPONSE']._serialized_end=1217
-  _globals['_LISTSTAKESREQUEST']._serialized_start=1219
-  _globals['_LISTSTAKESREQUEST']._serialized_end=1277
-  _globals['_LISTSTAKESRESPONSE']._serialized_start=1279
-  _globals['_LISTSTAKESRESPONSE']._serialized_end=1369
-  _globals['_LISTLEDGEREVENTSREQUEST']._serialized_start=1371
-  _globals['_LISTLEDGEREVENTSREQUEST']._serialized_end=1439
-  _globals['_LISTLEDGEREVENTSRESPONSE']._serialized_start=1441
-  _globals['_LISTLEDGEREVENTSRESPONSE']._serialized_end=1537
-  _globals['_STAKESERVICE']._serialized_start=1540
-  _globals['_STAKESERVICE']._serialized_end=2236
+  _globals['_SLASHREQUEST']._serialized_end=1057
+  _globals['_SLASHRESPONSE']._serialized_start=1059
+  _globals['_SLASHRESPONSE']._serialized_end=1142
+  _globals['_GETSTAKEREQUEST']._serialized_start=1144
+  _globals['_GETSTAKEREQUEST']._serialized_end=1175
+  _globals['_GETSTAKERESPONSE']._serialized_start=1177
+  _globals['_GETSTAKERESPONSE']._serialized_end=1239
+  _globals['_LISTSTAKESREQUEST']._serialized_start=1241
+  _globals['_LISTSTAKESREQUEST']._serialized_end=1299
+  _globals['_LISTSTAKESRESPONSE']._serialized_start=1301
+  _globals['_LISTSTAKESRESPONSE']._serialized_end=1391
+  _globals['_LISTLEDGEREVENTSREQUEST']._serialized_start=1393
+  _globals['_LISTLEDGEREVENTSREQUEST']._serialized_end=1461
+  _globals['_LISTLEDGEREVENTSRESPONSE']._serialized_start=1463
+  _globals['_LISTLEDGEREVENTSRESPONSE']._serialized_end=1559
+  _globals['_STAKESERVICE']._serialized_start=1562
+  _globals['_STAKESERVICE']._serialized_end=2258
 # @@protoc_insertion_point(module_scope)

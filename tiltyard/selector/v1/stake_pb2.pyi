@@ -272,28 +272,28 @@ class SlashRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PARTICIPANT_FIELD_NUMBER: _builtins.int
-    AMOUNT_MICROS_FIELD_NUMBER: _builtins.int
+    FAULT_FIELD_NUMBER: _builtins.int
     EVIDENCE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     participant: _builtins.str
     """Participant as participants/{id}."""
-    amount_micros: _builtins.int
-    """Amount in micro-units, 1 or more; what is not there is not taken."""
+    fault: _stake_pb2.StakeFault.ValueType
+    """What was done; its share of available, locked and unbonding stake together is taken, rounded up."""
     evidence: _builtins.str
-    """The recorded fault, a resource name, 1 to 200 characters."""
+    """Where it is recorded: a resource name, 1 to 200 characters."""
     request_id: _builtins.str
     """Idempotency key, at most 64 characters."""
     def __init__(
         self,
         *,
         participant: _builtins.str = ...,
-        amount_micros: _builtins.int = ...,
+        fault: _stake_pb2.StakeFault.ValueType = ...,
         evidence: _builtins.str = ...,
         request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_micros", b"amount_micros", "evidence", b"evidence", "participant", b"participant", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence", "fault", b"fault", "participant", b"participant", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

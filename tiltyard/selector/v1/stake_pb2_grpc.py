@@ -114,7 +114,8 @@ class StakeServiceServicer:
     def Slash(self, request, context):
         """Slash takes stake away for a recorded fault, from available, locked and unbonding stake in this order, never below zero.
 
-        For services only. Idempotent by participant and evidence; with another amount ALREADY_EXISTS (EVIDENCE_REUSED).
+        For services only. What a fault costs is a fixed share of all stake that the participant has then (StakeFault). Idempotent
+        by participant and evidence: one recorded fact is punished once; as another fault it is ALREADY_EXISTS (EVIDENCE_REUSED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

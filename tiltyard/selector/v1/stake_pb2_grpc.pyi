@@ -58,7 +58,8 @@ class StakeServiceStub:
     Slash: _grpc.UnaryUnaryMultiCallable[_stake_pb2.SlashRequest, _stake_pb2.SlashResponse]
     """Slash takes stake away for a recorded fault, from available, locked and unbonding stake in this order, never below zero.
 
-    For services only. Idempotent by participant and evidence; with another amount ALREADY_EXISTS (EVIDENCE_REUSED).
+    For services only. What a fault costs is a fixed share of all stake that the participant has then (StakeFault). Idempotent
+    by participant and evidence: one recorded fact is punished once; as another fault it is ALREADY_EXISTS (EVIDENCE_REUSED).
     """
     GetStake: _grpc.UnaryUnaryMultiCallable[_stake_pb2.GetStakeRequest, _stake_pb2.GetStakeResponse]
     """GetStake reads one participant's accounts; all zero for somebody who never deposited."""
@@ -100,7 +101,8 @@ class StakeServiceAsyncStub(StakeServiceStub):
     Slash: _aio.UnaryUnaryMultiCallable[_stake_pb2.SlashRequest, _stake_pb2.SlashResponse]  # type: ignore[assignment]
     """Slash takes stake away for a recorded fault, from available, locked and unbonding stake in this order, never below zero.
 
-    For services only. Idempotent by participant and evidence; with another amount ALREADY_EXISTS (EVIDENCE_REUSED).
+    For services only. What a fault costs is a fixed share of all stake that the participant has then (StakeFault). Idempotent
+    by participant and evidence: one recorded fact is punished once; as another fault it is ALREADY_EXISTS (EVIDENCE_REUSED).
     """
     GetStake: _aio.UnaryUnaryMultiCallable[_stake_pb2.GetStakeRequest, _stake_pb2.GetStakeResponse]  # type: ignore[assignment]
     """GetStake reads one participant's accounts; all zero for somebody who never deposited."""
@@ -163,7 +165,8 @@ class StakeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_stake_pb2.SlashResponse, _abc.Awaitable[_stake_pb2.SlashResponse]]:
         """Slash takes stake away for a recorded fault, from available, locked and unbonding stake in this order, never below zero.
 
-        For services only. Idempotent by participant and evidence; with another amount ALREADY_EXISTS (EVIDENCE_REUSED).
+        For services only. What a fault costs is a fixed share of all stake that the participant has then (StakeFault). Idempotent
+        by participant and evidence: one recorded fact is punished once; as another fault it is ALREADY_EXISTS (EVIDENCE_REUSED).
         """
 
     @_abc_1.abstractmethod

@@ -25,15 +25,17 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctiltyard/type/v1/stake.proto\x12\x10tiltyard.type.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x93\x02\n\x0bLedgerEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12/\n\x04kind\x18\x02 \x01(\x0e\x32!.tiltyard.type.v1.LedgerEventKind\x12\x13\n\x0bparticipant\x18\x03 \x01(\t\x12\x15\n\ramount_micros\x18\x04 \x01(\x03\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x0c\n\x04\x64raw\x18\x06 \x01(\t\x12\x13\n\x0bowner_group\x18\x07 \x01(\t\x12\x0e\n\x06weight\x18\x08 \x01(\x04\x12\x11\n\treference\x18\t \x01(\t\x12(\n\x04time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0f\x66unding_account\x18\x0b \x01(\t*\x86\x04\n\x0fLedgerEventKind\x12!\n\x1dLEDGER_EVENT_KIND_UNSPECIFIED\x10\x00\x12\x1f\n\x1bLEDGER_EVENT_KIND_DEPOSITED\x10\x01\x12\x1c\n\x18LEDGER_EVENT_KIND_LOCKED\x10\x02\x12\x1e\n\x1aLEDGER_EVENT_KIND_UNLOCKED\x10\x03\x12*\n&LEDGER_EVENT_KIND_WITHDRAWAL_REQUESTED\x10\x04\x12\x1f\n\x1bLEDGER_EVENT_KIND_WITHDRAWN\x10\x05\x12\x1d\n\x19LEDGER_EVENT_KIND_SLASHED\x10\x06\x12!\n\x1dLEDGER_EVENT_KIND_POOL_OPENED\x10\x07\x12%\n!LEDGER_EVENT_KIND_CANDIDATE_ADDED\x10\x08\x12\'\n#LEDGER_EVENT_KIND_CANDIDATE_REMOVED\x10\t\x12!\n\x1dLEDGER_EVENT_KIND_POOL_CLOSED\x10\n\x12#\n\x1fLEDGER_EVENT_KIND_QUOTA_CHARGED\x10\x0b\x12$\n LEDGER_EVENT_KIND_QUOTA_REFUNDED\x10\x0c\x12$\n LEDGER_EVENT_KIND_WEIGHT_CHANGED\x10\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctiltyard/type/v1/stake.proto\x12\x10tiltyard.type.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc0\x02\n\x0bLedgerEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12/\n\x04kind\x18\x02 \x01(\x0e\x32!.tiltyard.type.v1.LedgerEventKind\x12\x13\n\x0bparticipant\x18\x03 \x01(\t\x12\x15\n\ramount_micros\x18\x04 \x01(\x03\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x0c\n\x04\x64raw\x18\x06 \x01(\t\x12\x13\n\x0bowner_group\x18\x07 \x01(\t\x12\x0e\n\x06weight\x18\x08 \x01(\x04\x12\x11\n\treference\x18\t \x01(\t\x12(\n\x04time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0f\x66unding_account\x18\x0b \x01(\t\x12+\n\x05\x66\x61ult\x18\x0c \x01(\x0e\x32\x1c.tiltyard.type.v1.StakeFault*\x86\x04\n\x0fLedgerEventKind\x12!\n\x1dLEDGER_EVENT_KIND_UNSPECIFIED\x10\x00\x12\x1f\n\x1bLEDGER_EVENT_KIND_DEPOSITED\x10\x01\x12\x1c\n\x18LEDGER_EVENT_KIND_LOCKED\x10\x02\x12\x1e\n\x1aLEDGER_EVENT_KIND_UNLOCKED\x10\x03\x12*\n&LEDGER_EVENT_KIND_WITHDRAWAL_REQUESTED\x10\x04\x12\x1f\n\x1bLEDGER_EVENT_KIND_WITHDRAWN\x10\x05\x12\x1d\n\x19LEDGER_EVENT_KIND_SLASHED\x10\x06\x12!\n\x1dLEDGER_EVENT_KIND_POOL_OPENED\x10\x07\x12%\n!LEDGER_EVENT_KIND_CANDIDATE_ADDED\x10\x08\x12\'\n#LEDGER_EVENT_KIND_CANDIDATE_REMOVED\x10\t\x12!\n\x1dLEDGER_EVENT_KIND_POOL_CLOSED\x10\n\x12#\n\x1fLEDGER_EVENT_KIND_QUOTA_CHARGED\x10\x0b\x12$\n LEDGER_EVENT_KIND_QUOTA_REFUNDED\x10\x0c\x12$\n LEDGER_EVENT_KIND_WEIGHT_CHANGED\x10\r*\xb1\x01\n\nStakeFault\x12\x1b\n\x17STAKE_FAULT_UNSPECIFIED\x10\x00\x12\x1c\n\x18STAKE_FAULT_SEAL_MISSING\x10\x01\x12\x1f\n\x1bSTAKE_FAULT_SEAL_NOT_OPENED\x10\x02\x12(\n$STAKE_FAULT_REPORT_OUTSIDE_TOLERANCE\x10\x03\x12\x1d\n\x19STAKE_FAULT_CONTRADICTION\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tiltyard.type.v1.stake_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEDGEREVENTKIND']._serialized_start=362
-  _globals['_LEDGEREVENTKIND']._serialized_end=880
+  _globals['_LEDGEREVENTKIND']._serialized_start=407
+  _globals['_LEDGEREVENTKIND']._serialized_end=925
+  _globals['_STAKEFAULT']._serialized_start=928
+  _globals['_STAKEFAULT']._serialized_end=1105
   _globals['_LEDGEREVENT']._serialized_start=84
-  _globals['_LEDGEREVENT']._serialized_end=359
+  _globals['_LEDGEREVENT']._serialized_end=404
 # @@protoc_insertion_point(module_scope)

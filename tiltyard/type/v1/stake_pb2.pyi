@@ -86,6 +86,38 @@ LEDGER_EVENT_KIND_WEIGHT_CHANGED: LedgerEventKind.ValueType  # 13
 """A candidate's weight changed with its stake."""
 Global___LedgerEventKind: _TypeAlias = LedgerEventKind  # noqa: Y015
 
+class _StakeFault:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StakeFaultEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StakeFault.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STAKE_FAULT_UNSPECIFIED: _StakeFault.ValueType  # 0
+    """Unset."""
+    STAKE_FAULT_SEAL_MISSING: _StakeFault.ValueType  # 1
+    """A validator accepted an assignment and committed no seal in time: 1 of 1000."""
+    STAKE_FAULT_SEAL_NOT_OPENED: _StakeFault.ValueType  # 2
+    """A validator committed a seal and did not open it in time: 10 of 1000."""
+    STAKE_FAULT_REPORT_OUTSIDE_TOLERANCE: _StakeFault.ValueType  # 3
+    """A validator's report was named as one outside of the tolerance: 50 of 1000."""
+    STAKE_FAULT_CONTRADICTION: _StakeFault.ValueType  # 4
+    """A participant signed two statements of which one must be false: all of it."""
+
+class StakeFault(_StakeFault, metaclass=_StakeFaultEnumTypeWrapper):
+    """StakeFault names what stake is taken away for. What each costs is fixed, and the same for everybody."""
+
+STAKE_FAULT_UNSPECIFIED: StakeFault.ValueType  # 0
+"""Unset."""
+STAKE_FAULT_SEAL_MISSING: StakeFault.ValueType  # 1
+"""A validator accepted an assignment and committed no seal in time: 1 of 1000."""
+STAKE_FAULT_SEAL_NOT_OPENED: StakeFault.ValueType  # 2
+"""A validator committed a seal and did not open it in time: 10 of 1000."""
+STAKE_FAULT_REPORT_OUTSIDE_TOLERANCE: StakeFault.ValueType  # 3
+"""A validator's report was named as one outside of the tolerance: 50 of 1000."""
+STAKE_FAULT_CONTRADICTION: StakeFault.ValueType  # 4
+"""A participant signed two statements of which one must be false: all of it."""
+Global___StakeFault: _TypeAlias = StakeFault  # noqa: Y015
+
 @_typing.final
 class LedgerEvent(_message.Message):
     """LedgerEvent is one change of the selector's state; events are numbered from 1 without gaps."""
@@ -103,6 +135,7 @@ class LedgerEvent(_message.Message):
     REFERENCE_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
     FUNDING_ACCOUNT_FIELD_NUMBER: _builtins.int
+    FAULT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Position in the selector's ledger."""
     kind: Global___LedgerEventKind.ValueType
@@ -123,6 +156,8 @@ class LedgerEvent(_message.Message):
     """DEPOSITED: the deposit's reference. SLASHED: the evidence. Else empty."""
     funding_account: _builtins.str
     """DEPOSITED: the funding account that the money came from."""
+    fault: Global___StakeFault.ValueType
+    """SLASHED: what for."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it happened."""
@@ -141,10 +176,11 @@ class LedgerEvent(_message.Message):
         reference: _builtins.str = ...,
         time: _timestamp_pb2.Timestamp | None = ...,
         funding_account: _builtins.str = ...,
+        fault: Global___StakeFault.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_micros", b"amount_micros", "draw", b"draw", "funding_account", b"funding_account", "kind", b"kind", "owner_group", b"owner_group", "participant", b"participant", "reference", b"reference", "sequence", b"sequence", "task", b"task", "time", b"time", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_micros", b"amount_micros", "draw", b"draw", "fault", b"fault", "funding_account", b"funding_account", "kind", b"kind", "owner_group", b"owner_group", "participant", b"participant", "reference", b"reference", "sequence", b"sequence", "task", b"task", "time", b"time", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

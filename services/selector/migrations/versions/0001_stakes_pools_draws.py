@@ -69,7 +69,7 @@ def _create_stakes() -> None:
         "slashes",
         _text("participant", primary_key=True),
         _text("evidence", primary_key=True),
-        _large("amount_micros"),
+        _text("fault"),
         _large("taken_micros"),
     )
     op.create_table(
@@ -85,6 +85,7 @@ def _create_stakes() -> None:
         _bytes("weight"),
         _text("reference"),
         _text("funding_account"),
+        _text("fault"),
     )
 
 
@@ -162,7 +163,6 @@ def _create_draws() -> None:
         _text("submitter"),
         sa.Column("places", sa.Text, nullable=False),
         _large("draw_time_us"),
-        _bytes("signature"),
         sa.UniqueConstraint("submission", "round", name="one_draw_for_each_round"),
     )
     op.create_table(
