@@ -87,8 +87,9 @@ async def upload(
 
 
 def _may_go_on(error: grpc.aio.AioRpcError) -> bool:
-    # WRONG_OFFSET: another stream of ours was still ending when the server said where it is.
-    return is_transient(error) or _lost_its_status(error) or ClientError.of(error).reason == "WRONG_OFFSET"
+    # Another stream of ours has not ended yet, or was still ending when the server said where it is.
+    ours = ("UPLOAD_RUNNING", "WRONG_OFFSET")
+    return is_transient(error) or _lost_its_status(error) or ClientError.of(error).reason in ours
 
 
 def _lost_its_status(error: grpc.aio.AioRpcError) -> bool:
