@@ -3,7 +3,7 @@
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from enum import StrEnum
 from typing import TypeGuard
 
@@ -17,11 +17,22 @@ MAX_WIDTH = 1 << 16
 MAX_CHANNELS = 1 << 12
 MAX_BLOCKS = 12
 KERNEL_SIZES = (1, 3, 5, 7, 9, 11)
+MAX_STAGES = 4
+MAX_STAGE_BLOCKS = 64
+MAX_TOKENS = 1 << 13
+MAX_VOCABULARY = 1 << 20
+MAX_ENCODER_LAYERS = 64
+MAX_HEADS = 256
 MAX_SCALE = 1e6
 
 # After the last block of a convnet its maps are averaged down to at most this many rows and columns, so that the
 # head's size does not grow with the image.
 POOLED_SIDE = 4
+
+# From this many rows and columns on a resnet begins as for ImageNet: a 7x7 convolution and a pooling, both halving.
+# Smaller images would be gone after the stages, so theirs is a 3x3 convolution at the same size, as for CIFAR.
+RESNET_LARGE_SIDE = 64
+BOTTLENECK_EXPANSION = 4
 
 
 class Activation(StrEnum):
@@ -63,23 +74,33 @@ class Convnet:
 
 @dataclass(frozen=True)
 class Resnet:
-    """Residual blocks in stages. Named by the contract; `validate` answers that it is not supported yet."""
+    """Residual blocks (He et al. 2016) in stages, each after the first halving the image and doubling the channels.
 
-    blocks: tuple[int, ...] = ()
-    width: int = 0
+    A basic block is two 3x3 convolutions, a bottleneck 1x1, 3x3 and 1x1 with four times the channels at its end. Every
+    convolution is followed by one-group GroupNorm; the last maps are averaged over the whole image before the head.
+    """
+
+    blocks: tuple[int, ...]
+    width: int
     bottleneck: bool = False
 
 
 @dataclass(frozen=True)
 class Transformer:
-    """An encoder over token ids. Named by the contract; `validate` answers that it is not supported yet."""
+    """An encoder (Vaswani et al. 2017, normalised before each part) over rows of token ids, averaged before the head.
 
-    vocabulary: int = 0
-    width: int = 0
-    layers: int = 0
-    heads: int = 0
+    Positions are learned. An id outside the vocabulary counts as its nearest. `feed_forward` 0 means 4 * width.
+    """
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
     feed_forward: int = 0
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "feed_forward", self.feed_forward or 4 * self.width)
 
 
 @dataclass(frozen=True)
@@ -106,8 +127,8 @@ KIND_OF = {architecture: kind for kind, architecture in _KINDS.items()}
 class ModelSpec:
     """f(x) = network(float32(x) * input_scale + input_offset).
 
-    `input_shape` is the shape of one row: features `(d,)`, an image `(c, h, w)`, or `(h, w)` for one channel.
-    `outputs` is the number of classes, or of targets in a regression. Scale and offset are rounded to float32, which is
+    `input_shape` is the shape of one row: features or token ids `(d,)`, an image `(c, h, w)`, or `(h, w)` for one
+    channel. `outputs` is the number of classes, or of targets in a regression. Scale and offset are rounded to float32, which is
     what crosses the wire and what the model computes with.
     """
 
@@ -148,7 +169,7 @@ class ModelFault(Exception):
 
 
 def image_shape(spec: ModelSpec) -> tuple[int, int, int]:
-    """Channels, rows and columns of one input of a convnet."""
+    """Channels, rows and columns of one input of a convnet or resnet."""
     if len(spec.input_shape) == 2:
         return (1, *spec.input_shape)
     channels, rows, columns = spec.input_shape
@@ -158,6 +179,43 @@ def image_shape(spec: ModelSpec) -> tuple[int, int, int]:
 def pooled_kernel(side: int) -> int:
     """How many rows (or columns) of the last map one cell of the pooled map averages."""
     return -(-side // POOLED_SIDE)
+
+
+@dataclass(frozen=True)
+class ConvolutionShape:
+    """One convolution of a residual block: its name in the block, channels, square kernel and stride."""
+
+    name: str
+    inputs: int
+    outputs: int
+    kernel_size: int
+    stride: int = 1
+
+
+def resnet_is_large(spec: ModelSpec) -> bool:
+    """Whether a resnet begins by making its images four times smaller on each side."""
+    return min(image_shape(spec)[1:]) >= RESNET_LARGE_SIDE
+
+
+def resnet_blocks(resnet: Resnet) -> list[tuple[str, list[ConvolutionShape], ConvolutionShape | None]]:
+    """Each block's name, its convolutions in order, and the one on its shortcut where the shapes differ."""
+    blocks: list[tuple[str, list[ConvolutionShape], ConvolutionShape | None]] = []
+    inputs = resnet.width
+    for stage, count in enumerate(resnet.blocks):
+        width = resnet.width << stage
+        outputs = width * BOTTLENECK_EXPANSION if resnet.bottleneck else width
+        for index in range(count):
+            stride = 2 if stage and not index else 1
+            if resnet.bottleneck:
+                steps = [(inputs, width, 1, 1), (width, width, 3, stride), (width, outputs, 1, 1)]
+            else:
+                steps = [(inputs, width, 3, stride), (width, outputs, 3, 1)]
+            convolutions = [ConvolutionShape(f"convolutions.{place}", *step) for place, step in enumerate(steps)]
+            same = inputs == outputs and stride == 1
+            shortcut = None if same else ConvolutionShape("shortcut", inputs, outputs, 1, stride)
+            blocks.append((f"stages.{stage}.{index}", convolutions, shortcut))
+            inputs = outputs
+    return blocks
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -175,7 +233,13 @@ def count_parameters(spec: ModelSpec) -> int:
 
 def flops(spec: ModelSpec) -> int:
     """Floating-point operations of the matrix products and convolutions of one row; a multiply-add counts as two."""
-    return sum(2 * math.prod(shape) * positions for _, shape, positions in _layers(spec))
+    products = sum(2 * math.prod(shape) * positions for _, shape, positions in _layers(spec))
+    match spec.architecture:
+        case Transformer(layers=layers, width=width):
+            # Every token with every token, twice: which to attend to, and what is taken from it.
+            tokens = spec.input_shape[0]
+            return products + layers * 2 * 2 * tokens * tokens * width
+    return products
 
 
 def _layers(spec: ModelSpec) -> list[tuple[str, tuple[int, ...], int]]:
@@ -183,8 +247,15 @@ def _layers(spec: ModelSpec) -> list[tuple[str, tuple[int, ...], int]]:
     layers: list[tuple[str, tuple[int, ...], int]] = []
 
     def dense(name: str, inputs: int, outputs: int) -> None:
-        layers.append((f"{name}.weight", (outputs, inputs), 1))
+        dense_at(name, inputs, outputs, positions=1)
+
+    def dense_at(name: str, inputs: int, outputs: int, *, positions: int) -> None:
+        layers.append((f"{name}.weight", (outputs, inputs), positions))
         layers.append((f"{name}.bias", (outputs,), 0))
+
+    def norm(name: str, channels: int) -> None:
+        layers.append((f"{name}.weight", (channels,), 0))
+        layers.append((f"{name}.bias", (channels,), 0))
 
     def stack(inputs: int, widths: Sequence[int]) -> None:
         for index, width in enumerate(widths):
@@ -202,11 +273,46 @@ def _layers(spec: ModelSpec) -> list[tuple[str, tuple[int, ...], int]]:
             for index, outputs in enumerate(channels):
                 layers.append((f"blocks.{index}.convolution.weight", (outputs, inputs, k, k), rows * columns))
                 layers.append((f"blocks.{index}.convolution.bias", (outputs,), 0))
-                layers.append((f"blocks.{index}.norm.weight", (outputs,), 0))
-                layers.append((f"blocks.{index}.norm.bias", (outputs,), 0))
+                norm(f"blocks.{index}.norm", outputs)
                 inputs, rows, columns = outputs, -(-rows // 2), -(-columns // 2)
             cells = -(-rows // pooled_kernel(rows)) * -(-columns // pooled_kernel(columns))
             stack(inputs * cells, hidden)
+        case Resnet() as resnet:
+            channels_in, rows, columns = image_shape(spec)
+            side = 3
+            if resnet_is_large(spec):
+                side, rows, columns = 7, -(-rows // 2), -(-columns // 2)
+            layers.append(("stem.weight", (resnet.width, channels_in, side, side), rows * columns))
+            norm("stem_norm", resnet.width)
+            if resnet_is_large(spec):
+                rows, columns = -(-rows // 2), -(-columns // 2)
+            inputs = resnet.width
+            for name, convolutions, shortcut in resnet_blocks(resnet):
+                for place, each in enumerate(convolutions):
+                    rows, columns = -(-rows // each.stride), -(-columns // each.stride)
+                    shape = (each.outputs, each.inputs, each.kernel_size, each.kernel_size)
+                    layers.append((f"{name}.convolutions.{place}.weight", shape, rows * columns))
+                    inputs = each.outputs
+                for place, each in enumerate(convolutions):
+                    norm(f"{name}.norms.{place}", each.outputs)
+                if shortcut is not None:
+                    shape = (shortcut.outputs, shortcut.inputs, 1, 1)
+                    layers.append((f"{name}.shortcut.weight", shape, rows * columns))
+                    norm(f"{name}.shortcut_norm", shortcut.outputs)
+            dense("head", inputs, spec.outputs)
+        case Transformer(vocabulary=vocabulary, width=width, feed_forward=feed_forward) as transformer:
+            tokens = spec.input_shape[0]
+            layers.append(("tokens.weight", (vocabulary, width), 0))
+            layers.append(("positions.weight", (tokens, width), 0))
+            for index in range(transformer.layers):
+                norm(f"layers.{index}.attention_norm", width)
+                dense_at(f"layers.{index}.query_key_value", width, 3 * width, positions=tokens)
+                dense_at(f"layers.{index}.attended", width, width, positions=tokens)
+                norm(f"layers.{index}.feed_forward_norm", width)
+                dense_at(f"layers.{index}.widen", width, feed_forward, positions=tokens)
+                dense_at(f"layers.{index}.narrow", feed_forward, width, positions=tokens)
+            norm("norm", width)
+            dense("head", width, spec.outputs)
         case other:
             raise NotImplementedError(f"{KIND_OF[type(other)]} models are not supported yet")
     return layers
@@ -253,6 +359,29 @@ def validate(spec: ModelSpec, *, max_parameters: int) -> list[Violation]:
             check(len(hidden) <= MAX_LAYERS, "convnet.hidden", f"must name at most {MAX_LAYERS} widths")
             each("convnet.hidden", hidden, 1, MAX_WIDTH)
             check(0 <= dropout < 1, "convnet.dropout", f"must be at least 0 and below 1, is {dropout}")
+        case Resnet(blocks=blocks, width=width):
+            check(
+                len(shape) in (2, 3), "input_shape", "a resnet needs images: (rows, columns) with or without channels"
+            )
+            check(1 <= len(blocks) <= MAX_STAGES, "resnet.blocks", f"must name 1 to {MAX_STAGES} stages")
+            each("resnet.blocks", blocks, 1, MAX_STAGE_BLOCKS)
+            check(2 <= width <= MAX_CHANNELS, "resnet.width", f"must be 2 to {MAX_CHANNELS}, is {width}")
+        case Transformer(vocabulary=vocabulary, width=width, heads=heads, dropout=dropout) as transformer:
+            check(len(shape) == 1, "input_shape", "a transformer needs rows of token ids: (tokens)")
+            check(math.prod(shape) <= MAX_TOKENS, "input_shape", f"a transformer's row has at most {MAX_TOKENS} tokens")
+            check(spec.input_scale == 1, "input_scale", "must be left out: token ids are not scaled")
+            check(spec.input_offset == 0, "input_offset", "must be left out: token ids are not shifted")
+            for name, value, low, high in (
+                ("vocabulary", vocabulary, 1, MAX_VOCABULARY),
+                ("width", width, 2, MAX_WIDTH),
+                ("layers", transformer.layers, 1, MAX_ENCODER_LAYERS),
+                ("heads", heads, 1, MAX_HEADS),
+                ("feed_forward", transformer.feed_forward, 1, MAX_WIDTH),
+            ):
+                check(low <= value <= high, f"transformer.{name}", f"must be {low} to {high}, is {value}")
+            whole = heads < 1 or width % heads == 0
+            check(whole, "transformer.width", f"must be a multiple of the {heads} heads, is {width}")
+            check(0 <= dropout < 1, "transformer.dropout", f"must be at least 0 and below 1, is {dropout}")
         case _:
             check(False, kind, f"{kind} models are not supported yet")
     if not found:
@@ -287,8 +416,9 @@ def from_json(value: object) -> ModelSpec:
     known = _KINDS[kind].__dataclass_fields__
     given = _object("architecture", raw, {"kind"}, set(known))
     arguments = {name: _argument(f"architecture.{name}", value) for name, value in given.items() if name != "kind"}
-    if kind in ("mlp", "convnet") and ("hidden" if kind == "mlp" else "channels") not in arguments:
-        raise ValueError(f"architecture lacks {'hidden' if kind == 'mlp' else 'channels'}")
+    for name, argument in known.items():
+        if argument.default is MISSING and name not in arguments:
+            raise ValueError(f"architecture lacks {name}")
     return ModelSpec(
         input_shape=_integers("input_shape", fields["input_shape"]),
         outputs=_integer("outputs", fields["outputs"]),

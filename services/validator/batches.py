@@ -1,7 +1,16 @@
 """How many rows go into a batch: as many for every validator, so that no model fails at one and passes at another."""
 
 from services.validator.evaluation import CannotEvaluate
-from tiltyard.modelspec import Convnet, Mlp, ModelSpec, image_shape
+from tiltyard.modelspec import (
+    Convnet,
+    Mlp,
+    ModelSpec,
+    Resnet,
+    Transformer,
+    image_shape,
+    resnet_blocks,
+    resnet_is_large,
+)
 
 BATCH_BYTES = 1024 * 1024
 # Of one layer's float32 outputs; the memory limit of a task should hold a model's weights, not our batches.
@@ -37,4 +46,19 @@ def _widest_layer(spec: ModelSpec) -> int:
                 widths.append(count * rows * columns)
                 rows, columns = -(-rows // 2), -(-columns // 2)
             widths += hidden
+        case Resnet() as resnet:
+            _, rows, columns = image_shape(spec)
+            if resnet_is_large(spec):
+                rows, columns = -(-rows // 2), -(-columns // 2)
+            widths.append(resnet.width * rows * columns)
+            if resnet_is_large(spec):
+                rows, columns = -(-rows // 2), -(-columns // 2)
+            for _, convolutions, _ in resnet_blocks(resnet):
+                for each in convolutions:
+                    rows, columns = -(-rows // each.stride), -(-columns // each.stride)
+                    widths.append(each.outputs * rows * columns)
+        case Transformer(width=width, heads=heads, feed_forward=feed_forward):
+            tokens = spec.input_shape[0]
+            # Where attention is not computed piece by piece, each head holds how much every token is to every other.
+            widths += [3 * width * tokens, feed_forward * tokens, heads * tokens * tokens]
     return max(widths)

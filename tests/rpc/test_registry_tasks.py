@@ -137,7 +137,8 @@ BAD_CONFIGS: list[tuple[Callable[[TaskConfig], object], str]] = [
     (spec(mlp=model_pb2.Mlp(hidden=[8, 8, 0])), "config.models[0].mlp.hidden[2]"),
     (spec(mlp=model_pb2.Mlp(hidden=[8], dropout=1.5)), "config.models[0].mlp.dropout"),
     (spec(mlp=model_pb2.Mlp(hidden=[8], activation=99)), "config.models[0].mlp.activation"),  # type: ignore[arg-type]
-    (spec(resnet=model_pb2.Resnet(blocks=[1], width=8)), "config.models[0].resnet"),
+    (spec(resnet=model_pb2.Resnet(width=8)), "config.models[0].resnet.blocks"),
+    (spec(transformer=model_pb2.Transformer(vocabulary=5)), "config.models[0].transformer.width"),
     (spec(onnx=model_pb2.Onnx()), "config.models[0].onnx"),
     (spec(linear=model_pb2.Linear(), outputs=0), "config.models[0].outputs"),
     (spec(linear=model_pb2.Linear(), outputs=1), "config.models[0].outputs"),

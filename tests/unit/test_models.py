@@ -8,6 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 from sklearn.datasets import load_digits
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tiltyard.models import Network, build, load_model, load_weights, save_weights
 from tiltyard.modelspec import (
@@ -18,9 +20,14 @@ from tiltyard.modelspec import (
     Mlp,
     ModelFault,
     ModelSpec,
+    Onnx,
     Resnet,
+    Transformer,
     check_safetensors,
+    count_parameters,
+    flops,
     tensor_shapes,
+    validate,
 )
 
 SPECS = [
@@ -29,6 +36,11 @@ SPECS = [
     ModelSpec((1, 1), 2, Convnet((4, 8))),
     ModelSpec((1, 7), 2, Convnet((2, 3), 5, (9,), Activation.TANH)),
     ModelSpec((3, 33, 18), 10, Convnet((4, 8, 8), 3, (), Activation.GELU, 0.2)),
+    ModelSpec((1, 1), 2, Resnet((1, 1), 2)),
+    ModelSpec((3, 9, 14), 5, Resnet((2, 1, 1), 4)),
+    ModelSpec((64, 65), 3, Resnet((1, 2), 2, bottleneck=True)),
+    ModelSpec((7,), 3, Transformer(16, 12, 2, 3, 20, 0.1)),
+    ModelSpec((1,), 2, Transformer(16, 8, 1, 8)),
 ]
 
 
@@ -37,6 +49,22 @@ def test_the_tensors_are_those_of_the_spec(spec: ModelSpec) -> None:
     module = build(spec, seed=1)
     assert {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()} == tensor_shapes(spec)
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    assert validate(spec, max_parameters=count_parameters(spec)) == []
+    assert count_parameters(spec) == sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_operations_known_before_building_are_those_that_torch_counts(spec: ModelSpec) -> None:
+    module, rows = build(spec, seed=1).eval(), torch.ones(3, *spec.input_shape)
+    # Only here does torch's counter know what attention costs on a CPU.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
+        module(rows)
+    assert 3 * flops(spec) == counter.get_total_flops()
+
+
+def test_a_token_outside_the_vocabulary_counts_as_its_nearest() -> None:
+    module = build(ModelSpec((3,), 2, Transformer(5, 8, 1, 2)), seed=1).eval()
+    assert torch.equal(module(torch.tensor([[-7, 2, 99]])), module(torch.tensor([[0, 2, 4]])))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -72,8 +100,8 @@ def test_spec_and_seed_fix_every_bit_and_leave_the_global_state_alone(spec: Mode
 
 
 def test_an_architecture_to_come_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="resnet"):
-        build(ModelSpec((3, 8, 8), 2, Resnet((1,), 8)), seed=0)
+    with pytest.raises(NotImplementedError, match="onnx"):
+        build(ModelSpec((3, 8, 8), 2, Onnx()), seed=0)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -154,11 +182,21 @@ def _trained(spec: ModelSpec, x: torch.Tensor, y: torch.Tensor, *, epochs: int) 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
-    ("architecture", "least"), [(Linear(), 0.93), (Mlp((64,)), 0.95), (Convnet((16, 32)), 0.97)], ids=str
+    ("architecture", "least"),
+    [(Linear(), 0.93), (Mlp((64,)), 0.95), (Convnet((16, 32)), 0.97), (Resnet((1, 1), 8), 0.95)],
+    ids=str,
 )
-def test_each_architecture_learns_the_digits(architecture: Linear | Mlp | Convnet, least: float) -> None:
+def test_each_architecture_learns_the_digits(architecture: Linear | Mlp | Convnet | Resnet, least: float) -> None:
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
     x, y = torch.tensor(digits.images, dtype=torch.uint8)[order], torch.tensor(digits.target)[order]
     module = _trained(ModelSpec((8, 8), 10, architecture, 1 / 16), x[:1400], y[:1400], epochs=15)
     assert (module(x[1400:]).argmax(1) == y[1400:]).float().mean().item() > least
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_encoder_learns_what_only_the_order_of_tokens_tells() -> None:
+    x = torch.randint(1, 6, (1000, 6), generator=torch.Generator().manual_seed(1))
+    y = (x[:, 0] > x[:, 5]).long()
+    module = _trained(ModelSpec((6,), 2, Transformer(6, 16, 1, 2)), x[:800], y[:800], epochs=20)
+    assert (module(x[800:]).argmax(1) == y[800:]).float().mean().item() > 0.93

@@ -52,6 +52,22 @@ def test_sizes_of_a_convnet() -> None:
     assert flops(CONVNET) == 2 * (8 * 27 * 640 + 16 * 8 * 9 * 160 + 12 * 192 + 5 * 12)
 
 
+def test_a_large_resnet_is_the_published_one_but_for_its_norms() -> None:
+    # torchvision's resnet50 has 25,557,032 numbers with BatchNorm's scale and shift, which GroupNorm has too.
+    spec = ModelSpec((3, 224, 224), 1000, Resnet((3, 4, 6, 3), 64, bottleneck=True))
+    assert count_parameters(spec) == 25_557_032
+    # 4.1 GFLOPs of multiply-adds is its published figure.
+    assert 4.0e9 < flops(spec) / 2 < 4.2e9
+    assert count_parameters(ModelSpec((3, 224, 224), 1000, Resnet((2, 2, 2, 2), 64))) == 11_689_512
+
+
+def test_an_encoder_layer_has_twelve_times_its_width_squared() -> None:
+    spec = ModelSpec((16,), 2, Transformer(100, 64, 3, 4))
+    layer = 12 * 64 * 64 + 13 * 64
+    assert count_parameters(spec) == 100 * 64 + 16 * 64 + 3 * layer + 2 * 64 + 2 * 64 + 2
+    assert flops(spec) == 3 * (2 * 16 * 12 * 64 * 64 + 4 * 16 * 16 * 64) + 2 * 64 * 2
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -73,8 +89,19 @@ def test_sizes_of_a_convnet() -> None:
         ({"architecture": Convnet((1,))}, "convnet.channels[0]"),
         ({"architecture": Convnet((8,), kernel_size=2)}, "convnet.kernel_size"),
         ({"architecture": Convnet((8,)), "input_shape": (64,)}, "input_shape"),
-        ({"architecture": Resnet()}, "resnet"),
-        ({"architecture": Transformer()}, "transformer"),
+        ({"architecture": Resnet((), 8)}, "resnet.blocks"),
+        ({"architecture": Resnet((1, 0), 8)}, "resnet.blocks[1]"),
+        ({"architecture": Resnet((1,), 1)}, "resnet.width"),
+        ({"architecture": Resnet((1,), 8), "input_shape": (64,)}, "input_shape"),
+        ({"architecture": Resnet((8, 8, 8, 8), 512)}, "resnet"),
+        ({"architecture": Transformer(9, 8, 1, 2)}, "input_shape"),
+        ({"architecture": Transformer(9, 8, 1, 2), "input_shape": (4,)}, "input_scale"),
+        ({"architecture": Transformer(9, 8, 1, 3), "input_shape": (4,)}, "transformer.width"),
+        ({"architecture": Transformer(9, 8, 1, 0), "input_shape": (4,)}, "transformer.heads"),
+        ({"architecture": Transformer(0, 8, 1, 2), "input_shape": (4,)}, "transformer.vocabulary"),
+        ({"architecture": Transformer(9, 8, 65, 2), "input_shape": (4,)}, "transformer.layers"),
+        ({"architecture": Transformer(9, 8, 1, 2, dropout=1.0), "input_shape": (4,)}, "transformer.dropout"),
+        ({"architecture": Transformer(9, 8, 1, 2), "input_shape": (8193,)}, "input_shape"),
         ({"architecture": Onnx()}, "onnx"),
     ],
 )

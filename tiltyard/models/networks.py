@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tiltyard.models.encoder import EMBEDDING_DEVIATION, TransformerEncoder
+from tiltyard.models.network import ACTIVATIONS, Network
+from tiltyard.models.residual import ResidualNetwork
 from tiltyard.modelspec import (
     KIND_OF,
     Activation,
@@ -18,39 +21,11 @@ from tiltyard.modelspec import (
     Linear,
     Mlp,
     ModelSpec,
+    Resnet,
+    Transformer,
     image_shape,
     pooled_kernel,
 )
-
-_ACTIVATIONS: dict[Activation, type[nn.Module]] = {
-    Activation.RELU: nn.ReLU,
-    Activation.GELU: nn.GELU,
-    Activation.TANH: nn.Tanh,
-    Activation.SILU: nn.SiLU,
-}
-
-
-class Network(nn.Module):
-    """f(x) = network(float32(x) * scale + offset), logits of shape [B, K], for x of any real dtype."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.spec = spec
-
-    def scaled(self, x: Tensor) -> Tensor:
-        """The input as float32, scaled and shifted; x itself is never changed."""
-        scale, offset = self.spec.input_scale, self.spec.input_offset
-        if x.dtype != torch.float32:
-            # The conversion made a copy of our own, so the rest may happen in place.
-            x = x.to(torch.float32)
-            if scale != 1.0:
-                x.mul_(scale)
-            if offset != 0.0:
-                x.add_(offset)
-            return x
-        if scale != 1.0:
-            x = x * scale
-        return x + offset if offset != 0.0 else x
 
 
 class Perceptron(Network):
@@ -59,7 +34,7 @@ class Perceptron(Network):
     def __init__(self, spec: ModelSpec, *, hidden: Sequence[int], activation: Activation, dropout: float) -> None:
         super().__init__(spec)
         self.hidden, width = _dense_layers(math.prod(spec.input_shape), hidden)
-        self.activation = _ACTIVATIONS[activation]()
+        self.activation = ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.head = nn.Linear(width, spec.outputs, device="meta")
 
@@ -83,7 +58,7 @@ class ConvolutionBlock(nn.Module):
         super().__init__()
         self.convolution = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, device="meta")
         self.norm = nn.GroupNorm(1, outputs, device="meta")
-        self.activation = _ACTIVATIONS[activation]()
+        self.activation = ACTIVATIONS[activation]()
         self.pool = nn.MaxPool2d(2, ceil_mode=True)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -98,7 +73,6 @@ class ConvolutionalNetwork(Network):
     def __init__(self, spec: ModelSpec, architecture: Convnet) -> None:
         super().__init__(spec)
         inputs, rows, columns = image_shape(spec)
-        self.image_shape = (inputs, rows, columns)
         blocks = []
         for outputs in architecture.channels:
             blocks.append(
@@ -113,13 +87,13 @@ class ConvolutionalNetwork(Network):
         self.pool = nn.AvgPool2d(kernel, ceil_mode=True) if kernel != (1, 1) else nn.Identity()
         cells = -(-rows // kernel[0]) * -(-columns // kernel[1])
         self.hidden, width = _dense_layers(inputs * cells, architecture.hidden)
-        self.activation = _ACTIVATIONS[architecture.activation]()
+        self.activation = ACTIVATIONS[architecture.activation]()
         self.dropout = nn.Dropout(architecture.dropout) if architecture.dropout else nn.Identity()
         self.head = nn.Linear(width, spec.outputs, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, K] of images [B, C, H, W] or [B, H, W]."""
-        h_BCHW = self.scaled(x).reshape(x.shape[0], *self.image_shape)
+        h_BCHW = self.images(x)
         for block in self.blocks:
             h_BCHW = block(h_BCHW)
         h_BD = self.dropout(self.pool(h_BCHW).flatten(1))
@@ -148,8 +122,11 @@ def build(spec: ModelSpec, *, seed: int | None) -> Network:
             with torch.no_grad():
                 for parameter in part.parameters():
                     parameter.uniform_(-bound, bound, generator=generator)
-        elif isinstance(part, nn.GroupNorm):
+        elif isinstance(part, nn.GroupNorm | nn.LayerNorm):
             part.reset_parameters()
+        elif isinstance(part, nn.Embedding):
+            with torch.no_grad():
+                part.weight.normal_(0.0, EMBEDDING_DEVIATION, generator=generator)
     return module
 
 
@@ -162,6 +139,10 @@ def build_empty(spec: ModelSpec) -> Network:
             return Perceptron(spec, hidden=hidden, activation=activation, dropout=dropout)
         case Convnet() as convnet:
             return ConvolutionalNetwork(spec, convnet)
+        case Resnet() as resnet:
+            return ResidualNetwork(spec, resnet)
+        case Transformer() as transformer:
+            return TransformerEncoder(spec, transformer)
         case other:
             raise NotImplementedError(f"{KIND_OF[type(other)]} models are not supported yet")
 

@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tiltyard.models.networks import Network, build_empty
+from tiltyard.models.network import Network
+from tiltyard.models.networks import build_empty
 from tiltyard.modelspec import FaultCode, ModelFault, ModelSpec, compare_shapes
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -245,7 +245,11 @@ Global___Convnet: _TypeAlias = Convnet  # noqa: Y015
 
 @_typing.final
 class Resnet(_message.Message):
-    """Resnet is residual blocks in stages (He et al. 2016)."""
+    """Resnet is residual blocks in stages (He et al. 2016), with one-group GroupNorm after each convolution.
+
+    Images of 64 rows and columns or more begin with a 7x7 convolution and a pooling that halve them; smaller ones with a
+    3x3 convolution at their size. Every stage after the first halves again. Any image size is taken.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -253,9 +257,9 @@ class Resnet(_message.Message):
     WIDTH_FIELD_NUMBER: _builtins.int
     BOTTLENECK_FIELD_NUMBER: _builtins.int
     width: _builtins.int
-    """Channels of the first stage, doubled at each further stage."""
+    """Channels of the first stage, doubled at each further stage, 2 to 4096."""
     bottleneck: _builtins.bool
-    """True for bottleneck blocks, false for basic ones."""
+    """True for bottleneck blocks (1x1, 3x3, 1x1, four times the channels at the end), false for basic ones (3x3, 3x3)."""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Blocks of each stage, 1 to 4 stages of 1 to 64."""
@@ -277,7 +281,10 @@ Global___Resnet: _TypeAlias = Resnet  # noqa: Y015
 
 @_typing.final
 class Transformer(_message.Message):
-    """Transformer is an encoder over token ids with mean pooling (Vaswani et al. 2017)."""
+    """Transformer is an encoder over token ids with mean pooling (Vaswani et al. 2017), normalised before each part.
+
+    The input shape is (tokens), at most 8192; scale and offset stay unset. An id outside the vocabulary counts as its nearest.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -288,15 +295,15 @@ class Transformer(_message.Message):
     FEED_FORWARD_FIELD_NUMBER: _builtins.int
     DROPOUT_FIELD_NUMBER: _builtins.int
     vocabulary: _builtins.int
-    """Number of distinct token ids."""
+    """Number of distinct token ids, 1 to 2^20."""
     width: _builtins.int
-    """Width of the model, a multiple of heads."""
+    """Width of the model, a multiple of heads, 2 to 65536."""
     layers: _builtins.int
-    """Number of encoder layers."""
+    """Number of encoder layers, 1 to 64."""
     heads: _builtins.int
-    """Attention heads in each layer."""
+    """Attention heads in each layer, 1 to 256."""
     feed_forward: _builtins.int
-    """Width of each feed-forward layer. 0 means 4 * width."""
+    """Width of each feed-forward layer, at most 65536. 0 means 4 * width."""
     dropout: _builtins.float
     """Probability of dropping a value while training, in [0, 1)."""
     def __init__(
