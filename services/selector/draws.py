@@ -12,7 +12,7 @@ from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidAr
 from services.selector import quotas
 from services.selector.pool_trees import PoolTrees, at_version
 from services.selector.pools import open_pool
-from services.selector.records import Draw, DrawnPlace, PassedOverReason, Pool, Settlement
+from services.selector.records import Draw, DrawnPlace, PassedOverReason, Pool, Seat, Settlement
 from services.selector.transaction import Store, Transaction
 from tiltyard.commitments import draw_seed
 from tiltyard.sortition import Place, SumTree, draw, draw_id, drawn_member
@@ -171,22 +171,21 @@ def _go_on(
         groups[drawn.submitter]: PassedOverReason.SUBMITTER,
         groups[pool.creator]: PassedOverReason.TASK_CREATOR,
     } | {groups[participant]: PassedOverReason.ALREADY_PICKED for participant in known}
-    places, picked = list(drawn.places), list[str]()
+    places, picked = list(drawn.places), dict[str, str]()
     order = draw(drawn.seed, tree, [place.place.leaf_index for place in places])
     # What is asked of the database is asked for many places at once: first for as many as may be enough.
     batch_size = wanted - len(known)
     while len(known) + len(picked) < wanted and (batch := list(islice(order, batch_size))):
         for place, group in _look_up(transaction, pool, drawn, batch, now):
-            came = _judge(pool, drawn, place, group, left_out=left_out, paused=paused)
-            identifier, path = tree.identifier(place.leaf_index), tree.path(place.leaf_index)
-            places.append(replace(came, owner_group=identifier, path=path))
+            came = _judge(pool, tree, drawn, place, group, left_out=left_out, paused=paused)
+            places.append(came)
             if came.passed_over is None:
-                picked.append(came.participant)
+                picked[came.participant] = group.owner_group
                 left_out[group.owner_group] = PassedOverReason.ALREADY_PICKED
                 if len(known) + len(picked) == wanted:
                     break
         batch_size = min(2 * batch_size, MAX_BATCH)
-    quotas.charge(transaction, pool, draw=drawn.draw, participants=picked, now=now)
+    quotas.charge(transaction, pool, draw=drawn.draw, picked=picked, now=now)
     return replace(drawn, places=tuple(places))
 
 
@@ -203,20 +202,26 @@ def _look_up(
     transaction: Transaction, pool: Pool, drawn: Draw, places: Sequence[Place], now: datetime
 ) -> Iterator[tuple[Place, _Group]]:
     """The places with what the database knows of their groups now."""
-    indices = [place.leaf_index for place in places]
-    seated = transaction.seated(pool.task, leaf_indices=indices, version=drawn.pool_version)
-    firsts = {members[0] for members in seated.values() if members}
-    groups = transaction.owner_groups(firsts)
     window = quotas.window_at(pool, now)
-    used = transaction.quota_used(pool.task, window=window, owner_groups=set(groups.values()))
+    indices = [place.leaf_index for place in places]
+    seated: dict[int, list[Seat]] = {index: [] for index in indices}
+    for seat in transaction.seats(pool.task, leaf_indices=indices, version=drawn.pool_version, window=window):
+        seated[seat.leaf_index].append(seat)
+    # Whoever is not alone may share its quota with somebody who has left the pool.
+    shared = {seats[0].owner_group for seats in seated.values() if seats and not seats[0].is_alone}
+    used = transaction.quota_used(pool.task, window=window, owner_groups=shared) if shared else {}
     for place in places:
-        members = tuple(seated[place.leaf_index])
-        group = groups[members[0]] if members else ""
-        yield place, _Group(group, members, used.get(group, 0))
+        seats = seated[place.leaf_index]
+        if not seats:
+            yield place, _Group("", (), 0)
+            continue
+        group = seats[0].owner_group
+        yield place, _Group(group, tuple(seat.participant for seat in seats), used.get(group, seats[0].used))
 
 
 def _judge(
     pool: Pool,
+    tree: SumTree,
     drawn: Draw,
     place: Place,
     group: _Group,
@@ -235,9 +240,11 @@ def _judge(
         reason = PassedOverReason.PAUSED
     elif group.used >= quotas.limit_of(pool, place.weight):
         reason = PassedOverReason.QUOTA
+    # The leaf's own id: its group may have become part of another since.
+    leaf, path = tree.identifier(place.leaf_index), tree.path(place.leaf_index)
     if reason is not None:
-        return DrawnPlace(place, group.owner_group, (), passed_over=reason)
-    return DrawnPlace(place, group.owner_group, (), members, drawn_member(drawn.seed, place.place, members))
+        return DrawnPlace(place, leaf, path, passed_over=reason)
+    return DrawnPlace(place, leaf, path, members, drawn_member(drawn.seed, place.place, members))
 
 
 def _same(known: Draw, order: DrawOrder) -> Draw:

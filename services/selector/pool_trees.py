@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import replace
 
-from services.selector.records import LeafChange, Pool
+from services.selector.records import LeafChange, Policy, Pool
 from services.selector.transaction import Transaction
 from tiltyard.sortition import SumTree, weight
 
@@ -37,7 +37,7 @@ class PoolTrees:
         tree = self.current(transaction, pool) if pool.version else self._remember(pool, SumTree())
         leaf = transaction.leaf(pool.task, owner_group)
         stake = stake_delta_micros + (leaf.stake_micros if leaf else 0)
-        leaf_weight = policy_weight(pool, stake)
+        leaf_weight = policy_weight(pool.policy, stake)
         index = leaf.index if leaf else pool.leaf_count
         version = pool.version + 1
         transaction.put_leaf(pool.task, LeafChange(index, version, owner_group, stake, leaf_weight))
@@ -98,9 +98,9 @@ def at_version(transaction: Transaction, task: str, version: int) -> SumTree:
     return SumTree(zip(groups, weights, strict=True))
 
 
-def policy_weight(pool: Pool, stake_micros: int) -> int:
-    """The weight of a stake in a pool."""
-    return weight(stake_micros, minimum_micros=pool.policy.validator_min_stake_micros, curve=pool.policy.curve)
+def policy_weight(policy: Policy, stake_micros: int) -> int:
+    """The weight of a stake under a policy."""
+    return weight(stake_micros, minimum_micros=policy.validator_min_stake_micros, curve=policy.curve)
 
 
 def _apply(tree: SumTree, changes: Iterable[LeafChange]) -> None:

@@ -137,7 +137,7 @@ class Pools:
         match verdict.role:
             case Role.VALIDATOR:
                 locked = accounts.available_micros
-                weight = policy_weight(pool, locked)
+                weight = policy_weight(pool.policy, locked)
             case Role.TRAINING_NODE:
                 locked = pool.policy.training_node_min_stake_micros
         candidate = Candidate(verdict, locked, weight)
@@ -208,7 +208,7 @@ def take_locked(
         pool = find_pool(transaction, candidate.task)
         group = transaction.owner_group(participant)
         stays = left >= pool.policy.validator_min_stake_micros
-        weight = policy_weight(pool, left) if stays else 0
+        weight = policy_weight(pool.policy, left) if stays else 0
         pool = trees.change_leaf(transaction, pool, group, -taken if stays else -candidate.locked_micros)
         if not stays:
             transaction.unseat(pool.task, participant, until=pool.version)

@@ -1,12 +1,13 @@
 """Quotas: how often an owner group may be assigned for one task in each rate window."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 
 from services.runtime.errors import FailedPrecondition, NotFound
 from services.selector.pool_trees import policy_weight
-from services.selector.records import Charge, EventKind, LedgerEvent, Pool, Settlement
+from services.selector.records import Charge, EventKind, LedgerEvent, Policy, Pool, Settlement
 from services.selector.transaction import Transaction
 from tiltyard.sortition import quota_limit
 
@@ -27,8 +28,13 @@ def window_at(pool: Pool, now: datetime) -> int:
 
 def limit_of(pool: Pool, weight: int) -> int:
     """How often an owner group of this weight may be assigned in a window."""
-    reference = policy_weight(pool, pool.policy.reference_stake_micros)
-    return quota_limit(weight, reference_weight=reference, limit=pool.policy.limit)
+    return quota_limit(weight, reference_weight=_reference_weight(pool.policy), limit=pool.policy.limit)
+
+
+@lru_cache(maxsize=1024)
+def _reference_weight(policy: Policy) -> int:
+    # A power to fifty digits takes as long as a query, and each place of a draw asks for it.
+    return policy_weight(policy, policy.reference_stake_micros)
 
 
 def refill_time(pool: Pool, now: datetime) -> datetime:
@@ -42,11 +48,10 @@ def quota(transaction: Transaction, pool: Pool, *, owner_group: str, weight: int
     return Quota(used[owner_group], limit_of(pool, weight), refill_time(pool, now))
 
 
-def charge(transaction: Transaction, pool: Pool, *, draw: str, participants: Sequence[str], now: datetime) -> None:
-    """Uses the quota of each participant's owner group once."""
+def charge(transaction: Transaction, pool: Pool, *, draw: str, picked: Mapping[str, str], now: datetime) -> None:
+    """Uses the quota of each participant's owner group once. `picked` has the group of each."""
     window = window_at(pool, now)
-    groups = transaction.owner_groups(participants)
-    transaction.add_charges([Charge(draw, participant, pool.task, window) for participant in participants])
+    transaction.add_charges([Charge(draw, participant, pool.task, window) for participant in picked])
     transaction.append_events(
         [
             LedgerEvent(
@@ -55,9 +60,9 @@ def charge(transaction: Transaction, pool: Pool, *, draw: str, participants: Seq
                 participant=participant,
                 task=pool.task,
                 draw=draw,
-                owner_group=groups[participant],
+                owner_group=group,
             )
-            for participant in participants
+            for participant, group in picked.items()
         ]
     )
 

@@ -4,21 +4,59 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, bindparam, insert, select, update
-from sqlmodel import Session, func
+from sqlalchemy import Row, bindparam, func, insert, or_, select, update
+from sqlmodel import Session
 
 from services.selector.columns import connection_of, from_us, table_of, to_us, weight_bytes, weight_of
-from services.selector.records import Charge, Draw, DrawnPlace, PassedOverReason, Settlement
-from services.selector.rows import ChargeRow, DrawRow, OwnerGroupRow
+from services.selector.records import Charge, Draw, DrawnPlace, PassedOverReason, Seat, Settlement
+from services.selector.rows import ChargeRow, DrawRow, OwnerGroupRow, SeatRow
 from tiltyard.sortition import Curve, CurveKind, Place, SumNode
 from tiltyard.sumtree import HASH_BYTES, SUM_BYTES
 
 _CHARGES = table_of(ChargeRow)
+_GROUPS = table_of(OwnerGroupRow)
 _DRAWS = table_of(DrawRow)
 _DRAW = select(_DRAWS).where(_DRAWS.c.draw == bindparam("name"))
+_ADD_DRAW = insert(_DRAWS)
+_CHARGE = insert(_CHARGES)
 _PUT_PLACES = update(_DRAWS).where(_DRAWS.c.draw == bindparam("name")).values(places=bindparam("further"))
+_IS_CHARGED = (
+    _CHARGES.c.task == bindparam("pool"),
+    _CHARGES.c.rate_window == bindparam("window"),
+    _CHARGES.c.settlement != Settlement.REFUNDED.value,
+)
+_MEMBERS = select(_GROUPS.c.participant, _GROUPS.c.owner_group).where(
+    _GROUPS.c.owner_group.in_(bindparam("names", expanding=True))
+)
+_USES = (
+    select(_CHARGES.c.participant, func.count())
+    .where(*_IS_CHARGED, _CHARGES.c.participant.in_(bindparam("names", expanding=True)))
+    .group_by(_CHARGES.c.participant)
+)
+_SEATS = table_of(SeatRow)
+_STILL = _SEATS.alias()
+_SEATED = (
+    select(
+        _SEATS.c.leaf_index,
+        _SEATS.c.participant,
+        _GROUPS.c.owner_group,
+        select(func.count())
+        .select_from(_CHARGES)
+        .where(*_IS_CHARGED, _CHARGES.c.participant == _SEATS.c.participant)
+        .scalar_subquery(),
+    )
+    .join(_STILL, (_STILL.c.task == _SEATS.c.task) & (_STILL.c.participant == _SEATS.c.participant))
+    .outerjoin(_GROUPS, _GROUPS.c.participant == _SEATS.c.participant)
+    .where(
+        _SEATS.c.task == bindparam("pool"),
+        _SEATS.c.leaf_index.in_(bindparam("indices", expanding=True)),
+        _SEATS.c.since <= bindparam("version"),
+        or_(_SEATS.c.until.is_(None), _SEATS.c.until > bindparam("version")),
+        _STILL.c.until.is_(None),
+    )
+    .order_by(_SEATS.c.participant)
+)
 _HASH_AND_SUM = HASH_BYTES + SUM_BYTES
-_GROUPS = table_of(OwnerGroupRow)
 
 
 class SqlDrawRecords:
@@ -32,7 +70,7 @@ class SqlDrawRecords:
 
     def add_draw(self, draw: Draw) -> None:
         connection_of(self._session).execute(
-            insert(_DRAWS),
+            _ADD_DRAW,
             dict(
                 draw=draw.draw,
                 task=draw.task,
@@ -66,34 +104,29 @@ class SqlDrawRecords:
 
     def add_charges(self, charges: Sequence[Charge]) -> None:
         if charges:
-            connection_of(self._session).execute(insert(_CHARGES), [_charge_values(charge) for charge in charges])
+            connection_of(self._session).execute(_CHARGE, [_charge_values(charge) for charge in charges])
 
     def put_charge(self, charge: Charge) -> None:
         self._session.merge(ChargeRow(**_charge_values(charge)))
 
     def quota_used(self, task: str, *, window: int, owner_groups: Collection[str]) -> Mapping[str, int]:
-        charged = (
-            _CHARGES.c.task == task,
-            _CHARGES.c.rate_window == window,
-            _CHARGES.c.settlement != Settlement.REFUNDED.value,
-        )
+        connection = connection_of(self._session)
         # Whoever stands alone bears its group's id; all members of a group of several have a row.
-        alone = (
-            select(_CHARGES.c.participant, func.count())
-            .where(*charged, _CHARGES.c.participant.in_(owner_groups))
-            .group_by(_CHARGES.c.participant)
-        )
-        joined = (
-            select(_GROUPS.c.owner_group, func.count())
-            .join(_CHARGES, _CHARGES.c.participant == _GROUPS.c.participant)
-            .where(*charged, _GROUPS.c.owner_group.in_(owner_groups))
-            .group_by(_GROUPS.c.owner_group)
-        )
+        members = connection.execute(_MEMBERS, {"names": list(owner_groups)})
+        group_of = {group: group for group in owner_groups} | {participant: group for participant, group in members}
         used = dict.fromkeys(owner_groups, 0)
-        for query in (alone, joined):
-            for group, number in connection_of(self._session).execute(query):
-                used[group] = number
+        span = {"pool": task, "window": window, "names": list(group_of)}
+        for participant, number in connection.execute(_USES, span):
+            used[group_of[participant]] += number
         return used
+
+    def seats(self, task: str, *, leaf_indices: Collection[int], version: int, window: int) -> Sequence[Seat]:
+        question = {"pool": task, "indices": list(leaf_indices), "version": version, "window": window}
+        rows = connection_of(self._session).execute(_SEATED, question)
+        return [
+            Seat(index, participant, group or participant, group is None, used)
+            for index, participant, group, used in rows
+        ]
 
 
 def _charge_values(charge: Charge) -> dict[str, Any]:

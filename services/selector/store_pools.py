@@ -15,6 +15,11 @@ from tiltyard.sortition import Curve, CurveKind
 
 _MICROSECOND = timedelta(microseconds=1)
 _GROUPS = table_of(OwnerGroupRow)
+_GROUPS_OF = select(_GROUPS.c.participant, _GROUPS.c.owner_group).where(
+    _GROUPS.c.participant.in_(bindparam("names", expanding=True))
+)
+_POOLS = table_of(PoolRow)
+_POOL = _POOLS.select().where(_POOLS.c.task == bindparam("name"))
 _SEATS = table_of(SeatRow)
 _LEAVES = table_of(LeafRow)
 _LEAF_CHANGES = (
@@ -39,8 +44,8 @@ class SqlGroupRecords:
         return row.owner_group if row else participant
 
     def owner_groups(self, participants: Collection[str]) -> Mapping[str, str]:
-        query = select(_GROUPS.c.participant, _GROUPS.c.owner_group).where(_GROUPS.c.participant.in_(participants))
-        joined = {participant: group for participant, group in connection_of(self._session).execute(query)}
+        rows = connection_of(self._session).execute(_GROUPS_OF, {"names": list(participants)})
+        joined = {participant: group for participant, group in rows}
         return {participant: joined.get(participant, participant) for participant in participants}
 
     def owner_group_members(self, owner_group: str) -> Sequence[str]:
@@ -65,7 +70,7 @@ class SqlPoolRecords:
     _session: Session
 
     def pool(self, task: str) -> Pool | None:
-        row = self._session.get(PoolRow, task)
+        row = connection_of(self._session).execute(_POOL, {"name": task}).one_or_none()
         return _pool(row) if row else None
 
     def put_pool(self, pool: Pool) -> None:
@@ -172,7 +177,7 @@ class SqlPoolRecords:
         return members
 
 
-def _pool(row: PoolRow) -> Pool:
+def _pool(row: Row[Any]) -> Pool:
     return Pool(
         task=row.task,
         policy=Policy(

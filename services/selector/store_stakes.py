@@ -12,6 +12,9 @@ from services.selector.records import Accounts, Deposit, EventKind, LedgerEvent,
 from services.selector.rows import AccountsRow, DepositRow, EventRow, SlashRow, UnbondingRow
 
 _EVENTS = table_of(EventRow)
+_LAST_SEQUENCE = select(func.max(_EVENTS.c.sequence))
+_NEXT_SEQUENCE = select(func.coalesce(func.max(_EVENTS.alias().c.sequence), 0) + 1).scalar_subquery()
+_ADD_EVENTS = insert(_EVENTS).values(sequence=_NEXT_SEQUENCE)
 
 
 class SqlStakeRecords:
@@ -112,7 +115,6 @@ class SqlStakeRecords:
             return
         rows = [
             {
-                "sequence": sequence,
                 "kind": event.kind.value,
                 "time_us": to_us(event.time),
                 "participant": event.participant,
@@ -125,12 +127,12 @@ class SqlStakeRecords:
                 "funding_account": event.funding_account,
                 "fault": event.fault.value if event.fault else "",
             }
-            for sequence, event in enumerate(events, self.last_sequence() + 1)
+            for event in events
         ]
-        connection_of(self._session).execute(insert(_EVENTS), rows)
+        connection_of(self._session).execute(_ADD_EVENTS, rows)
 
     def last_sequence(self) -> int:
-        return connection_of(self._session).execute(select(func.max(_EVENTS.c.sequence))).scalar() or 0
+        return connection_of(self._session).execute(_LAST_SEQUENCE).scalar() or 0
 
     def list_events(self, *, start: int, limit: int) -> Sequence[LedgerEvent]:
         query = select(EventRow).where(EventRow.sequence >= start).order_by(col(EventRow.sequence)).limit(limit)

@@ -13,6 +13,7 @@ from services.selector.records import (
     LeafChange,
     LedgerEvent,
     Pool,
+    Seat,
     Slash,
     Unbonding,
 )
@@ -146,6 +147,10 @@ class DrawRecords(Protocol):
     def add_charges(self, charges: Sequence[Charge]) -> None: ...
 
     def put_charge(self, charge: Charge) -> None: ...
+
+    def seats(self, task: str, *, leaf_indices: Collection[int], version: int, window: int) -> Sequence[Seat]:
+        """All that a draw has to know of some leaves, in one question: `seated`, with groups and uses of quotas."""
+        ...
 
     def quota_used(self, task: str, *, window: int, owner_groups: Collection[str]) -> Mapping[str, int]:
         """Charges in one window, but for refunded ones, of all who are in each group now."""

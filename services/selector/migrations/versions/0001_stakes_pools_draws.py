@@ -173,4 +173,4 @@ def _create_draws() -> None:
         _large("rate_window"),
         _text("settlement"),
     )
-    op.create_index("ix_charges_quota", "charges", ["task", "rate_window", "participant"])
+    op.create_index("ix_charges_quota", "charges", ["task", "rate_window", "participant", "settlement"])
