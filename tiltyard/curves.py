@@ -34,15 +34,15 @@ class CurveKind(enum.Enum):
 
 @dataclass(frozen=True)
 class Curve:
-    """A weight function. `alpha_millis` is the exponent of POWER in thousandths, 1 to 1000, and 0 for the others."""
+    """A weight function. `alpha_millis` is the exponent of POWER in thousandths, 1 to 999, and 0 for the others."""
 
     kind: CurveKind
     alpha_millis: int = 0
 
     def __post_init__(self) -> None:
         if self.kind is CurveKind.POWER:
-            if not 1 <= self.alpha_millis <= 1000:
-                raise ValueError(f"the exponent of a power curve is 1 to 1000 thousandths, not {self.alpha_millis}")
+            if not 1 <= self.alpha_millis <= 999:
+                raise ValueError(f"the exponent of a power curve is 1 to 999 thousandths, not {self.alpha_millis}")
         elif self.alpha_millis != 0:
             raise ValueError(f"{self.kind.value} takes no exponent")
 

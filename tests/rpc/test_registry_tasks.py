@@ -164,7 +164,7 @@ BAD_CONFIGS: list[tuple[Callable[[TaskConfig], object], str]] = [
     (change("validators_per_submission", -1), "config.validators_per_submission"),
     (change("tolerance", -1), "config.tolerance"),
     (change("selection.curve", 77), "config.selection.curve"),
-    (change("selection.alpha_millis", 1001), "config.selection.alpha_millis"),
+    (change("selection.alpha_millis", 1000), "config.selection.alpha_millis"),
     (change("selection.validator_min_stake_micros", -5), "config.selection.validator_min_stake_micros"),
     (change("selection.rate.limit", -1), "config.selection.rate.limit"),
     (change("loss", 99), "config.loss"),

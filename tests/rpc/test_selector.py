@@ -515,7 +515,7 @@ async def test_a_pool_opens_once_and_fills_in_the_arenas_defaults(arena: Arena) 
     ("policy", "bad"),
     [
         ({"curve": 9}, "policy.curve"),
-        ({"alpha_millis": 1001}, "policy.alpha_millis"),
+        ({"alpha_millis": 1000}, "policy.alpha_millis"),
         ({"alpha_millis": -1}, "policy.alpha_millis"),
         ({"curve": task_types.CURVE_LOG, "alpha_millis": 1}, "policy.alpha_millis"),
         ({"validator_min_stake_micros": -1}, "policy.validator_min_stake_micros"),

@@ -3,13 +3,11 @@
 import hashlib
 import json
 from collections import Counter
-from itertools import accumulate, islice, pairwise, permutations
+from itertools import accumulate, islice, permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tiltyard import bls
 from tiltyard.commitments import draw_seed
@@ -205,50 +203,6 @@ def test_the_proof_of_another_leaf_at_the_right_value_is_refused() -> None:
 
 
 # Weights
-
-
-@pytest.mark.parametrize("curve", [SQUARE_ROOT, Curve(CurveKind.POWER, 900), LOG])
-def test_chance_rises_with_stake_and_each_step_adds_less(curve: Curve) -> None:
-    others = [weight(stake * MINIMUM, minimum_micros=MINIMUM, curve=curve) for stake in (1, 4, 9, 16, 25)]
-    chances = [
-        inclusion_probabilities([weight(stake * MINIMUM, minimum_micros=MINIMUM, curve=curve), *others], 3)[0]
-        for stake in range(1, 21)
-    ]
-    steps = [later - earlier for earlier, later in pairwise(chances)]
-    assert all(step > 0 for step in steps)
-    assert all(later < earlier for earlier, later in pairwise(steps))
-
-
-@given(stake=st.integers(1, 2**62), more=st.integers(0, 2**61), minimum=st.integers(1, 2**40))
-@pytest.mark.parametrize("curve", [SQUARE_ROOT, Curve(CurveKind.POWER, 1), Curve(CurveKind.POWER, 1000), LOG, LOGISTIC])
-def test_weight_never_falls_and_doubling_a_stake_never_doubles_it(
-    curve: Curve, stake: int, more: int, minimum: int
-) -> None:
-    own = weight(stake, minimum_micros=minimum, curve=curve)
-    assert weight(stake + more, minimum_micros=minimum, curve=curve) >= own
-    if curve is not LOGISTIC:
-        # Up to one unit of rounding.
-        assert weight(2 * stake, minimum_micros=minimum, curve=curve) <= 2 * own + 1
-
-
-def test_the_minimum_weighs_one_by_a_power_and_nothing_weighs_nothing() -> None:
-    assert weight(MINIMUM, minimum_micros=MINIMUM, curve=SQUARE_ROOT) == 2**32
-    assert weight(4 * MINIMUM, minimum_micros=MINIMUM, curve=SQUARE_ROOT) == 2 * 2**32
-    assert weight(2 * MINIMUM, minimum_micros=MINIMUM, curve=LOGISTIC) == 2**31
-    for curve in (SQUARE_ROOT, LOG, LOGISTIC):
-        assert weight(0, minimum_micros=MINIMUM, curve=curve) == 0
-
-
-@pytest.mark.parametrize("alpha_millis", [0, -1, 1001])
-def test_an_exponent_out_of_range_is_refused(alpha_millis: int) -> None:
-    with pytest.raises(ValueError, match="1 to 1000"):
-        Curve(CurveKind.POWER, alpha_millis)
-
-
-@pytest.mark.parametrize(("stake", "minimum"), [(-1, 1), (1, 0), (1, -1)])
-def test_a_negative_stake_and_no_minimum_are_refused(stake: int, minimum: int) -> None:
-    with pytest.raises(ValueError, match=" or more"):
-        weight(stake, minimum_micros=minimum, curve=SQUARE_ROOT)
 
 
 @pytest.mark.parametrize(

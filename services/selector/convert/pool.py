@@ -55,7 +55,7 @@ def policy(message: task_types.SelectionPolicy, defaults: ArenaDefaults) -> Poli
     kind = _CURVES.get(message.curve or task_types.CURVE_POWER, CurveKind.POWER)
     checks.require("policy.curve", message.curve in (0, *_CURVES), f"is {message.curve}, which is not known")
     if kind is CurveKind.POWER:
-        checks.range("policy.alpha_millis", message.alpha_millis, minimum=0, maximum=1000, unit="thousandths")
+        checks.range("policy.alpha_millis", message.alpha_millis, minimum=0, maximum=999, unit="thousandths")
     else:
         checks.require("policy.alpha_millis", message.alpha_millis == 0, f"is for the power curve, not {kind.value}")
     for field, value in (
