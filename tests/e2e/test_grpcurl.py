@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.test_up import running
-from tiltyard.identity import Key
+from tests.unit.test_status import contract_services
+from tiltyard.identity import Key, issue_token, verify_token
 
 REGISTRY = (
     "Artifact", "Assignment", "Evaluation", "Leaderboard", "Log", "Membership", "Participant", "Submission", "Task",
@@ -19,16 +21,24 @@ REGISTRY = (
 class Arena:
     """A running arena, grpcurl and the command line pointed at it."""
 
-    def __init__(self, addresses: dict[str, str], key: Path) -> None:
+    def __init__(self, addresses: dict[str, str], key: Path, state: Path) -> None:
         self.addresses = addresses
         self.key = key
+        self.state = state
 
     def tiltyard(self, *arguments: str, stdin: str | None = None) -> str:
         command = [sys.executable, "-m", "tiltyard.cli", *arguments, "--key", str(self.key)]
         return subprocess.run(command, capture_output=True, text=True, check=True, input=stdin).stdout
 
+    def token(self, service: str) -> str:
+        """A token for registry or selector, or one of a node's own for that node."""
+        if service not in ("trainer", "validator"):
+            return issue_token(Key.load(self.key), audience=f"tiltyard.local/{service}")
+        key = Key.load(self.state / service / "key.pem")
+        return issue_token(key, audience=key.id)
+
     def grpcurl(self, service: str, *arguments: str, data: str | None = None) -> subprocess.CompletedProcess[str]:
-        token = self.tiltyard("token", "--audience", service).strip()
+        token = self.token(service)
         command = ["-plaintext", "-H", f"authorization: Bearer {token}"]
         if data is not None:
             command += ["-d", data]
@@ -47,7 +57,12 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     folder = tmp_path_factory.mktemp("grpcurl")
     Key.generate().save(folder / "me.pem")
     with running(folder / "state", "--port-base", "0") as (_, addresses):
-        yield Arena(addresses, folder / "me.pem")
+        yield Arena(addresses, folder / "me.pem", folder / "state")
+
+
+def test_the_command_lines_token_is_one(arena: Arena) -> None:
+    token = arena.tiltyard("token", "--audience", "registry").strip()
+    verify_token(token, audience="tiltyard.local/registry", now=time.time())
 
 
 def test_services_are_listed(arena: Arena) -> None:
@@ -121,3 +136,26 @@ def test_a_token_for_one_service_is_none_for_another(arena: Arena) -> None:
         timeout=60,
     )
     assert "Unauthenticated" in done.stderr
+
+
+UNARY = [
+    (
+        "trainer" if service.full_name.startswith("inference") else service.full_name.split(".")[1],
+        service.full_name,
+        m.name,
+    )
+    for service in contract_services()
+    for m in service.methods
+    # Drain would end the process that the others ask.
+    if not (m.client_streaming or m.server_streaming) and m.name != "Drain"
+]
+# What an empty request may get: an answer, or a refusal that says what it lacks.
+ANSWERS = ("InvalidArgument", "NotFound", "PermissionDenied", "FailedPrecondition")
+
+
+@pytest.mark.parametrize(("server", "service", "method"), UNARY, ids=[f"{s}/{m}" for _, s, m in UNARY])
+def test_every_unary_method_answers_grpcurl(arena: Arena, server: str, service: str, method: str) -> None:
+    done = arena.grpcurl(server, f"{service}/{method}", data="{}")
+
+    code = next((line.partition(":")[2].strip() for line in done.stderr.splitlines() if "Code:" in line), "")
+    assert (done.returncode == 0 and done.stdout.strip()) or code in ANSWERS, done.stderr
