@@ -52,6 +52,8 @@ def receipt_from_json(text: str) -> draw_pb2.DrawReceipt:
     """
     try:
         document = json.loads(text, object_pairs_hook=_once_each)
+        if not isinstance(document, dict):
+            raise ValueError("it is not a JSON object")
         receipt = json_format.ParseDict(document, draw_pb2.DrawReceipt())
     except (ValueError, json_format.ParseError, RecursionError) as error:
         raise ReceiptInvalid(f"this is no receipt: {error}") from error
