@@ -1,6 +1,5 @@
 """The life of a child that serves one model: confine, load, serve on a Unix socket until it is killed."""
 
-import asyncio
 import importlib
 import json
 import os
@@ -8,18 +7,18 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from services.modelserver import sandbox
-from services.modelserver.models import MAX_MESSAGE_BYTES, Models
-from services.modelserver.servicer import mounts
+from services.modelserver.lane import Lane
+from services.modelserver.models import Models
 from services.modelserver.spawn import EXIT_CRASHED, EXIT_FAULT, EXIT_OUT_OF_MEMORY, LOG_FILE, MODEL_NAME
-from services.runtime.server import ArenaServer
 from services.runtime.telemetry import configure_logging
 from tiltyard.modelspec import ModelFault
 
 # What a child would otherwise import at its first batch.
-_LATE_IMPORTS = ("asyncio.runners", "safetensors.torch", "numpy", "encodings.idna")
+_LATE_IMPORTS = ("safetensors.torch", "numpy", "encodings.idna")
+
+# What one more batch at a time may need between a network's layers.
+BATCH_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -50,42 +49,39 @@ def live(order: Order, report: int, zygote: int) -> int:
     os.close(log)
     configure_logging("modelserver", "warning", "json")
     sandbox.limit_files()
-    sandbox.limit_memory(order.memory_bytes)
+    cores = order.threads or len(os.sched_getaffinity(0))
+    # What fits on one core is to fit on many, so that no model fails at one validator and passes at another.
+    sandbox.limit_memory(order.memory_bytes + (cores - 1) * BATCH_BYTES)
     sandbox.limit_cpu(order.cpu_seconds)
     confinement = sandbox.confine()
     # Taking a user namespace may have cleared it.
     sandbox.die_with_parent(zygote)
     try:
-        return asyncio.run(_serve(order, report, confinement))
+        return _serve(order, cores, report, confinement)
     except MemoryError:
         return EXIT_OUT_OF_MEMORY
 
 
-async def _serve(order: Order, report: int, confinement: sandbox.Confinement) -> int:
-    models = Models(
-        threads=order.threads or len(os.sched_getaffinity(0)), on_out_of_memory=lambda: os._exit(EXIT_OUT_OF_MEMORY)
-    )
+def _serve(order: Order, cores: int, report: int, confinement: sandbox.Confinement) -> int:
+    models = Models(threads=1, on_out_of_memory=lambda: os._exit(EXIT_OUT_OF_MEMORY))
     try:
-        await models.load_folder(MODEL_NAME, Path(order.folder))
+        models.load_folder_here(MODEL_NAME, Path(order.folder))
     except ModelFault as fault:
         _say(report, {"event": "fault", "code": fault.code.value, "detail": fault.detail})
         return EXIT_FAULT
-    server = ArenaServer(
-        f"unix:{order.socket}", mounts(models), authenticator=None, max_message_bytes=MAX_MESSAGE_BYTES
-    )
-    await server.start()
-    await server.set_serving(True)
+    lane = Lane(order.socket, models, cores=cores)
+    lane.serve()
     _say(
         report,
         {
             "event": "ready",
             "network": confinement.network,
             "programs": confinement.programs,
-            "threads": torch.get_num_threads(),
+            "threads": cores,
         },
     )
     os.close(report)
-    await asyncio.Event().wait()
+    lane.wait()
     return EXIT_CRASHED
 
 

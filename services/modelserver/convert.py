@@ -1,5 +1,7 @@
 """The Open Inference Protocol's messages to batches and logits, and back."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from services.modelserver.models import VERSION, Batch, IndexEntry, Logits
@@ -24,14 +26,13 @@ _CONTENTS = {
 }
 
 
-def batch_of(request: pb.ModelInferRequest) -> Batch:
-    """The one input of a request. Raises InvalidArgument naming the field."""
+def batch_of(request: pb.ModelInferRequest, raw: Sequence[bytes | memoryview]) -> Batch:
+    """The one input of a request, `raw` being its `raw_input_contents`. Raises InvalidArgument naming the field."""
     if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
         raise InvalidArgument.field("inputs", f"must be exactly one tensor named {INPUT!r}")
     if any(output.name != OUTPUT for output in request.outputs):
         raise InvalidArgument.field("outputs", f"the only output is {OUTPUT!r}")
     tensor = request.inputs[0]
-    raw = request.raw_input_contents
     if raw and tensor.HasField("contents"):
         raise InvalidArgument.field("inputs[0].contents", "must be left out when raw_input_contents is given")
     if len(raw) > 1:
@@ -53,12 +54,17 @@ def _typed_contents(tensor: pb.ModelInferRequest.InferInputTensor) -> bytes:
     return values.astype(dtype).tobytes()
 
 
+def response_head(request: pb.ModelInferRequest, logits: Logits) -> pb.ModelInferResponse:
+    """The answer to one request, but for the logits themselves."""
+    response = pb.ModelInferResponse(model_name=request.model_name, model_version=VERSION, id=request.id)
+    response.outputs.add(name=OUTPUT, datatype="FP32", shape=logits.shape)
+    return response
+
+
 def infer_response(request: pb.ModelInferRequest, logits: Logits) -> pb.ModelInferResponse:
     """The answer to one request."""
-    response = pb.ModelInferResponse(
-        model_name=request.model_name, model_version=VERSION, id=request.id, raw_output_contents=[logits.data]
-    )
-    response.outputs.add(name=OUTPUT, datatype="FP32", shape=logits.shape)
+    response = response_head(request, logits)
+    response.raw_output_contents.append(bytes(logits.data))
     return response
 
 

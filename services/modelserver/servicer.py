@@ -44,7 +44,8 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         """Run one batch."""
-        logits = await self._models.infer(request.model_name, request.model_version, convert.batch_of(request))
+        batch = convert.batch_of(request, request.raw_input_contents)
+        logits = await self._models.infer(request.model_name, request.model_version, batch)
         return convert.infer_response(request, logits)
 
     async def ModelStreamInfer(

@@ -214,6 +214,8 @@ class Nursery:
                 raise ChildEnded(pending.ended.result())
             event = pending.ready.result()
             if event["event"] == "fault":
+                # It is about to end by itself, and nothing is to be left running.
+                await asyncio.shield(pending.ended)
                 raise ModelFault(FaultCode(event["code"]), event["detail"])
         except TimeoutError as error:
             self.kill(number)

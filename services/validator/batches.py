@@ -12,7 +12,7 @@ from tiltyard.modelspec import (
     resnet_is_large,
 )
 
-BATCH_BYTES = 1024 * 1024
+BATCH_BYTES = 2 * 1024 * 1024
 # Of one layer's float32 outputs; the memory limit of a task should hold a model's weights, not our batches.
 LAYER_BYTES = 64 * 1024 * 1024
 # Larger ones have the client wait for the server, or the server for the client.
