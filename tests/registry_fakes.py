@@ -11,6 +11,7 @@ from services.registry.records import (
     Role,
     SelectionPolicy,
     Task,
+    ValidatorFaultKind,
     Verdict,
 )
 from services.registry.selection import Candidacy, Eligibility, EligibilityFacts
@@ -75,6 +76,7 @@ class FakeSelection:
         self.pools: dict[str, FakePool] = {}
         self.draws: dict[str, FakeDraw] = {}
         self.settlements: dict[tuple[str, str], bool] = {}
+        self.slashes: dict[tuple[str, str], ValidatorFaultKind] = {}
         self.events: list[bytes] = []
         self.facts_seen: list[EligibilityFacts] = []
 
@@ -181,6 +183,11 @@ class FakeSelection:
         self._asked("settle")
         if self.settlements.setdefault((draw, participant), refund) is not refund:
             raise FailedPrecondition("ALREADY_SETTLED", "the assignment was settled otherwise")
+
+    async def slash(self, participant: str, kind: ValidatorFaultKind, *, evidence: str) -> None:
+        self._asked("slash")
+        if self.slashes.setdefault((participant, evidence), kind) is not kind:
+            raise AlreadyExists("EVIDENCE_REUSED", "this evidence was used before")
 
     async def ledger_events(self, *, start: int, limit: int) -> Sequence[tuple[int, bytes]]:
         self._asked("ledger_events")

@@ -20,7 +20,10 @@ from services.registry.assignments import Assignments
 from services.registry.changes import ChangeBoard
 from services.registry.draws import Draws
 from services.registry.evaluations import Evaluations
+from services.registry.faults import ValidatorFaults
 from services.registry.judging import Judging
+from services.registry.leaderboard import Leaderboard
+from services.registry.outages import Outages
 from services.registry.records import (
     Artifact,
     ArtifactPurpose,
@@ -44,6 +47,7 @@ from services.registry.records import (
     TaskState,
     ValidatorRate,
 )
+from services.registry.scans import DatasetScans
 from services.registry.selection import EligibilityFacts
 from services.registry.servicers.assignments import AssignmentServicer
 from services.registry.servicers.evaluations import EvaluationServicer
@@ -51,6 +55,7 @@ from services.registry.servicers.submissions import SubmissionServicer
 from services.registry.store import SqlStore
 from services.registry.structure import StructureChecks
 from services.registry.submissions import Submissions
+from services.registry.task_turns import TaskTurns
 from services.registry.transaction import Store
 from services.runtime import names
 from services.runtime.auth import Caller, set_caller
@@ -62,6 +67,7 @@ from tests.registry_fakes import START, FakeSelection, SettableClock
 from tiltyard import commitments
 from tiltyard.identity import Key
 from tiltyard.modelspec import Linear, ModelSpec
+from tiltyard.predictions import prediction_root
 from tiltyard.registry.v1 import assignment_pb2, evaluation_pb2, submission_pb2
 from tiltyard.statements import sign_statement
 from tiltyard.type.v1 import envelope_pb2, model_pb2
@@ -72,6 +78,8 @@ TASK = "digits"
 ROWS = 1000
 D_EVAL = hashlib.sha256(b"D_eval").digest()
 HOLDOUT = hashlib.sha256(b"holdout").digest()
+# Of the predictions behind every report.
+HASHES = [hashlib.sha256(bytes([block])).digest() for block in range(4)]
 SPEC = ModelSpec(input_shape=(2,), outputs=2, architecture=Linear())
 
 
@@ -110,6 +118,9 @@ class MemoryFiles:
 
     def read(self, sha256: str, offset: int, length: int) -> bytes:
         return self._content(sha256)[offset : offset + length]
+
+    def path(self, sha256: str) -> Path:
+        raise AssertionError("no dataset is scanned here")
 
     def _content(self, sha256: str) -> bytes:
         if sha256 not in self.contents:
@@ -181,7 +192,11 @@ class World:
         tokens = PageTokens(bytes(32))
         self.submission_servicer = SubmissionServicer(self.submissions, origin=ORIGIN, tokens=tokens)
         self.assignment_servicer = AssignmentServicer(self.assignments, tokens=tokens)
-        self.evaluation_servicer = EvaluationServicer(self.evaluations, origin=ORIGIN, tokens=tokens)
+        self.faults = ValidatorFaults(self.store, selection)
+        self.turns = TaskTurns(self.store, selection, DatasetScans(files, self.changes.wake_referee), clock)
+        self.outages = Outages(self.store, clock)
+        self.leaderboard = Leaderboard(self.store, self.changes)
+        self.evaluation_servicer = EvaluationServicer(self.evaluations, self.faults, origin=ORIGIN, tokens=tokens)
         self.steps: Sequence[Callable[[], Awaitable[int]]] = (
             self.submissions.expire_reveals,
             self.structure.check,
@@ -192,6 +207,8 @@ class World:
             self.judging.open_reports,
             self.judging.conclude,
             self.draws.settle,
+            self.faults.slash,
+            self.turns.disclose,
         )
         self._scope = RequestScope(database, InFlight())
 
@@ -342,7 +359,8 @@ class World:
         )
         if isinstance(finding, int):
             report.counts.CopyFrom(type_pb2.Counts(correct=finding, total=rows))
-            report.prediction_blocks.extend([bytes(32)] * (-(-rows // 256)))
+            report.prediction_root = prediction_root(HASHES[: -(-rows // 256)])
+            report.prediction_blocks = -(-rows // 256)
         else:
             report.fault = type_pb2.ModelFault.Value(f"MODEL_FAULT_{finding}")
         report.MergeFrom(envelope_pb2.EvaluationReport(**changes))
@@ -372,7 +390,10 @@ class World:
         key = KEYS[duty.participant]
         envelope = sign_statement(key, report)
         request = evaluation_pb2.OpenEvaluationRequest(
-            report=envelope, salt=_salt(envelope.payload), request_id=request_id
+            report=envelope,
+            salt=_salt(envelope.payload),
+            prediction_hashes=b"".join(HASHES[: report.prediction_blocks]),
+            request_id=request_id,
         )
         return (await self.call(key, self.evaluation_servicer.OpenEvaluation, request)).evaluation
 

@@ -11,6 +11,7 @@ from services.registry.records import (
     AssignmentState,
     DatasetDigest,
     Limits,
+    Metric,
     ModelFormat,
     Round,
     RoundState,
@@ -19,6 +20,7 @@ from services.registry.records import (
 )
 from services.registry.rounds import FIRST_ROUND, end_assignment, log_assignment
 from services.registry.transaction import Changes, Reading, Store, Writing
+from services.registry.turns import fairly
 from services.registry.watching import watch
 from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied
 from services.runtime.names import AssignmentId
@@ -38,6 +40,9 @@ class EvaluationOrder:
     format: ModelFormat
     spec: ModelSpec
     limits: Limits
+    metric: Metric
+    top_k: int
+    bound: float
 
 
 @dataclass(frozen=True)
@@ -55,18 +60,19 @@ class Assignments:
         self._store = store
         self._changes = changes
 
-    async def watch(self, caller: str, *, after: int | None) -> AsyncIterator[Assignment]:
-        """The caller's assignments that have not ended, then each change, without end; each with its sequence.
+    async def watch(self, caller: str, *, after: int | None) -> AsyncIterator[tuple[Assignment, int]]:
+        """The caller's assignments that have not ended, then each change, without end; each with a cursor.
 
-        With `after` the changes above that sequence only. Several changes of one assignment in a short time may show
-        as the last of them.
+        With `after` the changes above that cursor only. What comes together is in turn by task, so that a task with
+        many submissions does not hold up one with few. Several changes of one assignment in a short time may show as
+        the last of them, and after a break some may come again.
         """
         if after is None:
             seen, unended = await self._store.read(
                 lambda tx: (tx.assignment_sequence(), tx.assignments_unended_of(caller))
             )
-            for assignment in unended:
-                yield assignment
+            for watched in _in_turn(unended, seen=0):
+                yield watched
         else:
             seen = after
 
@@ -74,9 +80,9 @@ class Assignments:
             return await self._store.read(lambda tx: tx.assignments_of(caller, after=seen, limit=_WATCH_PAGE))
 
         async for page in watch(self._changes, f"validators/{caller}", changed):
-            for assignment in page:
-                seen = assignment.sequence
-                yield assignment
+            before, seen = seen, max((assignment.sequence for assignment in page), default=seen)
+            for watched in _in_turn(page, seen=before):
+                yield watched
 
     async def page(
         self, caller: str, submission: tuple[str, int] | None, *, after: tuple[int, int], limit: int
@@ -152,6 +158,17 @@ class Assignments:
         return await self._store.write(write)
 
 
+def _in_turn(page: Sequence[Assignment], *, seen: int) -> list[tuple[Assignment, int]]:
+    """A page that is in order of sequences, by task in turn. Each with the cursor that misses none of the rest."""
+    ordered = fairly(page, by=lambda assignment: assignment.task)
+    cursors: list[int] = []
+    least = max((assignment.sequence for assignment in page), default=seen) + 1
+    for assignment in reversed(ordered):
+        cursors.append(max(seen, least - 1))
+        least = min(least, assignment.sequence)
+    return list(zip(ordered, reversed(cursors), strict=True))
+
+
 def own_assignment(tx: Reading, assignment: AssignmentId, caller: str) -> Assignment:
     """The caller's assignment. Raises PermissionDenied for another's, whether it is there or not."""
     if assignment.participant != caller:
@@ -206,6 +223,9 @@ def _order(task: Task, submission: Submission, round_: int) -> EvaluationOrder:
         format=submission.format,
         spec=task.config.models[submission.model_index],
         limits=task.config.limits,
+        metric=task.config.metric,
+        top_k=task.config.top_k,
+        bound=task.config.bound,
     )
 
 

@@ -13,10 +13,12 @@ from services.registry.assignments import Assignments
 from services.registry.changes import ChangeBoard
 from services.registry.draws import Draws
 from services.registry.evaluations import Evaluations
+from services.registry.faults import ValidatorFaults
 from services.registry.files import DirectoryFiles
 from services.registry.judging import Judging
 from services.registry.leaderboard import Leaderboard
 from services.registry.memberships import Memberships
+from services.registry.outages import Outages
 from services.registry.participants import Participants
 from services.registry.peers import SelectorPeer
 from services.registry.record_log import RecordLog
@@ -62,6 +64,7 @@ class Registry:
     database: Database
     store: Store
     referee: Referee
+    outages: Outages
     log: RecordLog
     log_key: bytes
     """Raw Ed25519 public key that signs checkpoints, 32 bytes."""
@@ -69,10 +72,17 @@ class Registry:
     closing: tuple[Callable[[], Awaitable[None]], ...]
 
     async def begin(self) -> None:
-        """Write the log's first leaf at the first start; until the selector has answered there is no arena."""
+        """Write the log's first leaf at the first start; until the selector has answered there is no arena.
+
+        At a later start, move the deadlines that ran while the registry was away.
+        """
         while True:
             try:
-                return await self.log.begin(operators=self.operators)
+                await self.log.begin(operators=self.operators)
+                away = await self.outages.end()
+                if away:
+                    _log.info("back after an outage, deadlines have moved", away_s=away.total_seconds())
+                return
             except Unavailable as error:
                 _log.warning("waiting for the selector before the first start", error=str(error))
             await asyncio.sleep(_RETRY_SELECTOR_S)
@@ -114,7 +124,10 @@ async def build(
     structure = StructureChecks(store, files, clock)
     draws = Draws(store, selection, clock)
     judging = Judging(store, clock)
+    faults = ValidatorFaults(store, selection)
+    outages = Outages(store, clock)
     steps: Sequence[Step] = (
+        outages.beat,
         memberships.finish_joining,
         turns.scan_evaluation_datasets,
         turns.open_tasks,
@@ -129,6 +142,8 @@ async def build(
         judging.conclude,
         draws.call_reserves,
         draws.settle,
+        faults.slash,
+        turns.disclose,
         turns.rank,
         memberships.remove_those_who_left,
         turns.close_pools,
@@ -145,7 +160,7 @@ async def build(
         memberships=MembershipServicer(memberships, origin=origin, tokens=tokens),
         submissions=SubmissionServicer(submissions, origin=origin, tokens=tokens),
         assignments=AssignmentServicer(Assignments(store, changes), tokens=tokens),
-        evaluations=EvaluationServicer(Evaluations(store), origin=origin, tokens=tokens),
+        evaluations=EvaluationServicer(Evaluations(store), faults, origin=origin, tokens=tokens),
         leaderboard=LeaderboardServicer(Leaderboard(store, changes)),
         artifacts=ArtifactServicer(Artifacts(store, files, clock), max_bytes=settings.max_artifact_bytes),
         log=LogServicer(log),
@@ -157,6 +172,7 @@ async def build(
         database=database,
         store=store,
         referee=Referee(steps, store, changes, clock),
+        outages=outages,
         log=log,
         log_key=log_key.public_bytes,
         operators=settings.operators,

@@ -1,9 +1,10 @@
 """Steps that need the selector: draw the validators of a round, call in reserves, settle what a duty has cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
+from services.registry.docket import Docket, RoundKey, key_of
 from services.registry.entries import DrawMade, SubmissionChanged
 from services.registry.records import (
     Assignment,
@@ -35,7 +36,10 @@ from services.runtime.errors import ArenaError, FailedPrecondition, Unavailable
 from services.runtime.names import format_submission
 from tiltyard.commitments import holdout_anchor
 
+# A draw that was refused is asked for again after so long, each time twice as long, or when validators come or go.
 RETRY_AFTER = timedelta(seconds=3)
+_LONGEST_RETRY = timedelta(minutes=1)
+_SETTLED_A_TURN = 200
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,15 @@ class _Waiting:
     submission: Submission
     anchor: bytes
     paused: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A draw that was refused: when to ask again, and how many validators there were."""
+
+    round: Round
+    again_at: datetime
+    validators: int
 
 
 @dataclass(frozen=True)
@@ -68,8 +81,11 @@ class Draws:
         self._store = store
         self._selection = selection
         self._clock = clock
-        # When and in which company a draw was refused last; losing this costs one more question.
-        self._refused: dict[tuple[str, int, int], tuple[datetime, object]] = {}
+        self._undrawn = Docket(RoundState.WAITING, lambda tx, round_, now: True)
+        self._short = Docket(RoundState.SEALING, lambda tx, round_, now: _missing(tx, round_, now) > 0)
+        # Losing this costs one more question.
+        self._refused: dict[RoundKey, _Refusal] = {}
+        self._pauses: dict[RoundKey, timedelta] = {}
 
     async def start_rounds_of_holdout(self) -> int:
         """Every SCORED submission of a closed task with an accepted holdout gets its round 2."""
@@ -86,19 +102,30 @@ class Draws:
 
     async def draw(self) -> int:
         """Rounds that wait are drawn, and offered to the first k; those that waited for too long are given up."""
-        waiting = await self._store.read(_waiting)
-        self._forget_all_but(waiting)
-        return await each(waiting, self._draw_one)
+        now = self._clock()
+        waiting = await self._store.read(lambda tx: self._to_draw(tx, now))
+        return await each(waiting, self._draw_one, undone=lambda undrawn: self._undrawn.put_back(undrawn.round))
+
+    def _to_draw(self, tx: Reading, now: datetime) -> list[_Waiting]:
+        for key, refusal in list(self._refused.items()):
+            if now >= refusal.again_at or tx.active_validators(refusal.round.task) != refusal.validators:
+                self._undrawn.put_back(refusal.round)
+                del self._refused[key]
+        return _waiting(tx, [round_ for round_ in self._undrawn.look(tx, now) if self._is_to_ask(tx, round_, now)])
+
+    def _is_to_ask(self, tx: Reading, seen: Round, now: datetime) -> bool:
+        key = key_of(seen)
+        round_ = tx.round(*key)
+        if round_ is None or round_.state is not RoundState.WAITING:
+            self._pauses.pop(key, None)
+            return False
+        # Its own refusal touches a round too: that is no reason to ask again.
+        return key not in self._refused or now >= round_.deadline
 
     async def _draw_one(self, waiting: _Waiting) -> int:
         round_, submission = waiting.round, waiting.submission
-        key = (round_.task, round_.number, round_.round)
-        company = (waiting.task.validators, waiting.paused)
         now = self._clock()
         overdue = now >= round_.deadline
-        refused_at, refused_company = self._refused.get(key, (None, None))
-        if refused_at is not None and not overdue and refused_company == company and now < refused_at + RETRY_AFTER:
-            return 0
         try:
             drawn = await self._selection.draw_validators(
                 task=round_.task,
@@ -114,21 +141,31 @@ class Draws:
             too_few = error.reason in ("NOT_ENOUGH_VALIDATORS", "QUOTA_USED_UP")
             if not too_few and not (overdue and isinstance(error, Unavailable)):
                 raise
-            self._refused[key] = (now, company)
+            self._refuse(waiting, now)
             message = error.message
             return await self._store.write(lambda tx: _wait_or_give_up(tx, round_, message))
+        self._pauses.pop(key_of(round_), None)
         return await self._store.write(lambda tx: _record_draw(tx, round_, drawn))
 
-    def _forget_all_but(self, waiting: list[_Waiting]) -> None:
-        keys = {(w.round.task, w.round.number, w.round.round) for w in waiting}
-        for key in self._refused.keys() - keys:
-            del self._refused[key]
+    def _refuse(self, waiting: _Waiting, now: datetime) -> None:
+        key = key_of(waiting.round)
+        if now >= waiting.round.deadline:
+            self._pauses.pop(key, None)
+            return
+        pause = min(2 * self._pauses[key], _LONGEST_RETRY) if key in self._pauses else RETRY_AFTER
+        self._pauses[key] = pause
+        self._refused[key] = _Refusal(waiting.round, now + pause, waiting.task.validators)
 
     async def call_reserves(self) -> int:
         """Rounds with fewer validators at work than they want take the next of their draw's order."""
         now = self._clock()
-        short = await self._store.read(lambda tx: _short(tx, now))
-        return await each(short, self._extend_one)
+
+        def find(tx: Reading) -> list[_Short]:
+            rounds = self._short.look(tx, now)
+            return [_Short(round_, _missing(tx, round_, now), _paused(tx, round_.task)) for round_ in rounds]
+
+        short = [found for found in await self._store.read(find) if found.missing > 0]
+        return await each(short, self._extend_one, undone=lambda found: self._short.put_back(found.round))
 
     async def _extend_one(self, short: _Short) -> int:
         round_ = short.round
@@ -173,8 +210,7 @@ def _without_holdout_round(tx: Reading) -> list[tuple[Task, Submission]]:
         (task, submission)
         for task in tx.tasks_in(TaskState.CLOSED)
         if task.holdout is HoldoutState.ACCEPTED
-        for submission in tx.submissions(task.id, state=SubmissionState.SCORED)
-        if tx.round(task.id, submission.number, HOLDOUT_ROUND) is None
+        for submission in tx.submissions_without_round(task.id, HOLDOUT_ROUND)
     ]
 
 
@@ -184,12 +220,10 @@ def _paused(tx: Reading, task: str) -> frozenset[str]:
     return frozenset(m.participant for m in tx.all_members(task) if m.role is Role.VALIDATOR and m.state in away)
 
 
-def _waiting(tx: Reading) -> list[_Waiting]:
+def _waiting(tx: Reading, rounds: Sequence[Round]) -> list[_Waiting]:
     paused: dict[str, frozenset[str]] = {}
     found = []
-    for round_ in tx.rounds_unconcluded():
-        if round_.state is not RoundState.WAITING:
-            continue
+    for round_ in rounds:
         task, submission = task_of(tx, round_), submission_of(tx, round_)
         if round_.round == FIRST_ROUND:
             anchor = submission.reveal_leaf
@@ -242,15 +276,11 @@ def _record_draw(tx: Writing, seen: Round, drawn: Draw) -> int:
     return 1
 
 
-def _short(tx: Reading, now: datetime) -> list[_Short]:
-    found = []
-    for round_ in tx.rounds_unconcluded():
-        if round_.state is not RoundState.SEALING or round_.exhausted or now >= round_.deadline:
-            continue
-        missing = round_.wanted - standing(tx, round_).live
-        if missing > 0:
-            found.append(_Short(round_, missing, _paused(tx, round_.task)))
-    return found
+def _missing(tx: Reading, round_: Round, now: datetime) -> int:
+    """How many validators a round lacks; none where there is nobody left, or no time."""
+    if round_.state is not RoundState.SEALING or round_.exhausted or now >= round_.deadline:
+        return 0
+    return max(0, round_.wanted - standing(tx, round_).live)
 
 
 def _note_exhausted(tx: Writing, seen: Round) -> int:
@@ -274,7 +304,7 @@ def _record_extension(tx: Writing, seen: Round, drawn: Draw) -> int:
 
 def _owed(tx: Reading) -> list[tuple[Assignment, str]]:
     owed = []
-    for assignment in tx.assignments_unsettled():
+    for assignment in tx.assignments_unsettled(limit=_SETTLED_A_TURN):
         round_ = tx.round(assignment.task, assignment.number, assignment.round)
         if round_ is not None:
             owed.append((assignment, round_.draw))

@@ -15,6 +15,7 @@ from services.registry.records import (
     SubmissionState,
     TaskConfig,
     TaskState,
+    ValidatorFaultKind,
     Verdict,
 )
 from tiltyard.identity import Envelope
@@ -138,10 +139,26 @@ class EvaluationOpened:
 class ScoreConcluded:
     task: str
     number: int
-    score: Score | None
-    """None while the task's visibility hides it: then `commitment` is set."""
-    commitment: bytes = b""
+    score: Score
     salt: bytes = b""
+    """Given where the score is, or was, committed to only: 32 bytes."""
+    hidden: bool = False
+    """Whether the log holds the commitment alone for now."""
+
+
+@dataclass(frozen=True)
+class ValidatorFaultFound:
+    task: str
+    number: int
+    round: int
+    validator: str
+    kind: ValidatorFaultKind
+
+
+@dataclass(frozen=True)
+class OutageEnded:
+    last_alive: datetime
+    back: datetime
 
 
 @dataclass(frozen=True)
@@ -174,6 +191,8 @@ Entry = (
     | EvaluationSealed
     | EvaluationOpened
     | ScoreConcluded
+    | ValidatorFaultFound
+    | OutageEnded
     | LedgerEventSeen
     | HoldoutChanged
 )

@@ -1,5 +1,6 @@
 """Reports sealed first and opened later, so that nobody can copy another's."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,8 +13,7 @@ from services.runtime.errors import AlreadyExists, FailedPrecondition, FieldViol
 from services.runtime.names import AssignmentId, format_assignment
 from tiltyard.commitments import evaluation_seal, matches
 from tiltyard.identity import Envelope
-
-PREDICTION_BLOCK = 256
+from tiltyard.predictions import BLOCK_ROWS, block_count, check_handed_in
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,16 @@ class Report:
     dataset_digest: bytes
     model_digest: bytes
     finding: Finding
-    prediction_blocks: int
-    """How many block digests there are."""
+    prediction_hashes: bytes
+    """What was handed in beside it, for `prediction_root` of the finding."""
+
+
+@dataclass(frozen=True)
+class EvaluationView:
+    """An evaluation as its reader may see it; the hashes are empty unless they were asked for."""
+
+    evaluation: Evaluation
+    prediction_hashes: bytes = b""
 
 
 class Evaluations:
@@ -76,6 +84,9 @@ class Evaluations:
         self, caller: str, assignment: AssignmentId, *, report: Report, envelope: Envelope, salt: bytes
     ) -> Evaluation:
         """Lay a sealed report open while the assignment is asked to; nobody else sees it before the submission ends."""
+        # Up to 65,536 hashes: not within the one writer's transaction.
+        hashes_problem = await asyncio.to_thread(_hashes_problem, report)
+        finding = report.finding
 
         def write(tx: Writing) -> Evaluation:
             found = own_assignment(tx, assignment, caller)
@@ -94,7 +105,9 @@ class Evaluations:
             task, submission = tx.task(found.task), tx.submission(found.task, found.number)
             if task is None or submission is None:
                 raise LookupError(f"the assignment of {found.validator} has no submission")
-            _check_report(task, submission, found.round, report)
+            _check_report(task, submission, found.round, report, hashes_problem=hashes_problem)
+            if finding.counts is not None:
+                tx.put_prediction_hashes(finding.prediction_root, finding.prediction_blocks, report.prediction_hashes)
             opened = replace(evaluation, report=envelope, salt=salt, finding=report.finding, open_time=tx.now)
             tx.put_evaluation(opened)
             tx.put_assignment(
@@ -104,14 +117,18 @@ class Evaluations:
 
         return await self._store.write(write)
 
-    async def get(self, caller: str, evaluation: AssignmentId) -> Evaluation:
-        """One evaluation, without its report where the caller may not see it yet."""
+    async def get(self, caller: str, evaluation: AssignmentId, *, hashes: bool = False) -> EvaluationView:
+        """One evaluation, without its report where it is hidden yet. `hashes`: with those of predictions."""
 
-        def read(tx: Reading) -> Evaluation:
+        def read(tx: Reading) -> EvaluationView:
             found = _evaluation(tx, evaluation)
             if found is None:
                 raise NotFound("EVALUATION_NOT_FOUND", "there is no such evaluation")
-            return shown_to(caller, found)
+            shown = shown_to(caller, found)
+            finding = shown.finding
+            if not hashes or finding is None:
+                return EvaluationView(shown)
+            return EvaluationView(shown, tx.prediction_hashes(finding.prediction_root, finding.prediction_blocks))
 
         return await self._store.read(read)
 
@@ -150,7 +167,7 @@ def _check_opening(tx: Writing, assignment: Assignment) -> None:
         raise FailedPrecondition("NOT_OPENING", "reports are not to be opened yet", state=assignment.state.name)
 
 
-def _check_report(task: Task, submission: Submission, round_: int, report: Report) -> None:
+def _check_report(task: Task, submission: Submission, round_: int, report: Report, *, hashes_problem: str) -> None:
     rows = task.evaluation_rows if round_ == FIRST_ROUND else task.holdout_rows
     counts = report.finding.counts
     problems = {
@@ -158,18 +175,27 @@ def _check_report(task: Task, submission: Submission, round_: int, report: Repor
         "report.model_digest": report.model_digest != submission.model_digest,
         "report.node_endpoint": report.finding.node_endpoint and not task.config.allow_node_endpoint,
         "report.counts": counts is not None and not _adds_up(counts, rows),
-        "report.prediction_blocks": report.prediction_blocks != (-(-rows // PREDICTION_BLOCK) if counts else 0),
+        "report.prediction_blocks": report.finding.prediction_blocks != (block_count(rows) if counts else 0),
+        "prediction_hashes": bool(hashes_problem),
     }
     described = {
         "report.dataset_digest": "is not the digest of the round's evaluation dataset",
         "report.model_digest": "is not the digest of the submitted model",
         "report.node_endpoint": "is not allowed in this task",
         "report.counts": f"must hold 0 <= correct, ambiguous <= total = {rows}",
-        "report.prediction_blocks": f"must be one for each {PREDICTION_BLOCK} rows with counts, none with a fault",
+        "report.prediction_blocks": f"must be one for each {BLOCK_ROWS} rows with counts, 0 with a fault",
+        "prediction_hashes": hashes_problem,
     }
     violations = [FieldViolation(field, described[field]) for field, wrong in problems.items() if wrong]
     if violations:
         raise InvalidArgument(violations)
+
+
+def _hashes_problem(report: Report) -> str:
+    finding, handed = report.finding, report.prediction_hashes
+    if finding.counts is None:
+        return "must be empty with a fault" if handed else ""
+    return check_handed_in(handed, root=bytes.fromhex(finding.prediction_root), blocks=finding.prediction_blocks)
 
 
 def _adds_up(counts: Counts, rows: int) -> bool:

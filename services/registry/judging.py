@@ -1,9 +1,11 @@
 """Steps from the first lease to the score: expired duties, reports asked to open, conclusions."""
 
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
+from services.registry.docket import Docket
 from services.registry.entries import ScoreConcluded, SubmissionChanged
 from services.registry.records import (
     AssignmentState,
@@ -12,7 +14,10 @@ from services.registry.records import (
     Round,
     RoundState,
     Score,
+    Submission,
     SubmissionState,
+    Task,
+    ValidatorFaultKind,
 )
 from services.registry.rounds import (
     FIRST_ROUND,
@@ -20,6 +25,7 @@ from services.registry.rounds import (
     end_assignment,
     end_round,
     give_up,
+    record_fault,
     reject,
     reports_of,
     set_deadline,
@@ -29,7 +35,9 @@ from services.registry.rounds import (
 )
 from services.registry.transaction import Reading, Store, Writing
 from services.registry.turns import each
-from tiltyard import scoring
+from services.registry.visibility import hides
+from tiltyard import ladder, scoring
+from tiltyard.commitments import SALT_BYTES
 
 
 class Judging:
@@ -38,6 +46,8 @@ class Judging:
     def __init__(self, store: Store, clock: Callable[[], datetime]) -> None:
         self._store = store
         self._clock = clock
+        self._sealing = Docket(RoundState.SEALING, _sealing_is_over)
+        self._opening = Docket(RoundState.OPENING, _opening_is_over)
 
     async def expire_assignments(self) -> int:
         """Duties that were not accepted, or not sealed, in time: the next reserve may have them."""
@@ -55,34 +65,27 @@ class Judging:
 
     async def open_reports(self) -> int:
         """Rounds with all the seals they want, or no more to come, ask for the reports."""
-        return await self._turn(RoundState.SEALING, _sealing_is_over, _ask_to_open)
+        return await self._turn(self._sealing, _ask_to_open)
 
     async def conclude(self) -> int:
         """Rounds whose reports have been opened, or whose time to open is over, are concluded."""
-        return await self._turn(RoundState.OPENING, _opening_is_over, _conclude)
+        return await self._turn(self._opening, _conclude)
 
-    async def _turn(
-        self,
-        state: RoundState,
-        is_due: Callable[[Reading, Round, datetime], bool],
-        work: Callable[[Writing, Round], None],
-    ) -> int:
+    async def _turn(self, docket: Docket, work: Callable[[Writing, Round], None]) -> int:
         now = self._clock()
-
-        def due(tx: Reading) -> list[Round]:
-            return [r for r in tx.rounds_unconcluded() if r.state is state and is_due(tx, r, now)]
 
         async def do(seen: Round) -> int:
             def write(tx: Writing) -> int:
                 round_ = tx.round(seen.task, seen.number, seen.round)
-                if round_ is None or round_.state is not state or not is_due(tx, round_, tx.now):
+                if round_ is None or not docket.is_due(tx, round_, tx.now):
                     return 0
                 work(tx, round_)
                 return 1
 
             return await self._store.write(write)
 
-        return await each(await self._store.read(due), do)
+        due = await self._store.read(lambda tx: docket.look(tx, now))
+        return await each(due, do, undone=docket.put_back)
 
 
 def _quorum(tx: Reading, round_: Round) -> int:
@@ -156,6 +159,9 @@ def _record(tx: Writing, round_: Round, found: Standing, result: scoring.Conclus
             outlier = evaluation.validator in result.outliers
             verdict = EvaluationVerdict.OUTLIER if outlier else EvaluationVerdict.AGREED
             tx.put_evaluation(replace(evaluation, verdict=verdict))
+            if outlier:
+                record_fault(tx, evaluation, ValidatorFaultKind.OUTLIER)
+    task = task_of(tx, round_)
     end_round(tx, round_)
     score = Score(
         round=round_.round,
@@ -167,9 +173,16 @@ def _record(tx: Writing, round_: Round, found: Standing, result: scoring.Conclus
         evaluations=tuple(evaluation.validator for evaluation in found.counted),
         outliers=result.outliers,
     )
-    tx.append(ScoreConcluded(task=round_.task, number=round_.number, score=score))
     submission = submission_of(tx, round_)
     submission = replace(submission, scores={**submission.scores, round_.round: score})
+    if hides(task):
+        submission = replace(
+            submission,
+            hidden=True,
+            score_salt=secrets.token_bytes(SALT_BYTES),
+            public_best=_public_best(tx, task, submission, score),
+        )
+    tx.append(ScoreConcluded(task.id, submission.number, score, salt=submission.score_salt, hidden=hides(task)))
     if round_.round != FIRST_ROUND:
         tx.put_submission(submission)
     elif result.outcome is scoring.Outcome.SCORED:
@@ -181,3 +194,13 @@ def _record(tx: Writing, round_: Round, found: Standing, result: scoring.Conclus
         reject(tx, submission, RejectionReason[result.fault], detail=detail)
     else:
         reject(tx, submission, RejectionReason.AMBIGUOUS, detail="the validators found no majority")
+
+
+def _public_best(tx: Reading, task: Task, submission: Submission, score: Score) -> int | None:
+    """What the node's public best becomes by this score; None where it stays as it was."""
+    if score.outcome != scoring.Outcome.SCORED.value:
+        return None
+    # Those rejected later as copies have been shown too.
+    earlier = tx.submissions(task.id, participant=submission.participant)
+    best = max((known.public_best for known in earlier if known.public_best is not None), default=None)
+    return ladder.climbed(best, score.correct, score.total, task.config.ladder_step_micros)

@@ -10,6 +10,7 @@ from services.registry.rounds import FIRST_ROUND
 from services.registry.task_states import ENDED
 from services.registry.tasks import known_task
 from services.registry.transaction import Changes, Reading, Store
+from services.registry.visibility import visible
 from services.registry.watching import watch
 from tiltyard.scoring import wilson_interval
 
@@ -75,10 +76,13 @@ def _ranking(tx: Reading, task_id: str) -> Ranking:
     best: dict[str, tuple[tuple[int, int], Submission, Score]] = {}
     counts: dict[str, int] = {}
     for submission in tx.submissions(task.id, state=SubmissionState.SCORED):
-        score = submission.scores.get(round_)
-        if score is None or score.outcome != _SCORED:
+        judged = submission.scores.get(round_)
+        if judged is None or judged.outcome != _SCORED:
             continue
         counts[submission.participant] = counts.get(submission.participant, 0) + 1
+        score = visible(task, submission).scores.get(round_)
+        if score is None:
+            continue
         # Totals are the same for all; numbers are in the order of commits.
         merit = (-score.correct, submission.number)
         known = best.get(submission.participant)

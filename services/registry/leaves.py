@@ -13,6 +13,7 @@ from services.registry.convert.verdicts import verdict_message
 from services.registry.entries import Entry
 from services.runtime import names
 from services.runtime.names import AssignmentId
+from tiltyard.commitments import score_commitment
 from tiltyard.type.v1 import draw_pb2, log_pb2, stake_pb2
 
 
@@ -175,14 +176,31 @@ def _evaluation_opened(entry: entries.EvaluationOpened) -> log_pb2.LogEntry:
 
 @_message.register
 def _score_concluded(entry: entries.ScoreConcluded) -> log_pb2.LogEntry:
-    score = None if entry.score is None else score_message(entry.score, task=entry.task, number=entry.number)
+    concluded = log_pb2.ScoreConcluded(submission=names.format_submission(entry.task, entry.number))
+    score = score_message(entry.score, task=entry.task, number=entry.number)
+    if entry.hidden:
+        data = score.SerializeToString(deterministic=True)
+        concluded.commitment = score_commitment(score=data, salt=entry.salt)
+    else:
+        concluded.score.CopyFrom(score)
+        concluded.salt = entry.salt
+    return log_pb2.LogEntry(score_concluded=concluded)
+
+
+@_message.register
+def _validator_fault_found(entry: entries.ValidatorFaultFound) -> log_pb2.LogEntry:
+    duty = AssignmentId(entry.task, entry.number, entry.round, entry.validator)
     return log_pb2.LogEntry(
-        score_concluded=log_pb2.ScoreConcluded(
-            submission=names.format_submission(entry.task, entry.number),
-            score=score,
-            commitment=entry.commitment,
-            salt=entry.salt,
+        validator_fault=log_pb2.ValidatorFault(
+            assignment=names.format_assignment(duty), kind=enums.VALIDATOR_FAULT_KIND.number(entry.kind)
         )
+    )
+
+
+@_message.register
+def _outage_ended(entry: entries.OutageEnded) -> log_pb2.LogEntry:
+    return log_pb2.LogEntry(
+        outage_ended=log_pb2.OutageEnded(last_alive=timestamp(entry.last_alive), back=timestamp(entry.back))
     )
 
 

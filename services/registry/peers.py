@@ -9,14 +9,21 @@ from services.registry.convert.configs import policy_message, policy_of
 from services.registry.convert.enums import ROLE
 from services.registry.convert.times import timestamp
 from services.registry.convert.verdicts import verdict_of
-from services.registry.records import Draw, Role, SelectionPolicy, Task
+from services.registry.records import Draw, Role, SelectionPolicy, Task, ValidatorFaultKind
 from services.registry.selection import Candidacy, Eligibility, EligibilityFacts
 from services.runtime import names
 from services.runtime.rpc_errors import from_rpc_error
 from tiltyard.selector.v1 import draw_pb2, draw_pb2_grpc, pool_pb2, pool_pb2_grpc, stake_pb2, stake_pb2_grpc
 from tiltyard.type.v1 import draw_pb2 as type_draw_pb2
+from tiltyard.type.v1 import stake_pb2 as type_stake_pb2
 
 T = TypeVar("T")
+
+_STAKE_FAULT = {
+    ValidatorFaultKind.LEASE_EXPIRED: type_stake_pb2.STAKE_FAULT_SEAL_MISSING,
+    ValidatorFaultKind.SEAL_UNOPENED: type_stake_pb2.STAKE_FAULT_SEAL_NOT_OPENED,
+    ValidatorFaultKind.OUTLIER: type_stake_pb2.STAKE_FAULT_REPORT_OUTSIDE_TOLERANCE,
+}
 
 
 class SelectorPeer:
@@ -112,6 +119,12 @@ class SelectorPeer:
             settlement=draw_pb2.SETTLEMENT_REFUNDED if refund else draw_pb2.SETTLEMENT_CHARGED,
         )
         await _asked(self._draws.SettleAssignment(request))
+
+    async def slash(self, participant: str, kind: ValidatorFaultKind, *, evidence: str) -> None:
+        request = stake_pb2.SlashRequest(
+            participant=names.format_participant(participant), fault=_STAKE_FAULT[kind], evidence=evidence
+        )
+        await _asked(self._stakes.Slash(request))
 
     async def ledger_events(self, *, start: int, limit: int) -> Sequence[tuple[int, bytes]]:
         request = stake_pb2.ListLedgerEventsRequest(start_sequence=start, page_size=limit)

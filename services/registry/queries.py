@@ -30,6 +30,7 @@ from services.registry.records import (
     SubmissionState,
     Task,
     TaskState,
+    ValidatorFault,
     Verdict,
 )
 from services.registry.tables import (
@@ -44,9 +45,11 @@ from services.registry.tables import (
     MemberRow,
     NodeRow,
     ParticipantRow,
+    PredictionHashesRow,
     RoundRow,
     SubmissionRow,
     TaskRow,
+    ValidatorFaultRow,
     VerdictRow,
 )
 from services.registry.transaction import Leaf
@@ -61,6 +64,7 @@ _COUNTERS = sa_select(
     col(CountersRow.log_frontier),
     col(CountersRow.ledger_position),
     col(CountersRow.assignment_sequence),
+    col(CountersRow.alive_time),
 ).where(col(CountersRow.id) == COUNTERS_ID)
 _TRACK_RECORD = 10
 _PLATFORM_FAULTS = (RejectionReason.VALIDATORS_UNAVAILABLE.name, RejectionReason.TASK_CANCELLED.name)
@@ -76,12 +80,13 @@ _ENDED = (
 
 @dataclass
 class Counters:
-    """What grows: the log with its frontier, the ledger's position, the last assignment's sequence."""
+    """What grows: the log with its frontier, the ledger's position, the last sequence, the time last alive."""
 
     log_size: int = 0
     log_frontier: bytes = b""
     ledger_position: int = 0
     assignment_sequence: int = 0
+    alive_time: int | None = None
     stored: bool = False
     """Whether the database has the row already."""
 
@@ -129,6 +134,13 @@ class SessionReading:
     def tasks_in(self, *states: TaskState) -> Sequence[Task]:
         query = select(TaskRow).where(col(TaskRow.state).in_(_names(states))).order_by(col(TaskRow.position))
         return [rows.TASKS.record(row) for row in self._session.exec(query)]
+
+    def tasks_due(self, now: datetime) -> Sequence[Task]:
+        query = select(TaskRow).where(col(TaskRow.deadline) <= micros_of(now)).order_by(col(TaskRow.position))
+        return [rows.TASKS.record(row) for row in self._session.exec(query)]
+
+    def active_validators(self, task: str) -> int:
+        return self._session.exec(select(TaskRow.validators).where(TaskRow.id == task)).one_or_none() or 0
 
     def tasks_ended_with_pool(self) -> Sequence[Task]:
         ended = _names((TaskState.FINAL, TaskState.CANCELLED))
@@ -240,6 +252,30 @@ class SessionReading:
         query = select(ParticipantRow.id).where(col(ParticipantRow.owner).in_(sorted(group)))
         return group | set(self._session.exec(query))
 
+    def submissions_due(self, state: SubmissionState, now: datetime) -> Sequence[Submission]:
+        query = select(SubmissionRow).where(SubmissionRow.state == state.name)
+        query = query.where(col(SubmissionRow.deadline) <= micros_of(now)).order_by(col(SubmissionRow.deadline))
+        return [rows.SUBMISSIONS.record(row) for row in self._session.exec(query)]
+
+    def submissions_unchecked(self) -> Sequence[Submission]:
+        query = select(SubmissionRow).where(SubmissionRow.state == SubmissionState.REVEALED.name)
+        query = query.where(col(SubmissionRow.structure_checked).is_(False))
+        query = query.order_by(col(SubmissionRow.commit_time), col(SubmissionRow.task), col(SubmissionRow.number))
+        return [rows.SUBMISSIONS.record(row) for row in self._session.exec(query)]
+
+    def submissions_hidden(self, task: str, *, limit: int) -> Sequence[Submission]:
+        query = select(SubmissionRow).where(SubmissionRow.task == task, col(SubmissionRow.hidden).is_(True))
+        query = query.order_by(col(SubmissionRow.number)).limit(limit)
+        return [rows.SUBMISSIONS.record(row) for row in self._session.exec(query)]
+
+    def submissions_without_round(self, task: str, round_: int) -> Sequence[Submission]:
+        judged = select(RoundRow.number).where(
+            RoundRow.task == task, RoundRow.number == SubmissionRow.number, RoundRow.round == round_
+        )
+        query = select(SubmissionRow).where(SubmissionRow.task == task, ~judged.exists())
+        query = query.where(SubmissionRow.state == SubmissionState.SCORED.name).order_by(col(SubmissionRow.number))
+        return [rows.SUBMISSIONS.record(row) for row in self._session.exec(query)]
+
     # Rounds, assignments, evaluations.
 
     def round(self, task: str, number: int, round_: int) -> Round | None:
@@ -250,6 +286,19 @@ class SessionReading:
         query = select(RoundRow).where(RoundRow.state != RoundState.CONCLUDED.name)
         query = query.order_by(col(RoundRow.deadline), col(RoundRow.task), col(RoundRow.number))
         return [rows.ROUNDS.record(row) for row in self._session.exec(query)]
+
+    def rounds_touched(self, state: RoundState, *, after: int) -> Sequence[Round]:
+        query = select(RoundRow).where(RoundRow.state == state.name, RoundRow.touched > after)
+        return [rows.ROUNDS.record(row) for row in self._session.exec(query.order_by(col(RoundRow.touched)))]
+
+    def rounds_due(self, state: RoundState, now: datetime) -> Sequence[Round]:
+        query = select(RoundRow).where(RoundRow.state == state.name, RoundRow.deadline <= micros_of(now))
+        return [rows.ROUNDS.record(row) for row in self._session.exec(query.order_by(col(RoundRow.deadline)))]
+
+    def rounds_unconcluded_in(self, task: str, round_: int) -> bool:
+        query = select(RoundRow.number).where(RoundRow.task == task, RoundRow.round == round_)
+        query = query.where(RoundRow.state != RoundState.CONCLUDED.name)
+        return self._session.exec(query.limit(1)).first() is not None
 
     def assignment(self, task: str, number: int, round_: int, validator: str) -> Assignment | None:
         row = self._session.get(AssignmentRow, (task, number, round_, validator))
@@ -278,10 +327,17 @@ class SessionReading:
         query = query.where(col(AssignmentRow.deadline) <= micros_of(now))
         return self._assignments(query.order_by(col(AssignmentRow.deadline), col(AssignmentRow.sequence)))
 
-    def assignments_unsettled(self) -> Sequence[Assignment]:
+    def assignments_running(self, since: datetime) -> Sequence[Assignment]:
+        query = select(AssignmentRow).where(col(AssignmentRow.state).in_(_UNENDED))
+        query = query.where(col(AssignmentRow.deadline) > micros_of(since))
+        return self._assignments(query.order_by(col(AssignmentRow.sequence)))
+
+    def assignments_unsettled(self, *, task: str | None = None, limit: int | None = None) -> Sequence[Assignment]:
         query = select(AssignmentRow).where(col(AssignmentRow.settled).is_(False))
         query = query.where(col(AssignmentRow.state).in_(_ENDED))
-        return self._assignments(query.order_by(col(AssignmentRow.sequence)))
+        if task is not None:
+            query = query.where(AssignmentRow.task == task)
+        return self._assignments(query.order_by(col(AssignmentRow.sequence)).limit(limit))
 
     def _assignments(self, query: Any) -> list[Assignment]:
         return [rows.ASSIGNMENTS.record(row) for row in self._session.exec(query)]
@@ -296,6 +352,26 @@ class SessionReading:
             query = query.where(EvaluationRow.round == round_)
         query = query.order_by(col(EvaluationRow.round), col(EvaluationRow.validator))
         return [rows.EVALUATIONS.record(row) for row in self._session.exec(query)]
+
+    def prediction_hashes(self, root: str, blocks: int) -> bytes:
+        row = self._session.get(PredictionHashesRow, (root, blocks))
+        return b"" if row is None else row.hashes
+
+    def validator_faults(
+        self, *, task: str | None, validator: str | None, after: int, limit: int
+    ) -> Sequence[tuple[int, ValidatorFault]]:
+        query = select(ValidatorFaultRow).where(col(ValidatorFaultRow.position) > after)
+        if task is not None:
+            query = query.where(ValidatorFaultRow.task == task)
+        if validator is not None:
+            query = query.where(ValidatorFaultRow.validator == validator)
+        found = self._session.exec(query.order_by(col(ValidatorFaultRow.position)).limit(limit))
+        return [(row.position or 0, rows.VALIDATOR_FAULTS.record(row)) for row in found]
+
+    def faults_unslashed(self, *, limit: int) -> Sequence[tuple[int, ValidatorFault]]:
+        query = select(ValidatorFaultRow).where(col(ValidatorFaultRow.slashed).is_(False))
+        found = self._session.exec(query.order_by(col(ValidatorFaultRow.position)).limit(limit))
+        return [(row.position or 0, rows.VALIDATOR_FAULTS.record(row)) for row in found]
 
     def draw_receipt(self, draw: str) -> bytes | None:
         row = self._session.get(DrawReceiptRow, draw)
@@ -316,6 +392,10 @@ class SessionReading:
 
     def ledger_position(self) -> int:
         return self._counters().ledger_position
+
+    def alive_time(self) -> datetime | None:
+        alive = self._counters().alive_time
+        return None if alive is None else moment_of(alive)
 
     def log_size(self) -> int:
         return self._counters().log_size
@@ -345,12 +425,15 @@ class SessionReading:
                     SubmissionRow.state == unchecked, col(SubmissionRow.structure_checked).is_(False)
                 )
             ).one(),
-            self._session.exec(
-                select(func.min(RoundRow.deadline)).where(RoundRow.state != RoundState.CONCLUDED.name)
-            ).one(),
-            self._session.exec(
-                select(func.min(AssignmentRow.deadline)).where(col(AssignmentRow.state).in_(_LEASED))
-            ).one(),
+            # One by one: each is then the first entry of an index.
+            *(
+                self._session.exec(select(func.min(RoundRow.deadline)).where(RoundRow.state == state.name)).one()
+                for state in (RoundState.WAITING, RoundState.SEALING, RoundState.OPENING)
+            ),
+            *(
+                self._session.exec(select(func.min(AssignmentRow.deadline)).where(AssignmentRow.state == state)).one()
+                for state in _LEASED
+            ),
         )
         known = [micros for micros in moments if micros is not None]
         return moment_of(min(known)) if known else None

@@ -75,6 +75,13 @@ class EvaluationVerdict(Enum):
     UNOPENED = auto()
 
 
+class ValidatorFaultKind(Enum):
+    OFFER_EXPIRED = auto()
+    LEASE_EXPIRED = auto()
+    SEAL_UNOPENED = auto()
+    OUTLIER = auto()
+
+
 class Loss(Enum):
     CROSS_ENTROPY = auto()
     MSE = auto()
@@ -304,6 +311,9 @@ class Finding:
     counts: Counts | None
     fault: str | None
     node_endpoint: bool = False
+    prediction_root: str = ""
+    """Hex; empty with a fault."""
+    prediction_blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -345,6 +355,12 @@ class Submission:
     structure_checked: bool = False
     scores: Mapping[int, Score] = field(default_factory=dict)
     """By round."""
+    public_best: int | None = None
+    """LADDER: the node's public best in steps, where this submission has set it."""
+    hidden: bool = False
+    """LADDER: whether reports or the score are still to be laid open in the log, at close."""
+    score_salt: bytes = b""
+    """LADDER: of the commitment that the log holds to the score of round 1, 32 bytes; else empty."""
     draws: Mapping[int, str] = field(default_factory=dict)
     """Draw ids by round."""
     reveal_time: datetime | None = None
@@ -412,6 +428,18 @@ class Evaluation:
     verdict: EvaluationVerdict | None = None
     disclosed: bool = False
     """Whether report and salt are a leaf, and may be shown to everybody."""
+
+
+@dataclass(frozen=True)
+class ValidatorFault:
+    """One duty that was not done, or done wrongly."""
+
+    task: str
+    number: int
+    round: int
+    validator: str
+    kind: ValidatorFaultKind
+    time: datetime
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from services.registry.entries import AssignmentChanged, EvaluationOpened, SubmissionChanged
+from services.registry.entries import (
+    AssignmentChanged,
+    EvaluationOpened,
+    ScoreConcluded,
+    SubmissionChanged,
+    ValidatorFaultFound,
+)
 from services.registry.records import (
     Assignment,
     AssignmentState,
@@ -15,8 +21,11 @@ from services.registry.records import (
     Submission,
     SubmissionState,
     Task,
+    ValidatorFault,
+    ValidatorFaultKind,
 )
 from services.registry.transaction import Reading, Writing
+from services.registry.visibility import hides
 from tiltyard import scoring
 
 FIRST_ROUND = 1
@@ -24,6 +33,12 @@ HOLDOUT_ROUND = 2
 
 PENDING = (AssignmentState.OFFERED, AssignmentState.ACCEPTED)
 UNENDED = (*PENDING, AssignmentState.SEALED)
+
+_EXPIRY = {
+    AssignmentState.OFFERED: ValidatorFaultKind.OFFER_EXPIRED,
+    AssignmentState.ACCEPTED: ValidatorFaultKind.LEASE_EXPIRED,
+    AssignmentState.SEALED: ValidatorFaultKind.SEAL_UNOPENED,
+}
 
 
 @dataclass(frozen=True)
@@ -126,7 +141,10 @@ def offer(tx: Writing, round_: Round, order: Sequence[str], *, deadline: datetim
 
 
 def end_assignment(tx: Writing, assignment: Assignment, state: AssignmentState) -> Assignment:
-    """End a duty as DECLINED, EXPIRED or RELEASED; who is released has not reported, so the charge is given back."""
+    """End a duty as DECLINED, EXPIRED or RELEASED; who is released has not reported, so the charge is given back.
+
+    EXPIRED is a fault of the validator, and recorded as one.
+    """
     ended = tx.put_assignment(
         replace(
             assignment,
@@ -138,15 +156,48 @@ def end_assignment(tx: Writing, assignment: Assignment, state: AssignmentState) 
         )
     )
     log_assignment(tx, ended)
+    if state is AssignmentState.EXPIRED:
+        record_fault(tx, assignment, _EXPIRY[assignment.state])
     return ended
 
 
-def end_round(tx: Writing, round_: Round, *, detail: str = "") -> None:
-    """Conclude a round: whoever is still at work is released, and what was opened is laid open in the log."""
+def record_fault(tx: Writing, duty: Assignment | Evaluation, kind: ValidatorFaultKind) -> None:
+    """Name a validator that has not done its duty, or has done it wrongly: in the list of faults and in the log."""
+    fault = ValidatorFault(duty.task, duty.number, duty.round, duty.validator, kind, tx.now)
+    # Who has not even accepted has kept nobody waiting for long: its quota is charged, its stake is not.
+    tx.put_validator_fault(fault, costs_stake=kind is not ValidatorFaultKind.OFFER_EXPIRED)
+    tx.append(ValidatorFaultFound(duty.task, duty.number, duty.round, duty.validator, kind))
+
+
+def end_round(tx: Writing, round_: Round, *, detail: str = "") -> bool:
+    """Conclude a round: whoever is still at work is released, and what was opened is laid open in the log.
+
+    Where the task hides its counts, the reports stay with the registry: True, when there are any.
+    """
     for assignment in tx.assignments(round_.task, round_.number, round_.round):
         if assignment.state in UNENDED:
             end_assignment(tx, assignment, AssignmentState.RELEASED)
-    for evaluation in tx.evaluations(round_.task, round_.number, round_.round):
+    tx.put_round(replace(round_, state=RoundState.CONCLUDED, detail=detail))
+    if hides(task_of(tx, round_)):
+        found = tx.evaluations(round_.task, round_.number, round_.round)
+        return any(evaluation.report is not None for evaluation in found)
+    _lay_open(tx, round_.task, round_.number, round_.round)
+    return False
+
+
+def disclose(tx: Writing, submission: Submission) -> Submission:
+    """Lay open in the log what the task's visibility has held back of a submission: its reports and its score."""
+    _lay_open(tx, submission.task, submission.number, FIRST_ROUND)
+    if submission.score_salt:
+        score = submission.scores[FIRST_ROUND]
+        tx.append(ScoreConcluded(submission.task, submission.number, score, salt=submission.score_salt))
+    disclosed = replace(submission, hidden=False)
+    tx.put_submission(disclosed)
+    return disclosed
+
+
+def _lay_open(tx: Writing, task: str, number: int, round_: int) -> None:
+    for evaluation in tx.evaluations(task, number, round_):
         if evaluation.report is not None and not evaluation.disclosed:
             tx.append(
                 EvaluationOpened(
@@ -159,19 +210,20 @@ def end_round(tx: Writing, round_: Round, *, detail: str = "") -> None:
                 )
             )
             tx.put_evaluation(replace(evaluation, disclosed=True))
-    tx.put_round(replace(round_, state=RoundState.CONCLUDED, detail=detail))
 
 
 def reject(
     tx: Writing, submission: Submission, reason: RejectionReason, *, detail: str = "", original: int | None = None
 ) -> Submission:
     """End a submission without a score, whatever its state, and all that is still under way for it."""
+    hidden = submission.hidden
     for number in (FIRST_ROUND, HOLDOUT_ROUND):
         round_ = tx.round(submission.task, submission.number, number)
         if round_ is not None and round_.state is not RoundState.CONCLUDED:
-            end_round(tx, round_, detail=f"the submission was rejected: {reason.name}")
+            hidden |= end_round(tx, round_, detail=f"the submission was rejected: {reason.name}")
     rejected = replace(
         submission,
+        hidden=hidden,
         state=SubmissionState.REJECTED,
         reason=reason,
         detail=detail,

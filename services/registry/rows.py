@@ -49,7 +49,7 @@ def _score_of(values: Mapping[str, Any]) -> Score:
 def _finding_of(text: str) -> Finding:
     values = json.loads(text)
     counts = values["counts"]
-    return Finding(None if counts is None else Counts(**counts), values["fault"], values["node_endpoint"])
+    return Finding(**{**values, "counts": None if counts is None else Counts(**counts)})
 
 
 TIME = Codec(micros_of, moment_of)
@@ -167,6 +167,9 @@ EVALUATIONS = RowsOf(
     finding=FINDING.optional(),
     open_time=TIME.optional(),
     verdict=_enum(records.EvaluationVerdict).optional(),
+)
+VALIDATOR_FAULTS = RowsOf(
+    records.ValidatorFault, tables.ValidatorFaultRow, kind=_enum(records.ValidatorFaultKind), time=TIME
 )
 ARTIFACTS = RowsOf(records.Artifact, tables.ArtifactRow, create_time=TIME)
 ARTIFACT_USES = RowsOf(records.ArtifactUse, tables.ArtifactUseRow, purpose=_enum(records.ArtifactPurpose))

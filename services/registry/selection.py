@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.registry.records import Draw, Role, SelectionPolicy, Task, Verdict
+from services.registry.records import Draw, Role, SelectionPolicy, Task, ValidatorFaultKind, Verdict
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,10 @@ class Selection(Protocol):
 
     async def settle(self, draw: str, participant: str, *, refund: bool) -> None:
         """End the account of one pick: its charge stands, or is given back."""
+        ...
+
+    async def slash(self, participant: str, kind: ValidatorFaultKind, *, evidence: str) -> None:
+        """Take the stake that a fault costs, once for its evidence (a resource name)."""
         ...
 
     async def ledger_events(self, *, start: int, limit: int) -> Sequence[tuple[int, bytes]]:

@@ -29,6 +29,7 @@ from services.registry.records import (
     Round,
     Submission,
     Task,
+    ValidatorFault,
     Verdict,
 )
 from services.registry.tables import (
@@ -41,9 +42,11 @@ from services.registry.tables import (
     EvaluationRow,
     LeafRow,
     NodeRow,
+    PredictionHashesRow,
     RoundRow,
     SubmissionRow,
     TaskRow,
+    ValidatorFaultRow,
     VerdictRow,
 )
 from services.registry.task_states import deadline_of
@@ -156,14 +159,26 @@ class SessionWriting(SessionReading):
         self.touch_task(submission.task)
 
     def put_round(self, round_: Round) -> None:
-        self._put(rows.ROUNDS, RoundRow, (round_.task, round_.number, round_.round), round_)
+        row = self._put(rows.ROUNDS, RoundRow, (round_.task, round_.number, round_.round), round_)
+        row.touched = self._next_sequence()
 
-    def put_assignment(self, assignment: Assignment) -> Assignment:
+    def _touch_round(self, task: str, number: int, round_: int) -> int:
+        """Tell the background loop that a round is worth a look; the new sequence."""
+        sequence = self._next_sequence()
+        row = self._session.get(RoundRow, (task, number, round_))
+        if row is not None:
+            row.touched = sequence
+        return sequence
+
+    def _next_sequence(self) -> int:
         counters = self._counters()
         counters.assignment_sequence += 1
+        return counters.assignment_sequence
+
+    def put_assignment(self, assignment: Assignment) -> Assignment:
         key = (assignment.task, assignment.number, assignment.round, assignment.validator)
         row = self._put(rows.ASSIGNMENTS, AssignmentRow, key, assignment)
-        row.sequence = counters.assignment_sequence
+        row.sequence = self._touch_round(assignment.task, assignment.number, assignment.round)
         row.update_time = micros_of(self._now)
         self.topics.add(f"validators/{assignment.validator}")
         return rows.ASSIGNMENTS.record(row)
@@ -171,6 +186,19 @@ class SessionWriting(SessionReading):
     def put_evaluation(self, evaluation: Evaluation) -> None:
         key = (evaluation.task, evaluation.number, evaluation.round, evaluation.validator)
         self._put(rows.EVALUATIONS, EvaluationRow, key, evaluation)
+        self._touch_round(evaluation.task, evaluation.number, evaluation.round)
+
+    def put_prediction_hashes(self, root: str, blocks: int, hashes: bytes) -> None:
+        if self._session.get(PredictionHashesRow, (root, blocks)) is None:
+            self._session.add(PredictionHashesRow(root=root, blocks=blocks, hashes=hashes))
+
+    def put_validator_fault(self, fault: ValidatorFault, *, costs_stake: bool) -> None:
+        self._session.add(rows.VALIDATOR_FAULTS.row(fault, slashed=False if costs_stake else None))
+
+    def note_slashed(self, position: int) -> None:
+        row = self._session.get(ValidatorFaultRow, position)
+        if row is not None:
+            row.slashed = True
 
     def put_draw_receipt(self, draw: str, receipt: bytes) -> None:
         row = self._session.get(DrawReceiptRow, draw)
@@ -188,6 +216,9 @@ class SessionWriting(SessionReading):
 
     def set_ledger_position(self, sequence: int) -> None:
         self._counters().ledger_position = sequence
+
+    def set_alive_time(self, time: datetime) -> None:
+        self._counters().alive_time = micros_of(time)
 
     def close(self) -> None:
         """Put back what was kept in memory."""

@@ -84,9 +84,9 @@ class StructureChecks:
 
 def _revealed(tx: Reading) -> list[_Revealed]:
     found = []
-    for submission in tx.submissions_in(SubmissionState.REVEALED):
+    for submission in tx.submissions_unchecked():
         task = tx.task(submission.task)
-        if task is not None and not submission.structure_checked:
+        if task is not None:
             config = task.config
             found.append(_Revealed(submission, config.models[submission.model_index], config.limits.max_model_bytes))
     return found

@@ -20,6 +20,7 @@ from services.registry.records import (
 )
 from services.registry.rounds import FIRST_ROUND, reject
 from services.registry.transaction import Reading, Store, Writing
+from services.registry.visibility import visible
 from services.runtime.errors import (
     FailedPrecondition,
     FieldViolation,
@@ -162,11 +163,11 @@ class Submissions:
     async def expire_reveals(self) -> int:
         """A step of the referee: commitments that were not opened in time are rejected."""
         now = self._clock()
-        if not await self._store.read(lambda tx: _unrevealed(tx, now)):
+        if not await self._store.read(lambda tx: tx.submissions_due(SubmissionState.COMMITTED, now)):
             return 0
 
         def expire(tx: Writing) -> int:
-            late = _unrevealed(tx, tx.now)
+            late = tx.submissions_due(SubmissionState.COMMITTED, tx.now)
             for submission in late:
                 reject(tx, submission, RejectionReason.REVEAL_EXPIRED, detail="it was not revealed in time")
             return len(late)
@@ -191,7 +192,7 @@ def _find(tx: Reading, task: str, number: int) -> Submission:
 def _view(tx: Reading, task: Task, submission: Submission) -> SubmissionView:
     assigned = tx.assignments(submission.task, submission.number)
     return SubmissionView(
-        submission=submission,
+        submission=visible(task, submission),
         validators=tuple(dict.fromkeys(assignment.validator for assignment in assigned)),
         ranking_round=task.ranking_round or FIRST_ROUND,
     )
@@ -278,8 +279,3 @@ def _reject_copies(tx: Writing, revealed: Submission) -> Submission:
 def _reject_copy(tx: Writing, submission: Submission, *, original: int) -> Submission:
     detail = f"submission {original} committed the same model earlier"
     return reject(tx, submission, RejectionReason.COPY, detail=detail, original=original)
-
-
-def _unrevealed(tx: Reading, now: datetime) -> list[Submission]:
-    committed = tx.submissions_in(SubmissionState.COMMITTED)
-    return [s for s in committed if s.deadline is not None and now >= s.deadline]

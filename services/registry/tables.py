@@ -101,6 +101,7 @@ class SubmissionRow(Table, table=True):
         Index("ix_submissions_participant_commit_time", "participant", "commit_time"),
         Index("ix_submissions_task_model_digest", "task", "model_digest"),
         Index("ix_submissions_state_deadline", "state", "deadline"),
+        Index("ix_submissions_task_hidden", "task", "hidden"),
     )
 
     task: str = Field(primary_key=True)
@@ -121,6 +122,9 @@ class SubmissionRow(Table, table=True):
     reveal_leaf: bytes = Field(sa_type=LargeBinary)
     structure_checked: bool
     scores: str = Field(sa_type=Text)
+    public_best: int | None = None
+    hidden: bool = False
+    score_salt: bytes = Field(default=b"", sa_type=LargeBinary)
     draws: str = Field(sa_type=Text)
     reveal_time: int | None = Field(default=None, sa_type=BigInteger)
     end_time: int | None = Field(default=None, sa_type=BigInteger)
@@ -128,7 +132,10 @@ class SubmissionRow(Table, table=True):
 
 class RoundRow(Table, table=True):
     __tablename__ = "rounds"
-    __table_args__ = (Index("ix_rounds_state_deadline", "state", "deadline"),)
+    __table_args__ = (
+        Index("ix_rounds_state_deadline", "state", "deadline"),
+        Index("ix_rounds_state_touched", "state", "touched"),
+    )
 
     task: str = Field(primary_key=True)
     number: int = Field(primary_key=True)
@@ -141,6 +148,8 @@ class RoundRow(Table, table=True):
     wanted: int
     disputed: bool
     detail: str
+    touched: int = Field(default=0, sa_type=BigInteger)
+    """The sequence of the last change of the round, one of its assignments or evaluations."""
 
 
 class AssignmentRow(Table, table=True):
@@ -187,6 +196,35 @@ class EvaluationRow(Table, table=True):
     disclosed: bool
 
 
+class PredictionHashesRow(Table, table=True):
+    """What was handed in beside reports; validators that agree share a row."""
+
+    __tablename__ = "prediction_hashes"
+
+    root: str = Field(primary_key=True)
+    blocks: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
+    hashes: bytes = Field(sa_type=LargeBinary)
+
+
+class ValidatorFaultRow(Table, table=True):
+    __tablename__ = "validator_faults"
+    __table_args__ = (
+        Index("ix_validator_faults_task_position", "task", "position"),
+        Index("ix_validator_faults_validator_position", "validator", "position"),
+        Index("ix_validator_faults_slashed_position", "slashed", "position"),
+    )
+
+    position: int | None = _position()
+    task: str
+    number: int
+    round: int
+    validator: str
+    kind: str
+    time: int = Field(sa_type=BigInteger)
+    slashed: bool | None = None
+    """Whether the selector knows of it; None for what costs no stake."""
+
+
 class DrawReceiptRow(Table, table=True):
     __tablename__ = "draw_receipts"
 
@@ -231,7 +269,7 @@ class NodeRow(Table, table=True):
 
 
 class CountersRow(Table, table=True):
-    """The one row of what grows: the log's frontier, the ledger's position, the last assignment's sequence."""
+    """The one row of what grows: the log's frontier, the ledger's position, the last sequence, the time last alive."""
 
     __tablename__ = "counters"
 
@@ -240,3 +278,4 @@ class CountersRow(Table, table=True):
     log_frontier: bytes = Field(sa_type=LargeBinary)
     ledger_position: int = Field(sa_type=BigInteger)
     assignment_sequence: int = Field(sa_type=BigInteger)
+    alive_time: int | None = Field(default=None, sa_type=BigInteger)

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from services.registry.entries import HoldoutChanged, TaskChanged
 from services.registry.records import HoldoutState, RejectionReason, SubmissionState, Task, TaskState
-from services.registry.rounds import reject
+from services.registry.rounds import disclose, reject
 from services.registry.transaction import Writing
 
 ENDED = frozenset({TaskState.FINAL, TaskState.CANCELLED})
@@ -30,18 +30,23 @@ def holdout_deadline(task: Task) -> datetime:
 
 
 def close(tx: Writing, task: Task, *, reason: str = "") -> Task:
-    """No new submissions; those made are still revealed and judged."""
+    """No new submissions; those made are still revealed and judged. What was hidden shows from now on; the referee lays
+    it open in the log."""
     tx.append(TaskChanged(task.id, TaskState.CLOSED, reason=reason))
     return tx.put_task(replace(task, state=TaskState.CLOSED, close_time=tx.now))
 
 
 def cancel(tx: Writing, task: Task, *, reason: str) -> Task:
     """End a task without a result, and with it its submissions; validators at work are released."""
+    # First the state: what it has hidden is laid open with its submissions.
+    cancelled = tx.put_task(replace(task, state=TaskState.CANCELLED, state_reason=reason))
     for submission in tx.submissions(task.id):
         if submission.state is not SubmissionState.REJECTED:
-            reject(tx, submission, RejectionReason.TASK_CANCELLED, detail="the task was cancelled")
+            submission = reject(tx, submission, RejectionReason.TASK_CANCELLED, detail="the task was cancelled")
+        if submission.hidden:
+            disclose(tx, submission)
     tx.append(TaskChanged(task.id, TaskState.CANCELLED, reason=reason))
-    return tx.put_task(replace(task, state=TaskState.CANCELLED, state_reason=reason))
+    return tx.task(task.id) or cancelled
 
 
 def fail_holdout(tx: Writing, task: Task, *, reason: str) -> Task:

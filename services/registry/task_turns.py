@@ -9,21 +9,23 @@ from services.registry.entries import HoldoutChanged, TaskChanged
 from services.registry.records import (
     ArtifactPurpose,
     HoldoutState,
-    RoundState,
+    ScoreVisibility,
     SubmissionState,
     Task,
     TaskState,
 )
-from services.registry.rounds import FIRST_ROUND, HOLDOUT_ROUND
+from services.registry.rounds import FIRST_ROUND, HOLDOUT_ROUND, disclose
 from services.registry.scans import DatasetScans
 from services.registry.selection import Selection
-from services.registry.task_states import cancel, close, fail_holdout, holdout_deadline
+from services.registry.task_states import cancel, close, fail_holdout
 from services.registry.transaction import Reading, Store, Writing
 from services.registry.turns import each
 from services.runtime.errors import NotFound
 
 _UNENDED = (SubmissionState.COMMITTED, SubmissionState.REVEALED, SubmissionState.EVALUATING)
 _SCORED = "SCORED"
+# Each has a report from every validator; others write in between.
+_DISCLOSED_AT_ONCE = 20
 
 
 class TaskTurns:
@@ -85,11 +87,11 @@ class TaskTurns:
     async def mind_deadlines(self) -> int:
         """PREPARING for too long is CANCELLED, OPEN tasks are CLOSED in time, holdouts not published have FAILED."""
         now = self._clock()
-        if not await self._store.read(lambda tx: _overdue(tx, now)):
+        if not await self._store.read(lambda tx: tx.tasks_due(now)):
             return 0
 
         def record(tx: Writing) -> int:
-            overdue = _overdue(tx, tx.now)
+            overdue = tx.tasks_due(tx.now)
             for task in overdue:
                 if task.state is TaskState.PREPARING:
                     cancel(tx, task, reason="the evaluation dataset was not uploaded and scanned in time")
@@ -129,6 +131,24 @@ class TaskTurns:
 
         return await self._store.write(record)
 
+    async def disclose(self) -> int:
+        """Reports and scores that LADDER visibility has held back are laid open in the log once the task is closed."""
+
+        def closed(tx: Reading) -> list[str]:
+            tasks = [t for t in tx.tasks_in(TaskState.CLOSED) if t.config.score_visibility is ScoreVisibility.LADDER]
+            return [task.id for task in tasks if tx.submissions_hidden(task.id, limit=1)]
+
+        async def disclose_some(task: str) -> int:
+            def write(tx: Writing) -> int:
+                hidden = tx.submissions_hidden(task, limit=_DISCLOSED_AT_ONCE)
+                for submission in hidden:
+                    disclose(tx, submission)
+                return len(hidden)
+
+            return await self._store.write(write)
+
+        return await each(await self._store.read(closed), disclose_some)
+
     async def rank(self) -> int:
         """Closed tasks of which every submission has ended in every round are FINAL."""
         if not await self._store.read(_to_rank):
@@ -147,8 +167,8 @@ class TaskTurns:
         """The stakes of ended tasks are unlocked once the last duty is settled."""
 
         def ready(tx: Reading) -> list[Task]:
-            owed = {assignment.task for assignment in tx.assignments_unsettled()}
-            return [task for task in tx.tasks_ended_with_pool() if task.id not in owed]
+            ended = tx.tasks_ended_with_pool()
+            return [task for task in ended if not tx.assignments_unsettled(task=task.id, limit=1)]
 
         return await each(await self._store.read(ready), self._close_pool)
 
@@ -176,21 +196,6 @@ def _has_dataset(tx: Reading, task: Task) -> bool:
     return claimed and tx.artifact(sha256) is not None
 
 
-def _overdue(tx: Reading, now: datetime) -> list[Task]:
-    overdue = [
-        task
-        for task in tx.tasks_in(TaskState.PREPARING)
-        if task.open_time is None and task.config.schedule.prepare_deadline <= now
-    ]
-    overdue += [task for task in tx.tasks_in(TaskState.OPEN) if task.config.schedule.close_time <= now]
-    overdue += [
-        task
-        for task in tx.tasks_in(TaskState.CLOSED)
-        if task.holdout is HoldoutState.EXPECTED and holdout_deadline(task) <= now
-    ]
-    return overdue
-
-
 def _to_rank(tx: Reading) -> list[tuple[Task, int]]:
     ready = []
     for task in tx.tasks_in(TaskState.CLOSED):
@@ -198,14 +203,15 @@ def _to_rank(tx: Reading) -> list[tuple[Task, int]]:
             continue
         if any(tx.submissions(task.id, state=state, limit=1) for state in _UNENDED):
             continue
+        if tx.submissions_hidden(task.id, limit=1):
+            continue
         if task.holdout is not HoldoutState.ACCEPTED:
             ready.append((task, FIRST_ROUND))
             continue
-        scored = tx.submissions(task.id, state=SubmissionState.SCORED)
-        second = [tx.round(task.id, submission.number, HOLDOUT_ROUND) for submission in scored]
-        if all(round_ is not None and round_.state is RoundState.CONCLUDED for round_ in second):
-            scores = [submission.scores.get(HOLDOUT_ROUND) for submission in scored]
-            # Where the platform could not judge a single submission again, the first round's ranking stands.
-            judged = not scored or any(score is not None and score.outcome == _SCORED for score in scores)
-            ready.append((task, HOLDOUT_ROUND if judged else FIRST_ROUND))
+        if tx.rounds_unconcluded_in(task.id, HOLDOUT_ROUND) or tx.submissions_without_round(task.id, HOLDOUT_ROUND):
+            continue
+        scores = [s.scores.get(HOLDOUT_ROUND) for s in tx.submissions(task.id, state=SubmissionState.SCORED)]
+        # Where the platform could not judge a single submission again, the first round's ranking stands.
+        judged = not scores or any(score is not None and score.outcome == _SCORED for score in scores)
+        ready.append((task, HOLDOUT_ROUND if judged else FIRST_ROUND))
     return ready

@@ -20,10 +20,12 @@ from services.registry.records import (
     MembershipState,
     Participant,
     Round,
+    RoundState,
     Submission,
     SubmissionState,
     Task,
     TaskState,
+    ValidatorFault,
     Verdict,
 )
 
@@ -58,6 +60,14 @@ class Reading(Protocol):
 
     def tasks_in(self, *states: TaskState) -> Sequence[Task]:
         """All tasks in one of the states; for the background loop."""
+        ...
+
+    def tasks_due(self, now: datetime) -> Sequence[Task]:
+        """Those whose state changes by itself at a time that has come."""
+        ...
+
+    def active_validators(self, task: str) -> int:
+        """How many there are; 0 for an unknown task."""
         ...
 
     def tasks_ended_with_pool(self) -> Sequence[Task]:
@@ -108,9 +118,37 @@ class Reading(Protocol):
         `outside_owner_group_of` nor bound to the same owner; at most 10, newest first."""
         ...
 
+    def submissions_due(self, state: SubmissionState, now: datetime) -> Sequence[Submission]:
+        """Those in one state whose deadline has come, by deadline; for the background loop."""
+        ...
+
+    def submissions_unchecked(self) -> Sequence[Submission]:
+        """REVEALED ones whose structure is still to be checked, by commit time; for the background loop."""
+        ...
+
+    def submissions_hidden(self, task: str, *, limit: int) -> Sequence[Submission]:
+        """Those with something that is still to be laid open, by number."""
+        ...
+
+    def submissions_without_round(self, task: str, round_: int) -> Sequence[Submission]:
+        """SCORED ones that have no such round, by number."""
+        ...
+
     def round(self, task: str, number: int, round_: int) -> Round | None: ...
     def rounds_unconcluded(self) -> Sequence[Round]:
-        """All rounds of all tasks that are not CONCLUDED, by deadline; for the background loop."""
+        """All rounds of all tasks that are not CONCLUDED, by deadline."""
+        ...
+
+    def rounds_touched(self, state: RoundState, *, after: int) -> Sequence[Round]:
+        """Rounds in one state that have changed, or had an assignment or evaluation changed, above a sequence."""
+        ...
+
+    def rounds_due(self, state: RoundState, now: datetime) -> Sequence[Round]:
+        """Rounds in one state whose deadline has come, by deadline."""
+        ...
+
+    def rounds_unconcluded_in(self, task: str, round_: int) -> bool:
+        """Whether any such round of a task is not CONCLUDED."""
         ...
 
     def assignment(self, task: str, number: int, round_: int, validator: str) -> Assignment | None: ...
@@ -134,13 +172,31 @@ class Reading(Protocol):
         """OFFERED and ACCEPTED ones whose deadline has passed."""
         ...
 
-    def assignments_unsettled(self) -> Sequence[Assignment]:
-        """Ended ones (OPENED, DECLINED, EXPIRED, RELEASED) of concluded duty that are not settled."""
+    def assignments_running(self, since: datetime) -> Sequence[Assignment]:
+        """All with a deadline after `since`, by sequence."""
+        ...
+
+    def assignments_unsettled(self, *, task: str | None = None, limit: int | None = None) -> Sequence[Assignment]:
+        """Ended ones (OPENED, DECLINED, EXPIRED, RELEASED) that are not settled, by sequence."""
         ...
 
     def evaluation(self, task: str, number: int, round_: int, validator: str) -> Evaluation | None: ...
     def evaluations(self, task: str, number: int, round_: int | None = None) -> Sequence[Evaluation]:
         """By round and validator."""
+        ...
+
+    def prediction_hashes(self, root: str, blocks: int) -> bytes:
+        """What was handed in under a prediction root (hex) over so many blocks; empty where nothing was."""
+        ...
+
+    def validator_faults(
+        self, *, task: str | None, validator: str | None, after: int, limit: int
+    ) -> Sequence[tuple[int, ValidatorFault]]:
+        """In one task, or of one validator: oldest first, each with its position; those above `after`."""
+        ...
+
+    def faults_unslashed(self, *, limit: int) -> Sequence[tuple[int, ValidatorFault]]:
+        """Those that cost stake and are still to be taken to the selector, oldest first, each with its position."""
         ...
 
     def draw_receipt(self, draw: str) -> bytes | None: ...
@@ -150,6 +206,10 @@ class Reading(Protocol):
 
     def ledger_position(self) -> int:
         """Sequence number of the last ledger event in the record log, 0 for none."""
+        ...
+
+    def alive_time(self) -> datetime | None:
+        """When the registry was last known to be at work; None before the first time."""
         ...
 
     def log_size(self) -> int: ...
@@ -201,6 +261,16 @@ class Writing(Reading, Protocol):
         ...
 
     def put_evaluation(self, evaluation: Evaluation) -> None: ...
+    def put_prediction_hashes(self, root: str, blocks: int, hashes: bytes) -> None:
+        """Kept once, however often it is handed in."""
+        ...
+
+    def put_validator_fault(self, fault: ValidatorFault, *, costs_stake: bool) -> None: ...
+    def note_slashed(self, position: int) -> None:
+        """The selector knows of the fault at this position."""
+        ...
+
+    def set_alive_time(self, time: datetime) -> None: ...
     def put_draw_receipt(self, draw: str, receipt: bytes) -> None: ...
     def put_artifact(self, artifact: Artifact) -> None: ...
     def put_artifact_use(self, use: ArtifactUse) -> None: ...

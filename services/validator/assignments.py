@@ -53,6 +53,7 @@ class Order:
     max_memory_bytes: int
     metric: Metric | None = Metric.ACCURACY
     top_k: int = 1
+    bound: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class Registry(Protocol):
         """Records a seal: a signed envelope, serialised."""
         ...
 
-    async def open(self, report: bytes, salt: bytes) -> None:
-        """Lays a sealed report open: the signed envelope, serialised, and the salt of its seal."""
+    async def open(self, report: bytes, salt: bytes, hashes: bytes) -> None:
+        """Lays a sealed report open: the signed envelope, serialised, the seal's salt, the hashes under its root."""
         ...
 
 
@@ -112,7 +113,7 @@ class Notary(Protocol):
     """Signs what the validator states; envelopes come back serialised."""
 
     def report(self, assignment: str, order: Order, finding: Finding) -> bytes:
-        """The signed report of a finding. Raises `evaluation.CannotEvaluate` for one that is too large to be taken."""
+        """The signed report of a finding."""
         ...
 
     def seal(self, assignment: str, report: bytes, salt: bytes) -> bytes:

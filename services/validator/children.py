@@ -103,7 +103,7 @@ class NurseryAttempts:
 
     async def _stream(self, child: Child, rows: EvaluationRows, job: Job, progress: Progress) -> Finding:
         order = job.order
-        tally = Tally(order.metric or Metric.ACCURACY, top_k=order.top_k)
+        tally = Tally(order.metric or Metric.ACCURACY, top_k=order.top_k, bound=order.bound)
         stream = BatchStream(
             child.address,
             model=MODEL_NAME,

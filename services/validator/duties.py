@@ -27,6 +27,7 @@ from services.validator.patience import persist
 from services.validator.runs import Finding, Progress, Run, RunState, RunStore, SealedReport
 from services.validator.slots import FairSlots
 from tiltyard.commitments import SALT_BYTES
+from tiltyard.predictions import handed_in
 
 T = TypeVar("T")
 
@@ -165,7 +166,12 @@ class Duty:
         self.run = replace(self.run, finding=finding, detail=finding.detail)
         self._desk.changed()
         salt = secrets.token_bytes(SALT_BYTES)
-        return SealedReport(report=report, salt=salt, seal=self._means.notary.seal(name, report, salt))
+        return SealedReport(
+            report=report,
+            salt=salt,
+            seal=self._means.notary.seal(name, report, salt),
+            hashes=handed_in(finding.prediction_blocks),
+        )
 
     async def _find(self, order: Order) -> Finding:
         registry, cache = self._means.registry, self._means.cache
@@ -209,7 +215,7 @@ class Duty:
         while True:
             await self._asked_to_open()
             try:
-                await persist(lambda: self._means.registry.open(sealed.report, sealed.salt), "open")
+                await persist(lambda: self._means.registry.open(sealed.report, sealed.salt, sealed.hashes), "open")
             except FailedPrecondition as error:
                 if error.reason != "NOT_OPENING":
                     _fail(f"the report was refused: {error}", error)

@@ -33,6 +33,7 @@ _METRIC_OF = {
     task_pb2.METRIC_UNSPECIFIED: Metric.ACCURACY,
     task_pb2.METRIC_ACCURACY: Metric.ACCURACY,
     task_pb2.METRIC_TOP_K_ACCURACY: Metric.TOP_K_ACCURACY,
+    task_pb2.METRIC_WITHIN_BOUND: Metric.WITHIN_BOUND,
 }
 
 
@@ -115,10 +116,13 @@ class RegistryPeer:
         async with _translated():
             await self._evaluations.CommitEvaluation(request)
 
-    async def open(self, report: bytes, salt: bytes) -> None:
-        """Lays a sealed report open: the signed envelope, serialised, and the salt of its seal."""
+    async def open(self, report: bytes, salt: bytes, hashes: bytes) -> None:
+        """Lays a sealed report open: the signed envelope, serialised, the seal's salt, the hashes under its root."""
         request = evaluation_pb2.OpenEvaluationRequest(
-            report=envelope_pb2.Envelope.FromString(report), salt=salt, request_id=new_request_id()
+            report=envelope_pb2.Envelope.FromString(report),
+            salt=salt,
+            prediction_hashes=hashes,
+            request_id=new_request_id(),
         )
         async with _translated():
             await self._evaluations.OpenEvaluation(request)
@@ -163,6 +167,7 @@ def _order(message: assignment_pb2.EvaluationOrder) -> tuple[Order | None, str]:
             max_memory_bytes=message.max_memory_bytes,
             metric=_METRIC_OF.get(message.metric),
             top_k=message.top_k or 1,
+            bound=message.bound,
         ),
         "",
     )

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ _OIP_DATATYPE = {
     "BOOL": "BOOL", "U8": "UINT8", "I8": "INT8", "U16": "UINT16", "I16": "INT16", "I32": "INT32", "I64": "INT64",
     "F16": "FP16", "F32": "FP32", "F64": "FP64",
 }  # fmt: skip
-_LABEL_BYTES = 8
+_LABEL_DTYPE: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "F32": np.dtype("<f4")}
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,13 @@ class EvaluationRows:
     _descriptor: int
     _features_start: int
     _labels_start: int
+    _label_dtype: np.dtype[Any]
+    _label_values: int
+    """Values of y in each row: 1, or the targets of a regression with several."""
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Opens a dataset for classification. Raises CannotEvaluate for what is none, and OSError."""
+        """Opens a dataset. Raises CannotEvaluate for what is none, and OSError."""
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             return cls._of(descriptor)
@@ -52,10 +55,10 @@ class EvaluationRows:
         if "x" not in tensors or "y" not in tensors:
             raise CannotEvaluate("the dataset lacks x or y")
         x, y = tensors["x"], tensors["y"]
-        if not x.shape or y.shape != x.shape[:1] or x.shape[0] == 0:
+        if not x.shape or y.shape[:1] != x.shape[:1] or x.shape[0] == 0 or len(y.shape) > 2:
             raise CannotEvaluate(f"x of shape {x.shape} and y of shape {y.shape} are no dataset")
-        if y.dtype != "I64":
-            raise CannotEvaluate(f"labels are {y.dtype}, not I64")
+        if y.dtype not in _LABEL_DTYPE:
+            raise CannotEvaluate(f"labels are {y.dtype}, neither I64 nor F32")
         if x.dtype not in _OIP_DATATYPE:
             raise CannotEvaluate(f"features are {x.dtype}, which no model server takes")
         return cls(
@@ -66,16 +69,20 @@ class EvaluationRows:
             _descriptor=descriptor,
             _features_start=x.start,
             _labels_start=y.start,
+            _label_dtype=_LABEL_DTYPE[y.dtype],
+            _label_values=math.prod(y.shape[1:]),
         )
 
     def features(self, start: int, stop: int) -> bytes:
         """Rows `start` to `stop` of x, raw and little-endian."""
         return self._read(self._features_start + start * self.row_bytes, (stop - start) * self.row_bytes)
 
-    def labels(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Rows `start` to `stop` of y."""
-        raw = self._read(self._labels_start + start * _LABEL_BYTES, (stop - start) * _LABEL_BYTES)
-        return np.frombuffer(raw, dtype="<i8")
+    def labels(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop` of y: int64 classes [n], or float32 targets [n] or [n, targets]."""
+        row_bytes = self._label_dtype.itemsize * self._label_values
+        raw = self._read(self._labels_start + start * row_bytes, (stop - start) * row_bytes)
+        values = np.frombuffer(raw, dtype=self._label_dtype)
+        return values if self._label_values == 1 else values.reshape(stop - start, self._label_values)
 
     def close(self) -> None:
         """Closes the file."""

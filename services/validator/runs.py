@@ -50,11 +50,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class SealedReport:
-    """A signed report, the salt that hides it, and its signed seal; the envelopes are serialised."""
+    """A signed report, the salt that hides it, and its signed seal; the envelopes are serialised.
+
+    `hashes` are handed in beside the report: `tiltyard.predictions.handed_in` of its prediction blocks.
+    """
 
     report: bytes
     salt: bytes
     seal: bytes
+    hashes: bytes = b""
 
 
 @dataclass(frozen=True)

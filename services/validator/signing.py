@@ -1,11 +1,11 @@
 """Signs reports and seals with the validator's key."""
 
 from services.validator.assignments import Order
-from services.validator.evaluation import CannotEvaluate
 from services.validator.runs import Fault, Finding
 from tiltyard.commitments import evaluation_seal
 from tiltyard.identity import Key
-from tiltyard.statements import MAX_PAYLOAD_BYTES, sign_statement
+from tiltyard.predictions import prediction_root
+from tiltyard.statements import sign_statement
 from tiltyard.type.v1 import envelope_pb2, evaluation_pb2
 
 _MAX_DETAIL_CHARS = 500
@@ -28,7 +28,7 @@ class KeyNotary:
         self._origin = origin
 
     def report(self, assignment: str, order: Order, finding: Finding) -> bytes:
-        """The signed report of a finding, a serialised envelope. Raises CannotEvaluate for one over 64 KiB."""
+        """The signed report of a finding, a serialised envelope."""
         report = envelope_pb2.EvaluationReport(
             origin=self._origin,
             assignment=assignment,
@@ -45,16 +45,11 @@ class KeyNotary:
                     loss_sum_micros=finding.counts.loss_sum_micros,
                 )
             )
-            report.prediction_blocks.extend(finding.prediction_blocks)
+            report.prediction_root = prediction_root(finding.prediction_blocks)
+            report.prediction_blocks = len(finding.prediction_blocks)
         elif finding.fault is not None:
             report.fault = FAULT_NUMBER[finding.fault]
-        envelope = sign_statement(self._key, report)
-        if len(envelope.payload) > MAX_PAYLOAD_BYTES:
-            raise CannotEvaluate(
-                f"a report with {len(finding.prediction_blocks)} digests of predictions is over the limit of "
-                f"{MAX_PAYLOAD_BYTES} bytes: the dataset has too many rows"
-            )
-        return envelope.SerializeToString(deterministic=True)
+        return sign_statement(self._key, report).SerializeToString(deterministic=True)
 
     def seal(self, assignment: str, report: bytes, salt: bytes) -> bytes:
         """The signed seal of a report made by `report`, a serialised envelope."""

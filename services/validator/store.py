@@ -34,10 +34,11 @@ class RunRow(SQLModel, table=True):
     report: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
     salt: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
     seal: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
+    hashes: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
 
 
 class DatabaseRunStore:
-    """Runs in `database`. The digests of predictions are kept inside the report only."""
+    """Runs in `database`. The hashes of predictions are kept beside the report only."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -125,7 +126,7 @@ def _fill(row: RunRow, run: Run) -> None:
         row.ambiguous = None if counts is None else counts.ambiguous
         row.loss_sum_micros = None if counts is None else counts.loss_sum_micros
     if sealed is not None:
-        row.report, row.salt, row.seal = sealed.report, sealed.salt, sealed.seal
+        row.report, row.salt, row.seal, row.hashes = sealed.report, sealed.salt, sealed.seal, sealed.hashes
 
 
 def _run(row: RunRow) -> Run:
@@ -154,4 +155,4 @@ def _finding(row: RunRow) -> Finding | None:
 def _sealed(row: RunRow) -> SealedReport | None:
     if row.report is None or row.salt is None or row.seal is None:
         return None
-    return SealedReport(report=row.report, salt=row.salt, seal=row.seal)
+    return SealedReport(report=row.report, salt=row.salt, seal=row.seal, hashes=row.hashes or b"")

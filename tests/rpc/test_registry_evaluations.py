@@ -1,6 +1,7 @@
 """EvaluationService over a real server."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from services.runtime import names
 from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied
 from services.runtime.names import AssignmentId
 from tests.registry_arena import Arena, bad_fields, refusal, served
-from tests.registry_world import KEYS, NODES, ORIGIN, TASK, key_of, model_bytes
+from tests.registry_world import HASHES, KEYS, NODES, ORIGIN, TASK, key_of, model_bytes
 from tiltyard.commitments import evaluation_seal
 from tiltyard.registry.v1 import evaluation_pb2, evaluation_pb2_grpc
 from tiltyard.statements import sign_statement
@@ -56,10 +57,17 @@ def seal_request(
 
 
 def open_request(
-    duty: AssignmentId, report: envelope_pb2.EvaluationReport, *, salt: bytes = SALT, request_id: str = ""
+    duty: AssignmentId,
+    report: envelope_pb2.EvaluationReport,
+    *,
+    salt: bytes = SALT,
+    hashes: Sequence[bytes] = HASHES,
+    request_id: str = "",
 ) -> evaluation_pb2.OpenEvaluationRequest:
     envelope = sign_statement(KEYS[duty.participant], report)
-    return evaluation_pb2.OpenEvaluationRequest(report=envelope, salt=salt, request_id=request_id)
+    return evaluation_pb2.OpenEvaluationRequest(
+        report=envelope, salt=salt, prediction_hashes=b"".join(hashes), request_id=request_id
+    )
 
 
 async def sealed_by_all(arena: Arena, duty: AssignmentId, report: envelope_pb2.EvaluationReport) -> None:
@@ -85,12 +93,15 @@ async def test_a_report_is_sealed_opened_and_shown_when_the_submission_has_ended
     assert opened.name == names.format_evaluation(duty)
     assert opened.finding == report
     assert opened.HasField("open_time")
+    assert opened.prediction_hashes == b""
     reader = arena.peer(key_of("reader")).evaluations
     request = evaluation_pb2.GetEvaluationRequest(name=opened.name)
     hidden = (await reader.GetEvaluation(request)).evaluation
     assert hidden.seal == opened.seal
     assert not hidden.HasField("report")
     assert not hidden.HasField("finding")
+    whole = evaluation_pb2.GetEvaluationRequest(name=opened.name, view=evaluation_pb2.EVALUATION_VIEW_FULL)
+    assert (await reader.GetEvaluation(whole)).evaluation.prediction_hashes == b""
     assert (await validator.GetEvaluation(request)).evaluation.finding == report
     listed = await reader.ListEvaluations(evaluation_pb2.ListEvaluationsRequest(parent=f"tasks/{TASK}/submissions/1"))
     assert not any(found.HasField("report") for found in listed.evaluations)
@@ -100,7 +111,45 @@ async def test_a_report_is_sealed_opened_and_shown_when_the_submission_has_ended
     shown = (await reader.GetEvaluation(request)).evaluation
     assert shown.report == sign_statement(KEYS[duty.participant], report)
     assert shown.finding.counts.correct == 900
+    assert shown.prediction_hashes == b""
+    read = (await reader.GetEvaluation(whole)).evaluation
+    assert (read.prediction_hashes, read.rows_per_hash) == (b"".join(HASHES), 256)
     assert shown.verdict == evaluation_pb2.EVALUATION_VERDICT_AGREED
+
+
+@pytest.mark.parametrize("hashes", [[], HASHES[1:], [*HASHES, bytes(32)], [HASHES[1], HASHES[0], *HASHES[2:]]])
+async def test_hashes_that_do_not_give_the_root_are_refused(
+    arena: Arena, duty: AssignmentId, hashes: list[bytes]
+) -> None:
+    report = await arena.world.report(duty, 900)
+    await sealed_by_all(arena, duty, report)
+    refused = await refusal(stub(arena, duty).OpenEvaluation(open_request(duty, report, hashes=hashes)))
+    assert bad_fields(refused) == ["prediction_hashes"]
+    assert await state_of(arena, duty) is AssignmentState.SEALED
+    await stub(arena, duty).OpenEvaluation(open_request(duty, report))
+    assert await state_of(arena, duty) is AssignmentState.OPENED
+
+
+async def test_faults_of_validators_are_listed_by_task_and_by_validator(arena: Arena, duty: AssignmentId) -> None:
+    world, reader = arena.world, arena.peer(key_of("reader")).evaluations
+    first, second, third = await world.duties(1)
+    await world.accept(second)
+    for other in (first, third):
+        await world.evaluate(other, 900)
+    # The lease runs out; a reserve takes its place.
+    world.clock.advance(seconds=120)
+    await world.turn()
+    listed = await reader.ListValidatorFaults(evaluation_pb2.ListValidatorFaultsRequest(parent=f"tasks/{TASK}"))
+    (fault,) = listed.faults
+    assert fault.assignment == names.format_assignment(second)
+    assert fault.kind == type_pb2.VALIDATOR_FAULT_KIND_LEASE_EXPIRED
+    assert fault.time.ToDatetime(tzinfo=UTC) == world.clock()
+    request = evaluation_pb2.ListValidatorFaultsRequest(parent=fault.validator)
+    assert list((await reader.ListValidatorFaults(request)).faults) == [fault]
+    request.parent = names.format_participant(first.participant)
+    assert list((await reader.ListValidatorFaults(request)).faults) == []
+    request.parent = "nobody"
+    assert bad_fields(await refusal(reader.ListValidatorFaults(request))) == ["parent"]
 
 
 async def test_a_seal_needs_a_running_lease_and_its_token(arena: Arena, duty: AssignmentId) -> None:
@@ -194,10 +243,12 @@ async def test_what_does_not_give_the_seal_leaves_the_assignment_sealed(arena: A
         (lambda report: setattr(report.counts, "correct", 1001), "report.counts"),
         (lambda report: setattr(report.counts, "correct", -1), "report.counts"),
         (lambda report: setattr(report.counts, "ambiguous", 1001), "report.counts"),
-        (lambda report: report.prediction_blocks.pop(), "report.prediction_blocks"),
-        (lambda report: report.prediction_blocks.append(bytes(32)), "report.prediction_blocks"),
-        (lambda report: report.prediction_blocks.__setitem__(0, b"short"), "report.prediction_blocks[0]"),
-        (lambda report: setattr(report, "fault", type_pb2.MODEL_FAULT_CRASHED), "report.prediction_blocks"),
+        (lambda report: setattr(report, "prediction_blocks", 3), "report.prediction_blocks"),
+        (lambda report: setattr(report, "prediction_blocks", -1), "report.prediction_blocks"),
+        (lambda report: setattr(report, "prediction_blocks", (1 << 63) - 1), "report.prediction_blocks"),
+        (lambda report: setattr(report, "prediction_root", b"short"), "report.prediction_root"),
+        (lambda report: setattr(report, "prediction_root", bytes(32)), "prediction_hashes"),
+        (lambda report: setattr(report, "fault", type_pb2.MODEL_FAULT_CRASHED), "report.prediction_root"),
         (lambda report: report.ClearField("counts"), "report.finding"),
         (lambda report: setattr(report, "fault", 77), "report.fault"),
         (lambda report: setattr(report, "fault", 0), "report.fault"),

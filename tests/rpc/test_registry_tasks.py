@@ -169,8 +169,9 @@ BAD_CONFIGS: list[tuple[Callable[[TaskConfig], object], str]] = [
     (change("selection.rate.limit", -1), "config.selection.rate.limit"),
     (change("loss", 99), "config.loss"),
     (change("loss", type_task_pb2.LOSS_HUBER), "config.loss"),
-    (change("metric", type_task_pb2.METRIC_WITHIN_BOUND), "config.metric"),
-    (change("score_visibility", type_task_pb2.SCORE_VISIBILITY_LADDER), "config.score_visibility"),
+    (change("metric", type_task_pb2.METRIC_WITHIN_BOUND), "config.bound"),
+    (change("metric", type_task_pb2.METRIC_TOP_K_ACCURACY), "config.top_k"),
+    (change("score_visibility", 77), "config.score_visibility"),
     (lambda c: c.class_names.extend(["a", "b"]), "config.class_names"),
     (lambda c: c.class_names.extend(["a", "b", ""]), "config.class_names[2]"),
 ]

@@ -36,6 +36,7 @@ from tiltyard.counting import Tally
 from tiltyard.identity import Key
 from tiltyard.models import load_model
 from tiltyard.modelspec import Convnet, Linear, Mlp, ModelSpec, tensor_shapes
+from tiltyard.transparency import root_hash
 from tiltyard.type.v1 import evaluation_pb2 as types_pb2
 from tiltyard.validator.v1 import validator_pb2 as pb
 from tiltyard.validator.v1 import validator_pb2_grpc as rpc
@@ -138,7 +139,7 @@ def plain_evaluation(tmp_path, content: bytes, spec: ModelSpec, x, y):
         logits = load_model(spec, path)(torch.from_numpy(x)).numpy()
     predictions = logits.argmax(axis=1)
     raw = predictions.astype("<i4").tobytes()
-    blocks = [hashlib.sha256(raw[start : start + 1024]).digest() for start in range(0, len(raw), 1024)]
+    blocks = [hashlib.sha256(b"\0" + raw[start : start + 1024]).digest() for start in range(0, len(raw), 1024)]
     return int((predictions == y).sum()), blocks, logits
 
 
@@ -156,7 +157,8 @@ async def test_counts_equal_a_plain_evaluation_sample_for_sample(registry, start
     tally.add(logits, y)
     report = duty.report
     assert (report.counts.correct, report.counts.total) == (correct, len(y))
-    assert list(report.prediction_blocks) == blocks
+    assert (report.prediction_blocks, duty.hashes) == (len(blocks), b"".join(blocks))
+    assert report.prediction_root == root_hash(blocks)
     assert report.counts.ambiguous == tally.counts().ambiguous
     assert report.counts.loss_sum_micros == pytest.approx(tally.counts().loss_sum_micros, rel=1e-5)
     assert report.dataset_digest == hashlib.sha256(dataset_bytes(x, y)).digest()

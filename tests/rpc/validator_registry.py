@@ -44,6 +44,7 @@ class Duty:
     token: str = ""
     seal: bytes = b""
     report: envelope_pb2.EvaluationReport | None = None
+    hashes: bytes = b""
     reason: str = ""
     renewals: int = 0
 
@@ -220,7 +221,7 @@ class FakeRegistry(
         expected = evaluation_seal(assignment=duty.name, report=request.report.payload, salt=request.salt)
         if expected != duty.seal or signer != self.validator:
             raise InvalidArgument.field("report", "is not what was sealed", reason="SEAL_MISMATCH")
-        await self.change(duty.name, state=OPENED, report=report)
+        await self.change(duty.name, state=OPENED, report=report, hashes=request.prediction_hashes)
         return evaluation_pb2.OpenEvaluationResponse()
 
     async def DownloadArtifact(self, request, context):

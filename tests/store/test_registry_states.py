@@ -397,14 +397,14 @@ async def test_too_few_opened_reports_call_in_reserves_and_stay_hidden(world: Wo
     assert await world.states(number) == ["OPENED", "EXPIRED", "EXPIRED", "OFFERED", "OFFERED"]
     assert (await world.round(number)).state is RoundState.SEALING
     assert "evaluation_opened" not in await world.leaf_kinds()
-    hidden = await world.evaluations.get(duties[1].participant, duties[0])
+    hidden = (await world.evaluations.get(duties[1].participant, duties[0])).evaluation
     assert hidden.report is None
     await world.judge(number, 900, 900)
     scored = await world.submission(number)
     assert scored.state is SubmissionState.SCORED
     assert len(scored.scores[1].evaluations) == 3
     assert (await world.leaf_kinds()).count("evaluation_opened") == 3
-    shown = await world.evaluations.get(duties[1].participant, duties[0])
+    shown = (await world.evaluations.get(duties[1].participant, duties[0])).evaluation
     assert shown.report is not None
 
 

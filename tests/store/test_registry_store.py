@@ -36,6 +36,8 @@ from services.registry.records import (
     SubmissionState,
     Task,
     TaskState,
+    ValidatorFault,
+    ValidatorFaultKind,
     Verdict,
 )
 from services.registry.store import SqlStore
@@ -167,6 +169,9 @@ async def test_every_record_reads_back_equal_from_the_next_process(opened: Opene
         reveal_leaf=b"r" * 32,
         structure_checked=True,
         scores={1: score, 2: Score(2, "FAULT", fault="CRASHED")},
+        public_best=93,
+        hidden=True,
+        score_salt=b"s" * 32,
         draws={1: "d-1", 2: "d-2"},
         reveal_time=START + MINUTE,
         end_time=START + HOUR,
@@ -190,6 +195,7 @@ async def test_every_record_reads_back_equal_from_the_next_process(opened: Opene
         disclosed=True,
     )
     faulty = evaluation(ADA, finding=Finding(None, "CRASHED"))
+    fault = ValidatorFault("t", 1, 1, CY, ValidatorFaultKind.OUTLIER, START)
     artifact = Artifact("f" * 64, 1 << 41, START)
     use = ArtifactUse("f" * 64, "t", ArtifactPurpose.MODEL, BOB, 1)
 
@@ -208,6 +214,11 @@ async def test_every_record_reads_back_equal_from_the_next_process(opened: Opene
         tx.put_artifact(artifact)
         tx.put_artifact_use(use)
         tx.set_ledger_position(12)
+        tx.put_prediction_hashes("ab", 1, b"h" * 32)
+        tx.put_prediction_hashes("ab", 1, b"h" * 32)
+        tx.put_validator_fault(fault, costs_stake=True)
+        tx.put_validator_fault(replace(fault, validator=ADA), costs_stake=False)
+        tx.set_alive_time(START + HOUR)
 
     await opened.store.write(put)
     store = await opened.again()
@@ -220,12 +231,23 @@ async def test_every_record_reads_back_equal_from_the_next_process(opened: Opene
     assert await store.read(lambda tx: tx.verdicts("t", after=0, limit=9)) == [(1, verdict)]
     assert await store.read(lambda tx: tx.submission("t", 1)) == full_submission
     assert await store.read(lambda tx: tx.round("t", 1, 1)) == round_
-    assert await store.read(lambda tx: tx.assignment("t", 1, 1, CY)) == replace(duty, sequence=1)
+    kept_duty = await store.read(lambda tx: tx.assignment("t", 1, 1, CY))
+    assert kept_duty is not None
+    assert kept_duty == replace(duty, sequence=kept_duty.sequence)
     assert await store.read(lambda tx: tx.evaluations("t", 1)) == [faulty, counted]
     assert await store.read(lambda tx: tx.draw_receipt("d-1")) == b"receipt"
     assert await store.read(lambda tx: tx.artifact("f" * 64)) == artifact
     assert await store.read(lambda tx: tx.artifact_uses("f" * 64)) == [use]
     assert await store.read(lambda tx: tx.ledger_position()) == 12
+    assert await store.read(lambda tx: tx.prediction_hashes("ab", 1)) == b"h" * 32
+    assert await store.read(lambda tx: tx.validator_faults(task="t", validator=None, after=0, limit=9)) == [
+        (1, fault),
+        (2, replace(fault, validator=ADA)),
+    ]
+    assert await store.read(lambda tx: tx.faults_unslashed(limit=9)) == [(1, fault)]
+    await store.write(lambda tx: tx.note_slashed(1))
+    assert await store.read(lambda tx: tx.faults_unslashed(limit=9)) == []
+    assert await store.read(lambda tx: tx.alive_time()) == START + HOUR
 
 
 async def test_what_is_not_there_reads_as_nothing(store: SqlStore) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tiltyard.counting import AMBIGUITY, BLOCK_ROWS, Counts, Metric, NanOutput, Tally
+from tiltyard.predictions import block_hashes
 
 
 def naive(logits, labels, top_k=1):
@@ -22,13 +23,14 @@ def naive(logits, labels, top_k=1):
         predictions.append(order[0])
         correct += label in order[:top_k]
         if len(row) > 1:
-            gap = row[order[0]] - row[order[1]]
+            gap = row[order[top_k - 1]] - row[order[top_k]] if top_k < len(row) else math.inf
             ambiguous += gap <= AMBIGUITY * max(abs(value) for value in row)
         top = max(row)
         loss += math.log(sum(math.exp(value - top) for value in row)) + top - row[label]
     raw = np.array(predictions, dtype="<i4").tobytes()
     blocks = tuple(
-        hashlib.sha256(raw[start : start + 4 * BLOCK_ROWS]).digest() for start in range(0, len(raw), 4 * BLOCK_ROWS)
+        hashlib.sha256(b"\0" + raw[start : start + 4 * BLOCK_ROWS]).digest()
+        for start in range(0, len(raw), 4 * BLOCK_ROWS)
     )
     return Counts(correct, len(labels), ambiguous, round(loss * 1e6)), blocks
 
@@ -80,7 +82,7 @@ def test_ties_and_cuts_change_nothing(logits, data):
 def test_the_lowest_index_wins_a_tie():
     counts, blocks = tallied(np.array([[1, 1, 0], [0, 1, 1]], dtype=np.float32), np.array([0, 2]))
     assert (counts.correct, counts.ambiguous) == (1, 2)
-    assert blocks == (hashlib.sha256(np.array([0, 1], dtype="<i4").tobytes()).digest(),)
+    assert blocks == (hashlib.sha256(b"\0" + np.array([0, 1], dtype="<i4").tobytes()).digest(),)
 
 
 @pytest.mark.parametrize(
@@ -143,3 +145,71 @@ def test_read_only_rows_are_counted_and_left_alone():
     logits = np.frombuffer(raw, dtype=np.float32).reshape(2, 2)
     assert tallied(logits, np.array([1, 0]))[0].correct == 2
     assert logits.tobytes() == raw
+
+
+def naive_within(outputs, targets, bound):
+    ambiguous = 0
+    right = []
+    for row, target in zip(outputs.tolist(), targets.reshape(outputs.shape).tolist(), strict=True):
+        furthest = max(abs(value - wanted) for value, wanted in zip(row, target, strict=True))
+        right.append(int(furthest <= bound))
+        ambiguous += abs(furthest - bound) <= AMBIGUITY * max(abs(value) for value in row)
+    return sum(right), ambiguous, np.array(right, dtype="<i4").tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 600), st.integers(1, 3)),
+        elements=st.sampled_from([0.0, 1.0, 1.5, 0.99999, 1.00001, -2.0, 3e38, 1e-40]),
+    ),
+    st.sampled_from([0.5, 1.0, 1e-9, 2.5]),
+    st.integers(0, 600),
+)
+def test_regressions_are_counted_like_a_plain_loop(outputs, bound, cut):
+    targets = np.roll(outputs, 1, axis=0)
+    tally = Tally(Metric.WITHIN_BOUND, bound=bound)
+    for start, stop in ((0, min(cut, len(outputs))), (min(cut, len(outputs)), len(outputs))):
+        tally.add(outputs[start:stop], targets[start:stop])
+    correct, ambiguous, raw = naive_within(outputs, targets, bound)
+    counts = tally.counts()
+    assert (counts.correct, counts.total, counts.ambiguous) == (correct, len(outputs), ambiguous)
+    assert list(tally.prediction_blocks()) == block_hashes(raw)
+
+
+def test_one_target_a_row_may_be_flat_and_the_bound_is_within():
+    tally = Tally(Metric.WITHIN_BOUND, bound=0.5)
+    tally.add(np.array([[1.0], [2.0], [4.0]], dtype=np.float32), np.array([1.5, 2.0, 4.75], dtype=np.float32))
+    assert (tally.counts().correct, tally.counts().ambiguous) == (2, 1)
+    assert tally.counts().loss_sum_micros == 250_000 + 562_500
+
+
+def test_a_regressions_first_bad_row_is_named():
+    outputs = np.zeros((6, 2), dtype=np.float32)
+    outputs[4, 1] = math.nan
+    with pytest.raises(NanOutput) as caught:
+        Tally(Metric.WITHIN_BOUND, bound=1.0).add(outputs, np.zeros((6, 2), dtype=np.float32))
+    assert caught.value.row == 4
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, math.inf, math.nan])
+def test_a_bound_is_a_number_above_0(bound):
+    with pytest.raises(ValueError, match="bound"):
+        Tally(Metric.WITHIN_BOUND, bound=bound)
+
+
+def test_labels_of_the_other_kind_are_refused():
+    rows = np.zeros((2, 3), dtype=np.float32)
+    with pytest.raises(ValueError, match="no classes"):
+        Tally().add(rows, np.zeros(2, dtype=np.float32))
+    with pytest.raises(ValueError, match="do not fit"):
+        Tally(Metric.WITHIN_BOUND, bound=1.0).add(rows, np.zeros(2, dtype=np.float32))
+    with pytest.raises(ValueError, match="do not fit"):
+        Tally(Metric.WITHIN_BOUND, bound=1.0).add(rows, np.zeros((2, 3), dtype=np.int64))
+
+
+def test_a_loss_beyond_all_bounds_still_fits_its_field():
+    tally = Tally(Metric.WITHIN_BOUND, bound=1.0)
+    tally.add(np.full((2, 1), 3e38, dtype=np.float32), np.zeros((2, 1), dtype=np.float32))
+    assert tally.counts().loss_sum_micros == (1 << 63) - 1

@@ -32,10 +32,10 @@ def test_progress_tells_rate_and_time_left():
 @pytest.mark.parametrize(
     ("spec", "row_bytes", "expected"),
     [
-        (ModelSpec((784,), 10, Mlp((128,))), 784, 1337),
+        (ModelSpec((784,), 10, Mlp((128,))), 784, 2674),
         (SPEC, 4, 4096),
         (ModelSpec((3, 2048, 2048), 2, Linear()), 12_582_912, 1),
-        (ModelSpec((64,), 65_536, Linear()), 64, 4),
+        (ModelSpec((64,), 65_536, Linear()), 64, 8),
         # 64 channels of 224 x 224 float32 values are 12.8 MB a row.
         (ModelSpec((3, 224, 224), 10, Convnet((64,))), 150_528, 5),
     ],
@@ -119,7 +119,7 @@ def test_rows_are_read_as_they_lie_in_the_file(tmp_path):
         ({"x": np.zeros((2, 3), np.uint8)}, "lacks x or y"),
         ({"x": np.zeros((2, 3), np.uint8), "y": np.zeros(3, np.int64)}, "are no dataset"),
         ({"x": np.zeros((0, 3), np.uint8), "y": np.zeros(0, np.int64)}, "are no dataset"),
-        ({"x": np.zeros((2, 3), np.uint8), "y": np.full(2, math.pi, np.float32)}, "labels are F32"),
+        ({"x": np.zeros((2, 3), np.uint8), "y": np.full(2, math.pi, np.float64)}, "labels are F64"),
         ({"x": np.zeros((2, 3), np.uint64), "y": np.zeros(2, np.int64)}, "features are U64"),
     ],
 )

@@ -128,7 +128,7 @@ class Registry:
         name = statement.decode().removeprefix("seal of ")
         self.change(name, state=AssignmentState.SEALED, opening=self.open_at_once)
 
-    async def open(self, report, salt):
+    async def open(self, report, salt, hashes):
         self._called("open", report, salt)
 
 

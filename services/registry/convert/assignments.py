@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.registry.assignments import EvaluationOrder, Lease
-from services.registry.convert.enums import ASSIGNMENT_STATE, MODEL_FORMAT
+from services.registry.convert.enums import ASSIGNMENT_STATE, METRIC, MODEL_FORMAT
 from services.registry.convert.times import duration, timestamp
 from services.registry.records import Assignment
 from services.runtime import names
@@ -94,11 +94,9 @@ def page_message(
     )
 
 
-def watched_message(assignment: Assignment) -> assignment_pb2.WatchAssignmentsResponse:
+def watched_message(assignment: Assignment, cursor: int) -> assignment_pb2.WatchAssignmentsResponse:
     """One message of WatchAssignments."""
-    return assignment_pb2.WatchAssignmentsResponse(
-        assignment=assignment_message(assignment), cursor=str(assignment.sequence)
-    )
+    return assignment_pb2.WatchAssignmentsResponse(assignment=assignment_message(assignment), cursor=str(cursor))
 
 
 def accepted_message(lease: Lease) -> assignment_pb2.AcceptAssignmentResponse:
@@ -146,4 +144,7 @@ def _order_message(order: EvaluationOrder) -> assignment_pb2.EvaluationOrder:
         spec=model_spec_to_proto(order.spec),
         max_cpu_time=duration(order.limits.max_cpu_time),
         max_memory_bytes=order.limits.max_memory_bytes,
+        metric=METRIC.number(order.metric),
+        top_k=order.top_k,
+        bound=order.bound,
     )

@@ -1,5 +1,6 @@
 """A task's configuration as a stranger sends it: every field checked, every default filled in."""
 
+import math
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from enum import Enum
@@ -37,10 +38,6 @@ MAX_VALIDATORS = 99
 _INT64 = (1 << 63) - 1
 E = TypeVar("E", bound=Enum)
 _LONGEST_TASK = 10 * 366 * DAY
-# Built by later parts; until then the field is named instead of something else being done in silence.
-_SUPPORTED_LOSSES = frozenset({Loss.CROSS_ENTROPY, Loss.MSE})
-_SUPPORTED_METRICS = frozenset({Metric.ACCURACY})
-_SUPPORTED_VISIBILITIES = frozenset({ScoreVisibility.FULL})
 
 
 def draft_of(message: task_pb2.TaskConfig, *, now: datetime, max_dataset_bytes: int) -> TaskConfig:
@@ -215,7 +212,7 @@ def _limits(checks: FieldChecks, message: task_pb2.TaskLimits) -> Limits:
 
 def _selection(checks: FieldChecks, message: task_pb2.SelectionPolicy) -> SelectionPolicy:
     path = "config.selection"
-    checks.range(f"{path}.alpha_millis", message.alpha_millis, minimum=0, maximum=1000)
+    checks.range(f"{path}.alpha_millis", message.alpha_millis, minimum=0, maximum=999)
     for name in ("validator_min_stake_micros", "training_node_min_stake_micros"):
         checks.range(f"{path}.{name}", getattr(message, name), minimum=0, maximum=_INT64, unit="micro-units")
     rate = message.rate
@@ -237,12 +234,7 @@ def _selection(checks: FieldChecks, message: task_pb2.SelectionPolicy) -> Select
 def _check_rest(checks: FieldChecks, config: TaskConfig) -> None:
     fits = FIELD_OF_EXPERTISE.fullmatch(config.field)
     checks.require("config.field", fits, "must be 1 to 63 characters of a-z, 0-9 and -")
-    checks.require("config.loss", config.loss in _SUPPORTED_LOSSES, f"{config.loss.name} is not supported yet")
-    checks.require("config.metric", config.metric in _SUPPORTED_METRICS, f"{config.metric.name} is not supported yet")
-    visible = config.score_visibility in _SUPPORTED_VISIBILITIES
-    checks.require("config.score_visibility", visible, f"{config.score_visibility.name} is not supported yet")
-    if config.metric is Metric.ACCURACY and config.models:
-        checks.require("config.models[0].outputs", config.models[0].outputs >= 2, "must be 2 or more for ACCURACY")
+    _check_metric(checks, config)
     checks.range(
         "config.validators_per_submission", config.validators_per_submission, minimum=1, maximum=MAX_VALIDATORS
     )
@@ -258,3 +250,13 @@ def _check_rest(checks: FieldChecks, config: TaskConfig) -> None:
         )
         for index, name in enumerate(config.class_names):
             checks.text(f"config.class_names[{index}]", name, max_chars=MAX_NAME_CHARS)
+
+
+def _check_metric(checks: FieldChecks, config: TaskConfig) -> None:
+    outputs = config.models[0].outputs if config.models else None
+    if config.metric is Metric.WITHIN_BOUND:
+        checks.require("config.bound", 0 < config.bound < math.inf, "must be above 0 for WITHIN_BOUND")
+    elif outputs is not None:
+        checks.require("config.models[0].outputs", outputs >= 2, f"must be 2 or more for {config.metric.name}")
+        if config.metric is Metric.TOP_K_ACCURACY:
+            checks.range("config.top_k", config.top_k, minimum=1, maximum=outputs)

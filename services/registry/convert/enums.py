@@ -49,6 +49,7 @@ CURVE = EnumWords(records.Curve, task_pb2.Curve, "CURVE_")
 MODEL_FORMAT = EnumWords(records.ModelFormat, model_pb2.ModelFormat, "MODEL_FORMAT_")
 SUBMISSION_STATE = EnumWords(records.SubmissionState, evaluation_pb2.SubmissionState, "SUBMISSION_STATE_")
 REJECTION_REASON = EnumWords(records.RejectionReason, evaluation_pb2.RejectionReason, "REJECTION_REASON_")
+VALIDATOR_FAULT_KIND = EnumWords(records.ValidatorFaultKind, evaluation_pb2.ValidatorFaultKind, "VALIDATOR_FAULT_KIND_")
 ASSIGNMENT_STATE = EnumWords(records.AssignmentState, evaluation_pb2.AssignmentState, "ASSIGNMENT_STATE_")
 EVALUATION_VERDICT = EnumWords(
     records.EvaluationVerdict, registry_evaluation_pb2.EvaluationVerdict, "EVALUATION_VERDICT_"

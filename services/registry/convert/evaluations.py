@@ -3,17 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.registry.convert.enums import EVALUATION_VERDICT
+from services.registry.convert.enums import EVALUATION_VERDICT, VALIDATOR_FAULT_KIND
 from services.registry.convert.envelopes import envelope, envelope_message, open_own_statement
+from services.registry.convert.pages import Page, close_page, open_page
 from services.registry.convert.times import timestamp
-from services.registry.evaluations import Report
-from services.registry.records import Counts, Evaluation, Finding
+from services.registry.evaluations import EvaluationView, Report
+from services.registry.records import Counts, Evaluation, Finding, ValidatorFault
 from services.runtime import names
 from services.runtime.fields import FieldChecks
 from services.runtime.names import AssignmentId
 from services.runtime.paging import PageTokens, page_size
 from tiltyard.identity import Envelope
+from tiltyard.predictions import MAX_HASHES, rows_per_hash
 from tiltyard.registry.v1 import evaluation_pb2
+from tiltyard.transparency import HASH_BYTES
 from tiltyard.type.v1 import envelope_pb2
 from tiltyard.type.v1 import evaluation_pb2 as type_pb2
 
@@ -21,6 +24,7 @@ _FAULT_PREFIX = "MODEL_FAULT_"
 _FAULTS = frozenset(type_pb2.ModelFault.values()) - {type_pb2.MODEL_FAULT_UNSPECIFIED}
 _MAX_DETAIL_CHARS = 500
 _MAX_TOKEN_CHARS = 100
+_MAX_BLOCKS = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,15 @@ def report_of(request: evaluation_pb2.OpenEvaluationRequest, *, origin: str, cal
     checks.digest("report.dataset_digest", statement.dataset_digest)
     checks.digest("report.model_digest", statement.model_digest)
     checks.text("report.detail", statement.detail, min_chars=0, max_chars=_MAX_DETAIL_CHARS)
-    for index, block in enumerate(statement.prediction_blocks):
-        checks.digest(f"report.prediction_blocks[{index}]", block)
+    checks.range("report.prediction_blocks", statement.prediction_blocks, minimum=0, maximum=_MAX_BLOCKS)
+    if len(request.prediction_hashes) > MAX_HASHES * HASH_BYTES:
+        checks.fail("prediction_hashes", f"are more than {MAX_HASHES}")
     kind = statement.WhichOneof("finding")
     if checks.require("report.finding", kind, "must be counts or a fault") and kind == "fault":
         checks.one_of("report.fault", statement.fault, _FAULTS)
+        checks.require("report.prediction_root", not statement.prediction_root, "must be empty with a fault")
+    if kind == "counts":
+        checks.digest("report.prediction_root", statement.prediction_root)
     checks.finish()
     counts = statement.counts
     finding = Finding(
@@ -94,12 +102,14 @@ def report_of(request: evaluation_pb2.OpenEvaluationRequest, *, origin: str, cal
         else None,
         fault=type_pb2.ModelFault.Name(statement.fault).removeprefix(_FAULT_PREFIX) if kind == "fault" else None,
         node_endpoint=statement.node_endpoint,
+        prediction_root=statement.prediction_root.hex(),
+        prediction_blocks=statement.prediction_blocks,
     )
     report = Report(
         dataset_digest=statement.dataset_digest,
         model_digest=statement.model_digest,
         finding=finding,
-        prediction_blocks=len(statement.prediction_blocks),
+        prediction_hashes=request.prediction_hashes,
     )
     assignment = names.parse_assignment(statement.assignment, "report.assignment")
     return ReportDraft(assignment, report, envelope(request.report), request.salt)
@@ -150,3 +160,52 @@ def evaluation_message(evaluation: Evaluation) -> evaluation_pb2.Evaluation:
         message.report.CopyFrom(envelope_message(evaluation.report))
         message.finding.ParseFromString(evaluation.report.payload)
     return message
+
+
+def viewed_message(view: EvaluationView) -> evaluation_pb2.GetEvaluationResponse:
+    """The answer of GetEvaluation."""
+    message = evaluation_message(view.evaluation)
+    finding = view.evaluation.finding
+    if view.prediction_hashes and finding is not None:
+        message.prediction_hashes = view.prediction_hashes
+        message.rows_per_hash = rows_per_hash(finding.prediction_blocks)
+    return evaluation_pb2.GetEvaluationResponse(evaluation=message)
+
+
+@dataclass(frozen=True)
+class FaultQuery:
+    """One page of ListValidatorFaults: either of a task or of a validator."""
+
+    task: str | None
+    validator: str | None
+    page: Page
+
+
+def faults_query_of(request: evaluation_pb2.ListValidatorFaultsRequest, tokens: PageTokens) -> FaultQuery:
+    """The page that is asked for."""
+    of_validator = request.parent.startswith("participants/")
+    page = open_page(f"ListValidatorFaults {request.parent}", tokens, size=request.page_size, token=request.page_token)
+    return FaultQuery(
+        task=None if of_validator else names.parse_task(request.parent, "parent"),
+        validator=names.parse_participant(request.parent, "parent") if of_validator else None,
+        page=page,
+    )
+
+
+def faults_message(
+    query: FaultQuery, found: Sequence[tuple[int, ValidatorFault]], tokens: PageTokens
+) -> evaluation_pb2.ListValidatorFaultsResponse:
+    """The page, and where the next one begins."""
+    faults, token = close_page(query.page, tokens, found)
+    return evaluation_pb2.ListValidatorFaultsResponse(
+        faults=[_fault_message(fault) for fault in faults], next_page_token=token
+    )
+
+
+def _fault_message(fault: ValidatorFault) -> evaluation_pb2.ValidatorFault:
+    return evaluation_pb2.ValidatorFault(
+        assignment=names.format_assignment(AssignmentId(fault.task, fault.number, fault.round, fault.validator)),
+        validator=names.format_participant(fault.validator),
+        kind=VALIDATOR_FAULT_KIND.number(fault.kind),
+        time=timestamp(fault.time),
+    )

@@ -108,7 +108,7 @@ def revealed_message(view: SubmissionView) -> submission_pb2.RevealSubmissionRes
 
 
 def submission_message(view: SubmissionView) -> submission_pb2.Submission:
-    """A submission with its scores; all of them are public, since no task hides them yet."""
+    """A submission with its scores, as far as the domain shows them."""
     submission = view.submission
     task, number = submission.task, submission.number
     scores = {round_: score_message(score, task=task, number=number) for round_, score in submission.scores.items()}

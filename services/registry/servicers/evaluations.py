@@ -4,6 +4,7 @@ from typing import Any
 
 from services.registry.convert import evaluations as convert
 from services.registry.evaluations import Evaluations
+from services.registry.faults import ValidatorFaults
 from services.registry.records import Evaluation
 from services.runtime.auth import current_caller
 from services.runtime.idempotency import idempotent
@@ -15,8 +16,9 @@ from tiltyard.registry.v1 import evaluation_pb2, evaluation_pb2_grpc
 class EvaluationServicer(evaluation_pb2_grpc.EvaluationServiceServicer):
     """Reports sealed first and opened later."""
 
-    def __init__(self, evaluations: Evaluations, *, origin: str, tokens: PageTokens) -> None:
+    def __init__(self, evaluations: Evaluations, faults: ValidatorFaults, *, origin: str, tokens: PageTokens) -> None:
         self._evaluations = evaluations
+        self._faults = faults
         self._origin = origin
         self._tokens = tokens
 
@@ -39,8 +41,9 @@ class EvaluationServicer(evaluation_pb2_grpc.EvaluationServiceServicer):
     async def GetEvaluation(
         self, request: evaluation_pb2.GetEvaluationRequest, context: Any
     ) -> evaluation_pb2.GetEvaluationResponse:
-        evaluation = await self._evaluations.get(current_caller().id, parse_evaluation(request.name))
-        return evaluation_pb2.GetEvaluationResponse(evaluation=convert.evaluation_message(evaluation))
+        hashes = request.view == evaluation_pb2.EVALUATION_VIEW_FULL
+        view = await self._evaluations.get(current_caller().id, parse_evaluation(request.name), hashes=hashes)
+        return convert.viewed_message(view)
 
     async def ListEvaluations(
         self, request: evaluation_pb2.ListEvaluationsRequest, context: Any
@@ -50,3 +53,12 @@ class EvaluationServicer(evaluation_pb2_grpc.EvaluationServiceServicer):
             current_caller().id, query.task, query.number, after=query.after, limit=query.limit
         )
         return convert.page_message(query, found, self._tokens)
+
+    async def ListValidatorFaults(
+        self, request: evaluation_pb2.ListValidatorFaultsRequest, context: Any
+    ) -> evaluation_pb2.ListValidatorFaultsResponse:
+        query = convert.faults_query_of(request, self._tokens)
+        found = await self._faults.page(
+            task=query.task, validator=query.validator, after=query.page.after or 0, limit=query.page.limit
+        )
+        return convert.faults_message(query, found, self._tokens)

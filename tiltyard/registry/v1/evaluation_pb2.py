@@ -24,35 +24,44 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from tiltyard.type.v1 import envelope_pb2 as tiltyard_dot_type_dot_v1_dot_envelope__pb2
+from tiltyard.type.v1 import evaluation_pb2 as tiltyard_dot_type_dot_v1_dot_evaluation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tiltyard/registry/v1/evaluation.proto\x12\x14tiltyard.registry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ftiltyard/type/v1/envelope.proto\"\xb4\x02\n\nEvaluation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tvalidator\x18\x02 \x01(\t\x12\x0c\n\x04seal\x18\x03 \x01(\x0c\x12*\n\x06report\x18\x04 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x33\n\x07\x66inding\x18\x05 \x01(\x0b\x32\".tiltyard.type.v1.EvaluationReport\x12\x38\n\x07verdict\x18\x06 \x01(\x0e\x32\'.tiltyard.registry.v1.EvaluationVerdict\x12-\n\tseal_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\topen_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"q\n\x17\x43ommitEvaluationRequest\x12-\n\tstatement\x18\x01 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"P\n\x18\x43ommitEvaluationResponse\x12\x34\n\nevaluation\x18\x01 \x01(\x0b\x32 .tiltyard.registry.v1.Evaluation\"e\n\x15OpenEvaluationRequest\x12*\n\x06report\x18\x01 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x0c\n\x04salt\x18\x02 \x01(\x0c\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"N\n\x16OpenEvaluationResponse\x12\x34\n\nevaluation\x18\x01 \x01(\x0b\x32 .tiltyard.registry.v1.Evaluation\"$\n\x14GetEvaluationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"M\n\x15GetEvaluationResponse\x12\x34\n\nevaluation\x18\x01 \x01(\x0b\x32 .tiltyard.registry.v1.Evaluation\"O\n\x16ListEvaluationsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"i\n\x17ListEvaluationsResponse\x12\x35\n\x0b\x65valuations\x18\x01 \x03(\x0b\x32 .tiltyard.registry.v1.Evaluation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x97\x01\n\x11\x45valuationVerdict\x12\"\n\x1e\x45VALUATION_VERDICT_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x45VALUATION_VERDICT_AGREED\x10\x01\x12\x1e\n\x1a\x45VALUATION_VERDICT_OUTLIER\x10\x02\x12\x1f\n\x1b\x45VALUATION_VERDICT_UNOPENED\x10\x03\x32\xcd\x03\n\x11\x45valuationService\x12q\n\x10\x43ommitEvaluation\x12-.tiltyard.registry.v1.CommitEvaluationRequest\x1a..tiltyard.registry.v1.CommitEvaluationResponse\x12k\n\x0eOpenEvaluation\x12+.tiltyard.registry.v1.OpenEvaluationRequest\x1a,.tiltyard.registry.v1.OpenEvaluationResponse\x12h\n\rGetEvaluation\x12*.tiltyard.registry.v1.GetEvaluationRequest\x1a+.tiltyard.registry.v1.GetEvaluationResponse\x12n\n\x0fListEvaluations\x12,.tiltyard.registry.v1.ListEvaluationsRequest\x1a-.tiltyard.registry.v1.ListEvaluationsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tiltyard/registry/v1/evaluation.proto\x12\x14tiltyard.registry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ftiltyard/type/v1/envelope.proto\x1a!tiltyard/type/v1/evaluation.proto\"\xe6\x02\n\nEvaluation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tvalidator\x18\x02 \x01(\t\x12\x0c\n\x04seal\x18\x03 \x01(\x0c\x12*\n\x06report\x18\x04 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x33\n\x07\x66inding\x18\x05 \x01(\x0b\x32\".tiltyard.type.v1.EvaluationReport\x12\x38\n\x07verdict\x18\x06 \x01(\x0e\x32\'.tiltyard.registry.v1.EvaluationVerdict\x12-\n\tseal_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\topen_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11prediction_hashes\x18\t \x01(\x0c\x12\x15\n\rrows_per_hash\x18\n \x01(\x03\"\x95\x01\n\x0eValidatorFault\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x11\n\tvalidator\x18\x02 \x01(\t\x12\x32\n\x04kind\x18\x03 \x01(\x0e\x32$.tiltyard.type.v1.ValidatorFaultKind\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"q\n\x17\x43ommitEvaluationRequest\x12-\n\tstatement\x18\x01 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"P\n\x18\x43ommitEvaluationResponse\x12\x34\n\nevaluation\x18\x01 \x01(\x0b\x32 .tiltyard.registry.v1.Evaluation\"\x80\x01\n\x15OpenEvaluationRequest\x12*\n\x06report\x18\x01 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x0c\n\x04salt\x18\x02 \x01(\x0c\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x19\n\x11prediction_hashes\x18\x04 \x01(\x0c\"N\n\x16OpenEvaluationResponse\x12\x34\n\nevaluation\x18\x01 \x01(\x0b\x32 .tiltyard.registry.v1.Evaluation\"X\n\x14GetEvaluationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\x04view\x18\x02 \x01(\x0e\x32$.tiltyard.registry.v1.EvaluationView\"M\n\x15GetEvaluationResponse\x12\x34\n\nevaluation\x18\x01 \x01(\x0b\x32 .tiltyard.registry.v1.Evaluation\"O\n\x16ListEvaluationsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"i\n\x17ListEvaluationsResponse\x12\x35\n\x0b\x65valuations\x18\x01 \x03(\x0b\x32 .tiltyard.registry.v1.Evaluation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"S\n\x1aListValidatorFaultsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"l\n\x1bListValidatorFaultsResponse\x12\x34\n\x06\x66\x61ults\x18\x01 \x03(\x0b\x32$.tiltyard.registry.v1.ValidatorFault\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*f\n\x0e\x45valuationView\x12\x1f\n\x1b\x45VALUATION_VIEW_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45VALUATION_VIEW_BASIC\x10\x01\x12\x18\n\x14\x45VALUATION_VIEW_FULL\x10\x02*\x97\x01\n\x11\x45valuationVerdict\x12\"\n\x1e\x45VALUATION_VERDICT_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x45VALUATION_VERDICT_AGREED\x10\x01\x12\x1e\n\x1a\x45VALUATION_VERDICT_OUTLIER\x10\x02\x12\x1f\n\x1b\x45VALUATION_VERDICT_UNOPENED\x10\x03\x32\xc9\x04\n\x11\x45valuationService\x12q\n\x10\x43ommitEvaluation\x12-.tiltyard.registry.v1.CommitEvaluationRequest\x1a..tiltyard.registry.v1.CommitEvaluationResponse\x12k\n\x0eOpenEvaluation\x12+.tiltyard.registry.v1.OpenEvaluationRequest\x1a,.tiltyard.registry.v1.OpenEvaluationResponse\x12h\n\rGetEvaluation\x12*.tiltyard.registry.v1.GetEvaluationRequest\x1a+.tiltyard.registry.v1.GetEvaluationResponse\x12n\n\x0fListEvaluations\x12,.tiltyard.registry.v1.ListEvaluationsRequest\x1a-.tiltyard.registry.v1.ListEvaluationsResponse\x12z\n\x13ListValidatorFaults\x12\x30.tiltyard.registry.v1.ListValidatorFaultsRequest\x1a\x31.tiltyard.registry.v1.ListValidatorFaultsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tiltyard.registry.v1.evaluation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EVALUATIONVERDICT']._serialized_start=1126
-  _globals['_EVALUATIONVERDICT']._serialized_end=1277
-  _globals['_EVALUATION']._serialized_start=130
-  _globals['_EVALUATION']._serialized_end=438
-  _globals['_COMMITEVALUATIONREQUEST']._serialized_start=440
-  _globals['_COMMITEVALUATIONREQUEST']._serialized_end=553
-  _globals['_COMMITEVALUATIONRESPONSE']._serialized_start=555
-  _globals['_COMMITEVALUATIONRESPONSE']._serialized_end=635
-  _globals['_OPENEVALUATIONREQUEST']._serialized_start=637
-  _globals['_OPENEVALUATIONREQUEST']._serialized_end=738
-  _globals['_OPENEVALUATIONRESPONSE']._serialized_start=740
-  _globals['_OPENEVALUATIONRESPONSE']._serialized_end=818
-  _globals['_GETEVALUATIONREQUEST']._serialized_start=820
-  _globals['_GETEVALUATIONREQUEST']._serialized_end=856
-  _globals['_GETEVALUATIONRESPONSE']._serialized_start=858
-  _globals['_GETEVALUATIONRESPONSE']._serialized_end=935
-  _globals['_LISTEVALUATIONSREQUEST']._serialized_start=937
-  _globals['_LISTEVALUATIONSREQUEST']._serialized_end=1016
-  _globals['_LISTEVALUATIONSRESPONSE']._serialized_start=1018
-  _globals['_LISTEVALUATIONSRESPONSE']._serialized_end=1123
-  _globals['_EVALUATIONSERVICE']._serialized_start=1280
-  _globals['_EVALUATIONSERVICE']._serialized_end=1741
+  _globals['_EVALUATIONVIEW']._serialized_start=1637
+  _globals['_EVALUATIONVIEW']._serialized_end=1739
+  _globals['_EVALUATIONVERDICT']._serialized_start=1742
+  _globals['_EVALUATIONVERDICT']._serialized_end=1893
+  _globals['_EVALUATION']._serialized_start=165
+  _globals['_EVALUATION']._serialized_end=523
+  _globals['_VALIDATORFAULT']._serialized_start=526
+  _globals['_VALIDATORFAULT']._serialized_end=675
+  _globals['_COMMITEVALUATIONREQUEST']._serialized_start=677
+  _globals['_COMMITEVALUATIONREQUEST']._serialized_end=790
+  _globals['_COMMITEVALUATIONRESPONSE']._serialized_start=792
+  _globals['_COMMITEVALUATIONRESPONSE']._serialized_end=872
+  _globals['_OPENEVALUATIONREQUEST']._serialized_start=875
+  _globals['_OPENEVALUATIONREQUEST']._serialized_end=1003
+  _globals['_OPENEVALUATIONRESPONSE']._serialized_start=1005
+  _globals['_OPENEVALUATIONRESPONSE']._serialized_end=1083
+  _globals['_GETEVALUATIONREQUEST']._serialized_start=1085
+  _globals['_GETEVALUATIONREQUEST']._serialized_end=1173
+  _globals['_GETEVALUATIONRESPONSE']._serialized_start=1175
+  _globals['_GETEVALUATIONRESPONSE']._serialized_end=1252
+  _globals['_LISTEVALUATIONSREQUEST']._serialized_start=1254
+  _globals['_LISTEVALUATIONSREQUEST']._serialized_end=1333
+  _globals['_LISTEVALUATIONSRESPONSE']._serialized_start=1335
+  _globals['_LISTEVALUATIONSRESPONSE']._serialized_end=1440
+  _globals['_LISTVALIDATORFAULTSREQUEST']._serialized_start=1442
+  _globals['_LISTVALIDATORFAULTSREQUEST']._serialized_end=1525
+  _globals['_LISTVALIDATORFAULTSRESPONSE']._serialized_start=1527
+  _globals['_LISTVALIDATORFAULTSRESPONSE']._serialized_end=1635
+  _globals['_EVALUATIONSERVICE']._serialized_start=1896
+  _globals['_EVALUATIONSERVICE']._serialized_end=2481
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from tiltyard.type.v1 import envelope_pb2 as _envelope_pb2
+from tiltyard.type.v1 import evaluation_pb2 as _evaluation_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -20,6 +21,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _EvaluationView:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EvaluationViewEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EvaluationView.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EVALUATION_VIEW_UNSPECIFIED: _EvaluationView.ValueType  # 0
+    """The same as BASIC."""
+    EVALUATION_VIEW_BASIC: _EvaluationView.ValueType  # 1
+    """All but the hashes of the predictions."""
+    EVALUATION_VIEW_FULL: _EvaluationView.ValueType  # 2
+    """The hashes of the predictions too, where the report may be shown."""
+
+class EvaluationView(_EvaluationView, metaclass=_EvaluationViewEnumTypeWrapper):
+    """EvaluationView says how much of an evaluation is read."""
+
+EVALUATION_VIEW_UNSPECIFIED: EvaluationView.ValueType  # 0
+"""The same as BASIC."""
+EVALUATION_VIEW_BASIC: EvaluationView.ValueType  # 1
+"""All but the hashes of the predictions."""
+EVALUATION_VIEW_FULL: EvaluationView.ValueType  # 2
+"""The hashes of the predictions too, where the report may be shown."""
+Global___EvaluationView: _TypeAlias = EvaluationView  # noqa: Y015
 
 class _EvaluationVerdict:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -63,6 +88,8 @@ class Evaluation(_message.Message):
     VERDICT_FIELD_NUMBER: _builtins.int
     SEAL_TIME_FIELD_NUMBER: _builtins.int
     OPEN_TIME_FIELD_NUMBER: _builtins.int
+    PREDICTION_HASHES_FIELD_NUMBER: _builtins.int
+    ROWS_PER_HASH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name as tasks/{task}/submissions/{n}/evaluations/{round}-{participant id}."""
     validator: _builtins.str
@@ -71,6 +98,10 @@ class Evaluation(_message.Message):
     """The seal, 32 bytes."""
     verdict: Global___EvaluationVerdict.ValueType
     """What the registry made of it."""
+    prediction_hashes: _builtins.bytes
+    """View FULL, where the report may be shown: the nodes of the tree under prediction_root that were handed in, 32 bytes each."""
+    rows_per_hash: _builtins.int
+    """View FULL: rows under each of these hashes but the last, 256 unless the dataset has more than 16,777,216 rows."""
     @_builtins.property
     def report(self) -> _envelope_pb2.Envelope:
         """The report, where it may be shown."""
@@ -98,14 +129,52 @@ class Evaluation(_message.Message):
         verdict: Global___EvaluationVerdict.ValueType = ...,
         seal_time: _timestamp_pb2.Timestamp | None = ...,
         open_time: _timestamp_pb2.Timestamp | None = ...,
+        prediction_hashes: _builtins.bytes = ...,
+        rows_per_hash: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "open_time", b"open_time", "report", b"report", "seal_time", b"seal_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "name", b"name", "open_time", b"open_time", "report", b"report", "seal", b"seal", "seal_time", b"seal_time", "validator", b"validator", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "name", b"name", "open_time", b"open_time", "prediction_hashes", b"prediction_hashes", "report", b"report", "rows_per_hash", b"rows_per_hash", "seal", b"seal", "seal_time", b"seal_time", "validator", b"validator", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Evaluation: _TypeAlias = Evaluation  # noqa: Y015
+
+@_typing.final
+class ValidatorFault(_message.Message):
+    """ValidatorFault is one duty that was not done, or done wrongly."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    VALIDATOR_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    assignment: _builtins.str
+    """Assignment as tasks/{task}/submissions/{n}/assignments/{round}-{participant id}."""
+    validator: _builtins.str
+    """The validator as participants/{id}."""
+    kind: _evaluation_pb2.ValidatorFaultKind.ValueType
+    """What it owed."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was found out."""
+
+    def __init__(
+        self,
+        *,
+        assignment: _builtins.str = ...,
+        validator: _builtins.str = ...,
+        kind: _evaluation_pb2.ValidatorFaultKind.ValueType = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "kind", b"kind", "time", b"time", "validator", b"validator"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ValidatorFault: _TypeAlias = ValidatorFault  # noqa: Y015
 
 @_typing.final
 class CommitEvaluationRequest(_message.Message):
@@ -172,10 +241,15 @@ class OpenEvaluationRequest(_message.Message):
     REPORT_FIELD_NUMBER: _builtins.int
     SALT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PREDICTION_HASHES_FIELD_NUMBER: _builtins.int
     salt: _builtins.bytes
     """The salt of the seal, 32 bytes."""
     request_id: _builtins.str
     """Idempotency key, at most 64 characters."""
+    prediction_hashes: _builtins.bytes
+    """The nodes of the tree under the report's prediction_root at one level, left to right, 32 bytes each: the leaf hashes, or where these
+    are more than 65,536 the nodes of the lowest level that has no more. Empty with a fault.
+    """
     @_builtins.property
     def report(self) -> _envelope_pb2.Envelope:
         """The caller's EvaluationReport."""
@@ -186,10 +260,11 @@ class OpenEvaluationRequest(_message.Message):
         report: _envelope_pb2.Envelope | None = ...,
         salt: _builtins.bytes = ...,
         request_id: _builtins.str = ...,
+        prediction_hashes: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["report", b"report", "request_id", b"request_id", "salt", b"salt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prediction_hashes", b"prediction_hashes", "report", b"report", "request_id", b"request_id", "salt", b"salt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -226,16 +301,20 @@ class GetEvaluationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    VIEW_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name as tasks/{task}/submissions/{n}/evaluations/{round}-{participant id}."""
+    view: Global___EvaluationView.ValueType
+    """How much is read."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        view: Global___EvaluationView.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -322,3 +401,61 @@ class ListEvaluationsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListEvaluationsResponse: _TypeAlias = ListEvaluationsResponse  # noqa: Y015
+
+@_typing.final
+class ListValidatorFaultsRequest(_message.Message):
+    """ListValidatorFaultsRequest is the request of ListValidatorFaults."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """Task as tasks/{task} for those in one task, validator as participants/{id} for its own in all tasks."""
+    page_size: _builtins.int
+    """At most this many, 50 when 0, 1000 at most."""
+    page_token: _builtins.str
+    """Of the previous page; INVALID_ARGUMENT when it is of another list."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListValidatorFaultsRequest: _TypeAlias = ListValidatorFaultsRequest  # noqa: Y015
+
+@_typing.final
+class ListValidatorFaultsResponse(_message.Message):
+    """ListValidatorFaultsResponse is the answer of ListValidatorFaults."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAULTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty on the last."""
+    @_builtins.property
+    def faults(self) -> _containers.RepeatedCompositeFieldContainer[Global___ValidatorFault]:
+        """One page."""
+
+    def __init__(
+        self,
+        *,
+        faults: _abc.Iterable[Global___ValidatorFault] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListValidatorFaultsResponse: _TypeAlias = ListValidatorFaultsResponse  # noqa: Y015

@@ -55,6 +55,11 @@ class EvaluationServiceStub:
                 request_serializer=tiltyard_dot_registry_dot_v1_dot_evaluation__pb2.ListEvaluationsRequest.SerializeToString,
                 response_deserializer=tiltyard_dot_registry_dot_v1_dot_evaluation__pb2.ListEvaluationsResponse.FromString,
                 _registered_method=True)
+        self.ListValidatorFaults = channel.unary_unary(
+                '/tiltyard.registry.v1.EvaluationService/ListValidatorFaults',
+                request_serializer=tiltyard_dot_registry_dot_v1_dot_evaluation__pb2.ListValidatorFaultsRequest.SerializeToString,
+                response_deserializer=tiltyard_dot_registry_dot_v1_dot_evaluation__pb2.ListValidatorFaultsResponse.FromString,
+                _registered_method=True)
 
 
 class EvaluationServiceServicer:
@@ -75,14 +80,15 @@ class EvaluationServiceServicer:
         """OpenEvaluation lays the sealed report open, once the assignment says opening.
 
         Errors: FAILED_PRECONDITION (NOT_OPENING, OPENING_EXPIRED); INVALID_ARGUMENT (SEAL_MISMATCH, or a field of the report:
-        another dataset or model, counts that do not add up): the assignment stays SEALED.
+        another dataset or model, counts that do not add up, hashes that do not give the report's root): the assignment stays SEALED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetEvaluation(self, request, context):
-        """GetEvaluation reads one evaluation. The report shows once its submission has ended, to its validator at once.
+        """GetEvaluation reads one evaluation. The report shows once its submission has ended (LADDER visibility: once the task is closed), to
+        its validator at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,6 +96,13 @@ class EvaluationServiceServicer:
 
     def ListEvaluations(self, request, context):
         """ListEvaluations lists the evaluations of a submission by round and validator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListValidatorFaults(self, request, context):
+        """ListValidatorFaults lists what drawn validators owed, oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,6 +130,11 @@ def add_EvaluationServiceServicer_to_server(servicer, server):
                     servicer.ListEvaluations,
                     request_deserializer=tiltyard_dot_registry_dot_v1_dot_evaluation__pb2.ListEvaluationsRequest.FromString,
                     response_serializer=tiltyard_dot_registry_dot_v1_dot_evaluation__pb2.ListEvaluationsResponse.SerializeToString,
+            ),
+            'ListValidatorFaults': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListValidatorFaults,
+                    request_deserializer=tiltyard_dot_registry_dot_v1_dot_evaluation__pb2.ListValidatorFaultsRequest.FromString,
+                    response_serializer=tiltyard_dot_registry_dot_v1_dot_evaluation__pb2.ListValidatorFaultsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -228,6 +246,33 @@ class EvaluationService:
             '/tiltyard.registry.v1.EvaluationService/ListEvaluations',
             tiltyard_dot_registry_dot_v1_dot_evaluation__pb2.ListEvaluationsRequest.SerializeToString,
             tiltyard_dot_registry_dot_v1_dot_evaluation__pb2.ListEvaluationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListValidatorFaults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tiltyard.registry.v1.EvaluationService/ListValidatorFaults',
+            tiltyard_dot_registry_dot_v1_dot_evaluation__pb2.ListValidatorFaultsRequest.SerializeToString,
+            tiltyard_dot_registry_dot_v1_dot_evaluation__pb2.ListValidatorFaultsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,12 +43,16 @@ class EvaluationServiceStub:
     """OpenEvaluation lays the sealed report open, once the assignment says opening.
 
     Errors: FAILED_PRECONDITION (NOT_OPENING, OPENING_EXPIRED); INVALID_ARGUMENT (SEAL_MISMATCH, or a field of the report:
-    another dataset or model, counts that do not add up): the assignment stays SEALED.
+    another dataset or model, counts that do not add up, hashes that do not give the report's root): the assignment stays SEALED.
     """
     GetEvaluation: _grpc.UnaryUnaryMultiCallable[_evaluation_pb2.GetEvaluationRequest, _evaluation_pb2.GetEvaluationResponse]
-    """GetEvaluation reads one evaluation. The report shows once its submission has ended, to its validator at once."""
+    """GetEvaluation reads one evaluation. The report shows once its submission has ended (LADDER visibility: once the task is closed), to
+    its validator at once.
+    """
     ListEvaluations: _grpc.UnaryUnaryMultiCallable[_evaluation_pb2.ListEvaluationsRequest, _evaluation_pb2.ListEvaluationsResponse]
     """ListEvaluations lists the evaluations of a submission by round and validator."""
+    ListValidatorFaults: _grpc.UnaryUnaryMultiCallable[_evaluation_pb2.ListValidatorFaultsRequest, _evaluation_pb2.ListValidatorFaultsResponse]
+    """ListValidatorFaults lists what drawn validators owed, oldest first."""
 
 @_typing.type_check_only
 class EvaluationServiceAsyncStub(EvaluationServiceStub):
@@ -65,12 +69,16 @@ class EvaluationServiceAsyncStub(EvaluationServiceStub):
     """OpenEvaluation lays the sealed report open, once the assignment says opening.
 
     Errors: FAILED_PRECONDITION (NOT_OPENING, OPENING_EXPIRED); INVALID_ARGUMENT (SEAL_MISMATCH, or a field of the report:
-    another dataset or model, counts that do not add up): the assignment stays SEALED.
+    another dataset or model, counts that do not add up, hashes that do not give the report's root): the assignment stays SEALED.
     """
     GetEvaluation: _aio.UnaryUnaryMultiCallable[_evaluation_pb2.GetEvaluationRequest, _evaluation_pb2.GetEvaluationResponse]  # type: ignore[assignment]
-    """GetEvaluation reads one evaluation. The report shows once its submission has ended, to its validator at once."""
+    """GetEvaluation reads one evaluation. The report shows once its submission has ended (LADDER visibility: once the task is closed), to
+    its validator at once.
+    """
     ListEvaluations: _aio.UnaryUnaryMultiCallable[_evaluation_pb2.ListEvaluationsRequest, _evaluation_pb2.ListEvaluationsResponse]  # type: ignore[assignment]
     """ListEvaluations lists the evaluations of a submission by round and validator."""
+    ListValidatorFaults: _aio.UnaryUnaryMultiCallable[_evaluation_pb2.ListValidatorFaultsRequest, _evaluation_pb2.ListValidatorFaultsResponse]  # type: ignore[assignment]
+    """ListValidatorFaults lists what drawn validators owed, oldest first."""
 
 class EvaluationServiceServicer(metaclass=_abc_1.ABCMeta):
     """EvaluationService takes reports sealed first and opened later, so that nobody can copy another's."""
@@ -96,7 +104,7 @@ class EvaluationServiceServicer(metaclass=_abc_1.ABCMeta):
         """OpenEvaluation lays the sealed report open, once the assignment says opening.
 
         Errors: FAILED_PRECONDITION (NOT_OPENING, OPENING_EXPIRED); INVALID_ARGUMENT (SEAL_MISMATCH, or a field of the report:
-        another dataset or model, counts that do not add up): the assignment stays SEALED.
+        another dataset or model, counts that do not add up, hashes that do not give the report's root): the assignment stays SEALED.
         """
 
     @_abc_1.abstractmethod
@@ -105,7 +113,9 @@ class EvaluationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _evaluation_pb2.GetEvaluationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_evaluation_pb2.GetEvaluationResponse, _abc.Awaitable[_evaluation_pb2.GetEvaluationResponse]]:
-        """GetEvaluation reads one evaluation. The report shows once its submission has ended, to its validator at once."""
+        """GetEvaluation reads one evaluation. The report shows once its submission has ended (LADDER visibility: once the task is closed), to
+        its validator at once.
+        """
 
     @_abc_1.abstractmethod
     def ListEvaluations(
@@ -114,5 +124,13 @@ class EvaluationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_evaluation_pb2.ListEvaluationsResponse, _abc.Awaitable[_evaluation_pb2.ListEvaluationsResponse]]:
         """ListEvaluations lists the evaluations of a submission by round and validator."""
+
+    @_abc_1.abstractmethod
+    def ListValidatorFaults(
+        self,
+        request: _evaluation_pb2.ListValidatorFaultsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_evaluation_pb2.ListValidatorFaultsResponse, _abc.Awaitable[_evaluation_pb2.ListValidatorFaultsResponse]]:
+        """ListValidatorFaults lists what drawn validators owed, oldest first."""
 
 def add_EvaluationServiceServicer_to_server(servicer: EvaluationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

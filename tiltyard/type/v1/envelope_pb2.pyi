@@ -3,10 +3,8 @@
 isort:skip_file
 """
 
-from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from google.protobuf.internal import containers as _containers
 from tiltyard.type.v1 import evaluation_pb2 as _evaluation_pb2
 from tiltyard.type.v1 import model_pb2 as _model_pb2
 from tiltyard.type.v1 import participation_pb2 as _participation_pb2
@@ -211,9 +209,10 @@ class EvaluationReport(_message.Message):
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     COUNTS_FIELD_NUMBER: _builtins.int
     FAULT_FIELD_NUMBER: _builtins.int
-    PREDICTION_BLOCKS_FIELD_NUMBER: _builtins.int
+    PREDICTION_ROOT_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     NODE_ENDPOINT_FIELD_NUMBER: _builtins.int
+    PREDICTION_BLOCKS_FIELD_NUMBER: _builtins.int
     origin: _builtins.str
     """The arena's origin."""
     assignment: _builtins.str
@@ -224,17 +223,19 @@ class EvaluationReport(_message.Message):
     """SHA-256 of the model that was evaluated, 32 bytes."""
     fault: _evaluation_pb2.ModelFault.ValueType
     """The model is at fault."""
+    prediction_root: _builtins.bytes
+    """RFC 9162 Merkle root over blocks of 256 predictions in row order, 32 bytes; empty with a fault. A leaf is the bytes of one block,
+    each prediction a little-endian int32: the class of the largest output; for WITHIN_BOUND 1 where the row is right, else 0.
+    """
     detail: _builtins.str
     """One sentence on a fault, up to 500 characters."""
     node_endpoint: _builtins.bool
     """True when the training node's own endpoint answered; such a report never reaches quorum."""
+    prediction_blocks: _builtins.int
+    """Leaves under prediction_root: one for each 256 rows, the last may be short; 0 with a fault."""
     @_builtins.property
     def counts(self) -> _evaluation_pb2.Counts:
         """The model answered every row."""
-
-    @_builtins.property
-    def prediction_blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """SHA-256 of each block of 256 predictions (little-endian int32 classes) in row order, 32 bytes each; empty with a fault."""
 
     def __init__(
         self,
@@ -245,13 +246,14 @@ class EvaluationReport(_message.Message):
         model_digest: _builtins.bytes = ...,
         counts: _evaluation_pb2.Counts | None = ...,
         fault: _evaluation_pb2.ModelFault.ValueType = ...,
-        prediction_blocks: _abc.Iterable[_builtins.bytes] | None = ...,
+        prediction_root: _builtins.bytes = ...,
         detail: _builtins.str = ...,
         node_endpoint: _builtins.bool = ...,
+        prediction_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "fault", b"fault", "finding", b"finding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "counts", b"counts", "dataset_digest", b"dataset_digest", "detail", b"detail", "fault", b"fault", "finding", b"finding", "model_digest", b"model_digest", "node_endpoint", b"node_endpoint", "origin", b"origin", "prediction_blocks", b"prediction_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "counts", b"counts", "dataset_digest", b"dataset_digest", "detail", b"detail", "fault", b"fault", "finding", b"finding", "model_digest", b"model_digest", "node_endpoint", b"node_endpoint", "origin", b"origin", "prediction_blocks", b"prediction_blocks", "prediction_root", b"prediction_root"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_finding: _TypeAlias = _typing.Literal["counts", "fault"]  # noqa: Y015
     _WhichOneofArgType_finding: _TypeAlias = _typing.Literal["finding", b"finding"]  # noqa: Y015

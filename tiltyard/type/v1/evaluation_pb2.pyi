@@ -207,6 +207,38 @@ ASSIGNMENT_STATE_RELEASED: AssignmentState.ValueType  # 7
 """Not needed any more, through no fault of the validator. Refunded unless a report was given."""
 Global___AssignmentState: _TypeAlias = AssignmentState  # noqa: Y015
 
+class _ValidatorFaultKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ValidatorFaultKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ValidatorFaultKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VALIDATOR_FAULT_KIND_UNSPECIFIED: _ValidatorFaultKind.ValueType  # 0
+    """Unset."""
+    VALIDATOR_FAULT_KIND_OFFER_EXPIRED: _ValidatorFaultKind.ValueType  # 1
+    """An offered duty was neither accepted nor declined in time."""
+    VALIDATOR_FAULT_KIND_LEASE_EXPIRED: _ValidatorFaultKind.ValueType  # 2
+    """A lease ran out without a seal."""
+    VALIDATOR_FAULT_KIND_SEAL_UNOPENED: _ValidatorFaultKind.ValueType  # 3
+    """A sealed report was not opened in time."""
+    VALIDATOR_FAULT_KIND_OUTLIER: _ValidatorFaultKind.ValueType  # 4
+    """The opened report lies further off the conclusion than the tolerance."""
+
+class ValidatorFaultKind(_ValidatorFaultKind, metaclass=_ValidatorFaultKindEnumTypeWrapper):
+    """ValidatorFaultKind says what a drawn validator owed and did not do, or did wrongly."""
+
+VALIDATOR_FAULT_KIND_UNSPECIFIED: ValidatorFaultKind.ValueType  # 0
+"""Unset."""
+VALIDATOR_FAULT_KIND_OFFER_EXPIRED: ValidatorFaultKind.ValueType  # 1
+"""An offered duty was neither accepted nor declined in time."""
+VALIDATOR_FAULT_KIND_LEASE_EXPIRED: ValidatorFaultKind.ValueType  # 2
+"""A lease ran out without a seal."""
+VALIDATOR_FAULT_KIND_SEAL_UNOPENED: ValidatorFaultKind.ValueType  # 3
+"""A sealed report was not opened in time."""
+VALIDATOR_FAULT_KIND_OUTLIER: ValidatorFaultKind.ValueType  # 4
+"""The opened report lies further off the conclusion than the tolerance."""
+Global___ValidatorFaultKind: _TypeAlias = ValidatorFaultKind  # noqa: Y015
+
 class _ScoreOutcome:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -250,7 +282,9 @@ class Counts(_message.Message):
     total: _builtins.int
     """Rows of the evaluation dataset, 1 or more."""
     ambiguous: _builtins.int
-    """Rows whose two best outputs lie within 1e-4 of the largest magnitude: where honest machines may differ."""
+    """Rows that honest machines may count differently: the outputs between which the metric decides (the two best; for TOP_K_ACCURACY
+    the k-th and the next; for WITHIN_BOUND the distance and the bound) lie within 1e-4 of the row's largest magnitude.
+    """
     loss_sum_micros: _builtins.int
     """Sum of the loss over all rows in millionths, rounded half to even; informative only, never compared."""
     def __init__(

@@ -50,6 +50,8 @@ class LogEntry(_message.Message):
     SCORE_CONCLUDED_FIELD_NUMBER: _builtins.int
     LEDGER_EVENT_FIELD_NUMBER: _builtins.int
     HOLDOUT_CHANGED_FIELD_NUMBER: _builtins.int
+    VALIDATOR_FAULT_FIELD_NUMBER: _builtins.int
+    OUTAGE_ENDED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When the registry wrote it."""
@@ -126,6 +128,14 @@ class LogEntry(_message.Message):
     def holdout_changed(self) -> Global___HoldoutChanged:
         """The holdout was published, or its publication failed."""
 
+    @_builtins.property
+    def validator_fault(self) -> Global___ValidatorFault:
+        """A validator failed its duty."""
+
+    @_builtins.property
+    def outage_ended(self) -> Global___OutageEnded:
+        """The registry was away, and deadlines were moved."""
+
     def __init__(
         self,
         *,
@@ -148,12 +158,14 @@ class LogEntry(_message.Message):
         score_concluded: Global___ScoreConcluded | None = ...,
         ledger_event: _stake_pb2.LedgerEvent | None = ...,
         holdout_changed: Global___HoldoutChanged | None = ...,
+        validator_fault: Global___ValidatorFault | None = ...,
+        outage_ended: Global___OutageEnded | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assignment_changed", b"assignment_changed", "draw", b"draw", "endorsement_changed", b"endorsement_changed", "entry", b"entry", "evaluation_opened", b"evaluation_opened", "evaluation_sealed", b"evaluation_sealed", "genesis", b"genesis", "holdout_changed", b"holdout_changed", "ledger_event", b"ledger_event", "membership_changed", b"membership_changed", "owner_bound", b"owner_bound", "participant_registered", b"participant_registered", "score_concluded", b"score_concluded", "submission_changed", b"submission_changed", "submission_committed", b"submission_committed", "submission_revealed", b"submission_revealed", "task_changed", b"task_changed", "task_created", b"task_created", "time", b"time", "verdict", b"verdict"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assignment_changed", b"assignment_changed", "draw", b"draw", "endorsement_changed", b"endorsement_changed", "entry", b"entry", "evaluation_opened", b"evaluation_opened", "evaluation_sealed", b"evaluation_sealed", "genesis", b"genesis", "holdout_changed", b"holdout_changed", "ledger_event", b"ledger_event", "membership_changed", b"membership_changed", "outage_ended", b"outage_ended", "owner_bound", b"owner_bound", "participant_registered", b"participant_registered", "score_concluded", b"score_concluded", "submission_changed", b"submission_changed", "submission_committed", b"submission_committed", "submission_revealed", b"submission_revealed", "task_changed", b"task_changed", "task_created", b"task_created", "time", b"time", "validator_fault", b"validator_fault", "verdict", b"verdict"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_changed", b"assignment_changed", "draw", b"draw", "endorsement_changed", b"endorsement_changed", "entry", b"entry", "evaluation_opened", b"evaluation_opened", "evaluation_sealed", b"evaluation_sealed", "genesis", b"genesis", "holdout_changed", b"holdout_changed", "ledger_event", b"ledger_event", "membership_changed", b"membership_changed", "owner_bound", b"owner_bound", "participant_registered", b"participant_registered", "score_concluded", b"score_concluded", "submission_changed", b"submission_changed", "submission_committed", b"submission_committed", "submission_revealed", b"submission_revealed", "task_changed", b"task_changed", "task_created", b"task_created", "time", b"time", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_changed", b"assignment_changed", "draw", b"draw", "endorsement_changed", b"endorsement_changed", "entry", b"entry", "evaluation_opened", b"evaluation_opened", "evaluation_sealed", b"evaluation_sealed", "genesis", b"genesis", "holdout_changed", b"holdout_changed", "ledger_event", b"ledger_event", "membership_changed", b"membership_changed", "outage_ended", b"outage_ended", "owner_bound", b"owner_bound", "participant_registered", b"participant_registered", "score_concluded", b"score_concluded", "submission_changed", b"submission_changed", "submission_committed", b"submission_committed", "submission_revealed", b"submission_revealed", "task_changed", b"task_changed", "task_created", b"task_created", "time", b"time", "validator_fault", b"validator_fault", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_entry: _TypeAlias = _typing.Literal["genesis", "participant_registered", "owner_bound", "endorsement_changed", "verdict", "task_created", "task_changed", "membership_changed", "submission_committed", "submission_revealed", "submission_changed", "draw", "assignment_changed", "evaluation_sealed", "evaluation_opened", "score_concluded", "ledger_event", "holdout_changed"]  # noqa: Y015
+    _WhichOneofReturnType_entry: _TypeAlias = _typing.Literal["genesis", "participant_registered", "owner_bound", "endorsement_changed", "verdict", "task_created", "task_changed", "membership_changed", "submission_committed", "submission_revealed", "submission_changed", "draw", "assignment_changed", "evaluation_sealed", "evaluation_opened", "score_concluded", "ledger_event", "holdout_changed", "validator_fault", "outage_ended"]  # noqa: Y015
     _WhichOneofArgType_entry: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_entry) -> _WhichOneofReturnType_entry | None: ...
 
@@ -588,9 +600,9 @@ class ScoreConcluded(_message.Message):
     submission: _builtins.str
     """Submission as tasks/{task}/submissions/{n}."""
     commitment: _builtins.bytes
-    """LADDER visibility before close: SHA-256 over tag, score bytes and salt, 32 bytes."""
+    """LADDER visibility before close: SHA-256 over tag, score bytes and salt, 32 bytes, as docs/commitments.md fixes it."""
     salt: _builtins.bytes
-    """Given when the commitment is opened, 32 bytes."""
+    """Given when the commitment is opened, 32 bytes: a second entry of the same submission and round then holds the score."""
     @_builtins.property
     def score(self) -> _evaluation_pb2.Score:
         """FULL visibility, or after close: the score."""
@@ -610,6 +622,64 @@ class ScoreConcluded(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScoreConcluded: _TypeAlias = ScoreConcluded  # noqa: Y015
+
+@_typing.final
+class ValidatorFault(_message.Message):
+    """ValidatorFault records what a validator owed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    assignment: _builtins.str
+    """Assignment as tasks/{task}/submissions/{n}/assignments/{round}-{participant id}."""
+    kind: _evaluation_pb2.ValidatorFaultKind.ValueType
+    """What it owed."""
+    def __init__(
+        self,
+        *,
+        assignment: _builtins.str = ...,
+        kind: _evaluation_pb2.ValidatorFaultKind.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ValidatorFault: _TypeAlias = ValidatorFault  # noqa: Y015
+
+@_typing.final
+class OutageEnded(_message.Message):
+    """OutageEnded records that the registry was away: what validators and training nodes could not do meanwhile is not held against
+    them. Every deadline of a commitment, a draw, an assignment and a round that had not passed at `last_alive` moved by the difference.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAST_ALIVE_FIELD_NUMBER: _builtins.int
+    BACK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def last_alive(self) -> _timestamp_pb2.Timestamp:
+        """When the registry was last known to be at work."""
+
+    @_builtins.property
+    def back(self) -> _timestamp_pb2.Timestamp:
+        """When it was back."""
+
+    def __init__(
+        self,
+        *,
+        last_alive: _timestamp_pb2.Timestamp | None = ...,
+        back: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["back", b"back", "last_alive", b"last_alive"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["back", b"back", "last_alive", b"last_alive"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutageEnded: _TypeAlias = OutageEnded  # noqa: Y015
 
 @_typing.final
 class HoldoutChanged(_message.Message):

@@ -1,0 +1,43 @@
+"""Faults of validators: listed for everybody, and taken to the selector, which knows what each costs."""
+
+from collections.abc import Sequence
+
+from services.registry.records import ValidatorFault
+from services.registry.selection import Selection
+from services.registry.transaction import Store, Writing
+from services.registry.turns import each
+from services.runtime.names import AssignmentId, format_assignment
+
+_SLASHED_A_TURN = 64
+
+
+class ValidatorFaults:
+    """What drawn validators owed; `rounds.record_fault` writes it down."""
+
+    def __init__(self, store: Store, selection: Selection) -> None:
+        self._store = store
+        self._selection = selection
+
+    async def page(
+        self, *, task: str | None, validator: str | None, after: int, limit: int
+    ) -> Sequence[tuple[int, ValidatorFault]]:
+        """Those in one task, or of one validator: oldest first, each with its position; those above `after`."""
+        return await self._store.read(
+            lambda tx: tx.validator_faults(task=task, validator=validator, after=after, limit=limit)
+        )
+
+    async def slash(self) -> int:
+        """A step of the referee: every fault that costs stake is told to the selector, which takes it once."""
+
+        async def slash_one(found: tuple[int, ValidatorFault]) -> int:
+            position, fault = found
+            duty = AssignmentId(fault.task, fault.number, fault.round, fault.validator)
+            await self._selection.slash(fault.validator, fault.kind, evidence=format_assignment(duty))
+
+            def note(tx: Writing) -> int:
+                tx.note_slashed(position)
+                return 1
+
+            return await self._store.write(note)
+
+        return await each(await self._store.read(lambda tx: tx.faults_unslashed(limit=_SLASHED_A_TURN)), slash_one)

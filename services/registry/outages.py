@@ -1,0 +1,62 @@
+"""What the registry could not hear while it was away is not held against anybody: deadlines move by that time."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from services.registry.entries import OutageEnded
+from services.registry.records import SubmissionState
+from services.registry.transaction import Store, Writing
+
+# How often the registry notes that it is at work. Being away for less than twice as long is not noticed.
+_BEAT = timedelta(seconds=2)
+
+_WITH_DEADLINE = (SubmissionState.COMMITTED, SubmissionState.REVEALED, SubmissionState.EVALUATING)
+
+
+class Outages:
+    """Notes that the registry is alive, and finds out at its start for how long it was not."""
+
+    def __init__(self, store: Store, clock: Callable[[], datetime]) -> None:
+        self._store = store
+        self._clock = clock
+        self._noted: datetime | None = None
+
+    async def beat(self) -> int:
+        """A step of the referee: note every two seconds that the registry is at work. There is never more to do."""
+        now = self._clock()
+        if self._noted is None or now - self._noted >= _BEAT:
+            await self._store.write(lambda tx: tx.set_alive_time(tx.now))
+            self._noted = now
+        return 0
+
+    async def end(self) -> timedelta:
+        """Before anything is served or expires: move the deadlines that ran while the registry was away, by that time.
+
+        Those of commitments, draws, assignments and rounds; tasks close when they said they would. Answers with how far
+        they moved, 0 for no outage.
+        """
+
+        def write(tx: Writing) -> timedelta:
+            alive = tx.alive_time()
+            tx.set_alive_time(tx.now)
+            if alive is None or tx.now - alive < 2 * _BEAT:
+                return timedelta(0)
+            away = tx.now - alive
+            _move_deadlines(tx, alive, away)
+            tx.append(OutageEnded(last_alive=alive, back=tx.now))
+            return away
+
+        return await self._store.write(write)
+
+
+def _move_deadlines(tx: Writing, alive: datetime, away: timedelta) -> None:
+    for assignment in tx.assignments_running(alive):
+        if assignment.deadline is not None:
+            tx.put_assignment(replace(assignment, deadline=assignment.deadline + away))
+    for round_ in tx.rounds_unconcluded():
+        if round_.deadline > alive:
+            tx.put_round(replace(round_, deadline=round_.deadline + away))
+    for submission in tx.submissions_in(*_WITH_DEADLINE):
+        if submission.deadline is not None and submission.deadline > alive:
+            tx.put_submission(replace(submission, deadline=submission.deadline + away))
