@@ -4,6 +4,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from math import isqrt
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from services.runtime.errors import ArenaError
 from services.selector.convert.receipts import ReceiptSigner
 from services.selector.draws import DrawOrder, Draws
 from services.selector.eligibility import Applicant, Eligibility, Facts
-from services.selector.faults import Fault
+from services.selector.faults import COST_MILLIS, Fault, cost_micros
 from services.selector.pool_trees import PoolTrees, at_version
 from services.selector.pools import Pools
 from services.selector.records import (
@@ -298,17 +299,24 @@ async def test_the_pool_can_be_recomputed_from_the_events(selector: Selector) ->
     page = await selector.stakes.list_events(start=1, limit=10_000)
     kinds = {event.kind for event in page.events}
     assert kinds == set(EventKind) - {EventKind.POOL_CLOSED}
-    totals = {person: 0 for person in people}
+    books = {person: Books() for person in people}
     weights: dict[tuple[str, str], int] = {}
     uses: dict[str, int] = {}
     for event in page.events:
-        _follow(event, totals, weights, uses)
+        _follow(event, books[event.participant] if event.participant in books else Books(), weights, uses)
 
     def compare(transaction: Transaction) -> None:
         for person in people:
             accounts = transaction.accounts(person)
-            there = accounts.available_micros + accounts.locked_micros + accounts.unbonding_micros
-            assert there == totals[person]
+            assert books[person] == Books(
+                accounts.available_micros,
+                accounts.locked_micros,
+                accounts.unbonding_micros,
+                accounts.slashed_micros,
+                outside=books[person].outside,
+            )
+            # Every micro-unit that came in lies on exactly one account, or went out again.
+            assert books[person].sum() == 0
             locked = sum(candidate.locked_micros for candidate in transaction.candidacies(person))
             assert accounts.locked_micros == locked
             assert sum(waiting.amount_micros for waiting in transaction.unbondings(person)) == (
@@ -334,17 +342,83 @@ async def test_the_pool_can_be_recomputed_from_the_events(selector: Selector) ->
     await selector.store.read(compare)
 
 
-def _follow(
-    event: LedgerEvent, totals: dict[str, int], weights: dict[tuple[str, str], int], uses: dict[str, int]
-) -> None:
+@dataclass
+class Books:
+    """One participant's accounts as the events tell them; `outside` is where deposits come from and withdrawals go."""
+
+    available: int = 0
+    locked: int = 0
+    unbonding: int = 0
+    slashed: int = 0
+    outside: int = 0
+
+    def move(self, amount: int, source: str, target: str) -> None:
+        setattr(self, source, getattr(self, source) - amount)
+        setattr(self, target, getattr(self, target) + amount)
+        assert min(self.available, self.locked, self.unbonding, self.slashed) >= 0
+
+    def slash(self, amount: int) -> None:
+        """From available, locked and unbonding stake, in this order."""
+        for source in ("available", "locked", "unbonding"):
+            taken = min(amount, getattr(self, source))
+            self.move(taken, source, "slashed")
+            amount -= taken
+        assert amount == 0
+
+    def sum(self) -> int:
+        return self.available + self.locked + self.unbonding + self.slashed + self.outside
+
+
+_MOVES = {
+    EventKind.DEPOSITED: ("outside", "available"),
+    EventKind.LOCKED: ("available", "locked"),
+    EventKind.UNLOCKED: ("locked", "available"),
+    EventKind.WITHDRAWAL_REQUESTED: ("available", "unbonding"),
+    EventKind.WITHDRAWN: ("unbonding", "outside"),
+}
+
+
+def _follow(event: LedgerEvent, books: Books, weights: dict[tuple[str, str], int], uses: dict[str, int]) -> None:
+    if event.kind in _MOVES:
+        books.move(event.amount_micros, *_MOVES[event.kind])
     match event.kind:
-        case EventKind.DEPOSITED:
-            totals[event.participant] += event.amount_micros
-        case EventKind.WITHDRAWN | EventKind.SLASHED:
-            totals[event.participant] -= event.amount_micros
+        case EventKind.SLASHED:
+            assert event.fault is not None
+            books.slash(event.amount_micros)
         case EventKind.CANDIDATE_ADDED | EventKind.WEIGHT_CHANGED | EventKind.CANDIDATE_REMOVED:
             weights[event.task, event.participant] = event.weight
         case EventKind.QUOTA_CHARGED:
             uses[event.participant] = uses.get(event.participant, 0) + 1
         case EventKind.QUOTA_REFUNDED:
             uses[event.participant] -= 1
+
+
+async def test_the_largest_stake_there_can_be_is_kept_weighed_and_taken(selector: Selector) -> None:
+    await selector.open()
+    whale, other = someone(1), someone(2)
+    await selector.deposit(whale, 2**63 - 1 - MINIMUM)
+    await selector.deposit(other, MINIMUM)
+    with pytest.raises(ArenaError, match="LEDGER_FULL"):
+        await selector.deposit(other, 1)
+    await selector.admit(whale)
+    await selector.admit(other)
+    drawn = await selector.draws.draw(selector.order(1))
+    assert drawn.pool_weight == isqrt(((2**63 - 1 - MINIMUM) << 64) // MINIMUM) + 2**32
+    slashed = await selector.stakes.slash(whale, fault=Fault.SEAL_MISSING, evidence="e")
+    assert slashed.slashed_micros == -(-(2**63 - 1 - MINIMUM) // 1000)
+    slashed = await selector.stakes.slash(whale, fault=Fault.CONTRADICTION, evidence="f")
+    assert slashed.stake.accounts.slashed_micros == 2**63 - 1 - MINIMUM
+    # What was taken stays on the ledger: there is still no room.
+    with pytest.raises(ArenaError, match="LEDGER_FULL"):
+        await selector.deposit(other, 1)
+
+
+def test_the_table_of_faults_is_whole_and_no_stake_is_too_small_to_be_slashed() -> None:
+    assert set(COST_MILLIS) == set(Fault)
+    for fault, millis in COST_MILLIS.items():
+        assert 1 <= millis <= 1000
+        assert cost_micros(fault, stake_micros=0) == 0
+        assert cost_micros(fault, stake_micros=1) == 1
+        assert cost_micros(fault, stake_micros=2**63 - 1) <= 2**63 - 1
+    assert cost_micros(Fault.CONTRADICTION, stake_micros=2**63 - 1) == 2**63 - 1
+    assert cost_micros(Fault.REPORT_OUTSIDE_TOLERANCE, stake_micros=1001) == 51

@@ -133,18 +133,72 @@ def test_a_seed_has_32_bytes() -> None:
         next(draw(b"short", SumTree([("a", 1)])))
 
 
-def test_frequencies_fit_sequential_sampling_without_replacement() -> None:
-    weights = [1, 2, 3, 5, 9]
-    total = sum(weights)
-    tree = SumTree((str(index), value << 32) for index, value in enumerate(weights))
-    runs = 20_000
-    seen = Counter(tuple(place.leaf_index for place in islice(draw(_seed(run), tree), 2)) for run in range(runs))
-    statistic = 0.0
-    for first, second in permutations(range(5), 2):
-        chance = weights[first] / total * weights[second] / (total - weights[first])
-        statistic += (seen[first, second] - runs * chance) ** 2 / (runs * chance)
-    # Chi-square with 19 degrees of freedom exceeds this with a chance of 0.001.
-    assert statistic < 43.82
+RUNS = 100_000
+PICKS = 3
+
+
+@pytest.fixture(scope="module", params=[(1, 2, 3, 5, 9, 14), (1, 1, 1, 1, 1, 1), (1, 1000, 1, 30, 7, 7)])
+def drawn(request: pytest.FixtureRequest) -> tuple[tuple[int, ...], Counter[tuple[int, ...]]]:
+    """Weights of six groups, and how often each order of three came up in 100,000 draws."""
+    weights: tuple[int, ...] = request.param
+    tree = SumTree((str(index), weight << 32) for index, weight in enumerate(weights))
+    orders = (islice(draw(_seed(run), tree), PICKS) for run in range(RUNS))
+    return weights, Counter(tuple(place.leaf_index for place in order) for order in orders)
+
+
+def test_orders_fit_sequential_sampling_without_replacement(
+    drawn: tuple[tuple[int, ...], Counter[tuple[int, ...]]],
+) -> None:
+    weights, seen = drawn
+    statistic, expected_rarely, seen_rarely, cells = 0.0, 0.0, 0, 0
+    for order in permutations(range(len(weights)), PICKS):
+        left, chance = sum(weights), 1.0
+        for index in order:
+            chance *= weights[index] / left
+            left -= weights[index]
+        if RUNS * chance < 5:  # too few for chi-square: counted together
+            expected_rarely, seen_rarely = expected_rarely + RUNS * chance, seen_rarely + seen[order]
+        else:
+            statistic += (seen[order] - RUNS * chance) ** 2 / (RUNS * chance)
+            cells += 1
+    if expected_rarely:
+        statistic += (seen_rarely - expected_rarely) ** 2 / expected_rarely
+        cells += 1
+    # Chi-square with this many degrees of freedom exceeds this with a chance of 0.001 (Wilson and Hilferty).
+    freedom = cells - 1
+    assert statistic < freedom * (1 - 2 / (9 * freedom) + 3.0902 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+def test_frequencies_fit_the_exact_inclusion_probabilities(
+    drawn: tuple[tuple[int, ...], Counter[tuple[int, ...]]],
+) -> None:
+    weights, seen = drawn
+    chances = inclusion_probabilities(weights, PICKS)
+    assert sum(chances) == pytest.approx(PICKS)
+    for index, chance in enumerate(chances):
+        times = sum(number for order, number in seen.items() if index in order)
+        statistic = (times - RUNS * chance) ** 2 / (RUNS * chance * (1 - chance))
+        # One degree of freedom; 0.001 for all six together.
+        assert statistic < 14.1
+
+
+def test_members_of_one_group_never_appear_together_and_share_its_chance_evenly() -> None:
+    """Groups of one, two and three members: their number changes who of them is picked, never how often one is."""
+    members = [[f"{group}.{number}" for number in range(1 + group % 3)] for group in range(6)]
+    tree = SumTree((str(group), (1 + group) << 32) for group in range(6))
+    runs = 30_000
+    seen: Counter[str] = Counter()
+    for run in range(runs):
+        seed = _seed(run)
+        picked = [
+            drawn_member(seed, place.place, members[place.leaf_index]) for place in islice(draw(seed, tree), PICKS)
+        ]
+        assert len({member.partition(".")[0] for member in picked}) == PICKS
+        seen.update(picked)
+    for group, chance in enumerate(inclusion_probabilities([1, 2, 3, 4, 5, 6], PICKS)):
+        for member in members[group]:
+            each = chance / len(members[group])
+            assert (seen[member] - runs * each) ** 2 / (runs * each * (1 - each)) < 16
 
 
 def test_members_are_drawn_uniformly() -> None:
