@@ -3,6 +3,7 @@
 import typer
 
 from tiltyard.cli import (
+    audits,
     datasets,
     demo,
     draws,
@@ -41,4 +42,7 @@ app.add_typer(validators.app, name="validate")
 app.command("leaderboard")(rankings.leaderboard)
 app.add_typer(draws.app, name="draw")
 app.command("odds")(draws.odds)
+records.app.command("verify")(audits.verify)
+records.app.command("export")(audits.export)
+records.app.command("watch")(audits.watch)
 app.add_typer(records.app, name="log")

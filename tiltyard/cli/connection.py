@@ -81,11 +81,13 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     """Runs a command to its end. What went wrong becomes one line on standard error and status 1."""
     import grpc
 
+    from tiltyard.audit.record import InvalidRecord
     from tiltyard.client import ClientError, explain
     from tiltyard.datasets import DatasetError
     from tiltyard.statements import InvalidSignature
     from tiltyard.submitting import JournalMismatch
     from tiltyard.transfers import DigestMismatch
+    from tiltyard.transparency import InvalidNote
 
     try:
         return asyncio.run(work)
@@ -94,6 +96,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         grpc.aio.AioRpcError,
         ClientError,
         DatasetError,
+        InvalidNote,
+        InvalidRecord,
         InvalidSignature,
         JournalMismatch,
         DigestMismatch,

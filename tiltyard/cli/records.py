@@ -8,6 +8,7 @@ import typer
 from tiltyard.cli.connection import (
     DEFAULT_ORIGIN,
     REGISTRY,
+    CommandError,
     JsonOption,
     KeyOption,
     OriginOption,
@@ -34,6 +35,77 @@ def checkpoint(
         async with connect(key, origin, registry) as client:
             found = (await client.log.GetCheckpoint(log_pb2.GetCheckpointRequest())).checkpoint
         print_json(as_json(found)) if json else print(found.note, end="")
+
+    run(work())
+
+
+@app.command("inclusion")
+def inclusion(
+    index: Annotated[int, typer.Argument(help="Index of the leaf, from 0.")],
+    key: KeyOption,
+    size: Annotated[int, typer.Option(help="Size of the tree; 0 for the newest.")] = 0,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """Prove that a leaf is in the log, checked against the signed checkpoint where it is of the same size."""
+    from tiltyard.registry.v1 import log_pb2
+    from tiltyard.transparency import leaf_hash, verify_inclusion
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            checkpoint = (await client.log.GetCheckpoint(log_pb2.GetCheckpointRequest())).checkpoint
+            wanted = size or checkpoint.size
+            request = log_pb2.GetInclusionProofRequest(index=index, tree_size=wanted)
+            proof = await client.log.GetInclusionProof(request)
+            entries = await client.log.ListEntries(log_pb2.ListEntriesRequest(start_index=index, page_size=1))
+        leaf = leaf_hash(entries.leaves[0].entry) if entries.leaves else b""
+        proved = wanted == checkpoint.size and verify_inclusion(
+            leaf=leaf, index=index, size=wanted, path=list(proof.path), root=checkpoint.root_hash
+        )
+        if leaf != proof.leaf_hash or (wanted == checkpoint.size and not proved):
+            raise CommandError(f"leaf {index} is not in the log of {wanted} leaves that the checkpoint signs")
+        document = {
+            "index": index,
+            "tree_size": wanted,
+            "leaf_hash": leaf.hex(),
+            "path": [each.hex() for each in proof.path],
+            "root_hash": checkpoint.root_hash.hex() if proved else None,
+            "proved": proved,
+        }
+        if json:
+            print_json(document)
+            return
+        print(f"leaf {index} of {wanted}, hash {leaf.hex()}" + (", is under the signed root" if proved else ""))
+        for each in proof.path:
+            print(f"  {each.hex()}")
+
+    run(work())
+
+
+@app.command("consistency")
+def consistency(
+    old_size: Annotated[int, typer.Argument(help="Size of the older tree.")],
+    new_size: Annotated[int, typer.Argument(help="Size of the newer tree; 0 for the newest.")],
+    key: KeyOption,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """Print the proof that the log of one size is a beginning of the log of another."""
+    from tiltyard.registry.v1 import log_pb2
+
+    async def work() -> None:
+        request = log_pb2.GetConsistencyProofRequest(old_size=old_size, new_size=new_size)
+        async with connect(key, origin, registry) as client:
+            proof = await client.log.GetConsistencyProof(request)
+        path = [each.hex() for each in proof.path]
+        if json:
+            print_json({"old_size": old_size, "new_size": proof.new_size, "path": path})
+            return
+        print(f"{old_size} leaves are a beginning of {proof.new_size} by")
+        for each in path:
+            print(f"  {each}")
 
     run(work())
 

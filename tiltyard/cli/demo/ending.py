@@ -7,16 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiltyard.audit import Record, audit, write_record
+from tiltyard.audit.download import fetch_record
 from tiltyard.cli.demo.data import NamedModel
 from tiltyard.cli.demo.reporting import Reporter
 from tiltyard.cli.demo.stage import Cast
-from tiltyard.cli.demo.verification import Record, fetch_record, verify
+from tiltyard.cli.demo.verification import verify
 from tiltyard.cli.output import as_json
 from tiltyard.cli.tasks import fetch_results
 from tiltyard.client import PATIENCE_S, pages, persist
 from tiltyard.receipts import receipt_to_json
 from tiltyard.registry.v1 import leaderboard_pb2, submission_pb2
 from tiltyard.type.v1 import evaluation_pb2
+
+
+_LEDGER_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,8 @@ class Ending:
                 f"  {entry.rank}. {entry.display_name:<12} {entry.correct}/{entry.total} "
                 f"= {entry.correct / entry.total:.4f}  ({entry.interval_low:.4f} to {entry.interval_high:.4f})"
             )
-        record = await fetch_record(self.cast.creator.client)
-        checks = await asyncio.to_thread(verify, record, self.task, submissions, board)
+        record = await self._record()
+        checks = await asyncio.to_thread(verify, record, submissions, board)
         for check in checks:
             reporter.say(f"{'verified' if check.passed else 'NOT VERIFIED'}: {check.claim}")
             if not check.passed:
@@ -66,11 +71,22 @@ class Ending:
             "state": str(self.state),
         }
         if export:
-            await self._export(export, record, document)
+            await self._export(export, record, board, document)
         reporter.say(
             f"{'done' if succeeded else 'FAILED'} in {reporter.seconds:.1f} s; state, keys and logs lie in {self.state}"
         )
         return Result(document, succeeded)
+
+    async def _record(self) -> Record:
+        """The log, once the selector's last events are in it: the registry takes them over within a second."""
+        client = self.cast.creator.client
+        until = asyncio.get_running_loop().time() + PATIENCE_S
+        while True:
+            record = await fetch_record(client)
+            pending = (await asyncio.to_thread(audit, record)).pending
+            if not pending or asyncio.get_running_loop().time() >= until:
+                return record
+            await asyncio.sleep(_LEDGER_EVERY_S)
 
     async def _outcome(self) -> tuple[leaderboard_pb2.Leaderboard, list[submission_pb2.Submission]]:
         client = self.cast.creator.client
@@ -97,8 +113,10 @@ class Ending:
             document["reason"] = _reason(each)
         return document
 
-    async def _export(self, folder: Path, record: Record, document: dict[str, Any]) -> None:
-        await asyncio.to_thread(_export_record, folder, record)
+    async def _export(
+        self, folder: Path, record: Record, board: leaderboard_pb2.Leaderboard, document: dict[str, Any]
+    ) -> None:
+        await asyncio.to_thread(_export_record, folder, record, board)
         count = await fetch_results(self.cast.creator.client, self.task, folder / "models")
         await asyncio.to_thread((folder / "demo.json").write_text, json.dumps(document, indent=2) + "\n")
         self.reporter.say(f"log, receipts of draws and {count} models exported to {folder}")
@@ -108,13 +126,12 @@ def _reason(submission: submission_pb2.Submission) -> str:
     return evaluation_pb2.RejectionReason.Name(submission.reason).removeprefix("REJECTION_REASON_")
 
 
-def _export_record(folder: Path, record: Record) -> None:
-    log, receipts, keys = folder / "log", folder / "receipts", folder / "keys"
-    for each in (log, receipts, keys):
+def _export_record(folder: Path, record: Record, board: leaderboard_pb2.Leaderboard) -> None:
+    receipts, keys, boards = folder / "receipts", folder / "keys", folder / "leaderboards"
+    for each in (receipts, keys, boards):
         each.mkdir(parents=True, exist_ok=True)
-    (log / "checkpoint").write_text(record.checkpoint.note)
-    # Each leaf as it was hashed, after its length in four big-endian bytes.
-    (log / "leaves").write_bytes(b"".join(len(leaf).to_bytes(4, "big") + leaf for leaf in record.leaves))
+    write_record(record, folder / "log")
+    (boards / f"{board.task.removeprefix('tasks/')}.json").write_text(json.dumps(as_json(board), indent=2) + "\n")
     for receipt in record.draws():
         name = receipt.draw.removeprefix("draws/").replace("/", "-")
         (receipts / f"{name}.json").write_text(receipt_to_json(receipt))

@@ -1,0 +1,20 @@
+"""The files that a log speaks of: datasets by their announced digests, models by their reveals."""
+
+from tiltyard.audit.record import Record
+from tiltyard.statements import open_statement
+from tiltyard.type.v1 import envelope_pb2
+
+
+def named_digests(record: Record, task: str = "") -> set[str]:
+    """SHA-256 digests in hex of all that leaves name, or of one task's (tasks/{task})."""
+    named = set()
+    for _, entry in record.of_kind("task_created"):
+        created = entry.task_created
+        if task in ("", created.task):
+            named |= {created.config.evaluation_dataset.sha256, created.config.holdout.sha256}
+    for _, entry in record.of_kind("submission_revealed"):
+        revealed = entry.submission_revealed
+        if not task or revealed.submission.startswith(f"{task}/submissions/"):
+            reveal, _ = open_statement(revealed.statement, envelope_pb2.RevealStatement)
+            named.add(reveal.model_digest)
+    return {digest.hex() for digest in named if digest}

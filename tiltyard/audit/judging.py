@@ -1,0 +1,286 @@
+"""Commits, reveals, draws, seals, reports and scores, each held against what must come before it."""
+
+from typing import TYPE_CHECKING
+
+from tiltyard.audit.scores import ScoreMismatch, check_opened_score, check_score
+from tiltyard.audit.story import FIRST_ROUND, HOLDOUT_ROUND, Story, Submission, Task
+from tiltyard.audit.wrong import Claim, Wrong, demand
+from tiltyard.commitments import evaluation_seal, holdout_anchor, matches, submission_commitment
+from tiltyard.receipts import ReceiptInvalid, verify_receipt
+from tiltyard.type.v1 import draw_pb2, envelope_pb2, evaluation_pb2, log_pb2, participation_pb2, task_pb2
+
+if TYPE_CHECKING:
+    from tiltyard.audit.replay import Replay
+
+_COMMITTED = evaluation_pb2.SUBMISSION_STATE_COMMITTED
+_REVEALED = evaluation_pb2.SUBMISSION_STATE_REVEALED
+_EVALUATING = evaluation_pb2.SUBMISSION_STATE_EVALUATING
+_SCORED = evaluation_pb2.SUBMISSION_STATE_SCORED
+_REJECTED = evaluation_pb2.SUBMISSION_STATE_REJECTED
+_OFFERED = evaluation_pb2.ASSIGNMENT_STATE_OFFERED
+_ACCEPTED = evaluation_pb2.ASSIGNMENT_STATE_ACCEPTED
+_RELEASED = evaluation_pb2.ASSIGNMENT_STATE_RELEASED
+_ENDED = (
+    evaluation_pb2.ASSIGNMENT_STATE_DECLINED,
+    evaluation_pb2.ASSIGNMENT_STATE_EXPIRED,
+    evaluation_pb2.ASSIGNMENT_STATE_RELEASED,
+)
+# Found by validators, so that there is a score behind it.
+_JUDGED = (
+    evaluation_pb2.REJECTION_REASON_NAN_OUTPUT,
+    evaluation_pb2.REJECTION_REASON_TOO_SLOW,
+    evaluation_pb2.REJECTION_REASON_OUT_OF_MEMORY,
+    evaluation_pb2.REJECTION_REASON_CRASHED,
+    evaluation_pb2.REJECTION_REASON_AMBIGUOUS,
+)
+_ACTIVE_NODE = (participation_pb2.ROLE_TRAINING_NODE, participation_pb2.MEMBERSHIP_STATE_ACTIVE)
+
+
+def committed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.SubmissionCommitted) -> None:
+    """A model is committed to, by an active training node of an open task."""
+    story = replay.story
+    commit, signer = replay.open(entry.statement, envelope_pb2.CommitStatement)
+    task = replay.task(commit.task)
+    demand(commit.participant == signer, Claim.ENVELOPES, f"{commit.participant} did not sign, {signer} did")
+    demand(
+        entry.submission == f"{task.name}/submissions/{task.submissions + 1}",
+        Claim.HISTORY,
+        f"{entry.submission} is not the next submission of {commit.task}",
+    )
+    demand(
+        task.state == task_pb2.TASK_STATE_OPEN, Claim.HISTORY, f"{entry.submission} is committed, {task.name} not open"
+    )
+    demand(
+        story.members.get((task.name, signer)) == _ACTIVE_NODE,
+        Claim.HISTORY,
+        f"{signer} is no active training node of {task.name}",
+    )
+    task.submissions += 1
+    story.submissions[entry.submission] = Submission(entry.submission, task, commit)
+
+
+def revealed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.SubmissionRevealed) -> None:
+    """A commitment is opened."""
+    submission = _submission(replay.story, entry.submission)
+    reveal, signer = replay.open(entry.statement, envelope_pb2.RevealStatement)
+    commit = submission.commit
+    demand(commit.participant == signer, Claim.ENVELOPES, f"{commit.participant} did not sign, {signer} did")
+    demand(reveal.submission == submission.name, Claim.ENVELOPES, f"the reveal is of {reveal.submission}")
+    demand(submission.state == _COMMITTED, Claim.HISTORY, f"{submission.name} is revealed a second time, or too late")
+    expected = submission_commitment(
+        origin=commit.origin,
+        task=commit.task,
+        participant=commit.participant,
+        model_digest=reveal.model_digest,
+        salt=reveal.salt,
+    )
+    right = matches(expected, commit.commitment)
+    demand(right, Claim.COMMITMENTS, f"{submission.name} was committed to with another model or salt")
+    submission.reveal, submission.reveal_leaf, submission.state = reveal, leaf, _REVEALED
+    replay.counts[Claim.COMMITMENTS] += 1
+
+
+def changed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.SubmissionChanged) -> None:
+    """The registry concludes a state."""
+    story, submission = replay.story, _submission(replay.story, entry.submission)
+    name, before = submission.name, submission.state
+    hidden, score = bool(submission.hidden), submission.scores.get(FIRST_ROUND)
+    if entry.state == _EVALUATING:
+        drawn = (name, FIRST_ROUND) in story.draws
+        demand(before == _REVEALED and drawn, Claim.HISTORY, f"{name} is evaluated without a reveal and a draw")
+    elif entry.state == _SCORED:
+        demand(before in (_EVALUATING, _SCORED), Claim.HISTORY, f"{name} is scored without an evaluation")
+        stands = hidden or (score is not None and score.outcome == evaluation_pb2.SCORE_OUTCOME_SCORED)
+        demand(stands, Claim.SCORES, f"{name} is scored, but no score was concluded")
+    elif entry.state == _REJECTED:
+        demand(before != _REJECTED, Claim.HISTORY, f"{name} is rejected twice")
+        _check_rejection(story, submission, entry)
+    else:
+        raise Wrong(Claim.HISTORY, f"{name} goes to a state that only its submitter brings about")
+    submission.state = entry.state
+    replay.counts[Claim.HISTORY] += 1
+
+
+def _check_rejection(story: Story, submission: Submission, entry: log_pb2.SubmissionChanged) -> None:
+    name, reason = submission.name, entry.reason
+    if reason == evaluation_pb2.REJECTION_REASON_REVEAL_EXPIRED:
+        demand(submission.state == _COMMITTED, Claim.HISTORY, f"{name} was revealed, and is rejected as if it were not")
+    elif reason == evaluation_pb2.REJECTION_REASON_COPY:
+        original = story.submissions.get(entry.original)
+        right = (
+            original is not None
+            and original.task is submission.task
+            and original.number < submission.number
+            and original.reveal is not None
+            and submission.reveal is not None
+            and original.reveal.model_digest == submission.reveal.model_digest
+        )
+        demand(right, Claim.HISTORY, f"{name} is no copy of {entry.original or 'anything'}")
+    elif reason in _JUDGED and not submission.hidden:
+        score = submission.scores.get(FIRST_ROUND)
+        demand(score is not None and _gives(score, reason), Claim.SCORES, f"{name} is rejected for what nobody found")
+
+
+def _gives(score: evaluation_pb2.Score, reason: "evaluation_pb2.RejectionReason.ValueType") -> bool:
+    if score.outcome == evaluation_pb2.SCORE_OUTCOME_AMBIGUOUS:
+        return reason == evaluation_pb2.REJECTION_REASON_AMBIGUOUS
+    fault = evaluation_pb2.ModelFault.Name(score.fault).removeprefix("MODEL_FAULT_")
+    return (
+        score.outcome == evaluation_pb2.SCORE_OUTCOME_FAULT
+        and evaluation_pb2.RejectionReason.Name(reason) == f"REJECTION_REASON_{fault}"
+    )
+
+
+def drawn(replay: "Replay", index: int, leaf: bytes, receipt: draw_pb2.DrawReceipt) -> None:
+    """Validators are drawn, or the order of a draw is extended."""
+    story, submission = replay.story, _submission(replay.story, receipt.submission)
+    what, reveal, task = receipt.draw, submission.reveal, submission.task
+    demand(reveal is not None, Claim.DRAWS, f"{what} is for {submission.name}, which was never revealed")
+    if receipt.round == FIRST_ROUND:
+        anchor = submission.reveal_leaf
+    else:
+        demand(bool(task.holdout_leaf), Claim.DRAWS, f"{what} is for a holdout that was not accepted")
+        anchor = holdout_anchor(holdout_leaf=task.holdout_leaf, submission=submission.name)
+    demand(receipt.anchor == anchor, Claim.DRAWS, f"{what} is not anchored in the leaf that fixed its moment")
+    salt = b"" if reveal is None else reveal.salt
+    demand(receipt.reveal_salt == salt, Claim.DRAWS, f"{what} has another salt than the reveal")
+    wanted = task.config.validators_per_submission
+    demand(receipt.assigned == wanted, Claim.DRAWS, f"{what} assigns {receipt.assigned}, the task wants {wanted}")
+    try:
+        verify_receipt(receipt, selector_key=story.selector_key)
+    except ReceiptInvalid as error:
+        raise Wrong(Claim.DRAWS, f"{what}: {error.reason}") from error
+    key = (submission.name, receipt.round)
+    earlier = story.draws.get(key)
+    if earlier is None:
+        story.draw_leaves[key] = index
+    else:
+        _check_extension(earlier, receipt)
+    story.draws[key] = receipt
+    replay.counts[Claim.DRAWS] += 1
+
+
+def _check_extension(earlier: draw_pb2.DrawReceipt, later: draw_pb2.DrawReceipt) -> None:
+    same = (
+        earlier.pool_root == later.pool_root
+        and list(later.picks)[: len(earlier.picks)] == list(earlier.picks)
+        and list(later.passed_over)[: len(earlier.passed_over)] == list(earlier.passed_over)
+    )
+    demand(same, Claim.DRAWS, f"{later.draw} does not go on where it stopped")
+
+
+def assigned(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.AssignmentChanged) -> None:
+    """One step of a validator's duty."""
+    story, name = replay.story, entry.assignment
+    submission, round_, validator = _parts(name, "/assignments/")
+    receipt = story.draws.get((submission, round_))
+    before = story.assignments.get(name)
+    if before is None:
+        picks = [] if receipt is None else list(receipt.picks)
+        right = entry.position < len(picks) and picks[entry.position].participant == validator
+        demand(right, Claim.HISTORY, f"{name} is given to somebody who was not drawn for position {entry.position}")
+        demand(entry.state in (_OFFERED, _RELEASED), Claim.HISTORY, f"{name} begins with something else than an offer")
+    else:
+        demand(before not in _ENDED, Claim.HISTORY, f"{name} had ended, and goes on")
+    story.assignments[name] = entry.state
+    replay.counts[Claim.HISTORY] += 1
+
+
+def sealed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.EvaluationSealed) -> None:
+    """A report is sealed under a lease."""
+    story, name = replay.story, entry.evaluation
+    seal, signer = replay.open(entry.statement, envelope_pb2.SealStatement)
+    _, _, validator = _parts(name, "/evaluations/")
+    demand(validator == signer, Claim.ENVELOPES, f"{validator} did not sign, {signer} did")
+    assignment = name.replace("/evaluations/", "/assignments/")
+    demand(seal.assignment == assignment, Claim.SEALS, f"{name} was sealed for {seal.assignment}")
+    leased = story.assignments.get(assignment) == _ACCEPTED
+    demand(leased, Claim.HISTORY, f"{name} is sealed without a lease")
+    demand(name not in story.seals, Claim.SEALS, f"{name} is sealed twice")
+    story.seals[name] = seal
+
+
+def opened(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.EvaluationOpened) -> None:
+    """A sealed report is laid open."""
+    story, name = replay.story, entry.evaluation
+    report, signer = replay.open(entry.report, envelope_pb2.EvaluationReport)
+    submission_name, round_, validator = _parts(name, "/evaluations/")
+    submission = _submission(story, submission_name)
+    demand(validator == signer, Claim.ENVELOPES, f"{validator} did not sign, {signer} did")
+    demand(name in story.seals, Claim.SEALS, f"{name} is opened, and was never sealed")
+    demand(name not in story.reports[submission_name, round_], Claim.SEALS, f"{name} is opened twice")
+    seal = story.seals[name]
+    expected = evaluation_seal(assignment=seal.assignment, report=entry.report.payload, salt=entry.salt)
+    demand(matches(expected, seal.seal), Claim.SEALS, f"{name} is not what was sealed")
+    demand(report.assignment == seal.assignment, Claim.SEALS, f"{name} reports on {report.assignment}")
+    digest = b"" if submission.reveal is None else submission.reveal.model_digest
+    demand(report.model_digest == digest, Claim.SCORES, f"{name} is about another model than {submission.name}'s")
+    dataset = submission.task.dataset(round_)
+    demand(report.dataset_digest == dataset, Claim.SCORES, f"{name} is about another dataset than the task's")
+    demand(round_ not in submission.scores, Claim.SCORES, f"{name} is opened after the score was concluded")
+    story.reports[submission_name, round_][name] = report
+    replay.counts[Claim.SEALS] += 1
+
+
+def concluded(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.ScoreConcluded) -> None:
+    """A score, or a commitment to one."""
+    story, submission = replay.story, _submission(replay.story, entry.submission)
+    if not entry.HasField("score"):
+        hidden = submission.task.hides and len(entry.commitment) == 32 and not entry.salt
+        demand(hidden and not submission.hidden, Claim.SCORES, f"the score of {submission.name} is kept back")
+        submission.hidden[FIRST_ROUND] = entry.commitment
+        return
+    score = entry.score
+    demand(score.round in (FIRST_ROUND, HOLDOUT_ROUND), Claim.SCORES, f"there is no round {score.round}")
+    demand((submission.name, score.round) in story.draws, Claim.SCORES, f"{submission.name} was scored and never drawn")
+    demand(score.round not in submission.scores, Claim.SCORES, f"{submission.name} is scored twice in a round")
+    try:
+        check_score(story, submission, score)
+        if entry.salt:
+            check_opened_score(submission, score, entry.salt)
+            submission.hidden.pop(score.round, None)
+    except ScoreMismatch as error:
+        raise Wrong(Claim.SCORES, str(error)) from error
+    demand(score.round not in submission.hidden, Claim.SCORES, f"the score of {submission.name} is shown unsalted")
+    submission.scores[score.round] = score
+    replay.counts[Claim.SCORES] += 1
+
+
+def faulted(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.ValidatorFault) -> None:
+    """A validator did not do its duty, or did it wrongly."""
+    submission, round_, _ = _parts(entry.assignment, "/assignments/")
+    known = entry.assignment in replay.story.assignments
+    demand(known, Claim.HISTORY, f"{entry.assignment} was never given to anybody")
+    if entry.kind == evaluation_pb2.VALIDATOR_FAULT_KIND_OUTLIER:
+        evaluation = entry.assignment.replace("/assignments/", "/evaluations/")
+        replay.story.outliers[submission, round_].add(evaluation)
+    else:
+        expired = replay.story.assignments[entry.assignment] == evaluation_pb2.ASSIGNMENT_STATE_EXPIRED
+        demand(expired, Claim.HISTORY, f"{entry.assignment} is named at fault without having expired")
+
+
+def ranking_round(story: Story, task: Task) -> int:
+    """The round that ranks a task whose submissions have all ended. Raises Wrong when they have not."""
+    mine = [each for each in story.submissions.values() if each.task is task]
+    for each in mine:
+        demand(each.state in (_SCORED, _REJECTED), Claim.HISTORY, f"{task.name} is final, {each.name} has not ended")
+        demand(not each.hidden, Claim.SCORES, f"{task.name} is final, and the score of {each.name} was never opened")
+    if not task.holdout_leaf:
+        return FIRST_ROUND
+    scored = [each for each in mine if each.state == _SCORED]
+    second = [each.scores[HOLDOUT_ROUND] for each in scored if HOLDOUT_ROUND in each.scores]
+    judged = not scored or any(score.outcome == evaluation_pb2.SCORE_OUTCOME_SCORED for score in second)
+    return HOLDOUT_ROUND if judged else FIRST_ROUND
+
+
+def _submission(story: Story, name: str) -> Submission:
+    demand(name in story.submissions, Claim.HISTORY, f"{name} was never committed")
+    return story.submissions[name]
+
+
+def _parts(name: str, middle: str) -> tuple[str, int, str]:
+    """Submission, round and validator of an assignment's or evaluation's name."""
+    submission, _, last = name.partition(middle)
+    round_, _, validator = last.partition("-")
+    demand(round_.isascii() and round_.isdigit() and bool(validator), Claim.HISTORY, f"{name} is no name")
+    return submission, int(round_), f"participants/{validator}"

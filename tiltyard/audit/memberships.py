@@ -1,0 +1,96 @@
+"""Eligibility verdicts held against their evidence, and memberships against the verdicts."""
+
+from tiltyard.audit.story import PendingVerdict, Story
+from tiltyard.audit.wrong import Claim, demand
+from tiltyard.type.v1 import evaluation_pb2, log_pb2, participation_pb2
+
+CREATOR = participation_pb2.ROLE_TASK_CREATOR
+
+_STAKE = participation_pb2.EVIDENCE_KIND_STAKE
+_STAYING = (participation_pb2.MEMBERSHIP_STATE_ACTIVE, participation_pb2.MEMBERSHIP_STATE_PAUSED)
+
+
+def take_verdict(story: Story, index: int, verdict: participation_pb2.EligibilityVerdict) -> None:
+    """Decides again from the evidence; the stake that it names waits for the ledger."""
+    what = f"the verdict on {verdict.participant} in {verdict.task}"
+    demand(verdict.participant in story.participants, Claim.HISTORY, f"{what} is about nobody who has registered")
+    for fact in verdict.evidence:
+        demand(
+            fact.sufficient == _suffices(story, verdict, fact), Claim.VERDICTS, f"{what} weighs its evidence wrongly"
+        )
+    _check_threshold(story, verdict)
+    eligible = any(fact.sufficient for fact in verdict.evidence)
+    demand(verdict.eligible == eligible, Claim.VERDICTS, f"{what} does not follow from its evidence")
+    story.verdicts.append(PendingVerdict(index, verdict))
+    if verdict.eligible:
+        story.eligible.add((verdict.task, verdict.participant, verdict.role))
+
+
+def stakes_weighed(verdict: participation_pb2.EligibilityVerdict) -> list[int]:
+    """The amounts that a verdict says were available."""
+    return [fact.amount_micros for fact in verdict.evidence if fact.kind == _STAKE]
+
+
+def demand_eligible(story: Story, task: str, participant: str, role: int) -> None:
+    """Raises Wrong unless a verdict let this participant have this role."""
+    demand(
+        (task, participant, role) in story.eligible,
+        Claim.VERDICTS,
+        f"{participant} takes part in {task} without a verdict that it may",
+    )
+
+
+def take_membership(story: Story, entry: log_pb2.MembershipChanged) -> None:
+    """One change of who takes part."""
+    if entry.state in _STAYING:
+        demand_eligible(story, entry.task, entry.participant, entry.role)
+    story.members[entry.task, entry.participant] = (entry.role, entry.state)
+
+
+def _suffices(story: Story, verdict: participation_pb2.EligibilityVerdict, fact: participation_pb2.Evidence) -> bool:
+    match fact.kind:
+        case participation_pb2.EVIDENCE_KIND_STAKE:
+            return fact.amount_micros >= fact.threshold_micros
+        case participation_pb2.EVIDENCE_KIND_TRACK_RECORD:
+            for name in fact.references:
+                _check_track_record(story, verdict.participant, name)
+            return bool(fact.references)
+        case participation_pb2.EVIDENCE_KIND_REPUTATION:
+            for endorser in fact.references:
+                known = any(entry[:2] == (endorser, verdict.participant) for entry in story.endorsements)
+                demand(known, Claim.VERDICTS, f"{endorser} has never endorsed {verdict.participant}")
+            return bool(fact.references)
+    return False
+
+
+def _check_threshold(story: Story, verdict: participation_pb2.EligibilityVerdict) -> None:
+    """The task's minimum; a task creator's is the arena's, which no leaf holds."""
+    task = story.tasks.get(verdict.task)
+    if task is None or verdict.role == CREATOR:
+        return
+    selection = task.config.selection
+    validator = verdict.role == participation_pb2.ROLE_VALIDATOR
+    minimum = selection.validator_min_stake_micros if validator else selection.training_node_min_stake_micros
+    for fact in verdict.evidence:
+        if fact.kind == _STAKE:
+            demand(
+                fact.threshold_micros == minimum,
+                Claim.VERDICTS,
+                f"{verdict.participant} is held against {fact.threshold_micros}, {verdict.task} asks {minimum}",
+            )
+
+
+def _check_track_record(story: Story, participant: str, name: str) -> None:
+    submission = story.submissions.get(name.partition("/evaluations/")[0])
+    demand(submission is not None, Claim.VERDICTS, f"the track record {name} is of no submission")
+    if submission is None:
+        return
+    inside = submission.task.creator in story.group(participant)
+    demand(not inside, Claim.VERDICTS, f"the track record {name} is of the participant's own task")
+    if "/evaluations/" in name:
+        mine = name.endswith(f"-{participant.removeprefix('participants/')}")
+        demand(mine and name in story.seals, Claim.VERDICTS, f"{name} is no evaluation by {participant}")
+        return
+    scored = submission.state == evaluation_pb2.SUBMISSION_STATE_SCORED
+    mine = submission.commit.participant == participant
+    demand(scored and mine, Claim.VERDICTS, f"{name} is no scored submission of {participant}")

@@ -1,0 +1,279 @@
+"""`tiltyard log verify`, `export` and `watch`: the whole record log checked, kept, and witnessed."""
+
+import asyncio
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tiltyard.cli.connection import DEFAULT_ORIGIN, REGISTRY, JsonOption, OriginOption, RegistryOption, connect, run
+from tiltyard.cli.output import as_json, print_json
+
+if TYPE_CHECKING:
+    from tiltyard.audit import Audit, Record
+    from tiltyard.client import Client
+    from tiltyard.registry.v1 import leaderboard_pb2
+    from tiltyard.witness import Testimony
+
+# Reading the log needs a key but no participant: whoever names none gets one for the moment.
+AnyKeyOption = Annotated[
+    Path | None,
+    typer.Option("--key", envvar="TILTYARD_KEY", help="File of the key that asks; one is made up when left out."),
+]
+
+
+def verify(
+    where: Annotated[
+        str, typer.Argument(metavar="DIR|ADDRESS", help="A folder with an exported log, or HOST:PORT of a registry.")
+    ],
+    key: AnyKeyOption = None,
+    log_key: Annotated[
+        str, typer.Option(help="The log's public key in hex; when left out, the one in its own genesis is believed.")
+    ] = "",
+    witness: Annotated[Path | None, typer.Option(help="Folder of a witness, as `tiltyard log watch` keeps it.")] = None,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    json: JsonOption = False,
+) -> None:
+    """Check all of a record log by its leaves alone. Exits with 1 when anything does not hold."""
+    from tiltyard.audit import audit
+    from tiltyard.witness import Alarm
+
+    folder = Path(where)
+    is_folder = folder.is_dir()
+
+    async def work() -> None:
+        if is_folder:
+            record, boards = await asyncio.to_thread(_read_folder, folder)
+        else:
+            record, boards = await _download(key, origin, where)
+        found = await asyncio.to_thread(audit, record, shown=boards, log_key=bytes.fromhex(log_key) or None)
+        problems = [str(failure) for failure in found.failures]
+        said: Testimony | None = None
+        if witness is not None and not problems:
+            try:
+                said = await asyncio.to_thread(_testimony, witness, record)
+            except Alarm as alarm:
+                problems.append(str(alarm))
+        if is_folder:
+            problems += await asyncio.to_thread(_wrong_artifacts, folder, record)
+        _tell(found, problems, said, as_document=json)
+        if problems:
+            raise typer.Exit(1)
+
+    run(work())
+
+
+def export(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make; the log comes to lie in DIR/log.")],
+    key: AnyKeyOption = None,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """Download the record log, and the leaderboards that go with it, into a folder for `tiltyard log verify DIR`."""
+    from tiltyard.audit import write_record
+
+    async def work() -> None:
+        record, boards = await _download(key, origin, registry)
+        await asyncio.to_thread(write_record, record, out / "log")
+        await asyncio.to_thread(write_leaderboards, boards, out)
+        if json:
+            print_json({"log": str(out / "log"), "leaves": len(record.leaves), "leaderboards": len(boards)})
+        else:
+            print(f"{len(record.leaves)} leaves and {len(boards)} leaderboards in {out}")
+
+    run(work())
+
+
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the witness keeps its key and what it saw.")],
+    key: AnyKeyOption = None,
+    once: Annotated[bool, typer.Option("--once", help="Look once, then end.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 10.0,
+    name: Annotated[str, typer.Option(help="Name of a new witness, without spaces and plus signs.")] = "",
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="A checkpoint that somebody else was shown; may be given several times."),
+    ] = None,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """Be a witness: keep each checkpoint, cosign it, and exit with 1 when the log rewrites or forks its history."""
+    from tiltyard.transparency import InvalidNote
+    from tiltyard.witness import Alarm, Witness
+
+    async def work() -> None:
+        witness = Witness(folder, name=name)
+        while True:
+            async with connect_reader(key, origin, registry) as client:
+                source = RegistrySource(client)
+                try:
+                    checkpoint = await witness.look(source, now_s=int(time.time()))
+                    for each in against or ():
+                        await witness.compare(source, each.read_text(encoding="utf-8"))
+                except (Alarm, InvalidNote) as alarm:
+                    if json:
+                        print_json({"alarm": str(alarm), "evidence": str(folder / "alarms")})
+                    print(f"ALARM: {alarm}; what was shown lies in {folder / 'alarms'}", file=sys.stderr)
+                    raise typer.Exit(1) from None
+            if json:
+                print_json({"size": checkpoint.size, "root": checkpoint.root.hex(), "witness": str(witness.public)})
+            else:
+                print(f"{checkpoint.size} leaves, root {checkpoint.root.hex()}: cosigned by {witness.public.name}")
+            if once:
+                return
+            await asyncio.sleep(every)
+
+    run(work())
+
+
+class RegistrySource:
+    """A registry as a witness reads it."""
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+
+    async def note(self) -> str:
+        """The present checkpoint."""
+        from tiltyard.registry.v1 import log_pb2
+
+        return (await self._client.log.GetCheckpoint(log_pb2.GetCheckpointRequest())).checkpoint.note
+
+    async def leaves(self, *, start: int, end: int) -> Sequence[bytes]:
+        """Leaves as they were hashed."""
+        from tiltyard.audit.download import fetch_leaves
+
+        return await fetch_leaves(self._client, start=start, end=end)
+
+    async def consistency(self, *, old_size: int, new_size: int) -> Sequence[bytes]:
+        """The proof that one size is a beginning of the other."""
+        from tiltyard.registry.v1 import log_pb2
+
+        request = log_pb2.GetConsistencyProofRequest(old_size=old_size, new_size=new_size)
+        return list((await self._client.log.GetConsistencyProof(request)).path)
+
+
+def connect_reader(key: Path | None, origin: str, registry: str) -> "Client":
+    """A client that reads, with a key of its own when none is given."""
+    from tiltyard.client import Client
+    from tiltyard.identity import Key
+
+    if key is not None:
+        return connect(key, origin, registry)
+    return Client(Key.generate(), origin=origin, registry=registry)
+
+
+def write_leaderboards(boards: Sequence["leaderboard_pb2.Leaderboard"], folder: Path) -> None:
+    """Each as JSON, for `tiltyard log verify` to hold against the log."""
+    import json
+
+    (folder / "leaderboards").mkdir(parents=True, exist_ok=True)
+    for board in boards:
+        file = folder / "leaderboards" / f"{board.task.removeprefix('tasks/')}.json"
+        file.write_text(json.dumps(as_json(board), indent=2) + "\n", encoding="utf-8")
+
+
+async def _download(key: Path | None, origin: str, registry: str) -> "tuple[Record, list[leaderboard_pb2.Leaderboard]]":
+    """The log, and the rankings that the registry shows; both once more where it has grown between the two."""
+    from tiltyard.audit import audit
+    from tiltyard.audit.download import fetch_record
+    from tiltyard.registry.v1 import leaderboard_pb2, log_pb2
+
+    async with connect_reader(key, origin, registry) as client:
+        record = await fetch_record(client)
+        for _ in range(_GROWING_LOG_TRIES):
+            ranked = (await asyncio.to_thread(audit, record)).leaderboards
+            boards = []
+            for each in ranked:
+                request = leaderboard_pb2.GetLeaderboardRequest(task=each.task)
+                boards.append((await client.leaderboard.GetLeaderboard(request)).leaderboard)
+            now = (await client.log.GetCheckpoint(log_pb2.GetCheckpointRequest())).checkpoint
+            if now.size == len(record.leaves):
+                return record, boards
+            record = await fetch_record(client)
+    # It grows all the time: the log is checked by itself.
+    return record, []
+
+
+_GROWING_LOG_TRIES = 3
+
+
+def _read_folder(folder: Path) -> "tuple[Record, list[leaderboard_pb2.Leaderboard]]":
+    from google.protobuf import json_format
+
+    from tiltyard.audit import InvalidRecord, read_record
+    from tiltyard.registry.v1 import leaderboard_pb2
+
+    log = folder / "log" if (folder / "log").is_dir() else folder
+    boards = []
+    for file in sorted((folder / "leaderboards").glob("*.json")):
+        try:
+            boards.append(json_format.Parse(file.read_bytes(), leaderboard_pb2.Leaderboard()))
+        except (json_format.ParseError, UnicodeDecodeError) as error:
+            raise InvalidRecord(f"{file} is no leaderboard: {error}") from error
+    return read_record(log), boards
+
+
+def _wrong_artifacts(folder: Path, record: "Record") -> list[str]:
+    """Files under `artifacts/` that are not what they are called, or that no leaf names."""
+    from tiltyard.audit.artifacts import named_digests
+
+    folder = folder / "artifacts"
+    if not folder.is_dir():
+        return []
+    named = named_digests(record)
+    problems = []
+    for file in sorted(folder.iterdir()):
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest != file.name:
+            problems.append(f"{file} has the digest {digest}")
+        elif digest not in named:
+            problems.append(f"no leaf names {file}")
+    return problems
+
+
+def _testimony(folder: Path, record: "Record") -> "Testimony | None":
+    from tiltyard.transparency import leaf_hash
+    from tiltyard.witness import testimony
+
+    genesis = record.genesis
+    hashes = [leaf_hash(leaf) for leaf in record.leaves]
+    return testimony(folder, leaf_hashes=hashes, log_key=genesis.log_key, origin=genesis.origin)
+
+
+def _tell(found: "Audit", problems: list[str], said: "Testimony | None", *, as_document: bool) -> None:
+    witnessed = (
+        f"witnessed by {said.name} up to leaf {said.size - 1} on {datetime.fromtimestamp(said.time_s, UTC):%F %TZ}"
+        if said
+        else "unwitnessed: another history may have been shown to others"
+    )
+    if as_document:
+        print_json(
+            {
+                "verified": not problems,
+                "leaves": found.size,
+                "checked": {each.claim: each.count for each in found.checks},
+                "problems": problems,
+                "witness": None if said is None else {"name": said.name, "size": said.size, "time_s": said.time_s},
+                "pending": found.pending,
+                "hidden": list(found.hidden),
+                "leaderboards": [as_json(board) for board in found.leaderboards],
+            }
+        )
+        return
+    for each in found.checks:
+        print(f"{'verified' if each.passed else 'NOT VERIFIED'}: {each.claim} ({each.count})")
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if found.pending:
+        print(f"{found.pending} checks wait for ledger events that are not in the log yet")
+    for task in found.hidden:
+        print(f"{task} keeps its scores hidden until it is closed; the log holds commitments to them")
+    print(f"{found.size} leaves; {witnessed}")
