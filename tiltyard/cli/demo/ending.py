@@ -20,7 +20,6 @@ from tiltyard.receipts import receipt_to_json
 from tiltyard.registry.v1 import leaderboard_pb2, submission_pb2
 from tiltyard.type.v1 import evaluation_pb2
 
-
 _LEDGER_EVERY_S = 0.5
 
 
