@@ -14,7 +14,17 @@ import numpy as np
 from tiltyard.datasources import Array, DatasetError, read_rows
 from tiltyard.tensorfile import TensorEntry, TensorFileError, read_header
 
-__all__ = ["Dataset", "DatasetError", "DatasetViolation", "Packed", "pack", "scan", "smallest", "write_dataset"]
+__all__ = [
+    "Dataset",
+    "DatasetError",
+    "DatasetViolation",
+    "Packed",
+    "header_violations",
+    "pack",
+    "scan",
+    "smallest",
+    "write_dataset",
+]
 
 CHUNK_BYTES = 8 * 1024 * 1024
 LABELS_KEY = "labels"
@@ -216,16 +226,8 @@ def scan(dataset: Dataset, input_shape: Sequence[int], classes: int | None) -> l
 
     Reads the file in chunks of 8 MiB, so its size does not matter. An empty list means that it is good.
     """
-    found: list[DatasetViolation] = []
+    found = header_violations(dataset, input_shape)
     x, y = dataset.x, dataset.y
-    if not len(x):
-        found.append(DatasetViolation("x", "the dataset is empty"))
-    if len(x) != len(y):
-        found.append(DatasetViolation("y", f"has {len(y)} rows, but x has {len(x)}"))
-    if x.shape[1:] != tuple(input_shape):
-        found.append(
-            DatasetViolation("x", f"has rows of shape {x.shape[1:]}, but the model takes {tuple(input_shape)}")
-        )
     if classes is None and y.dtype.kind != "f":
         found.append(DatasetViolation("y", "must be float32 targets"))
     elif classes is None:
@@ -240,6 +242,21 @@ def scan(dataset: Dataset, input_shape: Sequence[int], classes: int | None) -> l
         found += _first_bad_row(dataset, "y", outside, f"has a label outside 0 to {classes - 1}")
     if x.dtype.kind == "f":
         found += _first_bad_row(dataset, "x", _not_finite, "has a value that is NaN or infinite")
+    return found
+
+
+def header_violations(dataset: Dataset, input_shape: Sequence[int]) -> list[DatasetViolation]:
+    """What is wrong with a dataset's lengths and shapes for a model of this input shape; reads nothing more."""
+    found: list[DatasetViolation] = []
+    x, y = dataset.x, dataset.y
+    if not len(x):
+        found.append(DatasetViolation("x", "the dataset is empty"))
+    if len(x) != len(y):
+        found.append(DatasetViolation("y", f"has {len(y)} rows, but x has {len(x)}"))
+    if x.shape[1:] != tuple(input_shape):
+        found.append(
+            DatasetViolation("x", f"has rows of shape {x.shape[1:]}, but the model takes {tuple(input_shape)}")
+        )
     return found
 
 

@@ -128,8 +128,8 @@ class ModelSpec:
     """f(x) = network(float32(x) * input_scale + input_offset).
 
     `input_shape` is the shape of one row: features or token ids `(d,)`, an image `(c, h, w)`, or `(h, w)` for one
-    channel. `outputs` is the number of classes, or of targets in a regression. Scale and offset are rounded to float32, which is
-    what crosses the wire and what the model computes with.
+    channel. `outputs` is the number of classes, or of targets in a regression. Scale and offset are rounded to float32,
+    which is what crosses the wire and what the model computes with.
     """
 
     input_shape: tuple[int, ...]

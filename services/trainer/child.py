@@ -9,15 +9,21 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from services.modelserver.sandbox import die_with_parent
+from services.runtime.errors import InvalidArgument
 from services.trainer import runfolder
-from services.trainer.localdata import mark_of
+from services.trainer.datareport import DataReport, report_on
+from services.trainer.fulldisk import write_when_there_is_room
+from services.trainer.localdata import class_count, examine, is_large, mark_of
 from services.trainer.progress import Progress
+from tiltyard.datasets import Dataset
 
+Write = Callable[[Callable[[], None]], bool]
 Say = Callable[[dict[str, Any]], None]
 STOPPED_STATUS = 3
 
@@ -57,22 +63,44 @@ def _train(folder: Path, say: Say) -> int:
     # Imported here so that the parent's death is noticed from the first moment on.
     import torch
 
+    from services.trainer.acceleration import allow_tf32
     from services.trainer.checkpoints import CheckpointUnreadable, load_checkpoint, save_checkpoint
     from services.trainer.descent import Descent, Diverged
     from services.trainer.rows import Rows
-    from tiltyard.datasets import Dataset
 
     torch.set_num_threads(order.threads)
+    allow_tf32(order.config.tf32)
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda _number, _frame: stopped.set())
+
+    def warn(text: str) -> None:
+        say({"event": "warning", "text": text})
+
+    def write(what: Callable[[], None]) -> bool:
+        return write_when_there_is_room(what, warn=warn, wait=stopped.wait)
+
     dataset = Dataset.open(order.dataset)
+    try:
+        say({"event": "data", "report": _data_report(folder, order, dataset, write).to_json()})
+    except InvalidArgument as error:
+        say({"event": "broken", "error": f"dataset: {error.message}"})
+        return 1
     rows = Rows(dataset.x, dataset.y, loss=order.loss, outputs=order.spec.outputs, device=order.device)
-    descent = Descent(spec=order.spec, loss=order.loss, config=order.config, rows=rows, device=order.device)
-    signal.signal(signal.SIGTERM, lambda _number, _frame: descent.stop())
+    descent = Descent(spec=order.spec, loss=order.loss, config=order.config, rows=rows, device=order.device, warn=warn)
+
+    def stop(_number: int, _frame: object) -> None:
+        stopped.set()
+        descent.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    if stopped.is_set():
+        return STOPPED_STATUS
 
     def keep() -> None:
         try:
-            save_checkpoint(runfolder.checkpoint(folder), descent.state())
+            write(lambda: save_checkpoint(runfolder.checkpoint(folder), descent.state()))
         except OSError as error:
-            say({"event": "warning", "text": f"no checkpoint at step {descent.step}: {error}"})
+            warn(f"no checkpoint at step {descent.step}: {error}")
 
     def report(point: Progress) -> None:
         say({"event": "progress", "point": point.to_json()})
@@ -82,11 +110,16 @@ def _train(folder: Path, say: Say) -> int:
         if found is not None:
             descent.restore(found)
     except CheckpointUnreadable as error:
-        say({"event": "warning", "text": f"begins anew: {error}"})
+        warn(f"begins anew: {error}")
     try:
         if not descent.run(report=report, checkpoint=keep):
             return STOPPED_STATUS
-        result = {"event": "trained", "model_digest": _export(folder, descent)}
+        digests: list[str] = []
+        if not write(lambda: digests.append(_export(folder, descent))):
+            return STOPPED_STATUS
+        result = {"event": "trained", "model_digest": digests[-1]}
+        if not write(lambda: runfolder.write_result(folder, result)):
+            return STOPPED_STATUS
     except (Diverged, SelfCheckFailed) as error:
         say({"event": "broken", "error": str(error)})
         return 1
@@ -94,9 +127,20 @@ def _train(folder: Path, say: Say) -> int:
         # Out of memory, a full disk: another attempt would meet it again.
         say({"event": "broken", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"})
         return 1
-    runfolder.write_result(folder, result)
     say(result)
     return 0
+
+
+def _data_report(folder: Path, order: runfolder.Order, dataset: Dataset, write: Write) -> DataReport:
+    """Looks through the dataset when the training begins; one that resumes has it in its folder."""
+    kept = runfolder.data_report(folder)
+    if kept.exists():
+        return DataReport.from_json(json.loads(kept.read_text()))
+    if is_large(order.dataset):
+        examine(order.dataset, order.spec, order.loss)
+    report = report_on(dataset, classes=class_count(dataset, order.spec, order.loss))
+    write(lambda: runfolder.write_json(kept, report.to_json()))
+    return report
 
 
 def _export(folder: Path, descent: Any) -> str:

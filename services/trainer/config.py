@@ -24,6 +24,19 @@ class LossKind(StrEnum):
 
     CROSS_ENTROPY = "cross_entropy"
     MSE = "mse"
+    BINARY_CROSS_ENTROPY = "binary_cross_entropy"
+    HUBER = "huber"
+
+    def takes_labels(self) -> bool:
+        """Whether class labels can be learned by it; the others need targets."""
+        return self in (LossKind.CROSS_ENTROPY, LossKind.BINARY_CROSS_ENTROPY)
+
+
+class Precision(StrEnum):
+    """What products are computed in while training; weights stay float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,10 @@ class TrainingConfig:
     seed: int = 0
     augment: bool = False
     checkpoint_interval_s: int = 60
+    class_weights: tuple[float, ...] = ()
+    precision: Precision = Precision.FLOAT32
+    compile: bool = False
+    tf32: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name; `from_json` gives back an equal configuration."""
@@ -62,5 +79,7 @@ class TrainingConfig:
                 **value,
                 "optimizer": OptimizerKind(value["optimizer"]),
                 "schedule": ScheduleKind(value["schedule"]),
+                "class_weights": tuple(value.get("class_weights", ())),
+                "precision": Precision(value.get("precision", Precision.FLOAT32)),
             }
         )

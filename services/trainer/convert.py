@@ -8,7 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.runtime.errors import InvalidArgument
 from services.runtime.fields import FieldChecks
 from services.runtime.names import format_task, format_training, parse_task
-from services.trainer.config import LossKind, OptimizerKind, ScheduleKind, TrainingConfig
+from services.trainer.config import LossKind, OptimizerKind, Precision, ScheduleKind, TrainingConfig
 from services.trainer.progress import Progress
 from services.trainer.schedule import DEFAULT_EPOCHS
 from services.trainer.training import Training, TrainingPage, TrainingState
@@ -23,13 +23,22 @@ MAX_PARAMETERS = 1 << 36
 _MAX_LEARNING_RATE = 100.0
 _MAX_WEIGHT_DECAY = 1e6
 _MAX_NORM = 1e9
+_MAX_CLASS_WEIGHT = 1e6
 
 _LOSSES = {
     task_pb2.LOSS_UNSPECIFIED: LossKind.CROSS_ENTROPY,
     task_pb2.LOSS_CROSS_ENTROPY: LossKind.CROSS_ENTROPY,
     task_pb2.LOSS_MSE: LossKind.MSE,
+    task_pb2.LOSS_BINARY_CROSS_ENTROPY: LossKind.BINARY_CROSS_ENTROPY,
+    task_pb2.LOSS_HUBER: LossKind.HUBER,
 }
-_LOSS_NUMBERS = {LossKind.CROSS_ENTROPY: task_pb2.LOSS_CROSS_ENTROPY, LossKind.MSE: task_pb2.LOSS_MSE}
+_LOSS_NUMBERS = {loss: number for number, loss in _LOSSES.items() if number}
+_PRECISIONS = {
+    pb.PRECISION_UNSPECIFIED: Precision.FLOAT32,
+    pb.PRECISION_FLOAT32: Precision.FLOAT32,
+    pb.PRECISION_BFLOAT16: Precision.BFLOAT16,
+}
+_PRECISION_NUMBERS = {precision: number for number, precision in _PRECISIONS.items() if number}
 _OPTIMIZERS = {
     pb.OPTIMIZER_KIND_UNSPECIFIED: OptimizerKind.ADAMW,
     pb.OPTIMIZER_KIND_SGD: OptimizerKind.SGD,
@@ -55,11 +64,9 @@ _DEFAULT_WEIGHT_DECAY = {OptimizerKind.ADAMW: 0.01, OptimizerKind.SGD: 0.0}
 
 
 def loss_from_proto(loss: task_pb2.Loss.ValueType, field: str) -> LossKind:
-    """Raises InvalidArgument on `field` for a loss that cannot be trained yet."""
+    """Raises InvalidArgument on `field` for a loss that is not known."""
     if loss not in _LOSSES:
-        known = loss in task_pb2.Loss.values()
-        name = task_pb2.Loss.Name(loss) if known else str(int(loss))
-        raise InvalidArgument.field(field, f"{name} is not supported yet" if known else f"{name} is not known")
+        raise InvalidArgument.field(field, f"{int(loss)} is not known")
     return _LOSSES[loss]
 
 
@@ -127,6 +134,10 @@ def _config(checks: FieldChecks, message: pb.TrainingConfig) -> TrainingConfig:
     known = message.optimizer in _OPTIMIZERS
     checks.require("config.optimizer", known, f"is {message.optimizer}, which is not known")
     checks.require("config.schedule", message.schedule in _SCHEDULES, f"is {message.schedule}, which is not known")
+    checks.require("config.precision", message.precision in _PRECISIONS, f"is {message.precision}, which is not known")
+    for index, weight in enumerate(message.class_weights):
+        good = 0 <= weight <= _MAX_CLASS_WEIGHT
+        checks.require(f"config.class_weights[{index}]", good, f"is {weight:g}, must be 0 to {_MAX_CLASS_WEIGHT:g}")
     optimizer = _OPTIMIZERS.get(message.optimizer, OptimizerKind.ADAMW)
     rate = message.learning_rate
     checks.require(
@@ -151,6 +162,10 @@ def _config(checks: FieldChecks, message: pb.TrainingConfig) -> TrainingConfig:
         seed=message.seed,
         augment=message.augment,
         checkpoint_interval_s=whole("checkpoint_interval_s", 86_400, 60),
+        class_weights=tuple(message.class_weights),
+        precision=_PRECISIONS.get(message.precision, Precision.FLOAT32),
+        compile=message.compile,
+        tf32=message.tf32,
     )
     if config.patience:
         checks.require("config.patience", config.holdout_share > 0, "needs a holdout_share above 0")
@@ -173,7 +188,10 @@ def training_to_proto(training: Training) -> pb.Training:
         device=training.device,
         create_time=_timestamp(training.created_at),
         submit=training.submit,
+        warnings=training.warnings,
     )
+    if training.data is not None:
+        message.data.CopyFrom(pb.DataReport(**training.data.to_json()))
     if training.progress is not None:
         message.progress.CopyFrom(_progress_to_proto(training.progress))
     if training.ended_at is not None:
@@ -187,6 +205,7 @@ def _config_to_proto(config: TrainingConfig) -> pb.TrainingConfig:
             **config.to_json(),
             "optimizer": _OPTIMIZER_NUMBERS[config.optimizer],
             "schedule": _SCHEDULE_NUMBERS[config.schedule],
+            "precision": _PRECISION_NUMBERS[config.precision],
         }
     )
 

@@ -4,12 +4,14 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from services.trainer.acceleration import Acceleration, is_out_of_memory
 from services.trainer.augmentation import shifted
 from services.trainer.checkpoints import Checkpoint
 from services.trainer.config import LossKind, OptimizerKind, TrainingConfig
@@ -58,7 +60,15 @@ class Descent:
     """
 
     def __init__(
-        self, *, spec: ModelSpec, loss: LossKind, config: TrainingConfig, rows: Rows, device: str = "cpu"
+        self,
+        *,
+        spec: ModelSpec,
+        loss: LossKind,
+        config: TrainingConfig,
+        rows: Rows,
+        device: str = "cpu",
+        warn: Callable[[str], None] = lambda _: None,
+        acceleration: Acceleration | None = None,
     ) -> None:
         self._config = config
         self._loss = loss
@@ -67,8 +77,14 @@ class Descent:
         self._train, self._held_out = split(len(rows), share=config.holdout_share, seed=config.seed)
         self.plan = Plan(rows=len(self._train), config=config)
         self.module: Network = build(spec, seed=config.seed).to(self.device)
+        self._acceleration = acceleration or Acceleration.of(config, spec, self.device)
+        self._forward = self._acceleration.forward(self.module)
+        self._warn = warn
+        # Each batch goes through the device in this many pieces: more than one where memory does not hold it whole.
+        self._pieces = 1
         self._optimizer = _optimizer(config, self.module)
-        self._objective = objective(loss, config.label_smoothing)
+        weights = torch.tensor(config.class_weights, device=self.device) if config.class_weights else None
+        self._objective = objective(loss, config.label_smoothing, class_weights=weights)
         torch.manual_seed(config.seed)
         self.step = 0
         self.holdout: Holdout | None = None
@@ -95,18 +111,25 @@ class Descent:
         """
         meter = _Meter(self, report, clock)
         next_checkpoint = clock() + self._config.checkpoint_interval_s
-        module, backward_scale, losses = self.module, self._backward_scale, meter.losses
+        module, losses = self.module, meter.losses
         accumulation, clip = self._config.accumulation, self._config.max_gradient_norm
-        per_epoch, objective_of, augment = self.plan.steps_per_epoch, self._objective, self._config.augment
+        per_epoch, augment = self.plan.steps_per_epoch, self._config.augment
         optimizer, group = self._optimizer, self._optimizer.param_groups[0]
         parameters = list(module.parameters())
         module.train()
         while self.step < self.plan.total_steps and not self._patience_is_over():
             epoch, done = divmod(self.step, per_epoch)
             for x, y in self._batches(epoch, done):
-                loss = objective_of(module(shifted(x) if augment else x), y)
-                (loss if accumulation == 1 else loss * backward_scale(done, len(y))).backward()  # type: ignore[no-untyped-call]  # torch's
-                losses.append(loss.detach())
+                try:
+                    losses.append(self._descend(shifted(x) if augment else x, y, done))
+                except (RuntimeError, MemoryError) as error:
+                    self._halve(error)
+                    # What an update has gathered so far is lost with the piece that failed.
+                    optimizer.zero_grad()
+                    again = done % accumulation
+                    self.step -= again
+                    del losses[len(losses) - again :]
+                    break
                 done += 1
                 self.step += 1
                 if done % accumulation and done < per_epoch:
@@ -132,6 +155,35 @@ class Descent:
         self._finish()
         return True
 
+    def _descend(self, x: Tensor, y: Tensor, done: int) -> Tensor:
+        """Adds the gradient of one batch to the parameters'; the batch's mean loss."""
+        share = 1.0 if self._config.accumulation == 1 else self._backward_scale(done, len(y))
+        if self._pieces == 1:
+            loss = self._objective(self._forward(x), y)
+            (loss if share == 1.0 else loss * share).backward()  # type: ignore[no-untyped-call]  # torch's
+            return loss.detach()
+        total = torch.zeros((), device=self.device)
+        size = -(-len(y) // self._pieces)
+        for x_piece, y_piece in zip(torch.split(x, size), torch.split(y, size), strict=True):
+            part = len(y_piece) / len(y)
+            loss = self._objective(self._forward(x_piece), y_piece)
+            (loss * (share * part)).backward()  # type: ignore[no-untyped-call]  # torch's
+            total += loss.detach() * part
+        return total
+
+    def _halve(self, error: Exception) -> None:
+        """Lets batches through in pieces of half the rows. Raises the error when it is another, or one row too much."""
+        if not is_out_of_memory(error) or self._pieces >= self._config.batch_size:
+            raise error
+        self._pieces = min(2 * self._pieces, self._config.batch_size)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        rows = -(-self._config.batch_size // self._pieces)
+        self._warn(
+            f"memory holds no {min(2 * rows, self._config.batch_size)} rows at step {self.step + 1}: each batch of "
+            f"{self._config.batch_size} now goes through in pieces of {rows}, with the same updates"
+        )
+
     def evaluate(self, module: Network) -> Holdout | None:
         """A module on the held-out rows, None when no row is held out."""
         total = len(self._held_out)
@@ -149,6 +201,9 @@ class Descent:
                 loss += plain(answers, y) * len(y)
                 if self._loss is LossKind.CROSS_ENTROPY:
                     correct += (answers.argmax(1) == y).sum()
+                elif self._rows.labelled:
+                    right = (answers > 0) == (y > 0.5) if y.shape[1] == 1 else answers.argmax(1) == y.argmax(1)
+                    correct += right.sum()
         module.train(training)
         return Holdout(correct=int(correct), total=total, loss=float(loss) / total)
 
@@ -163,6 +218,7 @@ class Descent:
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         facts = {
             "step": self.step,
+            "pieces": self._pieces,
             "stale_epochs": self._stale_epochs,
             "best_rank": list(self._best_rank) if self._best else None,
             "holdout": asdict(self.holdout) if self.holdout else None,
@@ -183,6 +239,7 @@ class Descent:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         self.step = facts["step"]
+        self._pieces = facts.get("pieces", 1)
         self._stale_epochs = facts["stale_epochs"]
         self._best_rank = tuple(facts["best_rank"]) if facts["best_rank"] else (-math.inf, -math.inf)
         self.holdout = Holdout(**facts["holdout"]) if facts["holdout"] else None
@@ -201,13 +258,26 @@ class Descent:
         size = self._config.batch_size
         order = self._train[torch.randperm(self.plan.rows, generator=_generator(self._config.seed, f"epoch {epoch}"))]
         gathered = max(1, _GATHERED_BYTES // (size * self._rows.row_bytes))
-        for start in range(0, self.plan.steps_per_epoch, gathered):
-            if start + gathered <= first:
-                continue
-            # A resumed epoch gathers from where an uninterrupted one did: the offset of a batch in memory decides
-            # which instructions its product is computed with, and with them the last bit.
-            x, y = self._rows.take(order[start * size : (start + gathered) * size])
+        # A resumed epoch gathers from where an uninterrupted one did: the offset of a batch in memory decides
+        # which instructions its product is computed with, and with them the last bit.
+        starts = range(first // gathered * gathered, self.plan.steps_per_epoch, gathered)
+        taken = self._taken(order[start * size : (start + gathered) * size] for start in starts)
+        for start, (x, y) in zip(starts, taken, strict=True):
             yield from list(zip(torch.split(x, size), torch.split(y, size), strict=True))[max(0, first - start) :]
+
+    def _taken(self, parts: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows of each part; while one is trained on, the next is read from disk, pinned and copied."""
+        if not self._rows.on_disk:
+            yield from map(self._rows.take, parts)
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
+            ahead = None
+            for part in parts:
+                behind, ahead = ahead, reader.submit(self._rows.take, part)
+                if behind is not None:
+                    yield behind.result()
+            if ahead is not None:
+                yield ahead.result()
 
     def _backward_scale(self, step: int, rows: int) -> float:
         """The share of an update's rows that this step of the epoch has, so that the update follows their mean."""
@@ -228,7 +298,7 @@ class Descent:
             return
         rank = (float(self.holdout.correct), -self.holdout.loss)
         # A regression has no correct rows: there the loss alone is progress.
-        better = rank > self._best_rank if self._loss is LossKind.MSE else rank[0] > self._best_rank[0]
+        better = rank[0] > self._best_rank[0] if self._rows.labelled else rank > self._best_rank
         self._stale_epochs = 0 if better else self._stale_epochs + 1
         if rank > self._best_rank:
             self._best_rank = rank
@@ -292,13 +362,23 @@ class _Meter:
         )
 
 
-def objective(loss: LossKind, label_smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """The mean of l over a batch."""
+def objective(
+    loss: LossKind, label_smoothing: float, *, class_weights: Tensor | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The mean of l over a batch; a class's weight multiplies the l of its rows."""
     match loss:
+        case LossKind.CROSS_ENTROPY if class_weights is not None:
+            # torch's mean would divide by the weights of the batch, which differ from batch to batch.
+            summed = nn.CrossEntropyLoss(class_weights, label_smoothing=label_smoothing, reduction="sum")
+            return lambda answers, labels: summed(answers, labels) / len(labels)
         case LossKind.CROSS_ENTROPY:
             return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         case LossKind.MSE:
             return nn.MSELoss()
+        case LossKind.BINARY_CROSS_ENTROPY:
+            return nn.BCEWithLogitsLoss()
+        case LossKind.HUBER:
+            return nn.HuberLoss(delta=1.0)
 
 
 def _optimizer(config: TrainingConfig, module: nn.Module) -> torch.optim.Optimizer:

@@ -1,7 +1,7 @@
 """The trainings that have not ended, as they are this moment, and those who watch them."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from services.trainer.progress import History, Progress
@@ -40,6 +40,12 @@ class LiveTrainings:
         entry = self._entries[training]
         entry.history.add(point)
         entry.training = replace(entry.training, progress=point)
+        self._wake(training)
+
+    def amend(self, training: str, change: Callable[[Training], Training]) -> None:
+        """Replaces a training that is here by what `change` makes of it."""
+        entry = self._entries[training]
+        entry.training = change(entry.training)
         self._wake(training)
 
     def get(self, training: str) -> Training | None:

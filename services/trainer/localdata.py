@@ -9,10 +9,11 @@ import numpy as np
 
 from services.runtime.errors import FieldViolation, InvalidArgument, NotFound
 from services.trainer.config import LossKind
-from tiltyard.datasets import Dataset, DatasetError, scan
-from tiltyard.modelspec import ModelSpec
+from tiltyard.datasets import Dataset, DatasetError, header_violations, scan
+from tiltyard.modelspec import ModelSpec, Transformer
 
 _MAX_PATH_CHARS = 1024
+LARGE_BYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,12 @@ class DataFolder:
         return path
 
     async def check(self, dataset: str, *, spec: ModelSpec, loss: LossKind) -> LocalDataset:
-        """Looks through the whole dataset. Raises InvalidArgument naming everything that does not fit the model."""
+        """Looks through the dataset. Raises InvalidArgument naming everything that does not fit the model.
+
+        Of a large one only shapes and lengths: the training's own process looks through the rest before its first step.
+        """
         path = self.path(dataset)
-        return await asyncio.to_thread(_check, path, spec, loss)
+        return await asyncio.to_thread(examine, path, spec, loss, whole=not is_large(path))
 
 
 def mark_of(path: Path) -> str:
@@ -63,32 +67,58 @@ def mark_of(path: Path) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
-def _check(path: Path, spec: ModelSpec, loss: LossKind) -> LocalDataset:
+def is_large(path: Path) -> bool:
+    """Whether looking through a dataset takes longer than a caller should wait."""
+    return path.stat().st_size > LARGE_BYTES
+
+
+def class_count(dataset: Dataset, spec: ModelSpec, loss: LossKind) -> int | None:
+    """Classes that labels may name, None for targets."""
+    labelled = loss is LossKind.CROSS_ENTROPY or (loss.takes_labels() and dataset.y.dtype.kind == "i")
+    return max(2, spec.outputs) if labelled else None
+
+
+def examine(path: Path, spec: ModelSpec, loss: LossKind, *, whole: bool = True) -> LocalDataset:
+    """Looks through a dataset, or at its header alone. Raises InvalidArgument."""
     mark = mark_of(path)
     try:
         dataset = Dataset.open(path)
     except (DatasetError, OSError) as error:
         raise InvalidArgument.field("dataset", f"is not a dataset: {error}", reason="BAD_DATASET") from error
-    classes = spec.outputs if loss is LossKind.CROSS_ENTROPY else None
-    found = [
-        FieldViolation("dataset", f"{violation.field}: {violation.description}")
-        for violation in scan(dataset, spec.input_shape, classes)
-    ]
-    if not found:
-        found = _fits(dataset, spec, loss)
+    classes = class_count(dataset, spec, loss)
+    scanned = scan(dataset, spec.input_shape, classes) if whole else header_violations(dataset, spec.input_shape)
+    found = [FieldViolation("dataset", f"{violation.field}: {violation.description}") for violation in scanned]
+    if whole and not found:
+        found = _fits(dataset, spec, loss, labelled=classes is not None)
     if found:
         raise InvalidArgument(found, reason="BAD_DATASET")
     return LocalDataset(path=path, rows=len(dataset), mark=mark)
 
 
-def _fits(dataset: Dataset, spec: ModelSpec, loss: LossKind) -> list[FieldViolation]:
+def _fits(dataset: Dataset, spec: ModelSpec, loss: LossKind, *, labelled: bool) -> list[FieldViolation]:
     """What a scan for any task lets pass but a training cannot use."""
-    if loss is LossKind.MSE:
+    if isinstance(spec.architecture, Transformer):
+        last = spec.architecture.vocabulary - 1
+        for start, part in dataset.chunks("x"):
+            wrong = ((part < 0) | (part > last) | (part != np.trunc(part))).any(axis=1)
+            if wrong.any():
+                row = start + int(wrong.argmax())
+                return [FieldViolation("dataset", f"x: row {row} has a value that is no token id of 0 to {last}")]
+    if not labelled:
         targets = 1 if dataset.y.ndim == 1 else dataset.y.shape[1]
         if targets == spec.outputs:
-            return []
+            return [] if loss is not LossKind.BINARY_CROSS_ENTROPY else _probabilities(dataset)
         return [FieldViolation("dataset", f"y: has {targets} targets a row, but the model has {spec.outputs} outputs")]
-    first = dataset.y[0]
+    first = int(dataset.y[0])
     if all(bool(np.all(part == first)) for _, part in dataset.chunks("y")):
         return [FieldViolation("dataset", f"y: every row has the label {first}, one class cannot be told from others")]
+    return []
+
+
+def _probabilities(dataset: Dataset) -> list[FieldViolation]:
+    for start, part in dataset.chunks("y"):
+        wrong = ((part < 0) | (part > 1)).reshape(len(part), -1).any(axis=1)
+        if wrong.any():
+            row = start + int(wrong.argmax())
+            return [FieldViolation("dataset", f"y: row {row} has a target outside 0 to 1, where binary ones lie")]
     return []

@@ -13,18 +13,29 @@ _WIDENED = {"u2": np.int32, "u4": np.int64, "u8": np.int64}
 
 
 class Rows:
-    """N rows [N, ...] with labels [N] (cross-entropy) or targets [N, outputs] (MSE)."""
+    """N rows [N, ...] with labels [N] (cross-entropy) or targets [N, outputs] (the other losses).
+
+    Binary cross-entropy takes labels too: each becomes the target 1 of its own output and 0 of the others, and where
+    there is one output the label is its target.
+    """
 
     def __init__(
         self, x: np.ndarray, y: np.ndarray, *, loss: LossKind, outputs: int, device: str, in_memory: bool | None = None
     ) -> None:
         self._device = torch.device(device)
         self._x = x
-        labels = y.astype(np.int64) if loss is LossKind.CROSS_ENTROPY else y.astype(np.float32).reshape(-1, outputs)
+        self.labelled = y.dtype.kind in "iu" and loss.takes_labels()
+        self._one_hot = outputs if self.labelled and loss is not LossKind.CROSS_ENTROPY and outputs > 1 else 0
+        labels = (
+            y.astype(np.int64)
+            if loss is LossKind.CROSS_ENTROPY or self._one_hot
+            else y.astype(np.float32).reshape(-1, outputs)
+        )
         self._y = torch.from_numpy(labels).to(self._device)
         self.row_bytes = max(1, x.nbytes // max(1, len(x)))
         fits = x.nbytes <= _memory_bytes(self._device) // 4 if in_memory is None else in_memory
         self._resident = _tensor(np.asarray(x)).to(self._device) if fits else None
+        self.on_disk = self._resident is None
 
     def __len__(self) -> int:
         return len(self._y)
@@ -32,6 +43,8 @@ class Rows:
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the rows at `indices` (int64, on the CPU), on the device."""
         y = self._y[indices.to(self._device)]
+        if self._one_hot:
+            y = torch.nn.functional.one_hot(y, self._one_hot).to(torch.float32)
         if self._resident is not None:
             return self._resident[indices.to(self._device)], y
         x = _tensor(self._x[indices.numpy()])

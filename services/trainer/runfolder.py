@@ -66,6 +66,11 @@ def read_order(folder: Path) -> Order:
     )
 
 
+def data_report(folder: Path) -> Path:
+    """What was found in the dataset, once it has been looked through."""
+    return folder / "data.json"
+
+
 def checkpoint(folder: Path) -> Path:
     """The last checkpoint."""
     return folder / "checkpoint.safetensors"

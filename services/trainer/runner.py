@@ -11,20 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from services.trainer import runfolder
+from services.trainer.datareport import DataReport
 from services.trainer.localdata import DataFolder
 from services.trainer.progress import Progress
-from services.trainer.runs import Broken, Died, End, Trained
+from services.trainer.runs import Broken, Died, End, Note, Trained, Warned
 from services.trainer.training import Training
 
 # From SIGTERM to SIGKILL: long enough for a step and a small checkpoint, short enough to cancel within a second.
 STOP_GRACE_S = 0.6
 _MAX_LINE_BYTES = 1024 * 1024
 _LOG_TAIL_BYTES = 4096
-
-_log = structlog.get_logger("tiltyard.trainer")
 
 
 class ChildProcesses:
@@ -35,7 +32,9 @@ class ChildProcesses:
         self._data = data
         self._threads = threads
 
-    async def train(self, training: Training, *, device: str, report: Callable[[Progress], None]) -> End:
+    async def train(
+        self, training: Training, *, device: str, report: Callable[[Progress], None], note: Callable[[Note], None]
+    ) -> End:
         """Starts or resumes the training's process and waits for its end. When cancelled, the process is gone."""
         folder = self._folder / training.id
         order = runfolder.Order(
@@ -50,7 +49,7 @@ class ChildProcesses:
         await asyncio.to_thread(runfolder.prepare, folder, order)
         process = await self._start(folder)
         try:
-            return await _listen(process, folder, report)
+            return await _listen(process, folder, report, note)
         finally:
             # Also when this task is cancelled, and even if it is cancelled again.
             await asyncio.shield(_stop(process))
@@ -78,7 +77,12 @@ class ChildProcesses:
             )
 
 
-async def _listen(process: asyncio.subprocess.Process, folder: Path, report: Callable[[Progress], None]) -> End:
+async def _listen(
+    process: asyncio.subprocess.Process,
+    folder: Path,
+    report: Callable[[Progress], None],
+    note: Callable[[Note], None],
+) -> End:
     """What the process says until it has ended, and what that means."""
     end: End | None = None
     assert process.stdout is not None  # it is a pipe
@@ -92,7 +96,9 @@ async def _listen(process: asyncio.subprocess.Process, folder: Path, report: Cal
             case "broken":
                 end = Broken(event["error"])
             case "warning":
-                _log.warning("a training goes on in spite of trouble", run=folder.name, trouble=event["text"])
+                note(Warned(event["text"]))
+            case "data":
+                note(DataReport.from_json(event["report"]))
     code = await process.wait()
     if end is not None:
         return end

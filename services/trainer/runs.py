@@ -3,13 +3,14 @@
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
 
 import structlog
 
 from services.runtime.errors import Aborted, ArenaError, Unavailable
+from services.trainer.datareport import DataReport
 from services.trainer.live import LiveTrainings
 from services.trainer.progress import Progress
 from services.trainer.training import Training, TrainingState, TrainingStore
@@ -47,10 +48,22 @@ class Died:
 End = Trained | Broken | Died
 
 
+@dataclass(frozen=True)
+class Warned:
+    """The training goes on in spite of something."""
+
+    text: str
+
+
+Note = Warned | DataReport
+
+
 class Children(Protocol):
     """Runs trainings in processes of their own."""
 
-    async def train(self, training: Training, *, device: str, report: Callable[[Progress], None]) -> End:
+    async def train(
+        self, training: Training, *, device: str, report: Callable[[Progress], None], note: Callable[[Note], None]
+    ) -> End:
         """Starts or resumes the training's process and waits for its end. When cancelled, the process is gone."""
         ...
 
@@ -195,7 +208,10 @@ class Runs:
         deaths, furthest, pause_s = 0, -1, _FIRST_PAUSE_S
         while True:
             end = await self._children.train(
-                training, device=device, report=lambda point: self._live.report(training.id, point)
+                training,
+                device=device,
+                report=lambda point: self._live.report(training.id, point),
+                note=lambda note: self._note(training.id, note),
             )
             if not isinstance(end, Died):
                 return end
@@ -236,6 +252,14 @@ class Runs:
             await self._children.clear(ended)
         self._live.publish(ended)
 
+    def _note(self, training: str, note: Note) -> None:
+        match note:
+            case Warned(text=text):
+                _log.warning("a training goes on in spite of trouble", training=training, trouble=text)
+                self._live.amend(training, lambda each: each.warned(text))
+            case DataReport() as data:
+                self._live.amend(training, lambda each: each.examined(data))
+
     def _newest(self, training: str) -> Progress | None:
         current = self._live.get(training)
         return current.progress if current else None
@@ -249,3 +273,7 @@ class Runs:
         points = self._live.history(training)
         if points:
             await self._store.keep_history(training, points)
+        current = self._live.get(training)
+        if current is not None and (current.warnings or current.data):
+            noted = current
+            await self._store.change(training, lambda each: replace(each, warnings=noted.warnings, data=noted.data))

@@ -11,6 +11,7 @@ from sqlmodel import Field, Session, SQLModel, col, select
 from services.runtime.database import Database
 from services.runtime.errors import NotFound
 from services.trainer.config import LossKind, TrainingConfig
+from services.trainer.datareport import DataReport
 from services.trainer.progress import Progress
 from services.trainer.training import ENDED, Training, TrainingPage, TrainingState
 from tiltyard import modelspec
@@ -40,6 +41,8 @@ class TrainingRow(SQLModel, table=True):
     cancel_requested: bool
     model_digest: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     submission: str
+    warnings: str = Field(sa_column=Column(Text, nullable=False))
+    data: str = Field(sa_column=Column(Text, nullable=False))
     device: str
     ended_at_us: int | None = Field(sa_column=Column(BigInteger, nullable=True))
 
@@ -158,6 +161,8 @@ def _columns(training: Training) -> dict[str, Any]:
         "cancel_requested": training.cancel_requested,
         "model_digest": training.model_digest,
         "submission": training.submission,
+        "warnings": json.dumps(training.warnings),
+        "data": json.dumps(training.data.to_json()) if training.data else "",
         "device": training.device,
         "ended_at_us": None if training.ended_at is None else _to_us(training.ended_at),
     }
@@ -182,6 +187,8 @@ def _training(session: Session, row: TrainingRow) -> Training:
         progress=Progress.from_json(json.loads(newest)) if newest else None,
         model_digest=row.model_digest,
         submission=row.submission,
+        warnings=tuple(json.loads(row.warnings)),
+        data=DataReport.from_json(json.loads(row.data)) if row.data else None,
         device=row.device,
         ended_at=None if row.ended_at_us is None else _from_us(row.ended_at_us),
     )

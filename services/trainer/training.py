@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from services.trainer.config import LossKind, TrainingConfig
+from services.trainer.datareport import DataReport
 from services.trainer.progress import Progress
 from tiltyard.modelspec import ModelSpec
 
@@ -22,6 +23,7 @@ class TrainingState(StrEnum):
     CANCELLED = "cancelled"
 
 
+MAX_WARNINGS = 100
 ENDED = frozenset({TrainingState.SUCCEEDED, TrainingState.FAILED, TrainingState.CANCELLED})
 
 
@@ -50,6 +52,8 @@ class Training:
     progress: Progress | None = None
     model_digest: bytes = b""
     submission: str = ""
+    warnings: tuple[str, ...] = ()
+    data: DataReport | None = None
     device: str = ""
     ended_at: datetime | None = None
 
@@ -57,6 +61,19 @@ class Training:
     def ended(self) -> bool:
         """Whether it will never change again."""
         return self.state in ENDED
+
+    def warned(self, text: str) -> "Training":
+        """With what it goes on in spite of; said again, it is not written down again."""
+        if text in self.warnings[-1:] or len(self.warnings) >= MAX_WARNINGS:
+            return self
+        return replace(self, warnings=(*self.warnings, text))
+
+    def examined(self, data: DataReport) -> "Training":
+        """With what is in its dataset, and a warning of each oddity, before the first step."""
+        found = replace(self, data=data)
+        for text in () if self.data == data else data.warnings():
+            found = found.warned(text)
+        return found
 
     def queued(self) -> "Training":
         """Back in the queue, as after a restart of the service; one that submits goes on doing so."""

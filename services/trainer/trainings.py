@@ -188,3 +188,10 @@ def _check_config(config: TrainingConfig, *, spec: ModelSpec, loss: LossKind) ->
         raise InvalidArgument.field("config.augment", f"needs images, rows have the shape {spec.input_shape}")
     if config.label_smoothing and loss is not LossKind.CROSS_ENTROPY:
         raise InvalidArgument.field("config.label_smoothing", f"is for cross-entropy, the loss is {loss}")
+    if config.class_weights:
+        if loss is not LossKind.CROSS_ENTROPY:
+            raise InvalidArgument.field("config.class_weights", f"are for cross-entropy, the loss is {loss}")
+        if len(config.class_weights) != spec.outputs:
+            raise InvalidArgument.field(
+                "config.class_weights", f"are {len(config.class_weights)}, but the model has {spec.outputs} outputs"
+            )

@@ -92,6 +92,11 @@ def mlp(*, inputs: tuple[int, ...] = (8, 8), outputs: int = 10) -> model_pb2.Mod
     return model_pb2.ModelSpec(input_shape=inputs, outputs=outputs, input_scale=1 / 16, mlp=model_pb2.Mlp(hidden=[64]))
 
 
+def encoder() -> model_pb2.ModelSpec:
+    transformer = model_pb2.Transformer(vocabulary=5, width=8, layers=1, heads=2)
+    return model_pb2.ModelSpec(input_shape=[3], outputs=2, transformer=transformer)
+
+
 def write_digits(folder: Path) -> None:
     digits = load_digits()
     write_dataset(folder / "digits.safetensors", digits.images.astype(np.uint8), digits.target.astype(np.int64))
@@ -155,6 +160,9 @@ async def test_a_training_is_watched_to_its_end_and_its_model_is_served(trainer:
     assert done.state == pb.TRAINING_STATE_SUCCEEDED
     assert all(training.state not in ENDED for training in seen[:-1])
     assert done.progress.step == done.progress.total_steps == 26 * done.config.epochs
+    assert (done.data.rows, done.data.minimum, done.data.maximum) == (1797, 0, 16)
+    assert list(done.data.class_rows) == np.bincount(load_digits().target).tolist()
+    assert not done.warnings
     assert done.progress.holdout_total == 179
     assert done.progress.holdout_correct > 0.95 * 179
     assert done.device == "cpu"
@@ -247,7 +255,16 @@ BAD_REQUESTS: list[tuple[dict[str, object], str, str]] = [
     ({"config": pb.TrainingConfig(holdout_share=1.0)}, "config.holdout_share", "below 1"),
     ({"config": pb.TrainingConfig(patience=2, holdout_share=0.0)}, "config.patience", "holdout_share"),
     ({"config": pb.TrainingConfig(optimizer=9)}, "config.optimizer", "9"),  # type: ignore[arg-type]
-    ({"loss": task_pb2.LOSS_HUBER}, "loss", "not supported yet"),
+    ({"loss": 9}, "loss", "9 is not known"),
+    ({"loss": task_pb2.LOSS_HUBER}, "dataset", "must be float32 targets"),
+    ({"config": pb.TrainingConfig(precision=9)}, "config.precision", "9"),  # type: ignore[arg-type]
+    ({"config": pb.TrainingConfig(class_weights=[-1] * 10)}, "config.class_weights[0]", "is -1"),
+    ({"config": pb.TrainingConfig(class_weights=[1, 2])}, "config.class_weights", "has 10 outputs"),
+    (
+        {"model": encoder(), "dataset": "tokens.safetensors"},
+        "dataset",
+        "row 1 has a value that is no token id",
+    ),
     ({"model": model_pb2.ModelSpec(input_shape=[8, 8], outputs=10)}, "model.architecture", "one of"),
     ({"model": mlp(outputs=0)}, "model.outputs", "1 to"),
     ({"model": mlp(inputs=(28, 28))}, "dataset", "(8, 8), but the model takes (28, 28)"),
@@ -273,6 +290,7 @@ async def test_a_bad_request_names_its_field_and_starts_nothing(
     data = trainer.state / "data"
     x, y = np.zeros((5, 8, 8), np.float32), np.array([0, 1, 2, 3, 4], np.int64)
     write_dataset(data / "one_class.safetensors", x, np.full(5, 7))
+    write_dataset(data / "tokens.safetensors", np.array([[0, 1, 2], [3, 4, 5]]), np.array([0, 1]))
     save_file({"x": x[:0], "y": y[:0]}, data / "empty.safetensors")
     save_file({"x": x, "y": y[:4]}, data / "lengths.safetensors")
     holed = x.copy()

@@ -110,6 +110,30 @@ SCHEDULE_KIND_COSINE: ScheduleKind.ValueType  # 2
 """Down to zero along a cosine, after the warm-up."""
 Global___ScheduleKind: _TypeAlias = ScheduleKind  # noqa: Y015
 
+class _Precision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Precision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRECISION_UNSPECIFIED: _Precision.ValueType  # 0
+    """Unset: FLOAT32 is used."""
+    PRECISION_FLOAT32: _Precision.ValueType  # 1
+    """IEEE single precision."""
+    PRECISION_BFLOAT16: _Precision.ValueType  # 2
+    """bfloat16 by autocast."""
+
+class Precision(_Precision, metaclass=_PrecisionEnumTypeWrapper):
+    """Precision is what the products of the forward and backward pass are computed in; weights and exported models stay float32."""
+
+PRECISION_UNSPECIFIED: Precision.ValueType  # 0
+"""Unset: FLOAT32 is used."""
+PRECISION_FLOAT32: Precision.ValueType  # 1
+"""IEEE single precision."""
+PRECISION_BFLOAT16: Precision.ValueType  # 2
+"""bfloat16 by autocast."""
+Global___Precision: _TypeAlias = Precision  # noqa: Y015
+
 @_typing.final
 class TrainingConfig(_message.Message):
     """TrainingConfig is how to descend. Zero means the default."""
@@ -132,10 +156,16 @@ class TrainingConfig(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     AUGMENT_FIELD_NUMBER: _builtins.int
     CHECKPOINT_INTERVAL_S_FIELD_NUMBER: _builtins.int
+    CLASS_WEIGHTS_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    COMPILE_FIELD_NUMBER: _builtins.int
+    TF32_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
     """Passes over the local dataset, 1 to 100,000. Default: 30, on a small dataset as many as make 3,000 updates, 300 at most."""
     batch_size: _builtins.int
-    """Rows per step, 1 to 1,000,000. Default: 64."""
+    """Rows per step, 1 to 1,000,000. Default: 64. When they do not fit in the device's memory, they go through it in halves,
+    then quarters and so on; the update stays that of the whole batch, and a warning says so.
+    """
     learning_rate: _builtins.float
     """Step size, above 0 and at most 100. Default: 0.003 for ADAMW, 0.05 for SGD."""
     optimizer: Global___OptimizerKind.ValueType
@@ -164,6 +194,16 @@ class TrainingConfig(_message.Message):
     """True to shift images at random by up to a tenth of their sides, or by one pixel where that is more, while training."""
     checkpoint_interval_s: _builtins.int
     """Seconds between checkpoints. Default: 60."""
+    precision: Global___Precision.ValueType
+    """What products are computed in while training."""
+    compile: _builtins.bool
+    """True to compile the network before the first step (torch.compile): slower to start, often faster from then on."""
+    tf32: _builtins.bool
+    """CUDA: true to let float32 products be computed in TF32, with 10 bits of mantissa."""
+    @_builtins.property
+    def class_weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Cross-entropy: factor of each class's rows in the loss, one for each output, each 0 or more. Empty: all 1."""
+
     def __init__(
         self,
         *,
@@ -183,10 +223,14 @@ class TrainingConfig(_message.Message):
         seed: _builtins.int = ...,
         augment: _builtins.bool = ...,
         checkpoint_interval_s: _builtins.int = ...,
+        class_weights: _abc.Iterable[_builtins.float] | None = ...,
+        precision: Global___Precision.ValueType = ...,
+        compile: _builtins.bool = ...,
+        tf32: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_label_smoothing", b"_label_smoothing", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "momentum", b"momentum", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_label_smoothing", b"_label_smoothing", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "augment", b"augment", "batch_size", b"batch_size", "checkpoint_interval_s", b"checkpoint_interval_s", "epochs", b"epochs", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "max_gradient_norm", b"max_gradient_norm", "momentum", b"momentum", "optimizer", b"optimizer", "patience", b"patience", "schedule", b"schedule", "seed", b"seed", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_label_smoothing", b"_label_smoothing", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "augment", b"augment", "batch_size", b"batch_size", "checkpoint_interval_s", b"checkpoint_interval_s", "class_weights", b"class_weights", "compile", b"compile", "epochs", b"epochs", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "max_gradient_norm", b"max_gradient_norm", "momentum", b"momentum", "optimizer", b"optimizer", "patience", b"patience", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "tf32", b"tf32", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__holdout_share: _TypeAlias = _typing.Literal["holdout_share"]  # noqa: Y015
     _WhichOneofArgType__holdout_share: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share"]  # noqa: Y015
@@ -232,6 +276,8 @@ class Training(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     SUBMIT_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name as trainings/{training}."""
     task: _builtins.str
@@ -272,6 +318,14 @@ class Training(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """When it ended."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it went on in spite of, oldest first, at most 100: a batch that had to be halved, a full disk that it waits for."""
+
+    @_builtins.property
+    def data(self) -> Global___DataReport:
+        """What was found in the dataset before the first step; unset until then."""
+
     def __init__(
         self,
         *,
@@ -290,14 +344,68 @@ class Training(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         submit: _builtins.bool = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        data: Global___DataReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "end_time", b"end_time", "model", b"model", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "data", b"data", "end_time", b"end_time", "model", b"model", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "dataset", b"dataset", "device", b"device", "end_time", b"end_time", "error", b"error", "loss", b"loss", "model", b"model", "model_digest", b"model_digest", "name", b"name", "progress", b"progress", "state", b"state", "submission", b"submission", "submit", b"submit", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "data", b"data", "dataset", b"dataset", "device", b"device", "end_time", b"end_time", "error", b"error", "loss", b"loss", "model", b"model", "model_digest", b"model_digest", "name", b"name", "progress", b"progress", "state", b"state", "submission", b"submission", "submit", b"submit", "task", b"task", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Training: _TypeAlias = Training  # noqa: Y015
+
+@_typing.final
+class DataReport(_message.Message):
+    """DataReport is what a training node found in its local dataset. Nothing of it leaves the node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    CLASS_ROWS_FIELD_NUMBER: _builtins.int
+    MINIMUM_FIELD_NUMBER: _builtins.int
+    MAXIMUM_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
+    NOT_FINITE_ROWS_FIELD_NUMBER: _builtins.int
+    DUPLICATE_ROWS_FIELD_NUMBER: _builtins.int
+    CONTRADICTING_ROWS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Rows in all."""
+    minimum: _builtins.float
+    """Smallest value of all features."""
+    maximum: _builtins.float
+    """Largest value of all features."""
+    mean: _builtins.float
+    """Mean of all features."""
+    not_finite_rows: _builtins.int
+    """Rows with features that are NaN or infinite."""
+    duplicate_rows: _builtins.int
+    """Rows whose features equal those of an earlier row."""
+    contradicting_rows: _builtins.int
+    """Duplicate rows whose label differs from the first such row's."""
+    @_builtins.property
+    def class_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows of each class, by class; empty for a regression."""
+
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        class_rows: _abc.Iterable[_builtins.int] | None = ...,
+        minimum: _builtins.float = ...,
+        maximum: _builtins.float = ...,
+        mean: _builtins.float = ...,
+        not_finite_rows: _builtins.int = ...,
+        duplicate_rows: _builtins.int = ...,
+        contradicting_rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["class_rows", b"class_rows", "contradicting_rows", b"contradicting_rows", "duplicate_rows", b"duplicate_rows", "maximum", b"maximum", "mean", b"mean", "minimum", b"minimum", "not_finite_rows", b"not_finite_rows", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DataReport: _TypeAlias = DataReport  # noqa: Y015
 
 @_typing.final
 class TrainingProgress(_message.Message):

@@ -35,7 +35,7 @@ class _LossEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Loss.ValueType],
     LOSS_MSE: _Loss.ValueType  # 2
     """Mean squared error over targets."""
     LOSS_BINARY_CROSS_ENTROPY: _Loss.ValueType  # 3
-    """Binary cross-entropy with logits."""
+    """Binary cross-entropy with logits, each output by itself: over targets in [0, 1], or class labels, one output each."""
     LOSS_HUBER: _Loss.ValueType  # 4
     """Huber loss with delta 1."""
 
@@ -49,7 +49,7 @@ LOSS_CROSS_ENTROPY: Loss.ValueType  # 1
 LOSS_MSE: Loss.ValueType  # 2
 """Mean squared error over targets."""
 LOSS_BINARY_CROSS_ENTROPY: Loss.ValueType  # 3
-"""Binary cross-entropy with logits."""
+"""Binary cross-entropy with logits, each output by itself: over targets in [0, 1], or class labels, one output each."""
 LOSS_HUBER: Loss.ValueType  # 4
 """Huber loss with delta 1."""
 Global___Loss: _TypeAlias = Loss  # noqa: Y015
@@ -348,7 +348,7 @@ class SelectionPolicy(_message.Message):
     curve: Global___Curve.ValueType
     """The weight function."""
     alpha_millis: _builtins.int
-    """POWER: the exponent in thousandths, 1 to 1000. 0 means 500, the square root."""
+    """POWER: the exponent in thousandths, 1 to 999, so that each further unit adds less. 0 means 500, the square root."""
     validator_min_stake_micros: _builtins.int
     """Least stake of a validator in micro-units, 1 or more. Default: the arena's."""
     training_node_min_stake_micros: _builtins.int

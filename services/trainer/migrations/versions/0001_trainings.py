@@ -32,6 +32,8 @@ def upgrade() -> None:
         sa.Column("cancel_requested", sa.Boolean, nullable=False),
         sa.Column("model_digest", sa.LargeBinary, nullable=False),
         sa.Column("submission", sa.String, nullable=False),
+        sa.Column("warnings", sa.Text, nullable=False),
+        sa.Column("data", sa.Text, nullable=False),
         sa.Column("device", sa.String, nullable=False),
         sa.Column("ended_at_us", sa.BigInteger, nullable=True),
     )

@@ -1,0 +1,102 @@
+"""What is found in a dataset before the first step, and a disk that is full for a while."""
+
+import errno
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from services.runtime.errors import InvalidArgument
+from services.trainer.config import LossKind
+from services.trainer.datareport import DataReport, report_on
+from services.trainer.fulldisk import write_when_there_is_room
+from services.trainer.localdata import examine
+from tiltyard.datasets import Dataset
+from tiltyard.modelspec import Linear, ModelSpec
+
+
+def dataset(folder: Path, x: np.ndarray, y: np.ndarray) -> Dataset:
+    save_file({"x": x, "y": y}, folder / "d.safetensors")
+    return Dataset.open(folder / "d.safetensors")
+
+
+def test_a_report_counts_classes_duplicates_and_contradictions(tmp_path: Path) -> None:
+    x = np.array([[1, 2], [3, 4], [1, 2], [1, 2], [200, 0]], np.uint8)
+    report = report_on(dataset(tmp_path, x, np.array([0, 1, 0, 1, 3])), classes=5)
+    assert report == DataReport(
+        rows=5,
+        class_rows=(2, 2, 0, 1, 0),
+        minimum=0,
+        maximum=200,
+        mean=float(x.mean()),
+        not_finite_rows=0,
+        duplicate_rows=2,
+        contradicting_rows=1,
+    )
+    assert DataReport.from_json(report.to_json()) == report
+    assert [text.split()[0] for text in report.warnings()] == ["2", "1", "2"]
+
+
+def test_a_report_of_floats_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+    x = np.array([[1.0, np.nan], [-3.0, 0.5], [np.inf, 7.0]], np.float32)
+    report = report_on(dataset(tmp_path, x, np.zeros((3, 2), np.float32)), classes=None)
+    assert (report.minimum, report.maximum, report.not_finite_rows, report.class_rows) == (-3.0, 7.0, 2, ())
+    assert report.mean == pytest.approx((1 - 3 + 0.5 + 7) / 4)
+    assert report.duplicate_rows == 0
+
+
+def test_rows_in_different_chunks_are_compared(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (5000, 4096), np.uint8)
+    x[4999] = x[3]
+    report = report_on(dataset(tmp_path, x, np.arange(5000) % 2), classes=2)
+    assert (report.duplicate_rows, report.contradicting_rows) == (1, 0)
+
+
+def test_of_a_large_dataset_a_caller_waits_for_the_header_alone(tmp_path: Path) -> None:
+    x = np.full((4, 2), np.nan, np.float32)
+    dataset(tmp_path, x, np.array([0, 1, 0, 1]))
+    path, spec = tmp_path / "d.safetensors", ModelSpec((2,), 2, Linear())
+    assert examine(path, spec, LossKind.CROSS_ENTROPY, whole=False).rows == 4
+    with pytest.raises(InvalidArgument, match="NaN"):
+        examine(path, spec, LossKind.CROSS_ENTROPY)
+    with pytest.raises(InvalidArgument, match="shape"):
+        examine(path, ModelSpec((3,), 2, Linear()), LossKind.CROSS_ENTROPY, whole=False)
+
+
+class Disk:
+    """Has no room until it was waited for `waits` times."""
+
+    def __init__(self, waits: int, code: int = errno.ENOSPC) -> None:
+        self.waits, self.code, self.written = waits, code, 0
+
+    def write(self) -> None:
+        if self.waits:
+            raise OSError(self.code, "No space left on device")
+        self.written += 1
+
+    def wait(self, seconds: float) -> bool:
+        assert seconds > 0
+        self.waits -= 1
+        return False
+
+
+def test_a_full_disk_pauses_says_so_and_goes_on() -> None:
+    disk, said = Disk(3), list[str]()
+    assert write_when_there_is_room(disk.write, warn=said.append, wait=disk.wait)
+    assert disk.written == 1
+    assert len(said) == 2
+    assert "paused: the disk is full" in said[0]
+    assert "goes on" in said[1]
+
+
+def test_a_paused_run_that_is_told_to_stop_stops() -> None:
+    disk = Disk(3)
+    assert not write_when_there_is_room(disk.write, warn=lambda _: None, wait=lambda _: True)
+    assert disk.written == 0
+
+
+def test_other_trouble_with_a_disk_is_not_waited_for() -> None:
+    disk = Disk(3, errno.EIO)
+    with pytest.raises(OSError, match="No space"):
+        write_when_there_is_room(disk.write, warn=lambda _: None, wait=disk.wait)
