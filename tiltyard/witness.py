@@ -155,7 +155,7 @@ class Testimony:
     time_s: int
 
 
-def testimony(folder: Path, *, leaf_hashes: Sequence[bytes], log_key: bytes, origin: str) -> Testimony | None:
+def witnessed(folder: Path, *, leaf_hashes: Sequence[bytes], log_key: bytes, origin: str) -> Testimony | None:
     """The newest cosigned checkpoint in a witness's folder that is not beyond these leaves; None where there is none.
 
     Raises Alarm when the leaves give another root than the one that was cosigned, with the leaves among which the

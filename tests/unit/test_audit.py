@@ -11,7 +11,7 @@ from tiltyard.audit.record import pack_leaves, unpack_leaves
 from tiltyard.identity import Key
 from tiltyard.statements import sign_statement
 from tiltyard.transparency import Checkpoint, checkpoint_body, leaf_hash, root_hash, sign_note
-from tiltyard.type.v1 import envelope_pb2, evaluation_pb2
+from tiltyard.type.v1 import envelope_pb2, evaluation_pb2, task_pb2
 from tiltyard.type.v1 import log_pb2 as log_type_pb2
 
 
@@ -223,7 +223,7 @@ def another_dataset(entry: log_type_pb2.LogEntry) -> None:
 
 
 def not_open(entry: log_type_pb2.LogEntry) -> None:
-    entry.task_changed.state = 3
+    entry.task_changed.state = task_pb2.TASK_STATE_CLOSED
 
 
 @pytest.mark.parametrize(
@@ -326,14 +326,14 @@ def test_a_rejection_that_nobody_found_is_found(told: ToldLog) -> None:
 
 
 def test_a_final_task_must_have_judged_everything(told: ToldLog) -> None:
-    for state, reason in ((3, ""), (4, "round 1 ranks")):
-        changed = log_type_pb2.TaskChanged(task=TASK, state=state, reason=reason)  # type: ignore[arg-type]
+    for state, reason in ((task_pb2.TASK_STATE_CLOSED, ""), (task_pb2.TASK_STATE_FINAL, "round 1 ranks")):
+        changed = log_type_pb2.TaskChanged(task=TASK, state=state, reason=reason)
         told.write(Entry(task_changed=changed))
     found = audit(told.record())
     assert found.passed, [str(each) for each in found.failures]
     assert found.leaderboards[0].final
     told.leaves[-1] = Entry(
-        task_changed=log_type_pb2.TaskChanged(task=TASK, state=4, reason="round 2 ranks")
+        task_changed=log_type_pb2.TaskChanged(task=TASK, state=task_pb2.TASK_STATE_FINAL, reason="round 2 ranks")
     ).SerializeToString()
     assert failed(audit(told.record())) == [Claim.SCORES]
 

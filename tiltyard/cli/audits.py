@@ -241,11 +241,11 @@ def _wrong_artifacts(folder: Path, record: "Record") -> list[str]:
 
 def _testimony(folder: Path, record: "Record") -> "Testimony | None":
     from tiltyard.transparency import leaf_hash
-    from tiltyard.witness import testimony
+    from tiltyard.witness import witnessed
 
     genesis = record.genesis
     hashes = [leaf_hash(leaf) for leaf in record.leaves]
-    return testimony(folder, leaf_hashes=hashes, log_key=genesis.log_key, origin=genesis.origin)
+    return witnessed(folder, leaf_hashes=hashes, log_key=genesis.log_key, origin=genesis.origin)
 
 
 def _tell(found: "Audit", problems: list[str], said: "Testimony | None", *, as_document: bool) -> None:

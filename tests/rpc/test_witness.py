@@ -1,0 +1,145 @@
+"""A witness of a real registry's log: it cosigns what only grows, and is not fooled by rows that were rewritten."""
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.registry_server import RegistryServer
+from tiltyard.audit import Record, audit
+from tiltyard.audit.download import fetch_record
+from tiltyard.cli.audits import RegistrySource
+from tiltyard.cosigning import WitnessKey, cosign, verify_cosignature
+from tiltyard.identity import Key
+from tiltyard.transparency import Frontier, InvalidNote, leaf_hash
+from tiltyard.witness import Alarm, Witness, witnessed
+
+NOW_S = 1_700_000_000
+
+
+@pytest.fixture
+async def source(arena: RegistryServer) -> RegistrySource:
+    for number in range(6):
+        await arena.participant(f"number {number}")
+    return RegistrySource(await arena.client(Key.generate()))
+
+
+def rewrite(arena: RegistryServer, *, tree_too: bool) -> None:
+    """Changes leaf 3 in the database behind the registry's back; with a tree that fits, as a thorough forger would."""
+    with closing(sqlite3.connect(arena.folder / "state" / "registry.db")) as database, database:
+        entries = [row[0] for row in database.execute('SELECT entry FROM log_leaves ORDER BY "index"')]
+        at = entries[3].index(b"number")
+        entries[3] = entries[3][:at] + b"nimble" + entries[3][at + 6 :]
+        database.execute('UPDATE log_leaves SET entry = ? WHERE "index" = 3', (entries[3],))
+        if not tree_too:
+            return
+        frontier = Frontier()
+        for index, entry in enumerate(entries):
+            database.execute('UPDATE log_leaves SET hash = ? WHERE "index" = ?', (leaf_hash(entry), index))
+            for (level, place), value in frontier.append(leaf_hash(entry))[1:]:
+                database.execute('UPDATE log_nodes SET hash = ? WHERE level = ? AND "index" = ?', (value, level, place))
+        database.execute("UPDATE counters SET log_frontier = ?", (b"".join(frontier.hashes),))
+
+
+async def test_a_growing_log_is_cosigned_again_and_again(
+    arena: RegistryServer, source: RegistrySource, tmp_path: Path
+) -> None:
+    witness = Witness(tmp_path / "w", name="neighbour")
+    first = await witness.look(source, now_s=NOW_S)
+    await arena.participant("one more")
+    second = await Witness(tmp_path / "w").look(source, now_s=NOW_S + 60)
+    assert second.size == first.size + 1
+    record = await fetch_record(await arena.client(Key.generate()))
+    said = witness_of(tmp_path / "w", record)
+    assert said == ("neighbour", second.size, NOW_S + 60)
+    assert len(list((tmp_path / "w" / "checkpoints").iterdir())) == 2
+    # A log that is longer than what was witnessed is witnessed as far as that goes.
+    await arena.participant("yet one more")
+    assert witness_of(tmp_path / "w", await fetch_record(await arena.client(Key.generate()))) == said
+
+
+def witness_of(folder: Path, record: Record) -> tuple[str, int, int] | None:
+    genesis = record.genesis
+    hashes = [leaf_hash(leaf) for leaf in record.leaves]
+    said = witnessed(folder, leaf_hashes=hashes, log_key=genesis.log_key, origin=genesis.origin)
+    return None if said is None else (said.name, said.size, said.time_s)
+
+
+async def test_a_rewritten_row_is_found_by_reading_the_log(arena: RegistryServer, source: RegistrySource) -> None:
+    rewrite(arena, tree_too=False)
+    found = audit(await fetch_record(await arena.client(Key.generate())))
+    assert "another root" in found.failures[0].reason
+
+
+async def test_a_rewritten_history_is_found_by_its_witness_and_by_nobody_else(
+    arena: RegistryServer, source: RegistrySource, tmp_path: Path
+) -> None:
+    witness = Witness(tmp_path / "w")
+    before = await witness.look(source, now_s=NOW_S)
+    rewrite(arena, tree_too=True)
+    record = await fetch_record(await arena.client(Key.generate()))
+    assert audit(record).passed  # it is a log like any other
+    with pytest.raises(Alarm, match="does not begin with"):
+        await witness.look(source, now_s=NOW_S + 1)
+    with pytest.raises(Alarm, match=rf"a leaf from 0 to {before.size - 1} was changed"):
+        witness_of(tmp_path / "w", record)
+    evidence = next((tmp_path / "w" / "alarms").iterdir()).read_text()
+    assert evidence.count(f"\u2014 {record.genesis.origin} ") == 2  # both histories, each signed by the log
+
+
+async def test_a_log_that_has_become_shorter_raises_the_alarm(
+    arena: RegistryServer, source: RegistrySource, tmp_path: Path
+) -> None:
+    witness = Witness(tmp_path / "w")
+    await witness.look(source, now_s=NOW_S)
+    kept = [leaf_hash(leaf) for leaf in await source.leaves(start=0, end=4)]
+    frontier = Frontier()
+    for each in kept:
+        frontier.append(each)
+    with closing(sqlite3.connect(arena.folder / "state" / "registry.db")) as database, database:
+        database.execute("UPDATE counters SET log_size = 4, log_frontier = ?", (b"".join(frontier.hashes),))
+    with pytest.raises(Alarm, match="leaves are gone"):
+        await witness.look(source, now_s=NOW_S + 1)
+
+
+async def test_two_histories_that_are_shown_to_two_people_are_found(
+    arena: RegistryServer, source: RegistrySource, tmp_path: Path
+) -> None:
+    theirs = await source.note()
+    rewrite(arena, tree_too=True)
+    witness = Witness(tmp_path / "w")
+    await witness.look(source, now_s=NOW_S)
+    await witness.compare(source, await source.note())
+    with pytest.raises(Alarm, match="two histories"):
+        await witness.compare(source, theirs)
+
+
+async def test_a_checkpoint_of_another_key_is_no_matter_for_alarm(
+    arena: RegistryServer, source: RegistrySource, tmp_path: Path
+) -> None:
+    witness = Witness(tmp_path / "w")
+    await witness.look(source, now_s=NOW_S)
+    note = await source.note()
+    with pytest.raises(InvalidNote):
+        await witness.compare(source, note.replace("\u2014 ", "\u2014 x"))
+    assert not list((tmp_path / "w" / "alarms").iterdir())
+
+
+def test_cosignatures_hold_for_their_note_and_key_alone() -> None:
+    key = Key.generate()
+    named = WitnessKey("w", key.public_bytes)
+    assert WitnessKey.parse(str(named)) == named
+    cosigned = cosign("origin\n1\nroot\n\n\u2014 origin AAAA\n", key=key, name="w", time_s=NOW_S)
+    assert verify_cosignature(cosigned, named) == NOW_S
+    for changed, who in (
+        (cosigned.replace("root", "riot"), named),
+        (cosigned, WitnessKey("w", Key.generate().public_bytes)),
+        (cosigned, WitnessKey("v", key.public_bytes)),
+        (cosigned[:-9] + "A" + cosigned[-8:], named),
+    ):
+        with pytest.raises(InvalidNote):
+            verify_cosignature(changed, who)
+    for text in ("", "w", "w+00000000+AAAA", str(named)[:-2], str(named).replace("w+", "v+")):
+        with pytest.raises(ValueError, match="a witness is named"):
+            WitnessKey.parse(text)
