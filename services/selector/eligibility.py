@@ -46,8 +46,9 @@ class Eligibility:
         missing = [f"available stake of {available} micro-units is below {threshold}"]
         if applicant.role is Role.TASK_CREATOR:
             facts = applicant.facts
+            past_work = _past_work_for_others(transaction, applicant)
             evidence += [
-                Evidence(EvidenceKind.TRACK_RECORD, bool(facts.track_record), references=facts.track_record),
+                Evidence(EvidenceKind.TRACK_RECORD, bool(past_work), references=past_work),
                 Evidence(EvidenceKind.REPUTATION, bool(facts.endorsers), references=facts.endorsers),
             ]
             missing += ["there is no recorded past work in another owner group's task", "nobody trusted has endorsed"]
@@ -69,3 +70,18 @@ class Eligibility:
                 return policy.training_node_min_stake_micros
             case Role.VALIDATOR:
                 return policy.validator_min_stake_micros
+
+
+def _past_work_for_others(transaction: Transaction, applicant: Applicant) -> tuple[str, ...]:
+    """The recorded work that was not done in a task of the applicant's own owner group.
+
+    The registry knows who is bound to whom by a signature. Who is funded from one account is known here alone.
+    """
+    own_group = transaction.owner_group(applicant.participant)
+
+    def is_for_others(reference: str) -> bool:
+        # Work is named by tasks/{task}/...
+        pool = transaction.pool(reference.split("/")[1]) if reference.startswith("tasks/") else None
+        return pool is None or transaction.owner_group(pool.creator) != own_group
+
+    return tuple(filter(is_for_others, applicant.facts.track_record))

@@ -497,6 +497,22 @@ async def test_a_task_creator_qualifies_by_any_one_fact(
     assert after == before
 
 
+async def test_past_work_counts_in_tasks_of_other_owner_groups_alone(arena: Arena) -> None:
+    """The registry cannot know that a task's creator is paid for from the applicant's funding account."""
+    await arena.open_pool()
+    await arena.deposit(someone("creator"), 1, account="one bank")
+    work = {"track_record": ["tasks/digits/submissions/1", "tasks/digits/submissions/2/evaluations/1-x"]}
+    check = arena.service.eligibility.CheckEligibility
+    before = (await check(_check(participation.ROLE_TASK_CREATOR, **work))).verdict
+    assert before.eligible
+    assert list(before.evidence[1].references) == work["track_record"]
+    await arena.deposit(someone("bob"), 1, account="one bank")
+    after = (await check(_check(participation.ROLE_TASK_CREATOR, **work))).verdict
+    assert not after.eligible
+    assert list(after.evidence[1].references) == []
+    assert "another owner group's task" in after.explanation
+
+
 async def test_a_pool_opens_once_and_fills_in_the_arenas_defaults(arena: Arena) -> None:
     first = await arena.open_pool()
     assert first == await arena.open_pool()
