@@ -1,7 +1,9 @@
-"""Rows and labels out of the files that people have: npz, CSV, Parquet, folders of images."""
+"""Rows and labels out of the files that people have: npz, CSV, Parquet, folders of images, Hugging Face datasets."""
 
 import csv
 import importlib
+import io
+import json
 import math
 import zipfile
 from array import array
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 LABEL_COLUMN = "y"
+HUGGING_FACE_LABELS = ("label", "labels", LABEL_COLUMN)
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 
 
@@ -32,12 +35,14 @@ class Rows:
 
 
 def read_rows(source: Path) -> Rows:
-    """Read a source by its kind: `.npz`, `.csv`, `.tsv`, `.parquet`, or a folder with one folder of images a class.
+    """Read a source by its kind: `.npz`, `.csv`, `.tsv`, `.parquet`, or a folder.
+
+    A folder is what `save_to_disk` of Hugging Face's datasets wrote, or has one folder of images a class.
 
     Raises OSError, and DatasetError for what cannot be read; both say where.
     """
     if source.is_dir():
-        return _images(source)
+        return _hugging_face(source) if is_hugging_face(source) else _images(source)
     readers: dict[str, Callable[[Path], Rows]] = {
         ".npz": _npz,
         ".csv": lambda path: _delimited(path, ","),
@@ -135,6 +140,59 @@ def _parquet(path: Path) -> Rows:
         columns.append(column)
     y = table.column(label).to_numpy(zero_copy_only=False)
     return Rows(np.stack(columns, axis=1), y.astype(np.str_) if y.dtype.kind == "O" else y)
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Whether a folder is a dataset, or a dictionary of them, that `save_to_disk` wrote."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _hugging_face(folder: Path) -> Rows:
+    """The Arrow files that state.json names; images are decoded, lists stacked, numbers put side by side."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(path.parent.name for path in folder.glob("*/state.json")))
+        raise DatasetError(f"{folder.name}: has the splits {splits}; name one as {folder.name}/SPLIT")
+    arrow = _optional("pyarrow", "pyarrow", "Hugging Face datasets")
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        files = [folder / Path(each["filename"]).name for each in state["_data_files"]]
+        tables = []
+        for file in files:
+            with arrow.memory_map(str(file)) as mapped:
+                tables.append(arrow.ipc.open_stream(mapped).read_all())
+        table = arrow.concat_tables(tables)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DatasetError(f"{folder.name}: is no dataset of save_to_disk: {error}") from error
+    if state.get("_indices_data_files"):
+        raise DatasetError(f"{folder.name}: its rows were selected or shuffled; call flatten_indices() before saving")
+    names: list[str] = table.column_names
+    label = next((name for name in HUGGING_FACE_LABELS if name in names), None)
+    if label is None or len(names) < 2:
+        raise DatasetError(f"{folder.name}: needs a column named {' or '.join(HUGGING_FACE_LABELS)}, and features")
+    y = table.column(label).to_numpy()
+    features = [_hugging_face_column(folder, name, table.column(name)) for name in names if name != label]
+    x = features[0] if len(features) == 1 else np.stack(features, axis=1)
+    return Rows(x, y.astype(np.str_) if y.dtype.kind == "O" else y)
+
+
+def _hugging_face_column(folder: Path, name: str, column: Any) -> Array:
+    first = column[0].as_py() if len(column) else None
+    try:
+        if isinstance(first, dict) and "bytes" in first:
+            image = _optional("PIL.Image", "Pillow", "images")
+            decoded = []
+            for each in column:
+                with image.open(io.BytesIO(each.as_py()["bytes"])) as opened:
+                    grey = opened.mode in ("1", "L")
+                    pixels = np.asarray(opened.convert("L" if grey else "RGB"))
+                decoded.append(pixels if grey else pixels.transpose(2, 0, 1))
+            return np.stack(decoded)
+        values = np.array(column.to_pylist()) if isinstance(first, list) else column.to_numpy()
+    except (ValueError, TypeError, OSError) as error:
+        raise DatasetError(f"{folder.name}: column {name!r}: {error}") from error
+    if values.dtype.kind not in "biuf":
+        raise DatasetError(f"{folder.name}: column {name!r} holds {values.dtype}, which are no numbers")
+    return values
 
 
 def _images(folder: Path) -> Rows:

@@ -1,6 +1,7 @@
 """The node's data folder: finds a dataset below it and looks through it before the first step."""
 
 import asyncio
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -9,10 +10,13 @@ import numpy as np
 
 from services.runtime.errors import FieldViolation, InvalidArgument, NotFound
 from services.trainer.config import LossKind
-from tiltyard.datasets import Dataset, DatasetError, header_violations, scan
+from tiltyard.datasets import Dataset, DatasetError, header_violations, pack, scan
 from tiltyard.modelspec import ModelSpec, Transformer
 
 _MAX_PATH_CHARS = 1024
+# Sources of other kinds are packed once into this folder beside them.
+_PACKED_FOLDER = ".packed"
+_PACKED_SUFFIX = ".safetensors"
 LARGE_BYTES = 256 * 1024 * 1024
 
 
@@ -31,8 +35,21 @@ class DataFolder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    def file(self, dataset: str, loss: LossKind) -> Path:
+        """The safetensors file that a training reads: the dataset's own, or the one that it was packed into.
+
+        Raises as `path` does, and NotFound where a dataset of another kind was not packed as it is now.
+        """
+        source = self.path(dataset)
+        if source.suffix == _PACKED_SUFFIX:
+            return source
+        packed = self._packed(source, loss)
+        if not packed.is_file():
+            raise NotFound("DATASET_CHANGED", f"the dataset {dataset!r} has changed since the training was started")
+        return packed
+
     def path(self, dataset: str) -> Path:
-        """The file of a dataset, given as a path below the folder.
+        """The file or folder of a dataset, given as a path below the folder.
 
         Raises InvalidArgument on `dataset` for a path that leads out of the folder, NotFound when there is no file.
         """
@@ -48,7 +65,7 @@ class DataFolder:
         path = (folder / relative).resolve()
         if not path.is_relative_to(folder):
             raise InvalidArgument.field("dataset", "leads out of the node's data folder", reason="INVALID_PATH")
-        if not path.is_file():
+        if not path.is_file() and not (path.is_dir() and path != folder):
             raise NotFound("DATASET_NOT_FOUND", f"there is no dataset {dataset!r} in the node's data folder")
         return path
 
@@ -57,14 +74,56 @@ class DataFolder:
 
         Of a large one only shapes and lengths: the training's own process looks through the rest before its first step.
         """
+        return await asyncio.to_thread(self._check, dataset, spec, loss)
+
+    def _check(self, dataset: str, spec: ModelSpec, loss: LossKind) -> LocalDataset:
         path = self.path(dataset)
-        return await asyncio.to_thread(examine, path, spec, loss, whole=not is_large(path))
+        if path.suffix != _PACKED_SUFFIX:
+            self._pack(path, loss)
+            path = self.file(dataset, loss)
+        return examine(path, spec, loss, whole=not is_large(path))
+
+    def _packed(self, source: Path, loss: LossKind) -> Path:
+        """Where a source of another kind lies as safetensors: another place when the source changes."""
+        facts = f"{source}/{mark_of(source)}/{_regression(loss)}"
+        return self._folder / _PACKED_FOLDER / (hashlib.sha256(facts.encode()).hexdigest()[:32] + _PACKED_SUFFIX)
+
+    def _pack(self, source: Path, loss: LossKind) -> None:
+        packed = self._packed(source, loss)
+        if packed.exists():
+            return
+        size = source.stat().st_size if source.is_file() else sum(each.stat().st_size for each in _files(source))
+        if size > LARGE_BYTES:
+            raise InvalidArgument.field(
+                "dataset",
+                f"has {size} bytes, over {LARGE_BYTES} it must be a safetensors file: tiltyard dataset pack makes one",
+                reason="BAD_DATASET",
+            )
+        packed.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
+            pack(source, packed, regression=_regression(loss))
+        except (DatasetError, OSError) as error:
+            raise InvalidArgument.field("dataset", f"is not a dataset: {error}", reason="BAD_DATASET") from error
 
 
 def mark_of(path: Path) -> str:
-    """Changes when the file is replaced or written to."""
+    """Changes when the file, or a file of the folder, is replaced or written to."""
+    if path.is_dir():
+        marks = "".join(f"{each.relative_to(path)}\0{mark_of(each)}\0" for each in _files(path))
+        return hashlib.sha256(marks.encode()).hexdigest()
     status = os.stat(path)
     return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.rglob("*") if each.is_file())
+
+
+def _regression(loss: LossKind) -> bool | None:
+    """Whether numbers are targets; None leaves it to what they look like."""
+    if loss is LossKind.BINARY_CROSS_ENTROPY:
+        return None
+    return not loss.takes_labels()
 
 
 def is_large(path: Path) -> bool:

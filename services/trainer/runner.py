@@ -38,7 +38,7 @@ class ChildProcesses:
         """Starts or resumes the training's process and waits for its end. When cancelled, the process is gone."""
         folder = self._folder / training.id
         order = runfolder.Order(
-            dataset=self._data.path(training.dataset),
+            dataset=await asyncio.to_thread(self._data.file, training.dataset, training.loss),
             dataset_mark=training.dataset_mark,
             spec=training.spec,
             loss=training.loss,

@@ -168,7 +168,6 @@ BAD_CONFIGS: list[tuple[Callable[[TaskConfig], object], str]] = [
     (change("selection.validator_min_stake_micros", -5), "config.selection.validator_min_stake_micros"),
     (change("selection.rate.limit", -1), "config.selection.rate.limit"),
     (change("loss", 99), "config.loss"),
-    (change("loss", type_task_pb2.LOSS_HUBER), "config.loss"),
     (change("metric", type_task_pb2.METRIC_WITHIN_BOUND), "config.bound"),
     (change("metric", type_task_pb2.METRIC_TOP_K_ACCURACY), "config.top_k"),
     (change("score_visibility", 77), "config.score_visibility"),

@@ -274,6 +274,7 @@ BAD_REQUESTS: list[tuple[dict[str, object], str, str]] = [
     ({"dataset": "nan.safetensors"}, "dataset", "row 3 has a value that is NaN"),
     ({"dataset": "lengths.safetensors"}, "dataset", "has 4 rows, but x has 5"),
     ({"dataset": "text.safetensors"}, "dataset", "is not a dataset"),
+    ({"dataset": "bad.csv"}, "dataset", "bad.csv:3: 2 columns, not 3"),
     ({"dataset": "../key.pem"}, "dataset", "below the node's data folder"),
     ({"dataset": "/etc/passwd"}, "dataset", "below the node's data folder"),
     ({"dataset": "link"}, "dataset", "out of the node's data folder"),
@@ -297,6 +298,7 @@ async def test_a_bad_request_names_its_field_and_starts_nothing(
     holed[3, 2, 1] = np.nan
     save_file({"x": holed, "y": y}, data / "nan.safetensors")
     (data / "text.safetensors").write_text("x,y\n1,2\n")
+    (data / "bad.csv").write_text("a,b,y\n1,2,0\n1,2\n")
     (data / "link").symlink_to(trainer.state / "key.pem")
     error = await refused(trainer.start(**fields))  # type: ignore[arg-type]
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT

@@ -1,5 +1,6 @@
 """Datasets: what is written is what is opened, what is wrong is named, and the sources that people have are packed."""
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -227,3 +228,46 @@ def test_labels_are_json_in_the_files_metadata(tmp_path: Path) -> None:
     raw = (tmp_path / "d").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert json.loads(header["__metadata__"]["labels"]) == [1, 2, 3]
+
+
+def _save_to_disk(folder: Path, columns: dict[str, object]) -> None:
+    """What `save_to_disk` of Hugging Face's datasets 5.2 writes."""
+    arrow = pytest.importorskip("pyarrow")
+    folder.mkdir(parents=True)
+    table = arrow.table(columns)
+    with arrow.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as file:
+        with arrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": None}
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def test_a_hugging_face_dataset_is_packed(tmp_path: Path) -> None:
+    _save_to_disk(tmp_path / "flat", {"a": [1, 2, 3], "b": [4.5, 5.5, 6.5], "label": [0, 1, 0]})
+    _save_to_disk(tmp_path / "nested", {"label": [0, 1], "tokens": [[1, 2, 3], [4, 5, 6]]})
+    assert pack(tmp_path / "flat", tmp_path / "a").row_shape == (2,)
+    assert pack(tmp_path / "nested", tmp_path / "b").row_shape == (3,)
+    dataset = Dataset.open(tmp_path / "b")
+    assert dataset.x.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert dataset.y.tolist() == [0, 1]
+
+
+def test_a_hugging_face_dataset_of_images_is_decoded(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    png = io.BytesIO()
+    image.new("RGB", (4, 2), (1, 2, 3)).save(png, "png")
+    _save_to_disk(tmp_path / "d", {"image": [{"bytes": png.getvalue(), "path": None}] * 2, "label": [0, 1]})
+    assert pack(tmp_path / "d", tmp_path / "out").row_shape == (3, 2, 4)
+    assert Dataset.open(tmp_path / "out").x[0, :, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_what_is_no_hugging_face_dataset_says_why(tmp_path: Path) -> None:
+    _save_to_disk(tmp_path / "d" / "train", {"a": [1], "text": ["x"], "label": [0]})
+    (tmp_path / "d" / "dataset_dict.json").write_text("{}")
+    with pytest.raises(DatasetError, match="has the splits train"):
+        pack(tmp_path / "d", tmp_path / "out")
+    with pytest.raises(DatasetError, match="column 'text' holds"):
+        pack(tmp_path / "d" / "train", tmp_path / "out")
+    _save_to_disk(tmp_path / "unlabelled", {"a": [1], "b": [2]})
+    with pytest.raises(DatasetError, match="a column named label"):
+        pack(tmp_path / "unlabelled", tmp_path / "out")

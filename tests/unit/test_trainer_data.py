@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from services.runtime.errors import InvalidArgument
+from services.runtime.errors import InvalidArgument, NotFound
 from services.trainer.config import LossKind
 from services.trainer.datareport import DataReport, report_on
 from services.trainer.fulldisk import write_when_there_is_room
-from services.trainer.localdata import examine
+from services.trainer.localdata import DataFolder, examine
 from tiltyard.datasets import Dataset
 from tiltyard.modelspec import Linear, ModelSpec
 
@@ -100,3 +100,27 @@ def test_other_trouble_with_a_disk_is_not_waited_for() -> None:
     disk = Disk(3, errno.EIO)
     with pytest.raises(OSError, match="No space"):
         write_when_there_is_room(disk.write, warn=lambda _: None, wait=disk.wait)
+
+
+async def test_other_kinds_of_data_are_packed_once_and_again_when_they_change(tmp_path: Path) -> None:
+    folder, spec = DataFolder(tmp_path), ModelSpec((2,), 2, Linear())
+    source = tmp_path / "d.csv"
+    source.write_text("a,b,y\n1,2,cat\n3,4,dog\n5,6,cat\n")
+    found = await folder.check("d.csv", spec=spec, loss=LossKind.CROSS_ENTROPY)
+    assert found.rows == 3
+    assert folder.file("d.csv", LossKind.CROSS_ENTROPY) == found.path
+    assert Dataset.open(found.path).labels == ("cat", "dog")
+    assert (await folder.check("d.csv", spec=spec, loss=LossKind.CROSS_ENTROPY)).mark == found.mark
+    source.write_text("a,b,y\n1,2,cat\n3,4,dog\n")
+    with pytest.raises(NotFound, match="has changed"):
+        folder.file("d.csv", LossKind.CROSS_ENTROPY)
+    assert (await folder.check("d.csv", spec=spec, loss=LossKind.CROSS_ENTROPY)).rows == 2
+
+
+async def test_a_folder_of_images_is_a_dataset(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for label in ("cat", "dog"):
+        (tmp_path / "pets" / label).mkdir(parents=True)
+        image.new("L", (3, 2), 7).save(tmp_path / "pets" / label / "one.png")
+    spec = ModelSpec((2, 3), 2, Linear())
+    assert (await DataFolder(tmp_path).check("pets", spec=spec, loss=LossKind.CROSS_ENTROPY)).rows == 2

@@ -494,7 +494,10 @@ class StartTrainingRequest(_message.Message):
     model_index: _builtins.int
     """Which of the task's models, counted from 0."""
     dataset: _builtins.str
-    """Path of the dataset below the node's data folder; no "..", not absolute."""
+    """Path of the dataset below the node's data folder; no "..", not absolute. A safetensors file with x and y, or npz, CSV,
+    TSV, Parquet, a folder with one folder of images a class, or a Hugging Face dataset on disk: these, up to 256 MiB, are
+    packed into safetensors first.
+    """
     submit: _builtins.bool
     """True to commit, upload and reveal the model when it has been trained. The node must be a member of the task."""
     loss: _task_pb2.Loss.ValueType

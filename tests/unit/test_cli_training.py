@@ -1,0 +1,57 @@
+"""What `tiltyard train` leaves behind: the loss curve as a table, a picture and TensorBoard's logs."""
+
+import csv
+import struct
+from pathlib import Path
+
+import pytest
+
+from tiltyard.cli.loss_curves import COLUMNS, LossCurve
+from tiltyard.cli.training import describe_data
+from tiltyard.trainer.v1 import trainer_pb2
+
+
+def curve() -> LossCurve:
+    points = LossCurve()
+    for step in (0, 10, 20, 30, 20, 30):  # it went back to a checkpoint once
+        points.add(
+            trainer_pb2.TrainingProgress(
+                step=step, epoch=1, loss=1 / (step + 1), learning_rate=0.5, holdout_total=step, holdout_loss=0.25
+            )
+        )
+    return points
+
+
+def test_a_curve_is_written_as_a_table(tmp_path: Path) -> None:
+    curve().write_csv(tmp_path / "curve.csv")
+    with (tmp_path / "curve.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    assert [int(row["step"]) for row in rows] == [10, 20, 30]
+    assert float(rows[1]["loss"]) == 1 / 21
+
+
+@pytest.mark.filterwarnings("default")  # what matplotlib's own imports warn of is not ours
+def test_a_curve_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    curve().write_png(tmp_path / "curve.png", title="trainings/1")
+    content = (tmp_path / "curve.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", content[16:24]) == (960, 600)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_curve_is_written_for_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    curve().write_tensorboard(tmp_path / "logs")
+    (log,) = (tmp_path / "logs").iterdir()
+    content = log.read_bytes()
+    assert content.count(b"holdout_loss") == 3
+    assert content.count(b"learning_rate") == 3
+
+
+def test_a_data_report_is_one_line() -> None:
+    data = trainer_pb2.DataReport(rows=1797, class_rows=[178, 182], minimum=0, maximum=16, mean=4.884, duplicate_rows=3)
+    assert describe_data(data) == (
+        "1,797 rows, features 0 to 16, mean 4.884, 2 classes of 178 to 182 rows, 3 duplicates, 0 rows with NaN"
+    )
