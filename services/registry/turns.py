@@ -45,7 +45,8 @@ async def each(
         while waiting and not any(isinstance(failure, Unavailable) for failure in failures):
             item = waiting.popleft()
             try:
-                done += await work(item)
+                more = await work(item)
+                done += more
             except Exception as error:
                 failures.append(error)
                 undone(item)

@@ -1,0 +1,262 @@
+"""Leases pass on in order, are held once, are shared out fairly, and outlive the registry's own absence."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from services.registry.docket import ROUNDS_A_TURN
+from services.registry.records import Assignment, RoundState, SubmissionState, ValidatorFaultKind
+from services.runtime.errors import AlreadyExists, ArenaError, FailedPrecondition, ResourceExhausted
+from tests.registry_fakes import FakeSelection, SettableClock
+from tests.registry_world import NODES, TASK, VALIDATORS, MemoryFiles, World, model_bytes, open_database, task_config
+
+MINUTE_S, HOUR_S = 60, 3600
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    clock = SettableClock()
+    database = open_database(tmp_path, clock)
+    yield World(database, clock, FakeSelection(clock), MemoryFiles())
+    await database.close()
+
+
+async def evaluating(world: World) -> int:
+    await world.open_task()
+    number = await world.submit(NODES[0], model_bytes("a"))
+    await world.turn()
+    return number
+
+
+async def faults(world: World) -> list[tuple[str, str]]:
+    found = await world.store.read(lambda tx: tx.validator_faults(task=TASK, validator=None, after=0, limit=99))
+    return [(fault.validator, fault.kind.name) for _, fault in found]
+
+
+# Held once
+
+
+async def test_of_two_processes_with_one_key_one_holds_the_lease(world: World) -> None:
+    number = await evaluating(world)
+    duty = (await world.duties(number))[0]
+    attempts = await asyncio.gather(
+        *(world.accept(duty, holder=bytes([process]) * 32) for process in range(8)), return_exceptions=True
+    )
+    held = [attempt for attempt in attempts if isinstance(attempt, str)]
+    refused = [attempt for attempt in attempts if isinstance(attempt, ArenaError)]
+    assert len(held) == 1
+    assert len(refused) == 7
+    assert {(type(error), error.reason) for error in refused} == {(AlreadyExists, "LEASE_HELD")}
+    # The one that holds it gets the same token again, as after a restart.
+    holder = attempts.index(held[0])
+    assert await world.accept(duty, holder=bytes([holder]) * 32) == held[0]
+
+
+async def test_who_is_back_late_is_told_so_at_every_step(world: World) -> None:
+    number = await evaluating(world)
+    late, offered, _ = await world.duties(number)
+    token = await world.accept(late)
+    world.clock.advance(seconds=2 * MINUTE_S)
+    await world.turn()
+    report = await world.report(late, 900)
+    with pytest.raises(FailedPrecondition, match="LEASE_LOST"):
+        await world.assignments.renew(late.participant, late, token=token)
+    with pytest.raises(FailedPrecondition, match="LEASE_LOST"):
+        await world.seal(late, report, token=token)
+    with pytest.raises(FailedPrecondition, match="ASSIGNMENT_ENDED"):
+        await world.accept(late)
+    with pytest.raises(FailedPrecondition, match="ASSIGNMENT_ENDED"):
+        await world.decline(offered)
+    assert (late.participant, "LEASE_EXPIRED") in await faults(world)
+    assert (offered.participant, "OFFER_EXPIRED") in await faults(world)
+
+
+# Faults are recorded, and cost stake
+
+
+async def test_every_fault_is_recorded_once_and_taken_to_the_selector(world: World) -> None:
+    await world.open_task(validators=9)
+    number = await world.submit(NODES[0], model_bytes("a"))
+    await world.turn()
+    leased, *_ = await world.duties(number)
+    await world.accept(leased)
+    sealed = {duty: await world.evaluate(duty, 900) for duty in (await world.duties(number))[1:]}
+    world.clock.advance(seconds=2 * MINUTE_S)
+    await world.turn()
+    reserve = (await world.duties(number, "OFFERED"))[0]
+    sealed[reserve] = await world.evaluate(reserve, 500)
+    await world.turn()
+    opened = [duty for duty in sealed if duty != (await world.duties(number))[1]]
+    for duty in opened:
+        await world.open(duty, sealed[duty])
+    world.clock.advance(seconds=HOUR_S)
+    await world.turn()
+    # One of two is off: reserves are called in, and decide.
+    await world.judge(number, *[900] * len(await world.duties(number, "OFFERED")))
+    assert (await world.submission(number)).state is SubmissionState.SCORED
+    unopened = (await world.duties(number))[1]
+    expected = [
+        (leased.participant, "LEASE_EXPIRED"),
+        (unopened.participant, "SEAL_UNOPENED"),
+        (reserve.participant, "OUTLIER"),
+    ]
+    assert await faults(world) == expected
+    assert (await world.leaf_kinds()).count("validator_fault") == 3
+    assert [(participant, kind.name) for (participant, _), kind in world.selection.slashes.items()] == expected
+
+
+async def test_a_slash_whose_answer_was_lost_is_asked_for_again(world: World) -> None:
+    number = await evaluating(world)
+    duty = (await world.duties(number))[0]
+    await world.accept(duty)
+    world.clock.advance(seconds=2 * MINUTE_S)
+    await world.judging.expire_assignments()
+    world.selection.unavailable = True
+    with pytest.raises(ExceptionGroup):
+        await world.faults.slash()
+    world.selection.unavailable = False
+    assert await world.faults.slash() == 1
+    assert await world.faults.slash() == 0
+    assert list(world.selection.slashes.values()) == [ValidatorFaultKind.LEASE_EXPIRED]
+
+
+# Fair across tasks
+
+
+async def test_a_task_with_many_submissions_does_not_starve_one_with_few(world: World) -> None:
+    many = ROUNDS_A_TURN + 20
+    crowded = task_config(limits=replace(task_config().limits, daily_submissions=10_000))
+    for task in (TASK, "small"):
+        await world.open_task(task=task, config=crowded)
+    for index in range(many):
+        await world.submit(NODES[0], model_bytes(f"many {index}"))
+    for index in range(2):
+        await world.submit(NODES[1], model_bytes(f"few {index}"), task="small")
+    await world.structure.check()
+    # One turn draws no more than so many, in turn by task: the latest two are among them.
+    assert await world.draws.draw() == ROUNDS_A_TURN
+    for number in (1, 2):
+        drawn = await world.store.read(lambda tx, number=number: tx.submission("small", number))
+        assert drawn is not None
+        assert drawn.state is SubmissionState.EVALUATING
+    await world.turn()
+    rounds = await world.store.read(lambda tx: tx.rounds_unconcluded())
+    assert {round_.state for round_ in rounds} == {RoundState.SEALING}
+    # And so is what a validator hears first.
+    validator = VALIDATORS[0]
+    own = await world.store.read(lambda tx: tx.assignments_unended_of(validator.id))
+    few = {assignment.number for assignment in own if assignment.task == "small"}
+    heard: list[Assignment] = []
+    async with aclosing(world.assignments.watch(validator.id, after=None)) as watched:
+        async for assignment, _ in watched:
+            heard.append(assignment)
+            if len(heard) == 2 * len(few):
+                break
+    assert {assignment.number for assignment in heard if assignment.task == "small"} == few
+
+
+async def test_a_watch_that_breaks_anywhere_misses_nothing(world: World) -> None:
+    for task in (TASK, "small"):
+        await world.open_task(task=task)
+    for index in range(3):
+        await world.submit(NODES[index], model_bytes(f"many {index}"))
+    await world.submit(NODES[1], model_bytes("few"), task="small")
+    await world.turn()
+    validator = max(VALIDATORS[:6], key=lambda key: _drawn(world, key.id)).id
+    own = {(a.task, a.number) for a in await world.store.read(lambda tx: tx.assignments_unended_of(validator))}
+    assert len(own) > 1
+    for cut in range(len(own) + 1):
+        heard: set[tuple[str, int]] = set()
+        cursor: int | None = None
+        while heard != own:
+            async with aclosing(world.assignments.watch(validator, after=cursor)) as watched:
+                taken = 0
+                async for assignment, reached in watched:
+                    heard.add((assignment.task, assignment.number))
+                    cursor, taken = reached, taken + 1
+                    if taken == max(1, cut) or heard == own:
+                        break
+
+
+def _drawn(world: World, validator: str) -> int:
+    return sum(validator in draw.picks for draw in world.selection.draws.values())
+
+
+# The registry's own absence
+
+
+async def test_deadlines_that_passed_while_the_registry_was_away_punish_nobody(world: World) -> None:
+    number = await evaluating(world)
+    unrevealed = await world.commit(NODES[1], model_bytes("later"))
+    first, second, third = await world.duties(number)
+    token = await world.accept(first)
+    sealed = await world.evaluate(second, 900)
+    await world.outages.beat()
+    world.clock.advance(seconds=5 * HOUR_S)
+    world = world.restarted()
+    assert await world.outages.end() == timedelta(hours=5)
+    await world.turn()
+    assert await world.states(number) == ["ACCEPTED", "SEALED", "OFFERED"]
+    assert (await world.submission(unrevealed)).state is SubmissionState.COMMITTED
+    await world.upload(NODES[1], unrevealed, model_bytes("later"))
+    await world.reveal(NODES[1], unrevealed, model_bytes("later"))
+    reports = {first: await world.report(first, 900), second: sealed}
+    await world.seal(first, reports[first], token=token)
+    reports[third] = await world.evaluate(third, 900)
+    await world.turn()
+    # Away once more, while all are to open.
+    await world.open(first, reports[first])
+    await world.outages.beat()
+    world.clock.advance(seconds=2 * HOUR_S)
+    world = world.restarted()
+    await world.outages.end()
+    await world.turn()
+    for duty in (second, third):
+        await world.open(duty, reports[duty])
+    await world.turn()
+    assert (await world.submission(number)).state is SubmissionState.SCORED
+    assert await faults(world) == []
+    assert (await world.leaf_kinds()).count("outage_ended") == 2
+
+
+async def test_what_was_late_before_the_outage_stays_late(world: World) -> None:
+    number = await evaluating(world)
+    duty = (await world.duties(number))[0]
+    await world.accept(duty)
+    world.clock.advance(seconds=2 * MINUTE_S)
+    await world.outages.beat()
+    world.clock.advance(seconds=HOUR_S)
+    world = world.restarted()
+    await world.outages.end()
+    await world.turn()
+    assert (duty.participant, "LEASE_EXPIRED") in await faults(world)
+
+
+async def test_a_restart_within_a_moment_moves_nothing(world: World) -> None:
+    number = await evaluating(world)
+    before = await world.all_duties(number)
+    assert await world.outages.end() == timedelta(0)
+    await world.outages.beat()
+    world.clock.advance(seconds=3)
+    assert await world.restarted().outages.end() == timedelta(0)
+    assert await world.all_duties(number) == before
+    assert "outage_ended" not in await world.leaf_kinds()
+
+
+# Daily limits
+
+
+async def test_the_daily_limit_holds_against_many_commits_at_once(world: World) -> None:
+    await world.open_task()
+    attempts = await asyncio.gather(
+        *(world.commit(NODES[0], model_bytes(str(index))) for index in range(20)), return_exceptions=True
+    )
+    assert sorted(number for number in attempts if isinstance(number, int)) == [1, 2, 3]
+    refused = [error for error in attempts if isinstance(error, ResourceExhausted)]
+    assert len(refused) == 17
+    assert {error.reason for error in refused} == {"DAILY_LIMIT"}

@@ -1,0 +1,154 @@
+"""What dishonest validators can do to scores, by the pure rules: draws, quorum, dispute and conclusion, no services.
+
+Each of 1,000 seeded submissions is judged by a draw of k = 3 out of 30 equal validators, of whom 10 (a third of the
+weight) are dishonest in one way or another.
+"""
+
+import hashlib
+import math
+import random
+from dataclasses import dataclass
+from itertools import islice
+
+import pytest
+
+from tiltyard.scoring import Conclusion, Counts, NeedMore, Outcome, Report, conclude, quorum
+from tiltyard.sortition import draw
+from tiltyard.sumtree import SumTree
+
+VALIDATORS, DISHONEST, K, ROWS, TOLERANCE = 30, 10, 3, 10_000, 20
+SUBMISSIONS = 1_000
+IDS = [f"{index:040x}" for index in range(VALIDATORS)]
+LIARS = frozenset(IDS[:DISHONEST])
+TREE = SumTree((validator, 1 << 32) for validator in IDS)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What became of one submission: the truth, what was counted by whom, who failed otherwise, the conclusion."""
+
+    truth: int
+    counted: dict[str, int]
+    failed: frozenset[str]
+    result: Conclusion | None
+    """None where too few reported."""
+
+    @property
+    def honest_majority(self) -> bool:
+        return 2 * sum(validator not in LIARS for validator in self.counted) > len(self.counted)
+
+
+def order_of(seed: bytes) -> list[str]:
+    return [IDS[place.leaf_index] for place in draw(seed, TREE)]
+
+
+def count_of(validator: str, truth: int, behaviour: str, dice: random.Random) -> int | None:
+    """What a validator reports of a model with `truth` right rows; None for nothing at all."""
+    if validator not in LIARS:
+        # Honest machines differ on rows that are too close to call.
+        return truth + dice.randint(-TOLERANCE // 2, TOLERANCE // 2)
+    if behaviour == "mixed":
+        behaviour = ("constant", "random", "never opening", "always declining")[int(validator, 16) % 4]
+    if behaviour == "constant":
+        return ROWS
+    return dice.randint(0, ROWS) if behaviour == "random" else None
+
+
+def judge(number: int, behaviour: str) -> Judged:
+    """Round 1 of a submission: who declines or never opens is replaced by the next of the order."""
+    seed = hashlib.sha256(f"{behaviour} {number}".encode()).digest()
+    dice = random.Random(seed)
+    truth = dice.randint(1_000, 9_000)
+    order = iter(order_of(seed))
+    reports: list[Report] = []
+    failed: set[str] = set()
+
+    def call_in(wanted: int) -> None:
+        for validator in order:
+            count = count_of(validator, truth, behaviour, dice)
+            if count is None:
+                failed.add(validator)
+                continue
+            reports.append(Report(validator, Counts(count, ROWS)))
+            if len(reports) == wanted:
+                return
+
+    call_in(K)
+    result = conclude(reports, K, TOLERANCE, disputed=False) if len(reports) >= quorum(K) else None
+    if isinstance(result, NeedMore):
+        call_in(len(reports) + result.reserves_wanted)
+        result = conclude(reports, K, TOLERANCE, disputed=True)
+        assert isinstance(result, Conclusion)
+    counted = {report.validator: report.counts.correct for report in reports if report.counts}
+    return Judged(truth, counted, frozenset(failed), result)
+
+
+def drawn_liars(places: int, liars: int) -> float:
+    """The hypergeometric chance that exactly `liars` of so many drawn are dishonest."""
+    honest = math.comb(VALIDATORS - DISHONEST, places - liars)
+    return math.comb(DISHONEST, liars) * honest / math.comb(VALIDATORS, places)
+
+
+def chance_without_honest_majority() -> float:
+    """All of the first k, who then agree; or some of them, and half or more of all 3k + 1 after the dispute."""
+    chance = drawn_liars(K, K)
+    more = 2 * K + 1
+    for first in range(1, K):
+        for later in range(more + 1):
+            if 2 * (first + later) >= K + more:
+                left = VALIDATORS - K
+                reserves = math.comb(DISHONEST - first, later) * math.comb(left - (DISHONEST - first), more - later)
+                chance += drawn_liars(K, first) * reserves / math.comb(left, more)
+    return chance
+
+
+@pytest.mark.parametrize("behaviour", ["constant", "random", "never opening", "always declining", "mixed"])
+def test_wherever_honest_validators_are_the_majority_the_score_is_within_tolerance(behaviour: str) -> None:
+    judged = [judge(number, behaviour) for number in range(SUBMISSIONS)]
+    for each in judged:
+        if not each.honest_majority:
+            continue
+        assert each.result is not None
+        assert each.result.outcome is Outcome.SCORED
+        assert abs(each.result.correct - each.truth) <= TOLERANCE
+        # Whoever is further off than the tolerance is named, nobody else is, and who does not report is known.
+        off = {v for v, count in each.counted.items() if abs(count - each.result.correct) > TOLERANCE}
+        assert set(each.result.outliers) == off <= LIARS
+        assert each.failed <= LIARS
+    without = sum(not each.honest_majority for each in judged)
+    expected = chance_without_honest_majority() * SUBMISSIONS
+    spread = math.sqrt(expected * (1 - expected / SUBMISSIONS))
+    if behaviour == "constant":
+        # They agree with each other, so that this is exactly the case that was computed.
+        assert abs(without - expected) < 4 * spread, (without, expected)
+        assert without > 0
+    else:
+        assert without <= expected + 4 * spread
+
+
+def test_the_draws_are_hypergeometric() -> None:
+    drawn = [0] * (K + 1)
+    for number in range(4 * SUBMISSIONS):
+        seed = hashlib.sha256(f"draw {number}".encode()).digest()
+        first = [IDS[place.leaf_index] for place in islice(draw(seed, TREE), K)]
+        drawn[sum(validator in LIARS for validator in first)] += 1
+    chi2 = sum(
+        (found - expected) ** 2 / expected
+        for liars, found in enumerate(drawn)
+        if (expected := drawn_liars(K, liars) * 4 * SUBMISSIONS)
+    )
+    # The 99.9 % point for three degrees of freedom.
+    assert chi2 < 16.27
+
+
+def test_a_constant_majority_wins_only_where_the_bound_says_so() -> None:
+    judged = [judge(number, "constant") for number in range(SUBMISSIONS)]
+    wrong = [
+        each
+        for each in judged
+        if each.result is None
+        or each.result.outcome is not Outcome.SCORED
+        or abs(each.result.correct - each.truth) > TOLERANCE
+    ]
+    assert wrong
+    assert not any(each.honest_majority for each in wrong)
