@@ -136,7 +136,7 @@ class SessionReading:
         return [rows.TASKS.record(row) for row in self._session.exec(query)]
 
     def tasks_due(self, now: datetime) -> Sequence[Task]:
-        query = select(TaskRow).where(col(TaskRow.deadline) <= micros_of(now)).order_by(col(TaskRow.position))
+        query = select(TaskRow).where(col(TaskRow.deadline) <= micros_of(now)).order_by(col(TaskRow.deadline))
         return [rows.TASKS.record(row) for row in self._session.exec(query)]
 
     def active_validators(self, task: str) -> int:

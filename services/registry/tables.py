@@ -70,6 +70,7 @@ class MemberRow(Table, table=True):
     __tablename__ = "members"
     __table_args__ = (
         Index("ix_members_task_participant", "task", "participant", unique=True),
+        Index("ix_members_task_position", "task", "position"),
         Index("ix_members_state_removed", "state", "removed"),
     )
 

@@ -1,0 +1,117 @@
+"""Each documented list, and each question of the background loop, is answered from an index, not by reading a table."""
+
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, event, text
+from sqlmodel import Session
+
+from services.registry import migrations
+from services.registry.queries import SessionReading
+from services.registry.records import (
+    MembershipState,
+    RoundState,
+    SubmissionState,
+    TaskState,
+)
+from services.runtime.engines import migrate
+from tests.registry_fakes import START
+
+NOW: datetime = START
+
+# Lists that the contract pages through: also their order comes from an index.
+LISTS: dict[str, Callable[[SessionReading], Any]] = {
+    "ListParticipants": lambda tx: tx.participants(after=5, limit=10),
+    "ListTasks": lambda tx: tx.tasks(before=None, limit=10),
+    "ListTasks, a later page": lambda tx: tx.tasks(before=5, limit=10),
+    "ListTasks state": lambda tx: tx.tasks(before=5, limit=10, state=TaskState.OPEN),
+    "ListTasks creator": lambda tx: tx.tasks(before=5, limit=10, creator="a"),
+    "ListTasks state AND creator": lambda tx: tx.tasks(before=5, limit=10, state=TaskState.OPEN, creator="a"),
+    "ListMembers": lambda tx: tx.members("t", after=5, limit=10),
+    "ListEligibilityVerdicts": lambda tx: tx.verdicts("t", after=5, limit=10),
+    "ListSubmissions": lambda tx: tx.submissions("t", after=5, limit=10),
+    "ListSubmissions state": lambda tx: tx.submissions("t", after=5, limit=10, state=SubmissionState.SCORED),
+    "ListSubmissions participant": lambda tx: tx.submissions("t", after=5, limit=10, participant="a"),
+    "ListSubmissions both": lambda tx: tx.submissions(
+        "t", after=5, limit=10, state=SubmissionState.SCORED, participant="a"
+    ),
+    "ListEvaluations": lambda tx: tx.evaluations("t", 1),
+    "ListValidatorFaults of a task": lambda tx: tx.validator_faults(task="t", validator=None, after=5, limit=10),
+    "ListValidatorFaults of one": lambda tx: tx.validator_faults(task=None, validator="a", after=5, limit=10),
+    "WatchAssignments": lambda tx: tx.assignments_of("a", after=5, limit=10),
+    "ListEntries": lambda tx: tx.leaves(start=5, limit=10),
+}
+QUESTIONS: dict[str, Callable[[SessionReading], Any]] = {
+    "GetSubmission": lambda tx: tx.submission("t", 1),
+    "the assignments of a submission": lambda tx: tx.assignments("t", 1),
+    "what is due of tasks": lambda tx: tx.tasks_due(NOW),
+    "what is due of submissions": lambda tx: tx.submissions_due(SubmissionState.COMMITTED, NOW),
+    "what is due of rounds": lambda tx: tx.rounds_due(RoundState.SEALING, NOW),
+    "what was touched of rounds": lambda tx: tx.rounds_touched(RoundState.SEALING, after=5),
+    "what is due of assignments": lambda tx: tx.assignments_due(NOW),
+    "what is not settled": lambda tx: tx.assignments_unsettled(limit=10),
+    "what is not settled of a task": lambda tx: tx.assignments_unsettled(task="t", limit=1),
+    "whose structure is unchecked": lambda tx: tx.submissions_unchecked(),
+    "what is hidden": lambda tx: tx.submissions_hidden("t", limit=10),
+    "models of one digest": lambda tx: tx.submissions_with_digest("t", b"d"),
+    "the daily limit": lambda tx: tx.count_submissions("t", "a", since=NOW),
+    "members in a state": lambda tx: tx.members_in(MembershipState.LEFT, removed=False),
+    "the track record": lambda tx: tx.track_record("a", outside_owner_group_of="a"),
+    "tasks in a state": lambda tx: tx.tasks_in(TaskState.CLOSED),
+    "artifact uses": lambda tx: tx.artifact_uses("00"),
+    "the next deadline": lambda tx: tx.next_deadline(),
+    "endorsements": lambda tx: tx.endorsements("a"),
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    url = f"sqlite:///{tmp_path_factory.mktemp('plans') / 'registry.db'}"
+    migrate(url, migrations)
+    engine = create_engine(url)
+    yield engine
+    engine.dispose()
+
+
+def plans(engine: Engine, ask: Callable[[SessionReading], Any]) -> list[str]:
+    """The plan of each statement that a question takes."""
+    asked: list[tuple[str, Any]] = []
+    with engine.connect() as connection:
+
+        def note(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+            asked.append((statement, parameters))
+
+        event.listen(connection, "before_cursor_execute", note)
+        with Session(bind=connection) as session:
+            ask(SessionReading(session))
+        event.remove(connection, "before_cursor_execute", note)
+        return [
+            row.detail
+            for statement, parameters in asked
+            for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+        ]
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_reads_its_page_in_order_from_an_index(engine: Engine, name: str) -> None:
+    steps = plans(engine, LISTS[name])
+    assert steps
+    # The first page of a list in order of its key is a scan that stops at the limit.
+    in_key_order = {"SCAN tasks"} if name == "ListTasks" else set()
+    assert not [step for step in steps if step.startswith("SCAN") and step not in in_key_order], steps
+    assert not [step for step in steps if "TEMP B-TREE" in step], steps
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_question_reads_no_whole_table(engine: Engine, name: str) -> None:
+    steps = plans(engine, QUESTIONS[name])
+    assert steps
+    assert not [step for step in steps if step.startswith("SCAN") and "CONSTANT ROW" not in step], steps
+
+
+def test_a_question_without_an_index_would_be_found(engine: Engine) -> None:
+    with engine.connect() as connection:
+        found = connection.execute(text("EXPLAIN QUERY PLAN SELECT * FROM submissions WHERE size_bytes = 1"))
+        assert [row.detail for row in found] == ["SCAN submissions"]
