@@ -1,0 +1,90 @@
+"""Fifty submissions over the registry's own store, a third of the validators dishonest, each in its own way."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from services.registry.records import RoundState, SubmissionState
+from services.runtime.names import AssignmentId
+from tests.registry_fakes import FakeSelection, SettableClock
+from tests.registry_world import NODES, TASK, VALIDATORS, MemoryFiles, World, model_bytes, open_database, task_config
+from tiltyard.type.v1 import envelope_pb2
+
+SUBMISSIONS, TOLERANCE, OFF = 50, 5, 400
+LIARS = {
+    key.id: behaviour for key, behaviour in zip(VALIDATORS, ("constant", "random", "silent", "decline"), strict=False)
+}
+
+
+def truth_of(number: int) -> int:
+    return 400 + 10 * number
+
+
+def count_of(duty: AssignmentId) -> int:
+    honest = truth_of(duty.number) + int(duty.participant, 16) % (TOLERANCE + 1)
+    match LIARS.get(duty.participant):
+        case "constant":
+            return 1000
+        case "random":
+            # Never by chance what is right.
+            return (honest + OFF + 7 * duty.number) % 1000
+        case _:
+            return honest
+
+
+async def work(world: World, sealed: dict[AssignmentId, envelope_pb2.EvaluationReport]) -> int:
+    """What all validators do in one moment."""
+    done = 0
+    for round_ in await world.store.read(lambda tx: tx.rounds_unconcluded()):
+        for duty in await world.duties(round_.number, "OFFERED"):
+            done += 1
+            if LIARS.get(duty.participant) == "decline":
+                await world.decline(duty)
+            else:
+                sealed[duty] = await world.evaluate(duty, count_of(duty))
+        if round_.state is RoundState.OPENING:
+            for duty in await world.duties(round_.number, "SEALED"):
+                if LIARS.get(duty.participant) != "silent":
+                    done += 1
+                    await world.open(duty, sealed[duty])
+    return done
+
+
+async def test_dishonest_validators_change_no_score_that_honest_ones_decide_and_are_named(tmp_path: Path) -> None:
+    clock = SettableClock()
+    database = open_database(tmp_path, clock)
+    world = World(database, clock, FakeSelection(clock), MemoryFiles())
+    limits = replace(task_config().limits, daily_submissions=SUBMISSIONS)
+    await world.open_task(validators=12, config=task_config(tolerance=TOLERANCE, limits=limits))
+    for index in range(SUBMISSIONS):
+        await world.submit(NODES[0], model_bytes(str(index)))
+    await world.turn()
+    sealed: dict[AssignmentId, envelope_pb2.EvaluationReport] = {}
+    while await world.store.read(lambda tx: tx.rounds_unconcluded()):
+        if not await work(world, sealed):
+            # Nobody does anything more: the time to open runs out.
+            world.clock.advance(seconds=3600)
+        await world.turn()
+    submissions = await world.store.read(lambda tx: tx.submissions(TASK))
+    decided = [s for s in submissions if honest_majority([*s.scores[1].evaluations] if s.scores else [])]
+    assert len(decided) > SUBMISSIONS // 2
+    named: set[tuple[int, str]] = set()
+    for submission in decided:
+        assert submission.state is SubmissionState.SCORED
+        score = submission.scores[1]
+        assert abs(score.correct - truth_of(submission.number)) <= 2 * TOLERANCE
+        lying = {v for v in score.evaluations if LIARS.get(v) in ("constant", "random")}
+        assert set(score.outliers) == lying
+        named |= {(submission.number, validator) for validator in lying}
+    faults = await world.store.read(lambda tx: tx.validator_faults(task=TASK, validator=None, after=0, limit=10_000))
+    by_kind: dict[str, set[tuple[int, str]]] = {}
+    for _, fault in faults:
+        by_kind.setdefault(fault.kind.name, set()).add((fault.number, fault.validator))
+    assert set(by_kind) == {"OUTLIER", "SEAL_UNOPENED"}
+    assert named <= by_kind["OUTLIER"]
+    assert {LIARS[validator] for _, validator in by_kind["SEAL_UNOPENED"]} == {"silent"}
+    await database.close()
+
+
+def honest_majority(counted: Sequence[str]) -> bool:
+    return 2 * sum(validator not in LIARS or LIARS[validator] == "silent" for validator in counted) > len(counted)
