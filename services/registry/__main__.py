@@ -3,6 +3,7 @@
 from services.registry.bootstrap import build
 from services.registry.settings import RegistrySettings
 from services.runtime.server import run, serve
+from services.runtime.standby import ActiveRole
 from services.runtime.telemetry import configure_logging
 
 
@@ -10,18 +11,20 @@ async def main() -> None:
     """Serves until SIGTERM or SIGINT."""
     settings = RegistrySettings.load()
     configure_logging(settings.service, settings.log_level, settings.log_format)
-    registry = await build(settings)
-    await registry.begin()
-    await serve(
-        settings,
-        registry.mounts,
-        name=settings.service,
-        authenticator=registry.authenticator,
-        policy=registry.policy,
-        remembered=registry.database,
-        background=[registry.referee.run],
-        on_close=[registry.close],
-    )
+    # Of several processes on one database the first serves, the others wait to take over.
+    async with ActiveRole(settings.database_url, settings.service):
+        registry = await build(settings)
+        await registry.begin()
+        await serve(
+            settings,
+            registry.mounts,
+            name=settings.service,
+            authenticator=registry.authenticator,
+            policy=registry.policy,
+            remembered=registry.database,
+            background=[registry.referee.run],
+            on_close=[registry.close],
+        )
 
 
 if __name__ == "__main__":

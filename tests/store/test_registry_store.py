@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 
@@ -73,10 +72,9 @@ class Opened:
         return self.store
 
 
-# PostgreSQL joins here with its own issue.
-@pytest.fixture(params=["sqlite"])
-async def opened(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Opened]:
-    opened = Opened(f"sqlite:///{tmp_path}/registry.db")
+@pytest.fixture
+async def opened(database_url: str) -> AsyncIterator[Opened]:
+    opened = Opened(database_url)
     yield opened
     await opened.database.close()
 
