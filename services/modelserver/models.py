@@ -12,15 +12,19 @@ from pathlib import Path
 
 import torch
 
+from services.modelserver.onnxmodel import GraphFailed, OnnxNetwork
 from services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from tiltyard.models import Network, load_model
-from tiltyard.modelspec import FaultCode, ModelFault, ModelSpec, count_parameters, from_json, validate
+from tiltyard.modelspec import FaultCode, ModelFault, ModelSpec, Onnx, count_parameters, from_json, validate
 
 WEIGHTS_FILE = "model.safetensors"
+ONNX_FILE = "model.onnx"
 SPEC_FILE = "spec.json"
 VERSION = "1"
 MAX_SPEC_BYTES = 1 << 20
 MAX_PARAMETERS = 1 << 32
+# protobuf's own limit: such a file is one message.
+MAX_ONNX_BYTES = (1 << 31) - 1
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 # What an answer may hold beside the logits.
@@ -63,9 +67,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Logits:
-    """What a model answered: float32, row-major, shape [n, outputs]."""
+    """What a model answered: float32, row-major, shape [n, outputs] where the model keeps to its spec."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     data: bytes | memoryview
 
 
@@ -83,7 +87,7 @@ class LoadedModel:
     """A model ready to run, and the bytes that its weights take."""
 
     spec: ModelSpec
-    network: Network
+    network: Callable[[torch.Tensor], torch.Tensor]
     memory_bytes: int
 
 
@@ -203,7 +207,9 @@ class Models:
             with torch.inference_mode():
                 rows = torch.frombuffer(batch.data, dtype=DATATYPES[batch.datatype]).reshape(batch.shape)
                 logits = self._forward(model, rows)
-            return Logits((logits.shape[0], logits.shape[1]), logits.numpy().reshape(-1).view("u1").data)
+            return Logits(tuple(logits.shape), logits.numpy().reshape(-1).view("u1").data)
+        except GraphFailed as error:
+            raise FailedPrecondition("MODEL_FAILED", str(error)) from error
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -216,6 +222,9 @@ class Models:
         if self._device != "cpu":
             answered: torch.Tensor = model.network(rows.to(self._device))
             return answered.to("cpu", torch.float32).contiguous()
+        if isinstance(model.network, OnnxNetwork):
+            # Whatever shape it gives is for the client to judge.
+            return model.network(rows)
         logits = torch.empty((len(rows), model.spec.outputs), dtype=torch.float32)
         step = _piece_rows(model.spec)
         for start in range(0, len(rows), step):
@@ -273,6 +282,11 @@ def _read_model(folder: Path, device: str) -> LoadedModel:
             spec = from_json(json.loads(file.read(MAX_SPEC_BYTES)))
         if violations := validate(spec, max_parameters=MAX_PARAMETERS):
             raise ModelFault(FaultCode.BAD_FORMAT, f"{violations[0].field}: {violations[0].description}")
+        if isinstance(spec.architecture, Onnx):
+            graph, parameters = OnnxNetwork.load(
+                spec, folder / ONNX_FILE, max_bytes=MAX_ONNX_BYTES, max_parameters=MAX_PARAMETERS
+            )
+            return LoadedModel(spec, graph, 4 * parameters)
         network = load_model(spec, folder / WEIGHTS_FILE, device=device)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFault(FaultCode.BAD_FORMAT, f"{type(error).__name__}: {error}") from error

@@ -10,7 +10,8 @@ from services.registry.records import RejectionReason, Submission, SubmissionSta
 from services.registry.rounds import FIRST_ROUND, reject, start_round
 from services.registry.transaction import Reading, Store, Writing
 from services.registry.turns import each
-from tiltyard.modelspec import ModelFault, ModelSpec, check_safetensors
+from tiltyard.modelfile import check_model_file
+from tiltyard.modelspec import ModelFault, ModelSpec
 
 
 class ModelFiles(Protocol):
@@ -30,6 +31,7 @@ class _Revealed:
     submission: Submission
     spec: ModelSpec
     max_bytes: int
+    max_parameters: int
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,12 @@ class StructureChecks:
             detail = f"the file has {size} bytes, {submission.size_bytes} were revealed"
             return _Finding(RejectionReason.DIGEST_MISMATCH, detail)
         try:
-            check_safetensors(
+            check_model_file(
                 lambda offset, length: self._files.read(sha256, offset, length),
                 size,
                 revealed.spec,
                 max_bytes=revealed.max_bytes,
+                max_parameters=revealed.max_parameters,
             )
         except ModelFault as fault:
             return _Finding(RejectionReason[fault.code.value], fault.detail)
@@ -88,7 +91,14 @@ def _revealed(tx: Reading) -> list[_Revealed]:
         task = tx.task(submission.task)
         if task is not None:
             config = task.config
-            found.append(_Revealed(submission, config.models[submission.model_index], config.limits.max_model_bytes))
+            found.append(
+                _Revealed(
+                    submission,
+                    config.models[submission.model_index],
+                    config.limits.max_model_bytes,
+                    config.limits.max_parameters,
+                )
+            )
     return found
 
 

@@ -32,6 +32,7 @@ from services.runtime.errors import (
 from services.runtime.names import format_participant, format_task
 from tiltyard.commitments import matches, submission_commitment
 from tiltyard.identity import Envelope
+from tiltyard.modelspec import Onnx
 
 DAY = timedelta(hours=24)
 STRUCTURE_TIME = timedelta(minutes=1)
@@ -232,8 +233,12 @@ def _check_model(task: Task, reveal: Reveal) -> None:
     if not 0 <= reveal.model_index < len(task.config.models):
         problem = f"is {reveal.model_index}, the task has {len(task.config.models)} models, counted from 0"
         violations.append(FieldViolation("statement.model_index", problem))
-    if reveal.format is not ModelFormat.SAFETENSORS:
-        violations.append(FieldViolation("statement.format", f"{reveal.format.name} is not supported yet"))
+    else:
+        onnx = isinstance(task.config.models[reveal.model_index].architecture, Onnx)
+        expected = ModelFormat.ONNX if onnx else ModelFormat.SAFETENSORS
+        if reveal.format is not expected:
+            problem = f"is {reveal.format.name}, the task's model {reveal.model_index} is handed in as {expected.name}"
+            violations.append(FieldViolation("statement.format", problem))
     if violations:
         raise InvalidArgument(violations)
 

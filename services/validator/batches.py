@@ -1,10 +1,13 @@
 """How many rows go into a batch: as many for every validator, so that no model fails at one and passes at another."""
 
+import math
+
 from services.validator.evaluation import CannotEvaluate
 from tiltyard.modelspec import (
     Convnet,
     Mlp,
     ModelSpec,
+    Onnx,
     Resnet,
     Transformer,
     image_shape,
@@ -61,4 +64,7 @@ def _widest_layer(spec: ModelSpec) -> int:
             tokens = spec.input_shape[0]
             # Where attention is not computed piece by piece, each head holds how much every token is to every other.
             widths += [3 * width * tokens, feed_forward * tokens, heads * tokens * tokens]
+        case Onnx():
+            # Unknown before it runs: a few dozen numbers for each of the input is what images commonly become.
+            widths.append(64 * math.prod(spec.input_shape))
     return max(widths)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import math
 import shutil
@@ -22,10 +23,11 @@ from services.validator.pipeline import BatchStream, RequestRefused, StreamBroke
 from services.validator.rows import EvaluationRows
 from services.validator.runs import Fault, Finding, Progress
 from tiltyard.counting import Metric, NanOutput, Tally
-from tiltyard.modelspec import ModelFault, to_json
+from tiltyard.modelspec import ModelFault, Onnx, to_json
 
 _SPEC_FILE = "spec.json"
 _WEIGHTS_FILE = "model.safetensors"
+_ONNX_FILE = "model.onnx"
 # A child whose connection broke is dead or about to be.
 _EXIT_TIMEOUT_S = 5.0
 # Waiting for one batch: the CPU limit ends what computes; this ends what hangs, on a busy machine too.
@@ -66,6 +68,8 @@ class NurseryAttempts:
                 raise CannotEvaluate(
                     f"rows of the dataset have shape {rows.row_shape}, the model's input {job.order.spec.input_shape}"
                 )
+            if isinstance(job.order.spec.architecture, Onnx) and importlib.util.find_spec("onnxruntime") is None:
+                raise CannotEvaluate("ONNX models need onnxruntime here: pip install 'tiltyard[onnx]'")
             progress.begin(rows.total)
             async with self._child(job) as child:
                 return await self._stream(child, rows, job, progress)
@@ -79,7 +83,8 @@ class NurseryAttempts:
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         try:
             (folder / _SPEC_FILE).write_text(json.dumps(to_json(job.order.spec)))
-            (folder / _WEIGHTS_FILE).hardlink_to(job.model)
+            onnx = isinstance(job.order.spec.architecture, Onnx)
+            (folder / (_ONNX_FILE if onnx else _WEIGHTS_FILE)).hardlink_to(job.model)
             limits = Limits(
                 memory_bytes=job.order.max_memory_bytes,
                 cpu_seconds=max(1, math.ceil(job.order.max_cpu_s)),

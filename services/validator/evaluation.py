@@ -6,9 +6,11 @@ from typing import Protocol
 
 from services.validator.assignments import Order
 from services.validator.runs import Fault, Finding, Progress
-from tiltyard.modelspec import FaultCode, ModelFault, check_safetensors
+from tiltyard.modelfile import check_model_file
+from tiltyard.modelspec import FaultCode, ModelFault
 
 _LOST_ATTEMPTS = 3
+MAX_PARAMETERS = 1 << 40
 
 _FAULT_OF = {
     # The registry lets no model over the task's limit come this far; the file is not what was registered.
@@ -90,4 +92,5 @@ def _check_structure(job: Job) -> None:
             file.seek(offset)
             return file.read(n)
 
-        check_safetensors(read, size_bytes, job.order.spec, max_bytes=size_bytes)
+        # The limits are the registry's to check; the file is the one that it has checked.
+        check_model_file(read, size_bytes, job.order.spec, max_bytes=size_bytes, max_parameters=MAX_PARAMETERS)

@@ -12,6 +12,7 @@ from services.runtime.rpc_errors import from_rpc_error
 from services.validator.assignments import Assignment, AssignmentState, DigestMismatch, Lease, Order
 from tiltyard.client import new_request_id
 from tiltyard.counting import Metric
+from tiltyard.modelspec import Onnx
 from tiltyard.registry.v1 import (
     artifact_pb2_grpc,
     assignment_pb2,
@@ -28,6 +29,7 @@ from tiltyard.wire import WireError, model_spec_from_proto
 _PAGE_SIZE = 1000
 _SHORTEST_LEASE_S = 1.0
 _STATE_PREFIX = "ASSIGNMENT_STATE_"
+_SAFETENSORS = model_pb2.MODEL_FORMAT_SAFETENSORS
 
 _METRIC_OF = {
     task_pb2.METRIC_UNSPECIFIED: Metric.ACCURACY,
@@ -150,12 +152,13 @@ def _assignment(message: assignment_pb2.Assignment) -> Assignment:
 
 def _order(message: assignment_pb2.EvaluationOrder) -> tuple[Order | None, str]:
     """The order, or None and why this validator cannot follow it."""
-    if message.format not in (model_pb2.MODEL_FORMAT_UNSPECIFIED, model_pb2.MODEL_FORMAT_SAFETENSORS):
-        return None, "models of this format are not evaluated by this validator yet"
     try:
         spec = model_spec_from_proto(message.spec)
     except WireError as error:
         return None, f"the task's model is not known to this validator: {error}"
+    expected = model_pb2.MODEL_FORMAT_ONNX if isinstance(spec.architecture, Onnx) else _SAFETENSORS
+    if (message.format or _SAFETENSORS) != expected:
+        return None, "the order's format is not that of the task's model"
     return (
         Order(
             dataset_digest=parse_artifact(message.dataset, "order.dataset"),

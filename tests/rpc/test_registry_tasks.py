@@ -139,7 +139,7 @@ BAD_CONFIGS: list[tuple[Callable[[TaskConfig], object], str]] = [
     (spec(mlp=model_pb2.Mlp(hidden=[8], activation=99)), "config.models[0].mlp.activation"),  # type: ignore[arg-type]
     (spec(resnet=model_pb2.Resnet(width=8)), "config.models[0].resnet.blocks"),
     (spec(transformer=model_pb2.Transformer(vocabulary=5)), "config.models[0].transformer.width"),
-    (spec(onnx=model_pb2.Onnx()), "config.models[0].onnx"),
+    (spec(onnx=model_pb2.Onnx(max_opset=-1)), "config.models[0].onnx.max_opset"),
     (spec(linear=model_pb2.Linear(), outputs=0), "config.models[0].outputs"),
     (spec(linear=model_pb2.Linear(), outputs=1), "config.models[0].outputs"),
     (spec(linear=model_pb2.Linear(), input_shape=[]), "config.models[0].input_shape"),

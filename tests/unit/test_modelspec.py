@@ -102,7 +102,7 @@ def test_an_encoder_layer_has_twelve_times_its_width_squared() -> None:
         ({"architecture": Transformer(9, 8, 65, 2), "input_shape": (4,)}, "transformer.layers"),
         ({"architecture": Transformer(9, 8, 1, 2, dropout=1.0), "input_shape": (4,)}, "transformer.dropout"),
         ({"architecture": Transformer(9, 8, 1, 2), "input_shape": (8193,)}, "input_shape"),
-        ({"architecture": Onnx()}, "onnx"),
+        ({"architecture": Onnx(-1)}, "onnx.max_opset"),
     ],
 )
 def test_bounds_name_the_field(change: dict[str, object], field: str) -> None:
