@@ -4,7 +4,6 @@ Says what happens as JSON lines on standard output: `progress`, `warning`, and a
 without a last word when it is told to stop (SIGTERM, after a checkpoint) or dies; started again, it goes on.
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -17,19 +16,12 @@ from typing import Any
 from services.modelserver.sandbox import die_with_parent
 from services.runtime.errors import InvalidArgument
 from services.trainer import runfolder
+from services.trainer.config import Executor
 from services.trainer.datareport import DataReport, report_on
 from services.trainer.fulldisk import write_when_there_is_room
 from services.trainer.localdata import class_count, examine, is_large, mark_of
-from services.trainer.progress import Progress
+from services.trainer.runfolder import STOPPED_STATUS, Say
 from tiltyard.datasets import Dataset
-
-Write = Callable[[Callable[[], None]], bool]
-Say = Callable[[dict[str, Any]], None]
-STOPPED_STATUS = 3
-
-
-class SelfCheckFailed(Exception):
-    """The model's file does not do what the trained module did."""
 
 
 def main() -> None:
@@ -60,78 +52,41 @@ def _train(folder: Path, say: Say) -> int:
     if mark_of(order.dataset) != order.dataset_mark:
         say({"event": "broken", "error": "the dataset has changed since the training was started"})
         return 1
-    # Imported here so that the parent's death is noticed from the first moment on.
-    import torch
-
-    from services.trainer.acceleration import allow_tf32
-    from services.trainer.checkpoints import CheckpointUnreadable, load_checkpoint, save_checkpoint
-    from services.trainer.descent import Descent, Diverged
-    from services.trainer.rows import Rows
-
-    torch.set_num_threads(order.threads)
-    allow_tf32(order.config.tf32)
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda _number, _frame: stopped.set())
-
-    def warn(text: str) -> None:
-        say({"event": "warning", "text": text})
-
-    def write(what: Callable[[], None]) -> bool:
-        return write_when_there_is_room(what, warn=warn, wait=stopped.wait)
-
     dataset = Dataset.open(order.dataset)
     try:
-        say({"event": "data", "report": _data_report(folder, order, dataset, write).to_json()})
+        say({"event": "data", "report": _data_report(folder, order, dataset, say, stopped).to_json()})
     except InvalidArgument as error:
         say({"event": "broken", "error": f"dataset: {error.message}"})
         return 1
-    rows = Rows(dataset.x, dataset.y, loss=order.loss, outputs=order.spec.outputs, device=order.device)
-    descent = Descent(spec=order.spec, loss=order.loss, config=order.config, rows=rows, device=order.device, warn=warn)
-
-    def stop(_number: int, _frame: object) -> None:
-        stopped.set()
-        descent.stop()
-
-    signal.signal(signal.SIGTERM, stop)
-    if stopped.is_set():
-        return STOPPED_STATUS
-
-    def keep() -> None:
+    if order.config.executor is Executor.RAY:
+        # Workers save what they have by the clock only; to end with this process is all that they are told.
+        signal.signal(signal.SIGTERM, lambda _number, _frame: os._exit(STOPPED_STATUS))
         try:
-            write(lambda: save_checkpoint(runfolder.checkpoint(folder), descent.state()))
-        except OSError as error:
-            warn(f"no checkpoint at step {descent.step}: {error}")
+            from services.trainer.ray_workers import train_with_ray
+        except ImportError as error:
+            say({"event": "broken", "error": f"executor RAY needs pip install 'tiltyard[ray]': {error}"})
+            return 1
+        return train_with_ray(folder, say)
+    # Imported here so that the parent's death is noticed from the first moment on.
+    from services.trainer.run import train
 
-    def report(point: Progress) -> None:
-        say({"event": "progress", "point": point.to_json()})
+    def on_stop(stop: Callable[[], None]) -> None:
+        def both(_number: int, _frame: object) -> None:
+            stopped.set()
+            stop()
 
-    try:
-        found = load_checkpoint(runfolder.checkpoint(folder))
-        if found is not None:
-            descent.restore(found)
-    except CheckpointUnreadable as error:
-        warn(f"begins anew: {error}")
-    try:
-        if not descent.run(report=report, checkpoint=keep):
-            return STOPPED_STATUS
-        digests: list[str] = []
-        if not write(lambda: digests.append(_export(folder, descent))):
-            return STOPPED_STATUS
-        result = {"event": "trained", "model_digest": digests[-1]}
-        if not write(lambda: runfolder.write_result(folder, result)):
-            return STOPPED_STATUS
-    except (Diverged, SelfCheckFailed) as error:
-        say({"event": "broken", "error": str(error)})
-        return 1
-    except (RuntimeError, OSError) as error:
-        # Out of memory, a full disk: another attempt would meet it again.
-        say({"event": "broken", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"})
-        return 1
-    say(result)
-    return 0
+        signal.signal(signal.SIGTERM, both)
+        if stopped.is_set():
+            stop()
+
+    return train(folder, say=say, stopped=stopped, on_stop=on_stop)
 
 
-def _data_report(folder: Path, order: runfolder.Order, dataset: Dataset, write: Write) -> DataReport:
+def _data_report(
+    folder: Path, order: runfolder.Order, dataset: Dataset, say: Say, stopped: threading.Event
+) -> DataReport:
     """Looks through the dataset when the training begins; one that resumes has it in its folder."""
     kept = runfolder.data_report(folder)
     if kept.exists():
@@ -139,23 +94,12 @@ def _data_report(folder: Path, order: runfolder.Order, dataset: Dataset, write: 
     if is_large(order.dataset):
         examine(order.dataset, order.spec, order.loss)
     report = report_on(dataset, classes=class_count(dataset, order.spec, order.loss))
-    write(lambda: runfolder.write_json(kept, report.to_json()))
+    write_when_there_is_room(
+        lambda: runfolder.write_json(kept, report.to_json()),
+        warn=lambda text: say({"event": "warning", "text": text}),
+        wait=stopped.wait,
+    )
     return report
-
-
-def _export(folder: Path, descent: Any) -> str:
-    """Writes the model once, reads it back, and lets it stand only if it answers the held-out rows as before."""
-    from tiltyard.models import load_model, save_weights
-
-    draft = folder / f".{runfolder.MODEL_FILE}.unchecked"
-    save_weights(descent.module, draft)
-    before = descent.evaluate(descent.module)
-    after = descent.evaluate(load_model(descent.module.spec, draft, device=str(descent.device)))
-    if before != after:
-        raise SelfCheckFailed(f"the model's file answers otherwise than the trained model: {after}, not {before}")
-    draft.replace(folder / runfolder.MODEL_FILE)
-    with (folder / runfolder.MODEL_FILE).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

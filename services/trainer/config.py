@@ -19,6 +19,13 @@ class ScheduleKind(StrEnum):
     COSINE = "cosine"
 
 
+class Executor(StrEnum):
+    """Where the training function runs."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 class LossKind(StrEnum):
     """The training objective l of L = (1/N) * sum l(f(x_i), y_i)."""
 
@@ -66,6 +73,8 @@ class TrainingConfig:
     precision: Precision = Precision.FLOAT32
     compile: bool = False
     tf32: bool = False
+    executor: Executor = Executor.LOCAL
+    workers: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name; `from_json` gives back an equal configuration."""
@@ -80,6 +89,7 @@ class TrainingConfig:
                 "optimizer": OptimizerKind(value["optimizer"]),
                 "schedule": ScheduleKind(value["schedule"]),
                 "class_weights": tuple(value.get("class_weights", ())),
+                "executor": Executor(value.get("executor", Executor.LOCAL)),
                 "precision": Precision(value.get("precision", Precision.FLOAT32)),
             }
         )

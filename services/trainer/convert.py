@@ -8,7 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.runtime.errors import InvalidArgument
 from services.runtime.fields import FieldChecks
 from services.runtime.names import format_task, format_training, parse_task
-from services.trainer.config import LossKind, OptimizerKind, Precision, ScheduleKind, TrainingConfig
+from services.trainer.config import Executor, LossKind, OptimizerKind, Precision, ScheduleKind, TrainingConfig
 from services.trainer.progress import Progress
 from services.trainer.schedule import DEFAULT_EPOCHS
 from services.trainer.training import Training, TrainingPage, TrainingState
@@ -38,6 +38,12 @@ _PRECISIONS = {
     pb.PRECISION_FLOAT32: Precision.FLOAT32,
     pb.PRECISION_BFLOAT16: Precision.BFLOAT16,
 }
+_EXECUTORS = {
+    pb.EXECUTOR_UNSPECIFIED: Executor.LOCAL,
+    pb.EXECUTOR_LOCAL: Executor.LOCAL,
+    pb.EXECUTOR_RAY: Executor.RAY,
+}
+_EXECUTOR_NUMBERS = {executor: number for number, executor in _EXECUTORS.items() if number}
 _PRECISION_NUMBERS = {precision: number for number, precision in _PRECISIONS.items() if number}
 _OPTIMIZERS = {
     pb.OPTIMIZER_KIND_UNSPECIFIED: OptimizerKind.ADAMW,
@@ -135,6 +141,8 @@ def _config(checks: FieldChecks, message: pb.TrainingConfig) -> TrainingConfig:
     checks.require("config.optimizer", known, f"is {message.optimizer}, which is not known")
     checks.require("config.schedule", message.schedule in _SCHEDULES, f"is {message.schedule}, which is not known")
     checks.require("config.precision", message.precision in _PRECISIONS, f"is {message.precision}, which is not known")
+    checks.require("config.executor", message.executor in _EXECUTORS, f"is {message.executor}, which is not known")
+    checks.require("config.workers", message.workers <= 1 or message.executor == pb.EXECUTOR_RAY, "needs executor RAY")
     for index, weight in enumerate(message.class_weights):
         good = 0 <= weight <= _MAX_CLASS_WEIGHT
         checks.require(f"config.class_weights[{index}]", good, f"is {weight:g}, must be 0 to {_MAX_CLASS_WEIGHT:g}")
@@ -166,6 +174,8 @@ def _config(checks: FieldChecks, message: pb.TrainingConfig) -> TrainingConfig:
         precision=_PRECISIONS.get(message.precision, Precision.FLOAT32),
         compile=message.compile,
         tf32=message.tf32,
+        executor=_EXECUTORS.get(message.executor, Executor.LOCAL),
+        workers=whole("workers", 1024, 1),
     )
     if config.patience:
         checks.require("config.patience", config.holdout_share > 0, "needs a holdout_share above 0")
@@ -205,6 +215,7 @@ def _config_to_proto(config: TrainingConfig) -> pb.TrainingConfig:
             **config.to_json(),
             "optimizer": _OPTIMIZER_NUMBERS[config.optimizer],
             "schedule": _SCHEDULE_NUMBERS[config.schedule],
+            "executor": _EXECUTOR_NUMBERS[config.executor],
             "precision": _PRECISION_NUMBERS[config.precision],
         }
     )

@@ -18,6 +18,7 @@ from services.trainer.config import LossKind, OptimizerKind, TrainingConfig
 from services.trainer.progress import Progress
 from services.trainer.rows import Rows
 from services.trainer.schedule import Plan
+from services.trainer.workers import Workers
 from tiltyard.models import Network, build
 from tiltyard.modelspec import ModelSpec
 
@@ -69,6 +70,7 @@ class Descent:
         device: str = "cpu",
         warn: Callable[[str], None] = lambda _: None,
         acceleration: Acceleration | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self._config = config
         self._loss = loss
@@ -80,12 +82,14 @@ class Descent:
         self._acceleration = acceleration or Acceleration.of(config, spec, self.device)
         self._forward = self._acceleration.forward(self.module)
         self._warn = warn
+        self._workers = workers
         # Each batch goes through the device in this many pieces: more than one where memory does not hold it whole.
         self._pieces = 1
         self._optimizer = _optimizer(config, self.module)
         weights = torch.tensor(config.class_weights, device=self.device) if config.class_weights else None
         self._objective = objective(loss, config.label_smoothing, class_weights=weights)
-        torch.manual_seed(config.seed)
+        # Workers drop and shift each in its own way; the first one as a worker alone does.
+        torch.manual_seed(config.seed + (workers.rank if workers else 0))
         self.step = 0
         self.holdout: Holdout | None = None
         self._best: dict[str, Tensor] = {}
@@ -134,6 +138,8 @@ class Descent:
                 self.step += 1
                 if done % accumulation and done < per_epoch:
                     continue
+                if self._workers is not None:
+                    self._add_up(losses, 1 + (done - 1) % accumulation)
                 if clip:
                     nn.utils.clip_grad_norm_(parameters, clip)
                 group["lr"] = self.plan.learning_rate(self._updates_before(epoch, done))
@@ -158,18 +164,38 @@ class Descent:
     def _descend(self, x: Tensor, y: Tensor, done: int) -> Tensor:
         """Adds the gradient of one batch to the parameters'; the batch's mean loss."""
         share = 1.0 if self._config.accumulation == 1 else self._backward_scale(done, len(y))
-        if self._pieces == 1:
-            loss = self._objective(self._forward(x), y)
-            (loss if share == 1.0 else loss * share).backward()  # type: ignore[no-untyped-call]  # torch's
-            return loss.detach()
+        if self._workers is not None:
+            whole = len(y)
+            x = torch.tensor_split(x, self._workers.size)[self._workers.rank]
+            y = torch.tensor_split(y, self._workers.size)[self._workers.rank]
+            return self._descend_part(x, y, share, len(y) / whole)
+        if self._pieces > 1:
+            return self._descend_part(x, y, share, 1.0)
+        loss = self._objective(self._forward(x), y)
+        (loss if share == 1.0 else loss * share).backward()  # type: ignore[no-untyped-call]  # torch's
+        return loss.detach()
+
+    def _descend_part(self, x: Tensor, y: Tensor, share: float, part: float) -> Tensor:
+        """Like `_descend` for the part of a batch that is this worker's, which may be empty."""
         total = torch.zeros((), device=self.device)
-        size = -(-len(y) // self._pieces)
-        for x_piece, y_piece in zip(torch.split(x, size), torch.split(y, size), strict=True):
-            part = len(y_piece) / len(y)
-            loss = self._objective(self._forward(x_piece), y_piece)
-            (loss * (share * part)).backward()  # type: ignore[no-untyped-call]  # torch's
-            total += loss.detach() * part
+        if len(y):
+            size = -(-len(y) // self._pieces)
+            for x_piece, y_piece in zip(torch.split(x, size), torch.split(y, size), strict=True):
+                weight = part * len(y_piece) / len(y)
+                loss = self._objective(self._forward(x_piece), y_piece)
+                (loss * (share * weight)).backward()  # type: ignore[no-untyped-call]  # torch's
+                total += loss.detach() * weight
         return total
+
+    def _add_up(self, losses: list[Tensor], steps: int) -> None:
+        """Adds the workers' gradients of one update, and what each knows of the losses of its steps."""
+        assert self._workers is not None  # asked for by its caller
+        gradients = []
+        for parameter in self.module.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        self._workers.add_up([*gradients, *losses[len(losses) - steps :]])
 
     def _halve(self, error: Exception) -> None:
         """Lets batches through in pieces of half the rows. Raises the error when it is another, or one row too much."""
@@ -239,6 +265,9 @@ class Descent:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         self.step = facts["step"]
+        if self._workers is not None and self._workers.rank:
+            # The checkpoint is the first worker's; to go on with its random state is to drop what it drops.
+            torch.manual_seed(self._config.seed + self._workers.rank + self.step * self._workers.size)
         self._pieces = facts.get("pieces", 1)
         self._stale_epochs = facts["stale_epochs"]
         self._best_rank = tuple(facts["best_rank"]) if facts["best_rank"] else (-math.inf, -math.inf)

@@ -3,7 +3,8 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,11 @@ from typing import Any
 from services.trainer.config import LossKind, TrainingConfig
 from tiltyard import modelspec
 from tiltyard.modelspec import ModelSpec
+
+# What a process says while it trains: one JSON object for each event.
+Say = Callable[[dict[str, Any]], None]
+STOPPED_STATUS = 3
+"""Exit status of a process that was told to stop and may go on from its checkpoint."""
 
 MODEL_FILE = "model.safetensors"
 SPEC_FILE = "spec.json"
@@ -108,7 +114,9 @@ def clear(folder: Path) -> None:
     if not folder.is_dir():
         return
     for path in folder.iterdir():
-        if path.name not in (MODEL_FILE, SPEC_FILE, JOURNAL_FILE):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in (MODEL_FILE, SPEC_FILE, JOURNAL_FILE):
             path.unlink(missing_ok=True)
 
 

@@ -134,6 +134,34 @@ PRECISION_BFLOAT16: Precision.ValueType  # 2
 """bfloat16 by autocast."""
 Global___Precision: _TypeAlias = Precision  # noqa: Y015
 
+class _Executor:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExecutorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Executor.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXECUTOR_UNSPECIFIED: _Executor.ValueType  # 0
+    """Unset: LOCAL is used."""
+    EXECUTOR_LOCAL: _Executor.ValueType  # 1
+    """A child process of the node."""
+    EXECUTOR_RAY: _Executor.ValueType  # 2
+    """Workers of Ray Train that add up their gradients; needs the extra tiltyard[ray]. The workers see the node's folders. A
+    resumed training ends as well as one never interrupted, but not with the same bits.
+    """
+
+class Executor(_Executor, metaclass=_ExecutorEnumTypeWrapper):
+    """Executor is where the training function runs."""
+
+EXECUTOR_UNSPECIFIED: Executor.ValueType  # 0
+"""Unset: LOCAL is used."""
+EXECUTOR_LOCAL: Executor.ValueType  # 1
+"""A child process of the node."""
+EXECUTOR_RAY: Executor.ValueType  # 2
+"""Workers of Ray Train that add up their gradients; needs the extra tiltyard[ray]. The workers see the node's folders. A
+resumed training ends as well as one never interrupted, but not with the same bits.
+"""
+Global___Executor: _TypeAlias = Executor  # noqa: Y015
+
 @_typing.final
 class TrainingConfig(_message.Message):
     """TrainingConfig is how to descend. Zero means the default."""
@@ -160,6 +188,8 @@ class TrainingConfig(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     COMPILE_FIELD_NUMBER: _builtins.int
     TF32_FIELD_NUMBER: _builtins.int
+    EXECUTOR_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
     """Passes over the local dataset, 1 to 100,000. Default: 30, on a small dataset as many as make 3,000 updates, 300 at most."""
     batch_size: _builtins.int
@@ -200,6 +230,10 @@ class TrainingConfig(_message.Message):
     """True to compile the network before the first step (torch.compile): slower to start, often faster from then on."""
     tf32: _builtins.bool
     """CUDA: true to let float32 products be computed in TF32, with 10 bits of mantissa."""
+    executor: Global___Executor.ValueType
+    """Where the training runs."""
+    workers: _builtins.int
+    """RAY: workers that share every batch, 1 to 1024. Default: 1."""
     @_builtins.property
     def class_weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Cross-entropy: factor of each class's rows in the loss, one for each output, each 0 or more. Empty: all 1."""
@@ -227,10 +261,12 @@ class TrainingConfig(_message.Message):
         precision: Global___Precision.ValueType = ...,
         compile: _builtins.bool = ...,
         tf32: _builtins.bool = ...,
+        executor: Global___Executor.ValueType = ...,
+        workers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_label_smoothing", b"_label_smoothing", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "momentum", b"momentum", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_label_smoothing", b"_label_smoothing", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "augment", b"augment", "batch_size", b"batch_size", "checkpoint_interval_s", b"checkpoint_interval_s", "class_weights", b"class_weights", "compile", b"compile", "epochs", b"epochs", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "max_gradient_norm", b"max_gradient_norm", "momentum", b"momentum", "optimizer", b"optimizer", "patience", b"patience", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "tf32", b"tf32", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_label_smoothing", b"_label_smoothing", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "augment", b"augment", "batch_size", b"batch_size", "checkpoint_interval_s", b"checkpoint_interval_s", "class_weights", b"class_weights", "compile", b"compile", "epochs", b"epochs", "executor", b"executor", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "max_gradient_norm", b"max_gradient_norm", "momentum", b"momentum", "optimizer", b"optimizer", "patience", b"patience", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "tf32", b"tf32", "warmup", b"warmup", "weight_decay", b"weight_decay", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__holdout_share: _TypeAlias = _typing.Literal["holdout_share"]  # noqa: Y015
     _WhichOneofArgType__holdout_share: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share"]  # noqa: Y015

@@ -1,0 +1,110 @@
+"""One run from its folder to its model: descends, keeps checkpoints, exports; alone, or in each of n workers."""
+
+import hashlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from services.trainer import runfolder
+from services.trainer.acceleration import allow_tf32
+from services.trainer.checkpoints import CheckpointUnreadable, load_checkpoint, save_checkpoint
+from services.trainer.descent import Descent, Diverged
+from services.trainer.fulldisk import write_when_there_is_room
+from services.trainer.progress import Progress
+from services.trainer.rows import Rows
+from services.trainer.runfolder import STOPPED_STATUS, Say
+from services.trainer.workers import Workers
+from tiltyard.datasets import Dataset
+from tiltyard.models import load_model, save_weights
+
+
+class SelfCheckFailed(Exception):
+    """The model's file does not do what the trained module did."""
+
+
+def train(
+    folder: Path,
+    *,
+    say: Say,
+    stopped: threading.Event,
+    on_stop: Callable[[Callable[[], None]], None] = lambda _: None,
+    workers: Workers | None = None,
+    device: str = "",
+) -> int:
+    """Trains what the folder orders; an exit status. `on_stop` is told what to call when the run is to stop.
+
+    Of several `workers`, all of which see the folder, the first one speaks and writes. `device` is the order's where it
+    is not given.
+    """
+    order = runfolder.read_order(folder)
+    speaks = workers is None or workers.rank == 0
+    device = device or order.device
+    torch.set_num_threads(order.threads)
+    allow_tf32(order.config.tf32)
+
+    def warn(text: str) -> None:
+        say({"event": "warning", "text": text})
+
+    def write(what: Callable[[], None]) -> bool:
+        return write_when_there_is_room(what, warn=warn, wait=stopped.wait)
+
+    dataset = Dataset.open(order.dataset)
+    rows = Rows(dataset.x, dataset.y, loss=order.loss, outputs=order.spec.outputs, device=device)
+    descent = Descent(
+        spec=order.spec, loss=order.loss, config=order.config, rows=rows, device=device, warn=warn, workers=workers
+    )
+    on_stop(descent.stop)
+
+    def keep() -> None:
+        if not speaks:
+            return
+        try:
+            write(lambda: save_checkpoint(runfolder.checkpoint(folder), descent.state()))
+        except OSError as error:
+            warn(f"no checkpoint at step {descent.step}: {error}")
+
+    def report(point: Progress) -> None:
+        if speaks:
+            say({"event": "progress", "point": point.to_json()})
+
+    try:
+        found = load_checkpoint(runfolder.checkpoint(folder))
+        if found is not None:
+            descent.restore(found)
+    except CheckpointUnreadable as error:
+        warn(f"begins anew: {error}")
+    try:
+        if not descent.run(report=report, checkpoint=keep):
+            return STOPPED_STATUS
+        if not speaks:
+            return 0
+        digests: list[str] = []
+        if not write(lambda: digests.append(_export(folder, descent))):
+            return STOPPED_STATUS
+        result = {"event": "trained", "model_digest": digests[-1]}
+        if not write(lambda: runfolder.write_result(folder, result)):
+            return STOPPED_STATUS
+    except (Diverged, SelfCheckFailed) as error:
+        say({"event": "broken", "error": str(error)})
+        return 1
+    except (RuntimeError, OSError) as error:
+        # Out of memory, a broken device: another attempt would meet it again.
+        say({"event": "broken", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"})
+        return 1
+    say(result)
+    return 0
+
+
+def _export(folder: Path, descent: Descent) -> str:
+    """Writes the model once, reads it back, and lets it stand only if it answers the held-out rows as before."""
+    draft = folder / f".{runfolder.MODEL_FILE}.unchecked"
+    save_weights(descent.module, draft)
+    before = descent.evaluate(descent.module)
+    after = descent.evaluate(load_model(descent.module.spec, draft, device=str(descent.device)))
+    if before != after:
+        raise SelfCheckFailed(f"the model's file answers otherwise than the trained model: {after}, not {before}")
+    draft.replace(folder / runfolder.MODEL_FILE)
+    with (folder / runfolder.MODEL_FILE).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

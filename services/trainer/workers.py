@@ -1,0 +1,42 @@
+"""Several processes that descend as one: each takes a part of every batch, and their gradients are added up."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, distributed
+
+
+class Workers(Protocol):
+    """The processes of one training, seen from one of them: number `rank` of `size`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces each tensor by its sum over all workers, which wait for each other here."""
+        ...
+
+
+class ProcessGroup:
+    """Workers over torch's default process group: gloo on CPUs, NCCL on CUDA devices."""
+
+    @property
+    def rank(self) -> int:
+        """This worker, from 0."""
+        return distributed.get_rank()
+
+    @property
+    def size(self) -> int:
+        """All workers."""
+        return distributed.get_world_size()
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """One message for all tensors: most are too small to be worth one each."""
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        distributed.all_reduce(flat)
+        for tensor, summed in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
