@@ -15,12 +15,14 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2
 from grpc_status.rpc_status import from_call
+from typer.testing import CliRunner
 
 from services.runtime.channels import open_peer
 from services.runtime.server import ArenaServer
 from services.selector.bootstrap import build
 from services.selector.settings import SelectorSettings
 from tiltyard import bls
+from tiltyard.cli import app
 from tiltyard.identity import Key
 from tiltyard.receipts import receipt_from_json, receipt_to_json, verify_receipt
 from tiltyard.selector.v1 import draw_pb2, draw_pb2_grpc, pool_pb2, pool_pb2_grpc, stake_pb2, stake_pb2_grpc
@@ -903,3 +905,43 @@ async def test_a_restart_in_the_middle_of_draws_keeps_them_and_goes_on(tmp_path:
         check_receipt(await arena.draw(12), key)
     finally:
         await arena.stop()
+
+
+# Commands
+
+
+async def test_the_commands_export_check_and_explain_a_draw(arena: Arena, tmp_path: Path) -> None:
+    await arena.open_pool()
+    await arena.add_validator(arena.alice.name, 4)
+    for name in "bcde":
+        await arena.add_validator(someone(name))
+    receipt = await arena.draw(1, paused=[arena.alice.name], validators=4)
+    key = tmp_path / "alice.pem"
+    arena.keys["alice"].save(key)
+    reached = ["--key", str(key), "--selector", arena.server.address]
+
+    async def command(*arguments: str) -> str:
+        # A command runs a loop of its own, so it needs a thread of its own.
+        result = await asyncio.to_thread(CliRunner().invoke, app, list(arguments))
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    exported, selector_key = tmp_path / "receipt.json", tmp_path / "selector.pub"
+    await command("draw", "export", receipt.draw, "--out", str(exported), *reached)
+    # The server logs to the same standard output.
+    printed = await command("draw", "export", receipt.draw.removeprefix("draws/"), *reached)
+    assert printed.endswith(exported.read_text())
+    await command("draw", "key", "--out", str(selector_key), *reached)
+    assert "proved: the 4 picks" in await command("draw", "verify", str(exported), "--key", str(selector_key))
+    shown = await command("draw", "show", receipt.draw, *reached)
+    assert shown.count("assigned") == 4
+    told = await command("odds", "--draw", receipt.draw, *reached)
+    if receipt.passed_over:
+        assert "passed over: paused" in shown
+        assert "all members of its owner group were paused" in told
+    else:
+        assert "did not come up" in told
+    told = await command("odds", "digits", "--validators", "1", *reached)
+    assert "0.333333 of being among 1 (exact)" in told
+    assert "63 of 63 left in this window" in told
+    assert "over 4 funding accounts would weigh 2 times as much" in told
