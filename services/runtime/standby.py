@@ -1,8 +1,8 @@
 """One active process for one database: others wait, and the first of them takes over when it goes.
 
-The lock goes with its holder, so a process that was killed blocks nobody: on SQLite a file's lock, on PostgreSQL an advisory
-lock of a session. Beside it every transaction is serializable, so that one who has lost the lock without knowing can
-still not break the log.
+The lock goes with its holder, so a process that was killed blocks nobody: on SQLite a file's lock, on PostgreSQL an
+advisory lock of a session. Beside it every transaction is serializable, so that one who has lost the lock without
+knowing it can still not break the log.
 """
 
 import asyncio
@@ -125,7 +125,7 @@ class ActiveRole:
 
     async def _mind(self) -> None:
         """Whoever has lost the role ends: another may be active by now."""
-        while await asyncio.to_thread(self._lock.held):
+        while await asyncio.to_thread(self._lock.held):  # noqa: ASYNC110 - nobody tells of a connection that is lost
             await asyncio.sleep(_EVERY_S)
         _log.error("the active role is lost, this process ends", name=self._name)
         self._on_loss()
