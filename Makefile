@@ -33,7 +33,7 @@ bench: install
 protos: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos \
 	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
-	find tiltyard -path '*/v[12]*' -type d -exec touch {}/__init__.py \;
+	find tiltyard -path '*/v[12]' -type d -exec touch {}/__init__.py \;
 	for d in type registry selector trainer validator inference; do touch tiltyard/$$d/__init__.py; done
 
 protos-check: protos
