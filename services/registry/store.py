@@ -6,7 +6,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import insert, update
+from sqlalchemy import bindparam, insert, update
 from sqlmodel import Session, SQLModel, col
 
 from services.registry import rows
@@ -56,6 +56,16 @@ from tiltyard.transparency import Frontier, leaf_hash
 
 T = TypeVar("T")
 
+_TOUCH = (
+    update(RoundRow)
+    .where(
+        col(RoundRow.task) == bindparam("of_task"),
+        col(RoundRow.number) == bindparam("of_number"),
+        col(RoundRow.round) == bindparam("of_round"),
+    )
+    .values(touched=bindparam("sequence"))
+)
+
 
 class SessionWriting(SessionReading):
     """`transaction.Writing` over a session. `close` puts the counters back: call it when the work is done."""
@@ -67,6 +77,7 @@ class SessionWriting(SessionReading):
         self._new_leaves: list[dict[str, Any]] = []
         self._new_nodes: list[dict[str, Any]] = []
         self._own_frontier: Frontier | None = None
+        self._touched: dict[tuple[str, int, int], int] = {}
         self.topics: set[str] = set()
 
     @property
@@ -159,20 +170,14 @@ class SessionWriting(SessionReading):
         self.touch_task(submission.task)
 
     def put_round(self, round_: Round) -> None:
-        row = self._put(rows.ROUNDS, RoundRow, (round_.task, round_.number, round_.round), round_)
-        row.touched = self._next_sequence()
+        self._put(rows.ROUNDS, RoundRow, (round_.task, round_.number, round_.round), round_)
+        self._touch_round(round_.task, round_.number, round_.round)
 
     def _touch_round(self, task: str, number: int, round_: int) -> int:
         """Tell the background loop that a round is worth a look; the new sequence."""
-        sequence = self._next_sequence()
-        row = self._session.get(RoundRow, (task, number, round_))
-        if row is not None:
-            row.touched = sequence
-        return sequence
-
-    def _next_sequence(self) -> int:
         counters = self._counters()
         counters.assignment_sequence += 1
+        self._touched[task, number, round_] = counters.assignment_sequence
         return counters.assignment_sequence
 
     def put_assignment(self, assignment: Assignment) -> Assignment:
@@ -223,6 +228,7 @@ class SessionWriting(SessionReading):
     def close(self) -> None:
         """Put back what was kept in memory."""
         self._insert_log()
+        self._update_touched()
         if self._own_counters is None:
             return
         values = asdict(self._own_counters)
@@ -240,6 +246,17 @@ class SessionWriting(SessionReading):
             if new:
                 self._session.connection().execute(insert(table), new)
                 new.clear()
+
+    def _update_touched(self) -> None:
+        if not self._touched:
+            return
+        # The rows of new rounds first.
+        self._session.flush()
+        touched = [
+            {"of_task": task, "of_number": number, "of_round": round_, "sequence": sequence}
+            for (task, number, round_), sequence in self._touched.items()
+        ]
+        self._session.connection().execute(_TOUCH, touched)
 
     def leaves(self, *, start: int, limit: int) -> Sequence[Leaf]:
         self._insert_log()
