@@ -93,9 +93,7 @@ class SmallRegistry(artifact_pb2_grpc.ArtifactServiceServicer, submission_pb2_gr
         if limit < len(content):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "broken off")
 
-    async def CommitSubmission(
-        self, request: Any, context: Any
-    ) -> submission_pb2.CommitSubmissionResponse:
+    async def CommitSubmission(self, request: Any, context: Any) -> submission_pb2.CommitSubmissionResponse:
         await self._maybe_fail("CommitSubmission", context)
         statement, _ = open_statement(request.statement, envelope_pb2.CommitStatement)
         # The same request id gives the same submission.
@@ -106,9 +104,7 @@ class SmallRegistry(artifact_pb2_grpc.ArtifactServiceServicer, submission_pb2_gr
             submission=submission_pb2.Submission(name=f"{TASK}/submissions/{number}")
         )
 
-    async def RevealSubmission(
-        self, request: Any, context: Any
-    ) -> submission_pb2.RevealSubmissionResponse:
+    async def RevealSubmission(self, request: Any, context: Any) -> submission_pb2.RevealSubmissionResponse:
         await self._maybe_fail("RevealSubmission", context)
         statement, _ = open_statement(request.statement, envelope_pb2.RevealStatement)
         self.reveals[request.request_id] = statement

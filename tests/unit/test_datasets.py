@@ -235,9 +235,9 @@ def _save_to_disk(folder: Path, columns: dict[str, object]) -> None:
     arrow = pytest.importorskip("pyarrow")
     folder.mkdir(parents=True)
     table = arrow.table(columns)
-    with arrow.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as file:
-        with arrow.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(table)
+    data = str(folder / "data-00000-of-00001.arrow")
+    with arrow.OSFile(data, "wb") as file, arrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
     state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": None}
     (folder / "state.json").write_text(json.dumps(state))
 
