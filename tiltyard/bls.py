@@ -26,7 +26,9 @@ class BlsKey:
         if len(seed) != SEED_BYTES:
             raise ValueError(f"a key is made from {SEED_BYTES} bytes, not {len(seed)}")
         self._key: PrivateKey = AugSchemeMPL.key_gen(seed)
-        self.public_key: bytes = self._key.get_g1().to_bytes()
+        # Given with each message, it need not be computed again: a fifth of the time of a signature.
+        self._point: G1Element = self._key.get_g1()
+        self.public_key: bytes = self._point.to_bytes()
 
     @classmethod
     def load_or_create(cls, path: Path) -> "BlsKey":
@@ -45,7 +47,7 @@ class BlsKey:
 
     def sign(self, message: bytes) -> bytes:
         """The one signature over `message`, 96 bytes."""
-        return AugSchemeMPL.sign(self._key, message).to_bytes()
+        return AugSchemeMPL.sign(self._key, message, self._point).to_bytes()
 
 
 def is_public_key(public_key: bytes) -> bool:

@@ -73,7 +73,20 @@ def test_the_digits_from_creation_to_leaderboard(tmp_path: Path) -> None:
     exported = {str(file.relative_to(tmp_path / "export")) for file in (tmp_path / "export").rglob("*")}
     assert {"log/checkpoint", "log/leaves", "models/results.json", "demo.json"} <= exported
     assert len([name for name in exported if name.endswith(".safetensors")]) == 3
-    assert len([name for name in exported if name.startswith("receipts/")]) == 3
+    receipts = sorted((tmp_path / "export" / "receipts").glob("*.json"))
+    assert len(receipts) == 3
+    for receipt in receipts:
+        verify = [sys.executable, "-m", "tiltyard.cli", "draw", "verify", str(receipt)]
+        subprocess.run([*verify, "--key", str(tmp_path / "export" / "keys" / "selector.pub")], check=True)
+    # Any byte of the log: what the first of each file stands for, tests/unit/test_audit.py does throughout.
+    verify = [sys.executable, "-m", "tiltyard.cli", "log", "verify", str(tmp_path / "export")]
+    assert "unwitnessed" in subprocess.run(verify, capture_output=True, text=True, check=True).stdout
+    for name in ("log/checkpoint", "log/leaves"):
+        file = tmp_path / "export" / name
+        honest = file.read_bytes()
+        file.write_bytes(bytes([honest[0] ^ 1]) + honest[1:])
+        assert subprocess.run(verify, capture_output=True, check=False).returncode == 1
+        file.write_bytes(honest)
 
 
 @pytest.mark.usefixtures("leftovers")
