@@ -23,6 +23,7 @@ class Shell:
     def __init__(self, state: Path, addresses: dict[str, str], folder: Path) -> None:
         self.state = state
         self.folder = folder
+        self.registry = addresses["registry"]
         self._environment = {f"TILTYARD_{name.upper()}": address for name, address in addresses.items()}
 
     def call(self, *arguments: object, key: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -129,7 +130,27 @@ def test_a_task_by_hand(shell: Shell) -> None:
     entries = shell.document("log", "entries", "--limit", 0)["entries"]
     assert len(entries) >= int(checkpoint["size"])
     assert "genesis" in entries[0]["entry"]
+    check_log_commands(shell, int(checkpoint["size"]))
     assert shell.document("validate", "drain", key=validator) == {}
+
+
+def check_log_commands(shell: Shell, size: int) -> None:
+    proof = shell.document("log", "inclusion", 1)
+    assert proof["proved"] or proof["tree_size"] > size
+    assert shell.document("log", "consistency", 1, size)["path"]
+    address = shell.registry
+    witness = shell.folder / "witness"
+    assert shell.document("log", "watch", witness, "--once")["size"] >= size
+    found = shell.document("log", "verify", address, "--witness", witness)
+    assert (found["verified"], found["witness"]["size"] >= size) == (True, True)
+    assert shell.document("task", "export", "clouds", shell.folder / "exported")["withheld"] == []
+    copied = shell.document("log", "verify", shell.folder / "exported")
+    assert (copied["verified"], copied["witness"]) == (True, None)
+    assert [each["task"] for each in copied["leaderboards"]] == ["tasks/clouds"]
+    model = next(iter((shell.folder / "exported" / "artifacts").iterdir()))
+    model.write_bytes(model.read_bytes() + b"x")
+    refused = shell.call("log", "verify", shell.folder / "exported")
+    assert (refused.returncode, "has the digest" in refused.stderr) == (1, True)
 
 
 def test_people_read_tables(shell: Shell) -> None:

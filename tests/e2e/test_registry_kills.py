@@ -168,6 +168,8 @@ class Load:
             await asyncio.sleep(0.005)
 
     async def close(self) -> None:
+        self.work.cancel()
+        await asyncio.wait((self.work,))
         for client in self.clients:
             await client.close()
 
@@ -217,7 +219,6 @@ async def under_kills(arena: Arena, kills: int, kill: Callable[[], None], *, see
         await load.work
         await check(load, arena.registries[0].address)
     finally:
-        load.work.cancel()
         await load.close()
 
 
@@ -255,8 +256,6 @@ async def test_a_standby_takes_over_within_seconds(tmp_path: Path, postgres: Pos
             await waiting.log.GetCheckpoint(log_pb2.GetCheckpointRequest(), timeout=1)
         active.kill()
         killed = time.monotonic()
-        load.work.cancel()
-        await asyncio.wait((load.work,))
         await load.close()
         await insist(lambda: waiting.log.GetCheckpoint(log_pb2.GetCheckpointRequest()))
         assert time.monotonic() - killed < 10

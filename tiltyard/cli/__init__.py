@@ -7,12 +7,14 @@ from tiltyard.cli import (
     datasets,
     demo,
     draws,
+    evaluations,
     keys,
     participants,
     rankings,
     records,
     stakes,
     submissions,
+    task_exports,
     tasks,
     training,
     up,
@@ -34,12 +36,14 @@ app.command("token")(keys.token)
 app.command("sign")(keys.sign)
 app.add_typer(participants.app, name="participant")
 app.add_typer(stakes.app, name="stake")
+tasks.app.command("export")(task_exports.export)
 app.add_typer(tasks.app, name="task")
 app.add_typer(datasets.app, name="dataset")
 app.command("train")(training.train)
 app.command("submit")(submissions.submit)
 app.add_typer(validators.app, name="validate")
 app.command("leaderboard")(rankings.leaderboard)
+app.add_typer(evaluations.app, name="evaluation")
 app.add_typer(draws.app, name="draw")
 app.command("odds")(draws.odds)
 records.app.command("verify")(audits.verify)

@@ -50,7 +50,7 @@ def verify(
         if is_folder:
             record, boards = await asyncio.to_thread(_read_folder, folder)
         else:
-            record, boards = await _download(key, origin, where)
+            record, boards = await fetch_log(key, origin, where)
         found = await asyncio.to_thread(audit, record, shown=boards, log_key=bytes.fromhex(log_key) or None)
         problems = [str(failure) for failure in found.failures]
         said: Testimony | None = None
@@ -79,7 +79,7 @@ def export(
     from tiltyard.audit import write_record
 
     async def work() -> None:
-        record, boards = await _download(key, origin, registry)
+        record, boards = await fetch_log(key, origin, registry)
         await asyncio.to_thread(write_record, record, out / "log")
         await asyncio.to_thread(write_leaderboards, boards, out)
         if json:
@@ -179,7 +179,7 @@ def write_leaderboards(boards: Sequence["leaderboard_pb2.Leaderboard"], folder: 
         file.write_text(json.dumps(as_json(board), indent=2) + "\n", encoding="utf-8")
 
 
-async def _download(key: Path | None, origin: str, registry: str) -> "tuple[Record, list[leaderboard_pb2.Leaderboard]]":
+async def fetch_log(key: Path | None, origin: str, registry: str) -> "tuple[Record, list[leaderboard_pb2.Leaderboard]]":
     """The log, and the rankings that the registry shows; both once more where it has grown between the two."""
     from tiltyard.audit import audit
     from tiltyard.audit.download import fetch_record
