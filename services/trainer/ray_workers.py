@@ -6,7 +6,6 @@ which ends with this process.
 
 import os
 import shutil
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,10 @@ def train_with_ray(folder: Path, say: Say) -> int:
     """Trains what the folder orders with `config.workers` workers; an exit status."""
     order = runfolder.read_order(folder)
     on_cuda = order.device != "cpu"
-    # Sockets lie in it, whose paths must be short; the run's folder is too deep.
-    scratch = Path(tempfile.mkdtemp(prefix="ty"))
+    # What a killed process left there is in the way of this one.
+    scratch = runfolder.scratch(folder)
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(mode=0o700)
     try:
         if "RAY_ADDRESS" in os.environ:
             ray.init(log_to_driver=False)

@@ -1,9 +1,11 @@
 """The folder of one run: what the service orders, what the child keeps, and the model that both end with."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +72,11 @@ def read_order(folder: Path) -> Order:
         device=raw["device"],
         threads=raw["threads"],
     )
+
+
+def scratch(folder: Path) -> Path:
+    """A folder of short path for what must not outlive the run: sockets lie in it, and theirs are at most 107 bytes."""
+    return Path(tempfile.gettempdir()) / f"ty{hashlib.sha256(bytes(folder)).hexdigest()[:10]}"
 
 
 def data_report(folder: Path) -> Path:

@@ -143,6 +143,7 @@ def _log_tail(folder: Path) -> str:
 
 
 def _clear(folder: Path, *, keep_model: bool) -> None:
+    shutil.rmtree(runfolder.scratch(folder), ignore_errors=True)
     if keep_model:
         runfolder.clear(folder)
     else:

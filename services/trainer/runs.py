@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -9,7 +10,7 @@ from typing import Protocol
 
 import structlog
 
-from services.runtime.errors import Aborted, ArenaError, Unavailable
+from services.runtime.errors import Aborted, ArenaError, ResourceExhausted, Unavailable
 from services.trainer.datareport import DataReport
 from services.trainer.live import LiveTrainings
 from services.trainer.progress import Progress
@@ -20,6 +21,8 @@ MAX_DEATHS = 4
 HISTORY_INTERVAL_S = 2.0
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 30.0
+# A quota may be raised meanwhile, so it is asked again.
+_LONGEST_WAIT_S = 600.0
 
 _log = structlog.get_logger("tiltyard.trainer")
 
@@ -232,6 +235,15 @@ class Runs:
             try:
                 submission = await self._submitter.submit(training)
                 break
+            except ResourceExhausted as error:
+                if error.retry_after_s is None:
+                    await self._fail(training.id, f"the registry refused the model: {error.message} ({error.reason})")
+                    return
+                # A limit of submissions a day, say: the model is none the worse for waiting.
+                self._note(training.id, Warned(f"waits {math.ceil(error.retry_after_s)} s to submit: {error.message}"))
+                await self._keep_history(training.id)
+                await asyncio.sleep(min(error.retry_after_s, _LONGEST_WAIT_S))
+                continue
             except (Unavailable, Aborted) as error:
                 _log.warning("the registry cannot be reached", training=training.id, error=error.message)
             except ArenaError as error:

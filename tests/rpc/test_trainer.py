@@ -1,6 +1,7 @@
 """A training node over a real server, with real processes that train."""
 
 import asyncio
+import functools
 import itertools
 import json
 import os
@@ -472,3 +473,66 @@ async def test_a_process_that_always_dies_is_given_up(trainer: RunningTrainer) -
     assert ended.state == pb.TRAINING_STATE_FAILED
     assert "died 4 times" in ended.error
     assert "IsADirectoryError" in ended.error
+
+
+async def see_many_runs_through(settings: TrainerSettings, *, runs: int, kills: int) -> None:
+    """A third is cancelled, the service is killed again and again, and every run ends as it should."""
+    Key.load_or_create(settings.key_file)
+    with tempfile.TemporaryDirectory(prefix="tiltyard") as short:
+        address = f"unix:{short}/node"
+        service = start_service(settings.state_dir, address)
+        try:
+            key = Key.load(settings.key_file)
+            async with Node(key, address=address, node_id=key.id) as node:
+                trainer = RunningTrainer(node, address, settings.state_dir)
+                names, cancelled = [], set()
+                for index in range(runs):
+                    request_id = f"run {index}"
+                    # What is cancelled is long, so that nothing but the cancellation ends it.
+                    epochs = LONG if index % 3 == 1 else 1
+                    started = await persist(functools.partial(trainer.start, epochs=epochs, request_id=request_id))
+                    names.append(started.name)
+                    if epochs == LONG:
+                        cancelled.add(started.name)
+                    if kills and (index + 1) % max(1, runs // kills) == 0:
+                        service.kill()
+                        service.wait()
+                        assert not [each for each in children(settings.state_dir) if not ends_soon(each)]
+                        service = start_service(settings.state_dir, address)
+                for name in names:
+                    if name in cancelled:
+                        await persist(functools.partial(trainer.cancel, name))
+                for name in names:
+                    ended = await persist(functools.partial(trainer.until, name))
+                    expected = pb.TRAINING_STATE_CANCELLED if name in cancelled else pb.TRAINING_STATE_SUCCEEDED
+                    assert (ended.state, ended.error) == (expected, "")
+                    assert trainer.folder(name).exists() == (name not in cancelled)
+                    if name not in cancelled:
+                        kept = sorted(path.name for path in trainer.folder(name).iterdir())
+                        assert kept == ["model.safetensors", "spec.json"]
+                assert not children(settings.state_dir)
+                page = await node.trainings.ListTrainings(pb.ListTrainingsRequest(page_size=1000))
+                assert len(page.trainings) == runs
+        finally:
+            service.kill()
+            service.wait()
+
+
+def ends_soon(process: psutil.Process) -> bool:
+    gone, _ = psutil.wait_procs([process], timeout=5)
+    return bool(gone)
+
+
+@pytest.mark.timeout(600)  # fourteen processes load torch, one after the other
+async def test_ten_runs_train_or_are_cancelled_and_a_kill_of_the_service_changes_nothing(
+    settings: TrainerSettings,
+) -> None:
+    await see_many_runs_through(settings, runs=10, kills=1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+async def test_a_hundred_runs_train_or_are_cancelled_and_ten_kills_of_the_service_change_nothing(
+    settings: TrainerSettings,
+) -> None:
+    await see_many_runs_through(settings, runs=100, kills=10)

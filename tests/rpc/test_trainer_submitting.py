@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import pytest
 
-from services.runtime.errors import FailedPrecondition, NotFound, Unavailable
+from services.runtime.errors import ArenaError, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
 from services.runtime.server import ArenaServer, Mount
 from services.trainer.bootstrap import build
 from services.trainer.settings import TrainerSettings
@@ -55,7 +55,7 @@ class FakeRegistry(
         self.commits: dict[str, envelope_pb2.CommitStatement] = {}
         self.revealed: list[envelope_pb2.RevealStatement] = []
         self.content = b""
-        self.refuse_commits: Exception | None = None
+        self.refuse_commits: ArenaError | None = None
         self.hold_uploads = False
         self.upload_asked = asyncio.Event()
 
@@ -223,6 +223,21 @@ async def test_a_submission_that_waits_for_the_registry_is_cancelled(tmp_path: P
         await node.trainings.CancelTraining(pb.CancelTrainingRequest(name=name))
         assert (await until_ended(node, name))[-1].state == pb.TRAINING_STATE_CANCELLED
     assert not registry.revealed
+
+
+async def test_a_limit_of_submissions_a_day_is_waited_for(tmp_path: Path, registry: FakeRegistry) -> None:
+    registry.refuse_commits = ResourceExhausted("DAILY_LIMIT", "20 submissions today", retry_after_s=1.5)
+    async with served(tmp_path, registry.address) as node:
+        name = (await node.trainings.StartTraining(request())).training.name
+        async for message in node.trainings.WatchTraining(pb.WatchTrainingRequest(name=name)):
+            if message.training.warnings and registry.refuse_commits is not None:
+                assert message.training.state == pb.TRAINING_STATE_SUBMITTING
+                registry.refuse_commits = None
+        done = message.training
+    assert done.state == pb.TRAINING_STATE_SUCCEEDED
+    assert done.submission == "tasks/xor/submissions/1"
+    assert "waits" in done.warnings[0]
+    assert "20 submissions today" in done.warnings[0]
 
 
 async def test_what_the_registry_refuses_fails_the_training_with_its_reason(
