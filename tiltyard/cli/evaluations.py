@@ -1,0 +1,156 @@
+"""`tiltyard evaluation`: where two validators' evaluations differ, and the reference to settle it."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tiltyard.cli.connection import (
+    DEFAULT_ORIGIN,
+    REGISTRY,
+    CommandError,
+    JsonOption,
+    KeyOption,
+    OriginOption,
+    RegistryOption,
+    TaskOption,
+    connect,
+    fail,
+    run,
+    task_name,
+)
+from tiltyard.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from tiltyard.client import Client
+    from tiltyard.comparing import Comparison
+    from tiltyard.registry.v1 import evaluation_pb2
+    from tiltyard.type.v1 import task_pb2
+
+app = typer.Typer(help="Compare what validators found, sample by sample.", no_args_is_help=True)
+
+_EVALUATION = "tasks/{task}/submissions/{n}/evaluations/{round}-{participant id}"
+_MAX_LISTED = 1000
+
+
+async def _read(client: "Client", name: str) -> "evaluation_pb2.Evaluation":
+    from tiltyard.registry.v1 import evaluation_pb2
+
+    request = evaluation_pb2.GetEvaluationRequest(name=name, view=evaluation_pb2.EVALUATION_VIEW_FULL)
+    return (await client.evaluations.GetEvaluation(request)).evaluation
+
+
+async def _config(client: "Client", task: str) -> "task_pb2.TaskConfig":
+    from tiltyard.registry.v1 import task_pb2
+
+    return (await client.tasks.GetTask(task_pb2.GetTaskRequest(name=task))).task.config
+
+
+def _outputs(config: "task_pb2.TaskConfig") -> int:
+    from tiltyard.type.v1 import task_pb2
+
+    return 2 if config.metric == task_pb2.METRIC_WITHIN_BOUND else config.models[0].outputs
+
+
+@app.command("diff")
+def diff(
+    left: Annotated[str, typer.Argument(metavar="EVALUATION", help=_EVALUATION)],
+    right: Annotated[str, typer.Argument(metavar="EVALUATION", help="Another one of the same submission and round.")],
+    key: KeyOption,
+    predictions: Annotated[
+        list[Path] | None,
+        typer.Option("--predictions", help="Recomputed predictions (tiltyard evaluation predict); may be repeated."),
+    ] = None,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """Compare two evaluations block by block, and name the samples.
+
+    The registry holds hashes of 256 predictions each, so that without more the ranges of 256 rows are named. With
+    predictions that are those of one side, single rows of the other are found by its hashes; with both sides' all are.
+    Exit status 1 when they differ.
+    """
+    from tiltyard.comparing import NotComparable, compare
+
+    runs = [path.read_bytes() for path in predictions or []]
+
+    async def work() -> "Comparison":
+        async with connect(key, origin, registry) as client:
+            one, other = await _read(client, left), await _read(client, right)
+            outputs = _outputs(await _config(client, left.partition("/submissions/")[0])) if runs else 0
+        try:
+            return compare(one, other, runs=runs, outputs=outputs)
+        except NotComparable as error:
+            raise CommandError(str(error)) from error
+
+    found = run(work())
+    print_json(_document(found)) if json else _print(found)
+    if found.ranges:
+        raise typer.Exit(1)
+
+
+def _document(found: "Comparison") -> dict[str, Any]:
+    return {
+        "rows": found.rows,
+        "correct": list(found.correct),
+        "differing_ranges": [[part.start, part.stop] for part in found.ranges],
+        "differing_rows": [{"row": each.row, "left": each.left, "right": each.right} for each in found.named],
+        "unnamed_ranges": [[part.start, part.stop] for part in found.unnamed],
+        "recomputed": list(found.recomputed),
+    }
+
+
+def _print(found: "Comparison") -> None:
+    left, right = found.correct
+    print(f"correct: {left}/{found.rows} and {right}/{found.rows}")
+    if not found.ranges:
+        print("every block of predictions is the same")
+        return
+    for side, known in zip(("left", "right"), found.recomputed, strict=True):
+        if known:
+            print(f"the {side} one is exactly what was recomputed")
+    if found.named:
+        shown = found.named[:_MAX_LISTED]
+        print_table(("row", "left", "right"), [(each.row, each.left, each.right) for each in shown])
+        if len(found.named) > len(shown):
+            print(f"and {len(found.named) - len(shown)} rows more")
+    for part in found.unnamed[:_MAX_LISTED]:
+        print(f"some of rows {part.start} to {part.stop - 1} differ")
+
+
+@app.command("predict")
+def predict(
+    task: TaskOption,
+    data: Annotated[Path, typer.Option("--data", help="The evaluation dataset, a safetensors file.")],
+    model: Annotated[Path, typer.Option("--model", help="The submitted weights, a safetensors file.")],
+    out: Annotated[Path, typer.Option("--out", help="Where to write the predictions.")],
+    key: KeyOption,
+    model_index: Annotated[int, typer.Option(help="Which of the task's models, counted from 0.")] = 0,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+) -> None:
+    """Recompute the predictions of a model as the reference for disputes does: CPU, float32, rows in order.
+
+    Writes one little-endian int32 a row. For whoever has the dataset: the task's creator, or a drawn validator.
+    """
+
+    async def read_config() -> "task_pb2.TaskConfig":
+        async with connect(key, origin, registry) as client:
+            return await _config(client, task_name(task))
+
+    config = run(read_config())
+    if not 0 <= model_index < len(config.models):
+        raise typer.BadParameter(
+            f"the task has {len(config.models)} models, counted from 0", param_hint="--model-index"
+        )
+    # In a process of its own: commands start without torch.
+    command = [sys.executable, "-m", "tiltyard.models.reference", str(data), str(model), str(out), str(model_index)]
+    done = subprocess.run(  # noqa: S603 - our own module, with the paths that were typed
+        command, input=config.SerializeToString(), stdout=subprocess.PIPE, check=False
+    )
+    if done.returncode:
+        fail(f"the predictions could not be computed, exit status {done.returncode}")
+    print(f"{done.stdout.decode().strip()} predictions in {out}")

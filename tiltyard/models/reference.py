@@ -1,0 +1,45 @@
+"""The reference for disputes: a model's predictions on the CPU in float32, rows in order.
+
+`python -m tiltyard.models.reference DATA MODEL OUT INDEX` with a serialised TaskConfig on standard input.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tiltyard.datasets import Dataset
+from tiltyard.models.weights import load_model
+from tiltyard.type.v1 import task_pb2
+from tiltyard.wire import model_spec_from_proto
+
+
+def predictions(config: task_pb2.TaskConfig, index: int, data: Path, model: Path) -> NDArray[np.int32]:
+    """One prediction for each row, as `tiltyard.type.v1.EvaluationReport.prediction_root` is over them."""
+    dataset = Dataset.open(data)
+    network = load_model(model_spec_from_proto(config.models[index]), model)
+    answers = np.empty(len(dataset), dtype="<i4")
+    with torch.inference_mode():
+        for start, part in dataset.chunks("x"):
+            outputs = network(torch.from_numpy(part)).numpy()
+            stop = start + len(part)
+            if config.metric == task_pb2.METRIC_WITHIN_BOUND:
+                targets = dataset.y[start:stop].astype(np.float64).reshape(outputs.shape)
+                answers[start:stop] = np.abs(outputs.astype(np.float64) - targets).max(axis=1) <= config.bound
+            else:
+                answers[start:stop] = outputs.argmax(axis=1)
+    return answers
+
+
+def main(data: str, model: str, out: str, index: str) -> None:
+    """Writes the predictions, and says how many they are."""
+    config = task_pb2.TaskConfig.FromString(sys.stdin.buffer.read())
+    found = predictions(config, int(index), Path(data), Path(model))
+    Path(out).write_bytes(found.tobytes())
+    sys.stdout.write(f"{len(found)}\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
