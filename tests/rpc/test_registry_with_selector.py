@@ -28,6 +28,7 @@ from tests.registry_world import (
 from tiltyard.identity import Key
 from tiltyard.selector.v1 import stake_pb2, stake_pb2_grpc
 from tiltyard.type.v1 import draw_pb2
+from tiltyard.type.v1 import stake_pb2 as stake_types_pb2
 
 AUDIENCE = "tiltyard.local/selector"
 OPERATOR, REGISTRY = key_of("operator"), key_of("registry")
@@ -97,6 +98,13 @@ async def test_a_dispute_takes_the_rest_of_the_order_and_names_the_outlier(world
     assert scored.state is SubmissionState.SCORED
     duties = await world.duties(number)
     assert scored.scores[1].outliers == (duties[2].participant,)
+    # An outlier costs 50 of 1000 of its stake, at the selector and in the record.
+    events = await world.selection.ledger_events(start=1, limit=1000)
+    read = [stake_types_pb2.LedgerEvent.FromString(event) for _, event in events]
+    slashes = [event for event in read if event.kind == stake_types_pb2.LEDGER_EVENT_KIND_SLASHED]
+    assert [(s.participant, s.amount_micros) for s in slashes] == [(f"participants/{duties[2].participant}", 50)]
+    assert slashes[0].fault == stake_types_pb2.STAKE_FAULT_REPORT_OUTSIDE_TOLERANCE
+    assert await world.faults.slash() == 0
     assert [pick.participant for pick in (await receipt(world, number)).picks] == [
         f"participants/{duty.participant}" for duty in duties
     ]

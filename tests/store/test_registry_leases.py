@@ -6,11 +6,13 @@ from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from services.registry.docket import ROUNDS_A_TURN
-from services.registry.records import Assignment, RoundState, SubmissionState, ValidatorFaultKind
+from services.registry.queries import SessionReading
+from services.registry.records import Assignment, Role, RoundState, SubmissionState, ValidatorFaultKind
 from services.runtime.errors import AlreadyExists, ArenaError, FailedPrecondition, ResourceExhausted
 from tests.registry_fakes import FakeSelection, SettableClock
 from tests.registry_world import NODES, TASK, VALIDATORS, MemoryFiles, World, model_bytes, open_database, task_config
@@ -260,3 +262,53 @@ async def test_the_daily_limit_holds_against_many_commits_at_once(world: World) 
     refused = [error for error in attempts if isinstance(error, ResourceExhausted)]
     assert len(refused) == 17
     assert {error.reason for error in refused} == {"DAILY_LIMIT"}
+
+
+# What a turn costs
+
+
+async def test_a_turn_looks_only_at_what_has_changed_or_come_due(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.open_task(config=task_config(limits=replace(task_config().limits, daily_submissions=100)))
+    for index in range(20):
+        await world.submit(NODES[0], model_bytes(str(index)))
+    await world.turn()
+    looked_at: list[int] = []
+    read_all = SessionReading.assignments
+
+    def counted(self: SessionReading, task: str, number: int, round_: int | None = None) -> Any:
+        looked_at.append(number)
+        return read_all(self, task, number, round_)
+
+    monkeypatch.setattr(SessionReading, "assignments", counted)
+    await world.turn()
+    assert looked_at == []
+    await world.accept((await world.duties(7))[0])
+    looked_at.clear()
+    await world.turn()
+    assert set(looked_at) == {7}
+    # A new process looks at everything, once.
+    world = world.restarted()
+    await world.turn()
+    assert set(looked_at) == set(range(1, 21))
+    looked_at.clear()
+    await world.turn()
+    assert looked_at == []
+
+
+async def test_a_refused_draw_is_asked_for_less_and_less_often(world: World) -> None:
+    await world.open_task(validators=2)
+    await world.submit(NODES[0], model_bytes("a"))
+    asked: list[str] = []
+    world.selection.before = asked.append
+    times = []
+    for second in range(200):
+        before = asked.count("draw_validators")
+        await world.draws.draw() if second else await world.turn()
+        if asked.count("draw_validators") > before:
+            times.append(second)
+        world.clock.advance(seconds=1)
+    assert times == [0, 3, 9, 21, 45, 93, 153]
+    # Who comes is asked for at once.
+    await world.join(VALIDATORS[2], Role.VALIDATOR)
+    await world.turn()
+    assert (await world.submission(1)).state is SubmissionState.EVALUATING

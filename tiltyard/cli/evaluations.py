@@ -21,7 +21,7 @@ from tiltyard.cli.connection import (
     run,
     task_name,
 )
-from tiltyard.cli.output import print_json, print_table
+from tiltyard.cli.output import accuracy, print_json, print_table
 
 if TYPE_CHECKING:
     from tiltyard.client import Client
@@ -105,7 +105,8 @@ def _document(found: "Comparison") -> dict[str, Any]:
 
 def _print(found: "Comparison") -> None:
     left, right = found.correct
-    print(f"correct: {left}/{found.rows} and {right}/{found.rows}")
+    print(f"left:  {accuracy(left, found.rows)}")
+    print(f"right: {accuracy(right, found.rows)}")
     if not found.ranges:
         print("every block of predictions is the same")
         return

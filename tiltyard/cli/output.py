@@ -50,6 +50,14 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> No
     console.print(table)
 
 
+def accuracy(correct: int, total: int) -> str:
+    """A count of right rows with its share and the 95 % Wilson interval."""
+    from tiltyard.scoring import wilson_interval
+
+    low, high = wilson_interval(correct, total)
+    return f"{correct}/{total} = {correct / total:.4f} ({low:.4f} to {high:.4f})"
+
+
 def enum_word(name: str, prefix: str) -> str:
     """TASK_STATE_OPEN with the prefix TASK_STATE_ becomes open."""
     return name.removeprefix(prefix).lower().replace("_", " ")

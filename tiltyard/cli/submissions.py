@@ -19,7 +19,7 @@ from tiltyard.cli.connection import (
     run,
     task_name,
 )
-from tiltyard.cli.output import ProgressLine, enum_word, print_message
+from tiltyard.cli.output import ProgressLine, accuracy, enum_word, print_message
 
 if TYPE_CHECKING:
     from tiltyard.registry.v1 import submission_pb2
@@ -35,7 +35,7 @@ def describe(submission: "submission_pb2.Submission") -> str:
     state = enum_word(evaluation_pb2.SubmissionState.Name(submission.state), "SUBMISSION_STATE_")
     line = f"{submission.name} {state}"
     if submission.state == evaluation_pb2.SUBMISSION_STATE_SCORED and submission.score.total:
-        line += f" {submission.score.correct}/{submission.score.total}"
+        line += f" {accuracy(submission.score.correct, submission.score.total)}"
     if submission.state == evaluation_pb2.SUBMISSION_STATE_REJECTED:
         line += f": {evaluation_pb2.RejectionReason.Name(submission.reason).removeprefix('REJECTION_REASON_')}"
     return f"{line} ({submission.detail})" if submission.detail else line

@@ -21,7 +21,7 @@ from tiltyard.cli.connection import (
     task_name,
 )
 from tiltyard.cli.memberships import join_task
-from tiltyard.cli.output import ProgressLine, as_json, enum_word, print_json, print_message, print_table
+from tiltyard.cli.output import ProgressLine, accuracy, as_json, enum_word, print_json, print_message, print_table
 
 if TYPE_CHECKING:
     from tiltyard.validator.v1 import validator_pb2
@@ -67,7 +67,7 @@ def _finding(each: "validator_pb2.EvaluationRun") -> str:
 
     if each.fault:
         return enum_word(evaluation_pb2.ModelFault.Name(each.fault), "MODEL_FAULT_")
-    return f"{each.counts.correct}/{each.counts.total}" if each.HasField("counts") else ""
+    return accuracy(each.counts.correct, each.counts.total) if each.HasField("counts") else ""
 
 
 @app.command("runs")
