@@ -18,6 +18,8 @@ from services.validator.cache import Cache
 from services.validator.children import NurseryAttempts
 from services.validator.convert import RunPages
 from services.validator.duties import Means
+from services.validator.endpoints import EndpointAttempts
+from services.validator.fleet import parse_servers
 from services.validator.peers import RegistryPeer
 from services.validator.scheduler import Scheduler
 from services.validator.servicers.validation import SERVICE, mount
@@ -55,13 +57,7 @@ async def build(settings: ValidatorSettings, *, on_drained: Callable[[], None]) 
     database = Database.open(settings.database_url, migrations=migrations)
     store = DatabaseRunStore(database)
     channel = open_peer(settings.registry, key=key, audience=f"{settings.origin}/registry")
-    nursery = Nursery()
-    attempts = NurseryAttempts(
-        nursery,
-        folder=settings.state_dir / "children",
-        threads=max(1, (os.cpu_count() or 1) // settings.concurrency),
-        concurrency=settings.concurrency,
-    )
+    attempts, start_attempts, close_attempts = _attempts(settings, key)
     means = Means(
         registry=RegistryPeer(channel, clock=utc_now),
         notary=KeyNotary(key, settings.origin),
@@ -77,8 +73,7 @@ async def build(settings: ValidatorSettings, *, on_drained: Callable[[], None]) 
     validation = Validation(key.id, scheduler, store, isolation=attempts.isolation)
 
     async def close() -> None:
-        await nursery.close()
-        attempts.close()
+        await close_attempts()
         await channel.close()
         await database.close()
         os.close(lock)
@@ -89,9 +84,43 @@ async def build(settings: ValidatorSettings, *, on_drained: Callable[[], None]) 
         authenticator=Authenticator({key.id}, operators=settings.operators | {key.id}, clock=utc_now),
         policy=AccessPolicy({f"/{SERVICE}/*": frozenset({Role.OPERATOR})}),
         database=database,
-        background=[nursery.start, scheduler.run],
+        background=[start_attempts, scheduler.run],
         on_close=[close],
     )
+
+
+def _attempts(
+    settings: ValidatorSettings, key: Key
+) -> tuple[NurseryAttempts | EndpointAttempts, Background, Background]:
+    """Where models run, what starts that, and what ends it."""
+    servers = parse_servers(settings.model_servers)
+    if servers:
+        assert settings.model_share is not None
+        elsewhere = EndpointAttempts(
+            servers,
+            share=settings.model_share,
+            template=settings.model_template,
+            key=key,
+            concurrency=settings.concurrency,
+        )
+
+        async def close_elsewhere() -> None:
+            elsewhere.close()
+
+        return elsewhere, elsewhere.tidy, close_elsewhere
+    nursery = Nursery()
+    own = NurseryAttempts(
+        nursery,
+        folder=settings.state_dir / "children",
+        threads=max(1, (os.cpu_count() or 1) // settings.concurrency),
+        concurrency=settings.concurrency,
+    )
+
+    async def close() -> None:
+        await nursery.close()
+        own.close()
+
+    return own, nursery.start, close
 
 
 def _own(state_dir: Path) -> int:

@@ -31,7 +31,7 @@ _ONNX_FILE = "model.onnx"
 # A child whose connection broke is dead or about to be.
 _EXIT_TIMEOUT_S = 5.0
 # Waiting for one batch: the CPU limit ends what computes; this ends what hangs, on a busy machine too.
-_LEAST_STALL_S = 30.0
+LEAST_STALL_S = 30.0
 
 _FAULT_OF = {
     ExitKind.OUT_OF_MEMORY: Fault.OUT_OF_MEMORY,
@@ -125,9 +125,9 @@ class NurseryAttempts:
 
         loop = asyncio.get_running_loop()
         running = loop.run_in_executor(self._streams, stream.run, rows, take)
-        stall_s = max(_LEAST_STALL_S, 2 * order.max_cpu_s)
+        stall_s = max(LEAST_STALL_S, 2 * order.max_cpu_s)
         try:
-            await _while_it_moves(running, progress, stall_s)
+            await while_it_moves(running, progress, stall_s)
         except NanOutput as error:
             raise ModelFailed(Fault.NAN_OUTPUT, str(error)) from error
         except WrongAnswer as error:
@@ -146,7 +146,7 @@ class NurseryAttempts:
         return Finding(counts=tally.counts(), prediction_blocks=tally.prediction_blocks())
 
 
-async def _while_it_moves(running: "asyncio.Future[None]", progress: Progress, stall_s: float) -> None:
+async def while_it_moves(running: "asyncio.Future[None]", progress: Progress, stall_s: float) -> None:
     """Waits for `running`. Raises TimeoutError when the position has not moved for `stall_s`."""
     while True:
         before = progress.position

@@ -20,6 +20,12 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 ENVELOPE_BYTES = 64 * 1024
 WINDOW = 4
 
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),
+)
+
 INPUT = "x"
 OUTPUT = "logits"
 
@@ -65,12 +71,7 @@ class BatchStream:
 
         Raises StreamBroken, StreamCancelled, WrongAnswer, RequestRefused, and what reading rows and `take` raise.
         """
-        options = [
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.enable_http_proxy", 0),
-        ]
-        with grpc.insecure_channel(self._address, options=options) as channel:
+        with grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
             # Requests are bytes already.
             method: grpc.StreamStreamMultiCallable[bytes, pb.ModelStreamInferResponse] = channel.stream_stream(
                 METHOD, None, pb.ModelStreamInferResponse.FromString
@@ -131,33 +132,39 @@ class BatchStream:
                 if self._stopped.is_set():
                     return
                 stop = min(start + self._rows_per_batch, rows.total)
-                yield self._request(rows, start, stop)
+                yield encode_request(self._model, rows, start, stop)
         except Exception as error:
             self._source_error = error
-
-    def _request(self, rows: EvaluationRows, start: int, stop: int) -> bytes:
-        head = pb.ModelInferRequest(model_name=self._model, id=str(start))
-        head.inputs.add(name=INPUT, datatype=rows.datatype, shape=(stop - start, *rows.row_shape))
-        features = rows.features(start, stop)
-        return b"".join((head.SerializeToString(), _RAW_INPUT_TAG, _varint(len(features)), features))
 
     def _logits(self, answer: pb.ModelStreamInferResponse, start: int, stop: int) -> NDArray[np.float32]:
         if answer.error_message:
             raise RequestRefused(answer.error_message)
-        response = answer.infer_response
-        if response.id != str(start):
-            raise WrongAnswer(f"the answer to batch {start} names batch {response.id[:20]!r}")
-        if len(response.outputs) != 1 or len(response.raw_output_contents) != 1:
-            raise WrongAnswer(f"{len(response.outputs)} outputs came, not one in raw form")
-        shape, datatype = tuple(response.outputs[0].shape), response.outputs[0].datatype
-        expected = (stop - start, self._outputs)
-        if (
-            shape != expected
-            or datatype != "FP32"
-            or len(response.raw_output_contents[0]) != 4 * (expected[0] * expected[1])
-        ):
-            raise WrongAnswer(f"the output is {datatype} of shape {list(shape)}, not FP32 of shape {list(expected)}")
-        return np.frombuffer(response.raw_output_contents[0], dtype="<f4").reshape(expected)
+        if answer.infer_response.id != str(start):
+            raise WrongAnswer(f"the answer to batch {start} names batch {answer.infer_response.id[:20]!r}")
+        return read_logits(answer.infer_response, (stop - start, self._outputs))
+
+
+def encode_request(model: str, rows: EvaluationRows, start: int, stop: int) -> bytes:
+    """A ModelInferRequest with the features of these rows, serialised; its id is the first row."""
+    head = pb.ModelInferRequest(model_name=model, id=str(start))
+    head.inputs.add(name=INPUT, datatype=rows.datatype, shape=(stop - start, *rows.row_shape))
+    features = rows.features(start, stop)
+    return b"".join((head.SerializeToString(), _RAW_INPUT_TAG, _varint(len(features)), features))
+
+
+def read_logits(response: pb.ModelInferResponse, expected: tuple[int, int]) -> NDArray[np.float32]:
+    """The one output of an answer, FP32 of the expected shape, raw or typed. Raises WrongAnswer for anything else."""
+    if len(response.outputs) != 1 or len(response.raw_output_contents) > 1:
+        raise WrongAnswer(f"{len(response.outputs)} outputs came, not one")
+    output = response.outputs[0]
+    shape, datatype = tuple(output.shape), output.datatype
+    if response.raw_output_contents:
+        raw = response.raw_output_contents[0]
+    else:
+        raw = np.array(output.contents.fp32_contents, dtype="<f4").tobytes()
+    if shape != expected or datatype != "FP32" or len(raw) != 4 * expected[0] * expected[1]:
+        raise WrongAnswer(f"the output is {datatype} of shape {list(shape)}, not FP32 of shape {list(expected)}")
+    return np.frombuffer(raw, dtype="<f4").reshape(expected)
 
 
 def _varint(value: int) -> bytes:

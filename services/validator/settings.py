@@ -1,10 +1,12 @@
 """Settings of a validator."""
 
-from typing import Annotated, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from services.runtime.settings import ServiceSettings
+from services.validator.fleet import parse_servers
 
 GIB = 1024**3
 
@@ -26,14 +28,24 @@ class ValidatorSettings(ServiceSettings):
     device: Literal["cpu", "auto", "cuda"] = "auto"
     """Where models run."""
     model_servers: str = ""
-    """Addresses of Open Inference Protocol servers to use instead of own children, comma-separated."""
+    """Open Inference Protocol servers to use instead of own children: `NAME=ADDRESS` or `NAME=ADDRESS@PARTICIPANT_ID`,
+    comma-separated. The id is that of a server's key, which then gets a token signed by the validator's."""
+    model_share: Path | None = None
+    """The folder that those servers load models from; needed with `model_servers`."""
+    model_template: Path | None = None
+    """A folder whose files are put into each model's folder, `${MODEL}` in them replaced by the model's name."""
 
     @field_validator("model_servers")
     @classmethod
-    def _no_model_servers(cls, value: str) -> str:
-        if value.strip():
-            raise ValueError("model servers of one's own are not built yet; leave it empty")
+    def _parsed(cls, value: str) -> str:
+        parse_servers(value)
         return value
+
+    @model_validator(mode="after")
+    def _shared(self) -> Self:
+        if self.model_servers.strip() and self.model_share is None:
+            raise ValueError("TILTYARD_MODEL_SERVERS needs TILTYARD_MODEL_SHARE, the folder that they load models from")
+        return self
 
     @field_validator("device")
     @classmethod

@@ -469,7 +469,14 @@ async def test_a_second_process_on_one_state_folder_is_refused(registry, start, 
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [("registry", ""), ("model_servers", "gpu:8001"), ("concurrency", "0"), ("device", "cuda")]
+    ("variable", "value"),
+    [
+        ("registry", ""),
+        ("model_servers", "gpu:8001"),
+        ("model_servers", "gpu=h:1"),
+        ("concurrency", "0"),
+        ("device", "cuda"),
+    ],
 )
 async def test_a_bad_setting_stops_the_start_with_its_name(tmp_path, variable, value):
     process = ValidatorProcess(tmp_path / "state", "127.0.0.1:1", **{variable: value})

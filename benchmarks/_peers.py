@@ -1,0 +1,52 @@
+"""Real peers (MLServer, Triton's client) in environments of their own, made once and kept below .venv-peers/.
+
+They need another protobuf than ours, so they can share no process with us.
+"""
+
+import fcntl
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / ".venv-peers"
+INSTALL_TIMEOUT_S = 600
+
+MLSERVER = ("mlserver", ("mlserver>=1.7,<2",))
+TRITON = ("triton", ("tritonclient[grpc]>=2.50",))
+
+
+class PeerUnavailable(Exception):
+    """The peer could not be installed; the text says why."""
+
+
+def python_of(peer: tuple[str, tuple[str, ...]], *, ours_too: bool = False) -> Path:
+    """The interpreter of a peer's environment, made at its first use. Raises PeerUnavailable.
+
+    With `ours_too` it finds the packages of this environment after its own: torch need not be installed twice.
+    """
+    name, requirements = peer
+    environment = FOLDER / name
+    python = environment / "bin" / "python"
+    FOLDER.mkdir(exist_ok=True)
+    with (FOLDER / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = environment / "installed"
+        wanted = "\n".join([sys.version, *requirements])
+        if not done.exists() or done.read_text() != wanted:
+            _run([sys.executable, "-m", "venv", "--clear", str(environment)])
+            _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements])
+            done.write_text(wanted)
+        ours = Path(sysconfig.get_path("purelib", vars={"base": str(environment)})) / "ours.pth"
+        if ours_too:
+            ours.write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def _run(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
+    except subprocess.CalledProcessError as error:
+        raise PeerUnavailable((error.stderr.strip().splitlines() or ["no reason given"])[-1]) from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PeerUnavailable(str(error)) from error

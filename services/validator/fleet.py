@@ -1,0 +1,223 @@
+"""One evaluation over several Open Inference Protocol servers: each takes batches as fast as it answers them.
+
+Unary ModelInfer, several in flight: servers differ in the shape of ModelStreamInfer's answers, in this they do not. One
+that fails loses the batches that it had; the others take them over.
+"""
+
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from services.validator.pipeline import (
+    RequestRefused,
+    StreamBroken,
+    StreamCancelled,
+    Take,
+    encode_request,
+    read_logits,
+)
+from services.validator.rows import EvaluationRows
+from tiltyard.inference.v2 import inference_pb2 as pb
+
+METHOD = "/inference.GRPCInferenceService/ModelInfer"
+WINDOW = 4
+# What is answered ahead of the row that is counted next waits in memory.
+AHEAD = 4
+ANSWER_TIMEOUT_S = 120.0
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
+_ADDRESS = re.compile(r"unix:/[^,\s]+\Z|[^\s:/@]+:[0-9]{1,5}\Z|\[[0-9a-fA-F:.]+\]:[0-9]{1,5}\Z")
+_KEY_ID = re.compile(r"[0-9a-f]{40}\Z")
+
+# The server is there and says no: another server would say the same.
+_REFUSALS = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+
+Metadata = Callable[[], tuple[tuple[str, str | bytes], ...]]
+
+
+@dataclass(frozen=True)
+class ModelServer:
+    """A server of the operator's: a name for the log, an address, and the id of its key where it wants a token."""
+
+    name: str
+    address: str
+    key_id: str = ""
+
+
+def parse_servers(text: str) -> tuple[ModelServer, ...]:
+    """`NAME=ADDRESS[@PARTICIPANT_ID]`, comma-separated. Raises ValueError naming the entry."""
+    servers = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, target = entry.partition("=")
+        address, at, key_id = target.partition("@")
+        if not equals or not _NAME.match(name) or not _ADDRESS.match(address) or (at and not _KEY_ID.match(key_id)):
+            raise ValueError(f"{entry!r} is not NAME=HOST:PORT, NAME=unix:/PATH, or either with @ and a participant id")
+        servers.append(ModelServer(name, address, key_id))
+    if len({server.name for server in servers}) != len(servers):
+        raise ValueError("two servers have one name")
+    return tuple(servers)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An open channel to a server that has the model loaded, and the metadata for each call."""
+
+    name: str
+    channel: grpc.Channel
+    metadata: Metadata
+
+
+class Fleet:
+    """One pass over a dataset. `run` blocks its thread; `cancel` may be called from any other."""
+
+    def __init__(
+        self, endpoints: Sequence[Endpoint], *, model: str, outputs: int, rows_per_batch: int, window: int = WINDOW
+    ) -> None:
+        self._endpoints = tuple(endpoints)
+        self._model = model
+        self._outputs = outputs
+        self._step = rows_per_batch
+        self._window = window
+        self._changed = threading.Condition()
+        self._waiting: deque[int] = deque()
+        self._answered: dict[int, NDArray[np.float32]] = {}
+        self._taken = 0
+        self._total = 0
+        self._over = False
+        self._failure: Exception | None = None
+        self._lost: dict[str, str] = {}
+        self._calls: set[Any] = set()
+
+    def run(self, rows: EvaluationRows, take: Take) -> None:
+        """Sends every row to some server and hands the outputs to `take` in order, in this thread.
+
+        Raises StreamBroken when no server is left, StreamCancelled, WrongAnswer, RequestRefused, and what reading rows
+        and `take` raise.
+        """
+        self._total = rows.total
+        self._waiting.extend(range(0, rows.total, self._step))
+        threads = [
+            threading.Thread(target=self._serve, args=(endpoint, rows), name=f"fleet-{endpoint.name}")
+            for endpoint in self._endpoints
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            while self._taken < rows.total:
+                start, logits = self._next()
+                stop = start + len(logits)
+                take(start, stop, logits)
+                with self._changed:
+                    self._taken = stop
+                    self._changed.notify_all()
+        finally:
+            self.cancel()
+            for thread in threads:
+                thread.join()
+
+    def cancel(self) -> None:
+        """Ends `run` with StreamCancelled."""
+        with self._changed:
+            self._over = True
+            calls = tuple(self._calls)
+            self._changed.notify_all()
+        for call in calls:
+            call.cancel()
+
+    def lost(self) -> dict[str, str]:
+        """The servers that failed, and how."""
+        return dict(self._lost)
+
+    def _next(self) -> tuple[int, NDArray[np.float32]]:
+        with self._changed:
+            while True:
+                if self._failure is not None:
+                    raise self._failure
+                if self._over:
+                    raise StreamCancelled
+                if self._taken in self._answered:
+                    return self._taken, self._answered.pop(self._taken)
+                if len(self._lost) == len(self._endpoints):
+                    raise StreamBroken("; ".join(f"{name}: {detail}" for name, detail in self._lost.items()))
+                self._changed.wait()
+
+    def _serve(self, endpoint: Endpoint, rows: EvaluationRows) -> None:
+        """One server's thread: keeps its window full until no batch is left anywhere."""
+        method: grpc.UnaryUnaryMultiCallable[bytes, pb.ModelInferResponse] = endpoint.channel.unary_unary(
+            METHOD, None, pb.ModelInferResponse.FromString
+        )
+        in_flight: deque[tuple[int, Any]] = deque()
+        try:
+            while True:
+                while len(in_flight) < self._window:
+                    start = self._assign(wait=not in_flight)
+                    if start is None:
+                        break
+                    request = encode_request(self._model, rows, start, self._stop(start))
+                    call = method.future(request, timeout=ANSWER_TIMEOUT_S, metadata=endpoint.metadata())
+                    in_flight.append((start, call))
+                    with self._changed:
+                        self._calls.add(call)
+                        if self._over:
+                            return
+                if not in_flight:
+                    return
+                start, call = in_flight[0]
+                answer = call.result()
+                logits = read_logits(answer, (self._stop(start) - start, self._outputs))
+                in_flight.popleft()
+                with self._changed:
+                    self._calls.discard(call)
+                    self._answered[start] = logits
+                    self._changed.notify_all()
+        except grpc.RpcError as error:
+            self._end_of(endpoint, error, [start for start, _ in in_flight])
+        except grpc.FutureCancelledError:
+            return  # cancelled by us
+        except Exception as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+        finally:
+            for _, call in in_flight:
+                call.cancel()
+
+    def _assign(self, *, wait: bool) -> int | None:
+        """The next batch to send. None: there is none now, or, after waiting, none will come."""
+        reach = AHEAD * self._window * len(self._endpoints) * self._step
+        with self._changed:
+            while not self._over and self._failure is None:
+                if self._waiting and self._waiting[0] < self._taken + reach:
+                    return self._waiting.popleft()
+                # Even when all are sent, another server may fail and leave its own behind.
+                if not wait or self._taken >= self._total:
+                    return None
+                self._changed.wait()
+            return None
+
+    def _stop(self, start: int) -> int:
+        return min(start + self._step, self._total)
+
+    def _end_of(self, endpoint: Endpoint, error: grpc.RpcError, left: Sequence[int]) -> None:
+        code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
+        detail = (error.details() if isinstance(error, grpc.Call) else "") or str(code)
+        with self._changed:
+            if code in _REFUSALS:
+                self._failure = RequestRefused(f"{endpoint.name}: {detail}")
+            else:
+                self._lost[endpoint.name] = detail
+                # The oldest first: the count waits for them.
+                self._waiting = deque(sorted((*left, *self._waiting)))
+            self._changed.notify_all()

@@ -1,0 +1,94 @@
+"""A validator process with model servers of its operator's instead of children of its own."""
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_validator import LONG_S, SPEC, ValidatorProcess
+from validator_registry import DECLINED, OPENED, FakeRegistry, dataset_bytes, model_bytes, random_dataset
+
+from tiltyard.identity import Key
+from tiltyard.type.v1 import evaluation_pb2 as types_pb2
+
+
+@asynccontextmanager
+async def model_server(folder: Path, share: Path, operator: str):
+    """`python -m services.modelserver` behind a token; yields what to write into the settings, and the process."""
+    key = Key.load_or_create(folder / "key.pem")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TILTYARD_")}
+    settings = {
+        "TILTYARD_LISTEN": "127.0.0.1:0",
+        "TILTYARD_STATE_DIR": str(folder),
+        "TILTYARD_MODEL_REPOSITORY": str(share),
+        "TILTYARD_OPERATORS": operator,
+        "TILTYARD_THREADS": "1",
+        "TILTYARD_LOG_FORMAT": "json",
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.modelserver", env={**inherited, **settings}, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(LONG_S):
+            while b'"serving"' not in (line := await process.stderr.readline()):
+                assert line, "the model server did not start"
+        address = line.decode().partition('"address": "')[2].partition('"')[0]
+        yield f"{folder.name}={address}@{key.id}", process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+@pytest.fixture
+async def registry(tmp_path):
+    key = Key.load_or_create(tmp_path / "state" / "key.pem")
+    fake = FakeRegistry(key.id)
+    await fake.start()
+    yield fake
+    await fake.stop()
+
+
+def right_ones(content: bytes, x, y, tmp_path) -> int:
+    """How many labels numpy's own product gives."""
+    (tmp_path / "w").write_bytes(content)
+    tensors = load_file(tmp_path / "w")
+    hidden = x.reshape(len(x), -1) / np.float32(255) @ tensors["hidden.0.weight"].T + tensors["hidden.0.bias"]
+    logits = np.maximum(hidden, 0) @ tensors["head.weight"].T + tensors["head.bias"]
+    return int((logits.argmax(axis=1) == y).sum())
+
+
+async def test_two_servers_share_evaluations_and_one_alone_goes_on(registry, tmp_path):
+    share = tmp_path / "share"
+    share.mkdir()
+    x, y = random_dataset(9000, (8, 8), 10)
+    model = model_bytes(SPEC)
+    operator = Key.load_or_create(tmp_path / "state" / "key.pem").id
+    async with (
+        model_server(tmp_path / "one", share, operator) as (one, first),
+        model_server(tmp_path / "two", share, operator) as (two, _),
+    ):
+        validator = ValidatorProcess(
+            tmp_path / "state", registry.address, model_servers=f"{one},{two}", model_share=share
+        )
+        await validator.start()
+        try:
+            name = await registry.offer(dataset_bytes(x, y), model, SPEC)
+            both = await asyncio.wait_for(registry.until(name, OPENED, DECLINED), LONG_S)
+            assert both.report is not None, both.reason
+            assert both.report.counts.correct == right_ones(model, x, y, tmp_path)
+            first.send_signal(signal.SIGKILL)
+            await first.wait()
+            nan = await registry.offer(dataset_bytes(x, y), model_bytes(SPEC, spoil=np.nan), SPEC)
+            duty = await asyncio.wait_for(registry.until(nan, OPENED, DECLINED), LONG_S)
+            assert duty.report is not None, duty.reason
+            assert duty.report.fault == types_pb2.MODEL_FAULT_NAN_OUTPUT
+        finally:
+            await validator.stop()
+        assert list(share.iterdir()) == []
+        assert any(entry["event"] == "a model server does not load a model" for entry in validator.log)

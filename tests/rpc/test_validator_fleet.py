@@ -1,0 +1,196 @@
+"""One evaluation over several servers: all of them work, and one that fails costs only what it had in flight."""
+
+import threading
+from concurrent import futures
+from contextlib import ExitStack, contextmanager
+
+import grpc
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from services.validator.fleet import Endpoint, Fleet, ModelServer, parse_servers
+from services.validator.pipeline import RequestRefused, StreamBroken, StreamCancelled, WrongAnswer
+from services.validator.rows import EvaluationRows
+from tiltyard.inference.v2 import inference_pb2 as pb
+from tiltyard.inference.v2 import inference_pb2_grpc as rpc
+
+ROWS, WIDTH, STEP = 2000, 5, 10
+LABEL = 0x1122334455667788
+
+
+class Server(rpc.GRPCInferenceServiceServicer):
+    """Answers each row with its first two features, unless `spoil` does something else. Keeps what came."""
+
+    def __init__(self, spoil=None, *, typed=False):
+        self.requests = []
+        self._spoil = spoil
+        self._typed = typed
+
+    def ModelInfer(self, request, context):
+        self.requests.append(request)
+        x = np.frombuffer(request.raw_input_contents[0], dtype=np.uint8).reshape(tuple(request.inputs[0].shape))
+        logits = x[:, :2].astype("<f4")
+        answer = pb.ModelInferResponse(id=request.id)
+        answer.outputs.add(name="logits", datatype="FP32", shape=logits.shape)
+        if self._typed:
+            answer.outputs[0].contents.fp32_contents.extend(logits.ravel())
+        else:
+            answer.raw_output_contents.append(logits.tobytes())
+        if self._spoil:
+            self._spoil(answer, context, len(self.requests))
+        return answer
+
+
+@contextmanager
+def serving(*servers):
+    with ExitStack() as stack:
+        endpoints = []
+        for index, server in enumerate(servers):
+            running = grpc.server(futures.ThreadPoolExecutor(8))
+            rpc.add_GRPCInferenceServiceServicer_to_server(server, running)
+            port = running.add_insecure_port("127.0.0.1:0")
+            running.start()
+            stack.callback(lambda running=running: running.stop(0).wait())
+            channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}"))
+            endpoints.append(Endpoint(f"s{index}", channel, lambda: (("authorization", "Bearer t"),)))
+        yield endpoints
+
+
+@pytest.fixture
+def rows(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (ROWS, WIDTH), dtype=np.uint8)
+    save_file({"x": x, "y": np.full(ROWS, LABEL)}, tmp_path / "d")
+    with EvaluationRows.open(tmp_path / "d") as opened:
+        yield opened
+
+
+def evaluated(rows, fleet):
+    """What the fleet answered, row by row."""
+    taken = []
+
+    def take(start, stop, logits):
+        assert start == sum(map(len, taken))
+        taken.append(logits.copy())
+
+    fleet.run(rows, take)
+    return np.concatenate(taken)
+
+
+def expected(rows):
+    return np.frombuffer(rows.features(0, ROWS), np.uint8).reshape(ROWS, WIDTH)[:, :2]
+
+
+def fleet_of(endpoints, **options):
+    return Fleet(endpoints, model="m", outputs=2, rows_per_batch=STEP, **options)
+
+
+def test_servers_share_an_evaluation_and_no_label_leaves(rows):
+    servers = [Server(), Server(typed=True), Server()]
+    with serving(*servers) as endpoints:
+        fleet = fleet_of(endpoints)
+        assert np.array_equal(evaluated(rows, fleet), expected(rows))
+    assert fleet.lost() == {}
+    assert all(server.requests for server in servers)
+    assert sum(len(server.requests) for server in servers) == ROWS // STEP
+    wire = b"".join(request.SerializeToString() for server in servers for request in server.requests)
+    assert LABEL.to_bytes(8, "little") not in wire
+
+
+def die_after(count):
+    def spoil(answer, context, served):
+        if served > count:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the machine is gone")
+
+    return spoil
+
+
+def test_one_that_dies_in_the_middle_costs_its_batches_in_flight_and_no_more(rows):
+    window = 3
+    dying, good = Server(die_after(20)), Server()
+    with serving(dying, good) as endpoints:
+        fleet = fleet_of(endpoints, window=window)
+        assert np.array_equal(evaluated(rows, fleet), expected(rows))
+    assert "gone" in fleet.lost()["s0"]
+    sent = [request.id for server in (dying, good) for request in server.requests]
+    assert len(set(sent)) == ROWS // STEP
+    assert len(sent) - len(set(sent)) <= window
+
+
+def test_when_all_have_died_it_says_how_each_did(rows):
+    with (
+        serving(Server(die_after(5)), Server(die_after(9))) as endpoints,
+        pytest.raises(StreamBroken, match=r"s\d: the machine is gone; s\d: the machine is gone"),
+    ):
+        evaluated(rows, fleet_of(endpoints))
+
+
+def refuse(answer, context, served):
+    context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no such input")
+
+
+def set_shape(answer, context, served):
+    answer.outputs[0].shape[1] = 3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "text"),
+    [(refuse, RequestRefused, "no such input"), (set_shape, WrongAnswer, r"not FP32 of shape \[10, 2\]")],
+)
+def test_a_wrong_answer_is_named(rows, spoil, error, text):
+    with serving(Server(spoil)) as endpoints, pytest.raises(error, match=text):
+        evaluated(rows, fleet_of(endpoints))
+
+
+def test_what_take_raises_comes_out_and_ends_the_threads(rows):
+    def take(start, stop, logits):
+        raise ValueError("enough")
+
+    with serving(Server()) as endpoints, pytest.raises(ValueError, match="enough"):
+        fleet_of(endpoints).run(rows, take)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fleet")]
+
+
+def test_a_slow_start_of_the_count_bounds_what_is_read_ahead(rows):
+    server, window = Server(), 2
+    seen = []
+
+    def take(start, stop, logits):
+        seen.append((start, len(server.requests)))
+
+    with serving(server) as endpoints:
+        fleet_of(endpoints, window=window).run(rows, take)
+    assert all(sent * STEP <= start + 4 * window * STEP + STEP for start, sent in seen)
+
+
+def test_it_can_be_cancelled_from_another_thread(rows):
+    hanging, asked = threading.Event(), threading.Event()
+
+    def hang(answer, context, served):
+        asked.set()
+        hanging.wait(30)
+
+    with serving(Server(hang)) as endpoints, futures.ThreadPoolExecutor(1) as pool:
+        fleet = fleet_of(endpoints)
+        running = pool.submit(evaluated, rows, fleet)
+        assert asked.wait(20)
+        fleet.cancel()
+        with pytest.raises(StreamCancelled):
+            running.result(timeout=20)
+        hanging.set()
+
+
+def test_servers_are_named_in_the_settings():
+    key = "a" * 40
+    assert parse_servers(f" gpu=10.0.0.5:7405@{key}, local=unix:/run/model.sock,six=[::1]:80 ") == (
+        ModelServer("gpu", "10.0.0.5:7405", key),
+        ModelServer("local", "unix:/run/model.sock"),
+        ModelServer("six", "[::1]:80"),
+    )
+    assert parse_servers("") == ()
+
+
+@pytest.mark.parametrize("text", ["10.0.0.5:7405", "gpu=host", "gpu=h:1@short", "=h:1", "a=h:1,a=h:2", "g=http://h:1"])
+def test_a_server_that_is_badly_named_is_refused(text):
+    with pytest.raises(ValueError, match=r"is not NAME=|one name"):
+        parse_servers(text)
