@@ -13,8 +13,7 @@ from services.selector.rows import AccountsRow, DepositRow, EventRow, SlashRow, 
 
 _EVENTS = table_of(EventRow)
 _LAST_SEQUENCE = select(func.max(_EVENTS.c.sequence))
-_NEXT_SEQUENCE = select(func.coalesce(func.max(_EVENTS.alias().c.sequence), 0) + 1).scalar_subquery()
-_ADD_EVENTS = insert(_EVENTS).values(sequence=_NEXT_SEQUENCE)
+_ADD_EVENTS = insert(_EVENTS)
 
 
 class SqlStakeRecords:
@@ -115,6 +114,7 @@ class SqlStakeRecords:
             return
         rows = [
             {
+                "sequence": sequence,
                 "kind": event.kind.value,
                 "time_us": to_us(event.time),
                 "participant": event.participant,
@@ -127,7 +127,7 @@ class SqlStakeRecords:
                 "funding_account": event.funding_account,
                 "fault": event.fault.value if event.fault else "",
             }
-            for event in events
+            for sequence, event in enumerate(events, self.last_sequence() + 1)
         ]
         connection_of(self._session).execute(_ADD_EVENTS, rows)
 

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from math import isqrt
-from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, inspect
@@ -92,8 +91,8 @@ class Selector:
 
 
 @pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    opened = Database.open(f"sqlite:///{tmp_path / 'selector.db'}", migrations="services.selector.migrations")
+async def database(database_url: str) -> AsyncIterator[Database]:
+    opened = Database.open(database_url, migrations="services.selector.migrations")
     yield opened
     await opened.close()
 
@@ -116,12 +115,13 @@ def selector(database: Database) -> Selector:
     return domain(database)
 
 
-def test_the_migrations_make_the_tables_of_the_rows(tmp_path: Path, database: Database) -> None:
-    engine = create_engine(f"sqlite:///{tmp_path / 'selector.db'}")
+def test_the_migrations_make_the_tables_of_the_rows(database_url: str, database: Database) -> None:
+    engine = create_engine(database_url)
     inspector = inspect(engine)
     for table in SelectorRow.metadata.sorted_tables:
+        key = inspector.get_pk_constraint(table.name)["constrained_columns"]
         made = {
-            column["name"]: (str(column["type"]), column["nullable"], bool(column["primary_key"]))
+            column["name"]: (str(column["type"]), column["nullable"], column["name"] in key)
             for column in inspector.get_columns(table.name)
         }
         wanted = {
