@@ -26,6 +26,8 @@ from tiltyard.modelspec import ModelSpec
 _GATHERED_BYTES = 16 * 1024 * 1024
 _EVALUATED_ROWS = 512
 _KEPT_LOSSES = 4096
+# Of the time, held-out rows may take so much, where patience does not ask for them after each epoch.
+_EVALUATION_SHARE = 0.005
 REPORT_INTERVAL_S = 0.1
 
 
@@ -115,6 +117,7 @@ class Descent:
         """
         meter = _Meter(self, report, clock)
         next_checkpoint = clock() + self._config.checkpoint_interval_s
+        next_evaluation = -math.inf
         module, losses = self.module, meter.losses
         accumulation, clip = self._config.accumulation, self._config.max_gradient_norm
         per_epoch, augment = self.plan.steps_per_epoch, self._config.augment
@@ -146,8 +149,9 @@ class Descent:
                 optimizer.step()
                 optimizer.zero_grad()
                 now = clock()
-                if done == per_epoch and (self._config.patience or now >= meter.due or self._ends(epoch)):
+                if done == per_epoch and (self._config.patience or now >= next_evaluation or self._ends(epoch)):
                     self._end_epoch()
+                    next_evaluation = now + max(REPORT_INTERVAL_S, (clock() - now) / _EVALUATION_SHARE)
                 if now >= meter.due or len(losses) >= _KEPT_LOSSES:
                     meter.look(now)
                     if now >= next_checkpoint:
