@@ -32,12 +32,13 @@ from validator_registry import (
 
 from services.runtime.channels import open_peer
 from services.validator.batches import rows_per_batch
-from tiltyard.counting import Tally
+from tiltyard.counting import Metric, Tally
 from tiltyard.identity import Key
 from tiltyard.models import load_model
 from tiltyard.modelspec import Convnet, Linear, Mlp, ModelSpec, tensor_shapes
 from tiltyard.transparency import root_hash
 from tiltyard.type.v1 import evaluation_pb2 as types_pb2
+from tiltyard.type.v1 import task_pb2
 from tiltyard.validator.v1 import validator_pb2 as pb
 from tiltyard.validator.v1 import validator_pb2_grpc as rpc
 
@@ -494,3 +495,26 @@ def test_predictions_of_the_test_are_not_all_alike(tmp_path):
     x, y = random_dataset(500, (8, 8), 10)
     _, _, logits = plain_evaluation(tmp_path, model_bytes(SPEC), SPEC, x, y)
     assert len(np.unique(logits.argmax(axis=1))) > 1
+
+
+@pytest.mark.parametrize("metric", ["TOP_K_ACCURACY", "WITHIN_BOUND"])
+async def test_other_metrics_are_counted_as_a_tally_counts_them(registry, start, tmp_path, metric):
+    spec = ModelSpec((8, 8), 3, Mlp((16,)), input_scale=1 / 255)
+    x, y = random_dataset(1500, spec.input_shape, spec.outputs)
+    model = model_bytes(spec)
+    order = {"metric": task_pb2.METRIC_TOP_K_ACCURACY, "top_k": 2}
+    tally = Tally(Metric.TOP_K_ACCURACY, top_k=2)
+    if metric == "WITHIN_BOUND":
+        y = np.random.default_rng(1).normal(size=(len(x), spec.outputs)).astype(np.float32)
+        order = {"metric": task_pb2.METRIC_WITHIN_BOUND, "bound": 1.25}
+        tally = Tally(Metric.WITHIN_BOUND, bound=1.25)
+    name = await registry.offer(save({"x": x, "y": y}), model, spec, **order)
+    await start()
+    duty = await asyncio.wait_for(registry.until(name, OPENED), LONG_S)
+    _, _, logits = plain_evaluation(tmp_path, model, spec, x, np.zeros(len(x)))
+    tally.add(logits, y)
+    counted = tally.counts()
+    assert 0 < counted.correct < len(x)
+    assert (duty.report.counts.correct, duty.report.counts.total) == (counted.correct, len(x))
+    assert duty.report.counts.ambiguous == counted.ambiguous
+    assert duty.hashes == b"".join(tally.prediction_blocks())

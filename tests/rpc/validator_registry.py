@@ -111,6 +111,7 @@ class FakeRegistry(
         task: str = "digits",
         max_cpu_s: int = 60,
         max_memory_bytes: int = 1 << 30,
+        **metric,
     ) -> str:
         (dataset_name, dataset_bytes), (model_name, model_bytes) = self.put(dataset), self.put(model)
         order = assignment_pb2.EvaluationOrder(
@@ -120,6 +121,7 @@ class FakeRegistry(
             model_size_bytes=model_bytes,
             spec=model_spec_to_proto(spec),
             max_memory_bytes=max_memory_bytes,
+            **metric,
         )
         order.max_cpu_time.FromTimedelta(timedelta(seconds=max_cpu_s))
         name = f"tasks/{task}/submissions/{len(self.duties) + 1}/assignments/1-{self.validator}"
