@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
 from services.registry.entries import Genesis, LedgerEventSeen
 from services.registry.selection import Selection
@@ -10,12 +11,16 @@ from services.registry.transaction import Leaf, Reading, Store, Writing
 from services.runtime.errors import OutOfRange
 from tiltyard.identity import Key
 from tiltyard.transparency import (
+    EMPTY_ROOT,
     Checkpoint,
+    ReadNode,
     checkpoint_body,
     consistency_proof,
     inclusion_proof,
     sign_note,
 )
+
+T = TypeVar("T")
 
 MAX_PAGE_BYTES = 2 * 1024 * 1024
 _EVENTS_A_TURN = 500
@@ -117,8 +122,8 @@ class RecordLog:
             _check_within(size, tx.log_size())
             if index >= size:
                 raise OutOfRange("BEYOND_LOG", f"there is no leaf {index} in a tree of {size}", size=str(size))
-            path = inclusion_proof(index, size, tx.log_node)
-            return InclusionProof(tx.log_node(0, index), size, tuple(path))
+            leaf, path = read_nodes(tx, lambda node: (node(0, index), inclusion_proof(index, size, node)))
+            return InclusionProof(leaf, size, tuple(path))
 
         return await self._store.read(read)
 
@@ -129,7 +134,8 @@ class RecordLog:
             size = new_size or tx.log_size()
             _check_within(size, tx.log_size())
             _check_within(old_size, size)
-            return ConsistencyProof(size, tuple(consistency_proof(old_size, size, tx.log_node)))
+            path = read_nodes(tx, lambda node: consistency_proof(old_size, size, node))
+            return ConsistencyProof(size, tuple(path))
 
         return await self._store.read(read)
 
@@ -150,6 +156,19 @@ class RecordLog:
             return taken
 
         return await self._store.write(work)
+
+
+def read_nodes(tx: Reading, prove: Callable[[ReadNode], T]) -> T:
+    """What `prove` makes of the log's nodes, which are read in one go: what it asks for depends on sizes alone."""
+    wanted: list[tuple[int, int]] = []
+
+    def note(level: int, index: int) -> bytes:
+        wanted.append((level, index))
+        return EMPTY_ROOT
+
+    prove(note)
+    nodes = tx.log_nodes(wanted)
+    return prove(lambda level, index: nodes[level, index])
 
 
 def _check_within(position: int, size: int) -> None:

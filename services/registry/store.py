@@ -1,7 +1,7 @@
 """The registry's store: works of the domain as transactions, states and leaves changed together."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any, TypeVar
@@ -52,7 +52,7 @@ from services.registry.tables import (
 from services.registry.task_states import deadline_of
 from services.registry.transaction import Leaf, Reading, Writing
 from services.runtime.database import Database
-from tiltyard.transparency import Frontier, leaf_hash
+from tiltyard.transparency import Frontier, Node, leaf_hash
 
 T = TypeVar("T")
 
@@ -265,6 +265,10 @@ class SessionWriting(SessionReading):
     def log_node(self, level: int, index: int) -> bytes:
         self._insert_log()
         return super().log_node(level, index)
+
+    def log_nodes(self, nodes: Collection[Node]) -> Mapping[Node, bytes]:
+        self._insert_log()
+        return super().log_nodes(nodes)
 
     def _put(self, kind: Any, table: type[SQLModel], key: Any, record: Any) -> Any:
         row = self._session.get(table, key)

@@ -4,7 +4,7 @@ A `put` inserts or replaces by key. Every read inside a transaction sees the put
 other (the store has one writer), so a work that has read something may rely on it until it returns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, TypeVar
@@ -220,6 +220,10 @@ class Reading(Protocol):
 
     def log_node(self, level: int, index: int) -> bytes:
         """Hash of a complete subtree: the 2**level leaves from index * 2**level on. LookupError where there is none."""
+        ...
+
+    def log_nodes(self, nodes: Collection[tuple[int, int]]) -> Mapping[tuple[int, int], bytes]:
+        """Hashes of several complete subtrees by level and index, in one go. LookupError where there is none."""
         ...
 
     def next_deadline(self) -> datetime | None:

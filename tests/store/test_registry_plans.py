@@ -1,6 +1,7 @@
 """Each documented list, and each question of the background loop, is answered from an index, not by reading a table."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -62,6 +63,7 @@ QUESTIONS: dict[str, Callable[[SessionReading], Any]] = {
     "tasks in a state": lambda tx: tx.tasks_in(TaskState.CLOSED),
     "artifact uses": lambda tx: tx.artifact_uses("00"),
     "the next deadline": lambda tx: tx.next_deadline(),
+    "the nodes of a proof": lambda tx: prove(tx),
     "endorsements": lambda tx: tx.endorsements("a"),
 }
 
@@ -73,6 +75,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     engine = create_engine(url)
     yield engine
     engine.dispose()
+
+
+def prove(tx: SessionReading) -> None:
+    """The two questions of a proof, which find nothing here."""
+    with suppress(LookupError):
+        tx.log_nodes([(0, 5), (1, 3), (2, 0)])
 
 
 def plans(engine: Engine, ask: Callable[[SessionReading], Any]) -> list[str]:
