@@ -62,7 +62,7 @@ def mlserver(folder: Path) -> Iterator[str]:
 
 def template(folder: Path) -> Path:
     """A template folder for the validator's settings, made in `folder`."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "model-settings.json").write_text(json.dumps(MODEL_SETTINGS))
     return folder
 

@@ -2,7 +2,8 @@
 
 The path is what a validator does: a confined model server is spawned, evaluation batches stream through it, and the
 answers are counted. Its limit is 1/(1/a + 1/b): a is what torch alone computes, b what a bare stream carries, as if
-nothing of the two ran side by side. All in one run, in turns, on the same cores; medians.
+nothing of the two ran side by side. A convnet, whose compute dominates, is held against torch alone, and the MLP
+against MLServer with the same torch module and our client. All in one run, in turns, on the same cores; medians.
 """
 
 import asyncio
@@ -23,19 +24,32 @@ import grpc
 import numpy as np
 from safetensors.numpy import save_file
 
+from benchmarks._mlserver import mlserver, template
+from benchmarks._peers import PeerUnavailable
 from services.modelserver.spawn import Nursery
 from services.validator.assignments import Order
 from services.validator.batches import rows_per_batch
 from services.validator.children import NurseryAttempts
 from services.validator.evaluation import Job
+from services.validator.fleet import Endpoint, Fleet
 from services.validator.rows import EvaluationRows
 from services.validator.runs import Progress
-from tiltyard.modelspec import Mlp, ModelSpec, tensor_shapes, to_json
+from tiltyard.counting import Tally
+from tiltyard.inference.v2 import inference_pb2 as pb
+from tiltyard.inference.v2 import inference_pb2_grpc as rpc
+from tiltyard.modelspec import Convnet, Mlp, ModelSpec, from_json, tensor_shapes, to_json
 
 SPEC = ModelSpec((784,), 10, Mlp((128,)), input_scale=1 / 255)
 SAMPLES = 200_000
 ROUNDS = 7
 GOAL = 0.85
+CONVNET = ModelSpec((28, 28), 10, Convnet((16, 32)), input_scale=1 / 255)
+CONVNET_SAMPLES = 30_000
+CONVNET_ROUNDS = 3
+CONVNET_GOAL = 0.95
+MLSERVER_SAMPLES = 40_000
+MLSERVER_ROUNDS = 3
+MLSERVER_GOAL = 6.0
 _DROP = "/benchmark.v1.Drop/Drop"
 _OPTIONS = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 16 << 20)]
 
@@ -64,7 +78,68 @@ async def _run() -> list[dict[str, Any]]:
         _result("evaluation", path, "1/(1/a + 1/b)", 1 / (1 / a + 1 / b), GOAL),
         _result("evaluation, of torch", path, "a: torch in one process", a, None),
         _result("evaluation, of a stream", path, "b: a bare gRPC stream that drops", b, None),
+        await _convnet(),
+        await _against_mlserver(path),
     ]
+
+
+async def _convnet() -> dict[str, Any]:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiltyard-benchmark-")))
+        job = _job(folder, CONVNET, CONVNET_SAMPLES)
+        torch_alone = stack.enter_context(_Part("torch", folder))
+        async with Nursery() as nursery:
+            attempts = NurseryAttempts(nursery, folder=folder / "children", threads=0, concurrency=1)
+            stack.callback(attempts.close)
+            ours, alone = [], []
+            for _ in range(CONVNET_ROUNDS):
+                ours.append(await _timed_attempt(attempts, job, CONVNET_SAMPLES))
+                alone.append(float(await asyncio.to_thread(torch_alone.ask)))
+    path, a = (CONVNET_SAMPLES / median(seconds) for seconds in (ours, alone))
+    return _result("evaluation of a convnet", path, "torch in one process", a, CONVNET_GOAL)
+
+
+async def _against_mlserver(path: float) -> dict[str, Any]:
+    """The same model and the same client; loading is not counted. A row that says why, where there is no MLServer."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiltyard-benchmark-")))
+        job = _job(folder, SPEC, MLSERVER_SAMPLES)
+        share = folder / "share"
+        model = template(share / "m") / "model-settings.json"
+        model.write_text(model.read_text().replace("${MODEL}", "m"))
+        for name in ("spec.json", "model.safetensors"):
+            (share / "m" / name).hardlink_to(folder / name)
+        try:
+            address = await asyncio.to_thread(stack.enter_context, mlserver(share))
+            seconds = await asyncio.to_thread(_timed_fleet, address, job)
+        except PeerUnavailable as error:
+            row = _result("evaluation against MLServer", path, f"not measured, no MLServer here: {error}", 1.0, None)
+            return {**row, "theirs": 0.0, "ratio": 0.0}
+    return _result(
+        "evaluation against MLServer", path, "MLServer, our client", MLSERVER_SAMPLES / seconds, MLSERVER_GOAL
+    )
+
+
+def _timed_fleet(address: str, job: Job) -> float:
+    """Seconds for every row through a server that has the model `m` loaded, the median of some rounds."""
+    with EvaluationRows.open(job.dataset) as rows, grpc.insecure_channel(address, options=_OPTIONS) as channel:
+        rpc.GRPCInferenceServiceStub(channel).RepositoryModelLoad(
+            pb.RepositoryModelLoadRequest(model_name="m"), timeout=120
+        )
+        rounds = []
+        for _ in range(MLSERVER_ROUNDS):
+            tally = Tally()
+            fleet = Fleet(
+                [Endpoint("mlserver", channel, tuple)],
+                model="m",
+                outputs=SPEC.outputs,
+                rows_per_batch=rows_per_batch(SPEC, rows.row_bytes),
+            )
+            started = time.perf_counter()
+            fleet.run(rows, lambda start, stop, logits, tally=tally: tally.add(logits, rows.labels(start, stop)))
+            rounds.append(time.perf_counter() - started)
+            assert tally.total == rows.total
+    return median(rounds)
 
 
 def _result(name: str, ours: float, against: str, theirs: float, goal: float | None) -> dict[str, Any]:
@@ -81,31 +156,31 @@ def _result(name: str, ours: float, against: str, theirs: float, goal: float | N
     }
 
 
-def _job(folder: Path) -> Job:
+def _job(folder: Path, spec: ModelSpec = SPEC, samples: int = SAMPLES) -> Job:
     rng = np.random.default_rng(0)
-    weights = {name: (rng.normal(size=shape) * 0.1).astype(np.float32) for name, shape in tensor_shapes(SPEC).items()}
+    weights = {name: (rng.normal(size=shape) * 0.1).astype(np.float32) for name, shape in tensor_shapes(spec).items()}
     save_file(weights, folder / "model.safetensors")
-    (folder / "spec.json").write_text(json.dumps(to_json(SPEC)))
-    x = rng.integers(0, 256, (SAMPLES, *SPEC.input_shape), dtype=np.uint8)
-    save_file({"x": x, "y": rng.integers(0, SPEC.outputs, SAMPLES)}, folder / "dataset.safetensors")
+    (folder / "spec.json").write_text(json.dumps(to_json(spec)))
+    x = rng.integers(0, 256, (samples, *spec.input_shape), dtype=np.uint8)
+    save_file({"x": x, "y": rng.integers(0, spec.outputs, samples)}, folder / "dataset.safetensors")
     order = Order(
         dataset_digest="",
         dataset_bytes=0,
         model_digest="",
         model_bytes=0,
-        spec=SPEC,
+        spec=spec,
         max_cpu_s=600,
         max_memory_bytes=1 << 30,
     )
     return Job(order, folder / "dataset.safetensors", folder / "model.safetensors")
 
 
-async def _timed_attempt(attempts: NurseryAttempts, job: Job) -> float:
+async def _timed_attempt(attempts: NurseryAttempts, job: Job, samples: int = SAMPLES) -> float:
     started = time.perf_counter()
     finding = await attempts.attempt(job, Progress())
     seconds = time.perf_counter() - started
     assert finding.counts is not None
-    assert finding.counts.total == SAMPLES
+    assert finding.counts.total == samples
     return seconds
 
 
@@ -163,9 +238,10 @@ def _be_torch(folder: Path) -> None:
 
     from tiltyard.models import load_model
 
-    model = load_model(SPEC, folder / "model.safetensors")
+    spec = from_json(json.loads((folder / "spec.json").read_text()))
+    model = load_model(spec, folder / "model.safetensors")
     with EvaluationRows.open(folder / "dataset.safetensors") as rows, torch.inference_mode():
-        step = rows_per_batch(SPEC, rows.row_bytes)
+        step = rows_per_batch(spec, rows.row_bytes)
         print("ready", flush=True)
         for _ in sys.stdin:
             started = time.perf_counter()
