@@ -10,10 +10,9 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 _DEBIAN = Path("/usr/lib/postgresql")
 _WHY_NOT = "no PostgreSQL server is installed here (apt-get install postgresql)"
@@ -76,7 +75,10 @@ class PostgresServer:
             os.kill(process, signal.SIGKILL)
         while any(Path(f"/proc/{process}").exists() and _runs(process) for process in (leader, *map(int, children))):
             os.sched_yield()
+        # A dead process that nobody has waited for still has its number, and the next server believes these.
         (self._folder / "data" / "postmaster.pid").unlink(missing_ok=True)
+        for file in self._folder.glob(".s.PGSQL.*"):
+            file.unlink()
 
     def database(self) -> str:
         """A new database's URL for SQLAlchemy."""
@@ -89,11 +91,18 @@ class PostgresServer:
         return f"postgresql+psycopg:///{name}?host={self._folder}&user=postgres"
 
     def _run(self, program: str, *arguments: str) -> None:
-        as_whom: Mapping[str, Any] = {}
+        as_whom: list[str] = []
         if self._user is not None:
-            as_whom = {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []}
+            # Not subprocess' own `user`: that forks, which a process with threads of gRPC may not survive.
+            as_whom = [
+                "setpriv",
+                f"--reuid={self._user.pw_uid}",
+                f"--regid={self._user.pw_gid}",
+                "--clear-groups",
+                "--",
+            ]
         done = subprocess.run(
-            [str(self._programs / program), *arguments],
+            [*as_whom, str(self._programs / program), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -101,10 +110,11 @@ class PostgresServer:
             cwd=self._folder,
             env={**os.environ, "LC_ALL": "C"},
             check=False,
-            **as_whom,
         )
         if done.returncode:
-            raise RuntimeError(f"{program} ended with {done.returncode}: {done.stderr}")
+            log = self._folder / "log"
+            told = log.read_text()[-1000:] if log.exists() else ""
+            raise RuntimeError(f"{program} ended with {done.returncode}: {done.stderr}{told}")
 
 
 def _runs(process: int) -> bool:

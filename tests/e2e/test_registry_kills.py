@@ -252,6 +252,21 @@ async def test_nothing_is_lost_or_doubled_by_kills_on_postgresql(
         await under_kills(arena, kills, again(arena.registries[0]), seed=2)
 
 
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
+async def test_nothing_is_lost_or_doubled_by_kills_of_postgresql_itself(
+    tmp_path: Path, postgres: PostgresServer, kills: int
+) -> None:
+    async with running(tmp_path, postgres.database()) as arena:
+
+        def kill() -> None:
+            postgres.kill()
+            postgres.start()
+            # A registry that has lost its database gives its role up and ends; whoever minds it starts it again.
+            again(arena.registries[0])()
+
+        await under_kills(arena, kills, kill, seed=3)
+
+
 async def test_a_standby_takes_over_within_seconds(tmp_path: Path, postgres: PostgresServer) -> None:
     async with running(tmp_path, postgres.database()) as arena:
         active, standby = arena.registries
