@@ -201,6 +201,5 @@ def _public_best(tx: Reading, task: Task, submission: Submission, score: Score) 
     if score.outcome != scoring.Outcome.SCORED.value:
         return None
     # Those rejected later as copies have been shown too.
-    earlier = tx.submissions(task.id, participant=submission.participant)
-    best = max((known.public_best for known in earlier if known.public_best is not None), default=None)
+    best = tx.public_best(task.id, submission.participant)
     return ladder.climbed(best, score.correct, score.total, task.config.ladder_step_micros)

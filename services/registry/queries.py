@@ -272,6 +272,10 @@ class SessionReading:
         query = query.order_by(col(SubmissionRow.commit_time), col(SubmissionRow.task), col(SubmissionRow.number))
         return [rows.SUBMISSIONS.record(row) for row in self._session.exec(query)]
 
+    def public_best(self, task: str, participant: str) -> int | None:
+        query = select(func.max(SubmissionRow.public_best)).where(SubmissionRow.task == task)
+        return self._session.exec(query.where(SubmissionRow.participant == participant)).one()
+
     def submissions_hidden(self, task: str, *, limit: int) -> Sequence[Submission]:
         query = select(SubmissionRow).where(SubmissionRow.task == task, col(SubmissionRow.hidden).is_(True))
         query = query.order_by(col(SubmissionRow.number)).limit(limit)

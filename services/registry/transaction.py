@@ -126,6 +126,10 @@ class Reading(Protocol):
         """REVEALED ones whose structure is still to be checked, by commit time; for the background loop."""
         ...
 
+    def public_best(self, task: str, participant: str) -> int | None:
+        """The most steps that any submission of a node has been shown with; None for none."""
+        ...
+
     def submissions_hidden(self, task: str, *, limit: int) -> Sequence[Submission]:
         """Those with something that is still to be laid open, by number."""
         ...
