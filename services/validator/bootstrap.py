@@ -20,6 +20,7 @@ from services.validator.convert import RunPages
 from services.validator.duties import Means
 from services.validator.endpoints import EndpointAttempts
 from services.validator.fleet import parse_servers
+from services.validator.leavings import Leavings
 from services.validator.peers import RegistryPeer
 from services.validator.scheduler import Scheduler
 from services.validator.servicers.validation import SERVICE, mount
@@ -58,11 +59,13 @@ async def build(settings: ValidatorSettings, *, on_drained: Callable[[], None]) 
     store = DatabaseRunStore(database)
     channel = open_peer(settings.registry, key=key, audience=f"{settings.origin}/registry")
     attempts, start_attempts, close_attempts = _attempts(settings, key)
+    registry = RegistryPeer(channel, clock=utc_now)
+    cache = Cache(settings.state_dir / "cache", max_bytes=settings.cache_bytes)
     means = Means(
-        registry=RegistryPeer(channel, clock=utc_now),
+        registry=registry,
         notary=KeyNotary(key, settings.origin),
         store=store,
-        cache=Cache(settings.state_dir / "cache", max_bytes=settings.cache_bytes),
+        cache=cache,
         attempts=attempts,
         leases=FairSlots(_LEASES_PER_SLOT * settings.concurrency),
         evaluations=FairSlots(settings.concurrency),
@@ -84,7 +87,7 @@ async def build(settings: ValidatorSettings, *, on_drained: Callable[[], None]) 
         authenticator=Authenticator({key.id}, operators=settings.operators | {key.id}, clock=utc_now),
         policy=AccessPolicy({f"/{SERVICE}/*": frozenset({Role.OPERATOR})}),
         database=database,
-        background=[start_attempts, scheduler.run],
+        background=[start_attempts, scheduler.run, Leavings(registry, store, cache).run],
         on_close=[close],
     )
 

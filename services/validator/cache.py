@@ -57,6 +57,15 @@ class Cache:
             if not self._in_use[digest]:
                 del self._in_use[digest], self._wanted_bytes[digest], self._fetching[digest]
 
+    def remove(self, digest: str) -> bool:
+        """Removes a file, also a half-fetched one. False when it is in use, and then it stays."""
+        if digest in self._in_use:
+            return False
+        self._trusted.discard(digest)
+        for name in (digest, digest + PARTIAL):
+            (self._folder / name).unlink(missing_ok=True)
+        return True
+
     async def _is_good(self, digest: str, path: Path) -> bool:
         if digest not in self._trusted and await asyncio.to_thread(_is_whole, path, digest):
             self._trusted.add(digest)

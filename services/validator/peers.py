@@ -7,9 +7,10 @@ from pathlib import Path
 
 import grpc
 
-from services.runtime.names import format_artifact, parse_artifact, parse_assignment
+from services.runtime.names import format_artifact, format_task, parse_artifact, parse_assignment
 from services.runtime.rpc_errors import from_rpc_error
 from services.validator.assignments import Assignment, AssignmentState, DigestMismatch, Lease, Order
+from services.validator.leavings import TaskDatasets
 from tiltyard.client import new_request_id
 from tiltyard.counting import Metric
 from tiltyard.modelspec import Onnx
@@ -19,7 +20,9 @@ from tiltyard.registry.v1 import (
     assignment_pb2_grpc,
     evaluation_pb2,
     evaluation_pb2_grpc,
+    task_pb2_grpc,
 )
+from tiltyard.registry.v1 import task_pb2 as registry_task_pb2
 from tiltyard.transfers import DigestMismatch as TransferMismatch
 from tiltyard.transfers import download
 from tiltyard.type.v1 import envelope_pb2, model_pb2, task_pb2
@@ -30,6 +33,8 @@ _PAGE_SIZE = 1000
 _SHORTEST_LEASE_S = 1.0
 _STATE_PREFIX = "ASSIGNMENT_STATE_"
 _SAFETENSORS = model_pb2.MODEL_FORMAT_SAFETENSORS
+
+_ENDED_TASKS = (task_pb2.TASK_STATE_FINAL, task_pb2.TASK_STATE_CANCELLED)
 
 _METRIC_OF = {
     task_pb2.METRIC_UNSPECIFIED: Metric.ACCURACY,
@@ -54,6 +59,7 @@ class RegistryPeer:
         self._assignments = assignment_pb2_grpc.AssignmentServiceStub(channel)
         self._evaluations = evaluation_pb2_grpc.EvaluationServiceStub(channel)
         self._artifacts = artifact_pb2_grpc.ArtifactServiceStub(channel)
+        self._tasks = task_pb2_grpc.TaskServiceStub(channel)
         self._clock = clock
 
     async def watch(self, cursor: str) -> AsyncIterator[tuple[Assignment, str]]:
@@ -128,6 +134,15 @@ class RegistryPeer:
         )
         async with _translated():
             await self._evaluations.OpenEvaluation(request)
+
+    async def datasets(self, task: str) -> TaskDatasets:
+        """The hidden datasets of a task, and whether it has ended."""
+        async with _translated():
+            found = (await self._tasks.GetTask(registry_task_pb2.GetTaskRequest(name=format_task(task)))).task
+        digests = (found.config.evaluation_dataset.sha256, found.config.holdout.sha256)
+        return TaskDatasets(
+            digests=frozenset(digest.hex() for digest in digests if digest), ended=found.state in _ENDED_TASKS
+        )
 
     def _left_s(self, assignment: assignment_pb2.Assignment) -> float:
         """Seconds until the lease ends, by the registry's own clock where it is behind or ahead of ours."""

@@ -103,6 +103,10 @@ class RunStore(Protocol):
         """How many runs have ended."""
         ...
 
+    async def tasks(self) -> list[str]:
+        """The tasks of all runs."""
+        ...
+
 
 class Progress:
     """Position in a run's rows. One thread moves it, others read."""

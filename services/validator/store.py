@@ -103,6 +103,10 @@ class DatabaseRunStore:
 
         return await self._database.read(work)
 
+    async def tasks(self) -> list[str]:
+        """The tasks of all runs."""
+        return await self._database.read(lambda session: list(session.exec(select(RunRow.task).distinct())))
+
 
 def _to_us(moment: datetime) -> int:
     return (moment - _EPOCH) // _MICROSECOND
