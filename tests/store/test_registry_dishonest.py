@@ -1,8 +1,10 @@
 """Fifty submissions over the registry's own store, a third of the validators dishonest, each in its own way."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from services.registry.records import RoundState, SubmissionState
 from services.runtime.names import AssignmentId
@@ -34,20 +36,21 @@ def count_of(duty: AssignmentId) -> int:
 
 async def work(world: World, sealed: dict[AssignmentId, envelope_pb2.EvaluationReport]) -> int:
     """What all validators do in one moment."""
-    done = 0
+
+    async def answer(duty: AssignmentId) -> None:
+        if LIARS.get(duty.participant) == "decline":
+            await world.decline(duty)
+        else:
+            sealed[duty] = await world.evaluate(duty, count_of(duty))
+
+    works: list[Coroutine[Any, Any, Any]] = []
     for round_ in await world.store.read(lambda tx: tx.rounds_unconcluded()):
-        for duty in await world.duties(round_.number, "OFFERED"):
-            done += 1
-            if LIARS.get(duty.participant) == "decline":
-                await world.decline(duty)
-            else:
-                sealed[duty] = await world.evaluate(duty, count_of(duty))
+        works += [answer(duty) for duty in await world.duties(round_.number, "OFFERED")]
         if round_.state is RoundState.OPENING:
-            for duty in await world.duties(round_.number, "SEALED"):
-                if LIARS.get(duty.participant) != "silent":
-                    done += 1
-                    await world.open(duty, sealed[duty])
-    return done
+            asked = await world.duties(round_.number, "SEALED")
+            works += [world.open(duty, sealed[duty]) for duty in asked if LIARS.get(duty.participant) != "silent"]
+    await asyncio.gather(*works)
+    return len(works)
 
 
 async def test_dishonest_validators_change_no_score_that_honest_ones_decide_and_are_named(tmp_path: Path) -> None:
