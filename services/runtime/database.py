@@ -2,8 +2,9 @@
 
 import asyncio
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, TypeVar, cast
 import structlog
 from sqlalchemy import Column, LargeBinary, bindparam, delete, insert
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, PendingRollbackError
 from sqlmodel import Field, Session, SQLModel, col, select
 
 from services.runtime.auth import utc_now
@@ -148,12 +149,16 @@ class Database:
 
     def _read(self, work: Callable[[Session], T]) -> T:
         # Never committed: nothing a work does here can last.
-        with self._read_engine.connect() as connection, Session(bind=connection) as session:
+        with (
+            _loss_told("nothing was read"),
+            self._read_engine.connect() as connection,
+            Session(bind=connection) as session,
+        ):
             return work(session)
 
     def _look_up_group(self, group: list[PendingRequest]) -> list[Outcome[bytes | None]]:
         outcomes: list[Outcome[bytes | None]] = []
-        with self._read_engine.connect() as connection:
+        with _loss_told("nothing was done"), self._read_engine.connect() as connection:
             for pending in group:
                 try:
                     outcomes.append((_remembered(connection, pending), None))
@@ -171,11 +176,8 @@ class Database:
                     attempt += 1
                     continue
                 _log.error("a group of writes was not committed", writes=len(group), exc_info=error)
-                if isinstance(error, DBAPIError):
-                    raise Unavailable(
-                        "DATABASE_UNAVAILABLE", "the change could not be stored, nothing was changed"
-                    ) from error
-                raise
+                with _loss_told("nothing was changed"):
+                    raise
             break
         for item, (_, failure) in zip(group, outcomes, strict=True):
             if failure is None and item.pending is not None and item.final:
@@ -189,9 +191,10 @@ class Database:
                 try:
                     outcomes.append((item.context.run(self._run, connection, item), None))
                 except Exception as failure:
-                    if _must_run_again(failure):
+                    # A lost connection has lost the whole group; a full disk, say, the one work that met it.
+                    if _must_run_again(failure) or connection.invalidated:
                         raise
-                    outcomes.append((None, failure))
+                    outcomes.append((None, _told(failure, "nothing was changed")))
         return outcomes
 
     def _run(self, connection: Connection, item: _Write) -> Any:
@@ -211,8 +214,9 @@ class Database:
         except Exception as failure:
             # Answered before, the second time fails on the answer's key or on what the first time changed. So only a
             # failure needs the look, and every first time is spared it.
-            if item.pending is not None and not is_serialization_failure(failure):
-                _raise_if_remembered(connection, item.pending)
+            pending = None if connection.invalidated or is_serialization_failure(failure) else item.pending
+            if pending is not None:
+                _raise_if_remembered(connection, pending)
             raise
 
     def _remember(self, connection: Connection, pending: PendingRequest, result: Any) -> None:
@@ -228,6 +232,28 @@ class Database:
             connection.execute(_REMEMBER, row)
         except IntegrityError as taken:
             raise _AnsweredMeanwhile from taken
+
+
+# What the database, not the work, is to blame for. After a lost connection SQLAlchemy asks for a rollback at every use.
+_LOSSES = (OperationalError, InterfaceError, PendingRollbackError)
+
+
+def _told(failure: Exception, consequence: str) -> Exception:
+    """`failure`, or in place of a loss of the database what a caller is told of it."""
+    if not isinstance(failure, _LOSSES):
+        return failure
+    _log.error("the database failed", exc_info=failure)
+    told = Unavailable("DATABASE_UNAVAILABLE", f"the database cannot be used at present, {consequence}")
+    told.__cause__ = failure
+    return told
+
+
+@contextmanager
+def _loss_told(consequence: str) -> Iterator[None]:
+    try:
+        yield
+    except _LOSSES as loss:
+        raise _told(loss, consequence) from loss
 
 
 class _AnsweredMeanwhile(Exception):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import event
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlmodel import Field, Session, SQLModel, select
 
 from services.runtime.database import Database
@@ -341,3 +341,22 @@ async def test_old_requests_are_forgotten(database: Database, clock: FakeClock) 
 def test_a_database_in_memory_is_refused(migrations: Path) -> None:
     with pytest.raises(ValueError, match="must be a file"):
         Database.open("sqlite://", migrations=migrations)
+
+
+async def test_what_the_database_is_to_blame_for_is_told_and_harms_no_neighbour(database: Database) -> None:
+    def fail(session: Session) -> None:
+        # A file system without room, a server that is gone: SQLAlchemy says both with this class.
+        raise OperationalError("INSERT", {}, OSError("no room"))
+
+    failed, kept = await asyncio.gather(
+        database.write(fail),
+        database.write(lambda session: session.add(Mark(name="kept", count=1))),
+        return_exceptions=True,
+    )
+
+    assert isinstance(failed, Unavailable)
+    assert failed.reason == "DATABASE_UNAVAILABLE"
+    assert kept is None
+    assert await database.read(lambda session: session.get(Mark, "kept")) is not None
+    with pytest.raises(Unavailable):
+        await database.read(fail)
