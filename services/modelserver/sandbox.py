@@ -1,4 +1,4 @@
-"""What a process gives up before it runs a stranger's weights: memory, CPU time, network, other programs.
+"""What a process gives up before it runs a stranger's weights: memory, CPU time, network, other processes and programs.
 
 Linux only, by libc calls; each restriction that the kernel refuses is reported, none is assumed.
 """
@@ -29,7 +29,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Confinement:
-    """What holds: `network` is how the network was taken away ("" if it was not), `programs` whether exec was."""
+    """What holds: `network` is how the network was taken away ("" if it was not), `programs` whether fork and exec."""
 
     network: str
     programs: bool
@@ -63,7 +63,7 @@ def limit_files() -> None:
 
 
 def confine() -> Confinement:
-    """Take away the network (a namespace of its own, else a system-call filter) and the starting of programs.
+    """Take away the network (a namespace of its own, else a system-call filter), other processes and programs.
 
     The process must have one thread. Unix sockets named by a path keep working.
     """
@@ -74,23 +74,27 @@ def confine() -> Confinement:
     return Confinement(network=network, programs=filtered)
 
 
-# Per machine: the audit architecture, socket(), and calls that nothing here needs and an attacker would: execve,
-# execveat, ptrace, process_vm_readv, process_vm_writev, io_uring_setup (it opens sockets past any filter).
+# Per machine: the audit architecture, socket(), clone(), and calls that nothing here needs and an attacker would:
+# execve, execveat, ptrace, process_vm_readv, process_vm_writev, io_uring_setup (it opens sockets past any filter), and
+# fork and vfork where there are such.
 _CALLS = {
-    "x86_64": (0xC000003E, 41, (59, 322, 101, 310, 311, 425)),
-    "aarch64": (0xC00000B7, 198, (221, 281, 117, 270, 271, 425)),
+    "x86_64": (0xC000003E, 41, 56, (59, 322, 101, 310, 311, 425, 57, 58)),
+    "aarch64": (0xC00000B7, 198, 220, (221, 281, 117, 270, 271, 425)),
 }
+_CLONE3 = 435
+_CLONE_THREAD = 0x00010000
 _ALLOW = 0x7FFF0000
 _REFUSE = 0x00050000 | 1  # EPERM
+_MISSING = 0x00050000 | 38  # ENOSYS
 _X32 = 0x40000000
 
 
 def _filter_system_calls() -> bool:
-    """Install a seccomp filter: sockets of the Unix family only, none of the calls above. False if it cannot be."""
+    """Install a seccomp filter: Unix sockets only, threads only, none of the calls above. False if it cannot be."""
     if platform.machine() not in _CALLS:
         return False
-    architecture, socket_call, refused = _CALLS[platform.machine()]
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
+    architecture, socket_call, clone_call, refused = _CALLS[platform.machine()]
+    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     # struct seccomp_data: call number at 0, architecture at 4, low half of the first argument at 16.
     program: list[tuple[int, int, int, int]] = [
         (load, 0, 0, 4),
@@ -103,6 +107,15 @@ def _filter_system_calls() -> bool:
     for call in refused:
         program += [(equal, 0, 1, call), (answer, 0, 0, _REFUSE)]
     program += [
+        # Its flags lie in memory, which a filter cannot read; libc then makes its threads by clone().
+        (equal, 0, 1, _CLONE3),
+        (answer, 0, 0, _MISSING),
+        (equal, 0, 3, clone_call),
+        (load, 0, 0, 16),
+        (any_bit, 1, 0, _CLONE_THREAD),
+        (answer, 0, 0, _REFUSE),
+        # A clone() that is allowed goes on here with its flags loaded, so the number is loaded again.
+        (load, 0, 0, 0),
         (equal, 0, 3, socket_call),
         (load, 0, 0, 16),
         (equal, 1, 0, 1),

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.modelserver.spawn import MODEL_NAME, Child, ChildEnded, Exit, ExitKind, Limits, Nursery, NurseryDown
+from services.validator.assignments import Order
 from services.validator.batches import rows_per_batch
 from services.validator.evaluation import CannotEvaluate, Job, ModelFailed, ServerLost
 from services.validator.pipeline import BatchStream, RequestRefused, StreamBroken, WrongAnswer
@@ -31,7 +32,7 @@ _ONNX_FILE = "model.onnx"
 # A child whose connection broke is dead or about to be.
 _EXIT_TIMEOUT_S = 5.0
 # Waiting for one batch: the CPU limit ends what computes; this ends what hangs, on a busy machine too.
-LEAST_STALL_S = 30.0
+_LEAST_STALL_S = 30.0
 
 _FAULT_OF = {
     ExitKind.OUT_OF_MEMORY: Fault.OUT_OF_MEMORY,
@@ -125,9 +126,9 @@ class NurseryAttempts:
 
         loop = asyncio.get_running_loop()
         running = loop.run_in_executor(self._streams, stream.run, rows, take)
-        stall_s = max(LEAST_STALL_S, 2 * order.max_cpu_s)
+        patience_s = stall_s(order)
         try:
-            await while_it_moves(running, progress, stall_s)
+            await while_it_moves(running, progress, patience_s)
         except NanOutput as error:
             raise ModelFailed(Fault.NAN_OUTPUT, str(error)) from error
         except WrongAnswer as error:
@@ -137,13 +138,22 @@ class NurseryAttempts:
         except StreamBroken as error:
             await _raise_by_end(child, str(error))
         except TimeoutError as error:
-            raise ModelFailed(Fault.TOO_SLOW, f"no batch was answered for {stall_s:g} s") from error
+            raise ModelFailed(Fault.TOO_SLOW, f"no batch was answered for {patience_s:g} s") from error
         finally:
             stream.cancel()
+            if not running.done():
+                # A channel closes only when what was handed to its socket has been read, which a hanging model server
+                # would never do.
+                await child.kill()
             # The thread reads the file until it ends.
             with contextlib.suppress(Exception):
                 await asyncio.shield(running)
         return Finding(counts=tally.counts(), prediction_blocks=tally.prediction_blocks())
+
+
+def stall_s(order: Order) -> float:
+    """Seconds without an answered batch after which a model server counts as hanging."""
+    return max(_LEAST_STALL_S, 2 * order.max_cpu_s)
 
 
 async def while_it_moves(running: "asyncio.Future[None]", progress: Progress, stall_s: float) -> None:

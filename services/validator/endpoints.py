@@ -5,6 +5,7 @@ import contextlib
 import json
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import structlog
 from numpy.typing import NDArray
 
 from services.validator.batches import rows_per_batch
-from services.validator.children import LEAST_STALL_S, while_it_moves
+from services.validator.children import stall_s, while_it_moves
 from services.validator.evaluation import CannotEvaluate, Job, ModelFailed, ServerLost
 from services.validator.fleet import Endpoint, Fleet, ModelServer
 from services.validator.pipeline import CHANNEL_OPTIONS, RequestRefused, StreamBroken, WrongAnswer
@@ -108,7 +109,7 @@ class EndpointAttempts:
 
         running = asyncio.get_running_loop().run_in_executor(self._threads, fleet.run, rows, take)
         try:
-            await while_it_moves(running, progress, max(LEAST_STALL_S, 2 * order.max_cpu_s))
+            await while_it_moves(running, progress, stall_s(order))
         except NanOutput as error:
             raise ModelFailed(Fault.NAN_OUTPUT, str(error)) from error
         except (WrongAnswer, RequestRefused) as error:
@@ -156,8 +157,13 @@ class EndpointAttempts:
                 tokens[fresh] = now + _TOKEN_S
             return (("authorization", f"Bearer {fresh}"),)
 
-        with grpc.insecure_channel(server.address, options=CHANNEL_OPTIONS) as channel:
+        channel = grpc.insecure_channel(server.address, options=CHANNEL_OPTIONS)
+        try:
             yield Endpoint(server.name, channel, metadata)
+        finally:
+            # A channel closes only when what was handed to its socket has been read: nobody waits for a server that
+            # hangs, and least of all the event loop.
+            threading.Thread(target=channel.close, name=f"closing-{server.name}", daemon=True).start()
 
 
 def _load(endpoints: Sequence[Endpoint], name: str) -> list[Endpoint]:

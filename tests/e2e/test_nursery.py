@@ -132,7 +132,7 @@ def test_the_filter_leaves_unix_sockets_and_takes_the_rest() -> None:
     network, outcome = tried[0], tried[1:]
     if network == "open":
         pytest.skip("this kernel lets nothing be taken away")
-    assert outcome == ["unix:yes", "inet:no", "exec:no", "threads:yes"]
+    assert outcome == ["unix:yes", "inet:no", "exec:no", "fork:no", "threads:yes"]
 
 
 CONFINED = """
@@ -151,6 +151,11 @@ try:
     os.execv("/bin/true", ["true"])
 except PermissionError:
     print("exec:no", flush=True)
+try:
+    if os.fork() == 0:
+        os._exit(0)
+except PermissionError:
+    print("fork:no", flush=True)
 thread = threading.Thread(target=print, args=("threads:yes",))
 thread.start()
 thread.join()

@@ -1,0 +1,102 @@
+"""What becomes of an evaluation whose model server hangs, crashes or is killed, found as the validator finds it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import save_file
+
+from services.modelserver.spawn import Nursery
+from services.validator import children
+from services.validator.assignments import Order
+from services.validator.children import NurseryAttempts
+from services.validator.evaluation import CannotEvaluate, Job, find
+from services.validator.runs import Fault, Finding, Progress
+from tiltyard.modelspec import Mlp, ModelSpec, tensor_shapes
+
+# Wide enough to be caught in the middle.
+SPEC = ModelSpec((8, 8), 10, Mlp((512, 512, 512)), input_scale=1 / 255)
+ROWS = 60_000
+
+
+@pytest.fixture
+async def attempts(tmp_path: Path) -> AsyncIterator[NurseryAttempts]:
+    async with Nursery() as nursery:
+        made = NurseryAttempts(nursery, folder=tmp_path / "children", threads=0, concurrency=1)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    rng = np.random.default_rng(0)
+    save_file({"x": rng.integers(0, 256, (ROWS, 8, 8), dtype=np.uint8), "y": np.zeros(ROWS, int)}, tmp_path / "d")
+    save_file({n: rng.normal(size=s).astype(np.float32) for n, s in tensor_shapes(SPEC).items()}, tmp_path / "m")
+    order = Order(
+        dataset_digest="",
+        dataset_bytes=0,
+        model_digest="",
+        model_bytes=0,
+        spec=SPEC,
+        max_cpu_s=60,
+        max_memory_bytes=1 << 30,
+    )
+    return Job(order, tmp_path / "d", tmp_path / "m")
+
+
+async def find_while(job: Job, attempts: NurseryAttempts, number: signal.Signals, *, times: int) -> Finding:
+    """The finding, while the first `times` model servers get a signal as soon as they have answered a batch."""
+    progress = Progress()
+    finding = asyncio.create_task(find(job, attempts, progress))
+    (zygote,) = [each for each in psutil.Process().children() if "--zygote" in each.cmdline()]
+    struck: set[int] = set()
+    while not finding.done():
+        if progress.position and len(struck) < times:
+            for child in zygote.children():
+                if child.pid not in struck:
+                    struck.add(child.pid)
+                    progress.position = 0
+                    os.kill(child.pid, number)
+        await asyncio.wait([finding], timeout=0.01)
+    assert len(struck) == times
+    return finding.result()
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "fault"),
+    [
+        # Nothing that the model did, as often as it may be.
+        (signal.SIGKILL, 2, None),
+        # A fault only when a fresh model server ends in one too.
+        (signal.SIGSEGV, 1, None),
+        (signal.SIGSEGV, 2, Fault.CRASHED),
+        (signal.SIGSTOP, 1, None),
+        (signal.SIGSTOP, 2, Fault.TOO_SLOW),
+    ],
+)
+async def test_a_model_server_struck_in_the_middle(
+    job: Job,
+    attempts: NurseryAttempts,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    times: int,
+    fault: Fault | None,
+) -> None:
+    monkeypatch.setattr(children, "stall_s", lambda order: 3.0)
+    finding = await find_while(job, attempts, number, times=times)
+    assert finding.fault == fault, finding.detail
+    assert finding.counts is None if fault else finding.counts is not None and finding.counts.total == ROWS
+
+
+async def test_model_servers_that_are_killed_again_and_again_are_the_platforms_trouble(
+    job: Job, attempts: NurseryAttempts
+) -> None:
+    with pytest.raises(CannotEvaluate, match="no model server stays alive"):
+        await find_while(job, attempts, signal.SIGKILL, times=3)
