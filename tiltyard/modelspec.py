@@ -225,7 +225,7 @@ def resnet_blocks(resnet: Resnet) -> list[tuple[str, list[ConvolutionShape], Con
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor of the weights file, in the network's order: torch's `state_dict` names.
 
-    Raises NotImplementedError for an architecture that `validate` refuses.
+    Raises ValueError for an ONNX graph, whose own file fixes its tensors.
     """
     return {name: shape for name, shape, _ in _layers(spec)}
 
@@ -318,7 +318,7 @@ def _layers(spec: ModelSpec) -> list[tuple[str, tuple[int, ...], int]]:
             norm("norm", width)
             dense("head", width, spec.outputs)
         case Onnx():
-            raise NotImplementedError("an onnx spec fixes no tensors")
+            raise ValueError("an onnx spec fixes no tensors")
     return layers
 
 

@@ -11,7 +11,7 @@ from services.trainer.live import LiveTrainings
 from services.trainer.localdata import LocalDataset
 from services.trainer.schedule import default_epochs
 from services.trainer.training import Training, TrainingPage, TrainingState, TrainingStore
-from tiltyard.modelspec import ModelSpec
+from tiltyard.modelspec import ModelSpec, Onnx
 
 # Small datasets are learned by heart long before the weights stop moving; smoothed labels keep them from it.
 DEFAULT_LABEL_SMOOTHING = 0.1
@@ -105,6 +105,9 @@ class Trainings:
         not take from this node.
         """
         spec, loss = await self._model(new)
+        if isinstance(spec.architecture, Onnx):
+            field = "model_index" if new.task else "model.onnx"
+            raise InvalidArgument.field(field, "is an ONNX graph, which cannot be trained here, only submitted")
         _check_config(new.config, spec=spec, loss=loss)
         dataset = await self._datasets.check(new.dataset, spec=spec, loss=loss)
         config = _completed(new, rows=dataset.rows, loss=loss)

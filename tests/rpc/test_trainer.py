@@ -267,6 +267,11 @@ BAD_REQUESTS: list[tuple[dict[str, object], str, str]] = [
         "row 1 has a value that is no token id",
     ),
     ({"model": model_pb2.ModelSpec(input_shape=[8, 8], outputs=10)}, "model.architecture", "one of"),
+    (
+        {"model": model_pb2.ModelSpec(input_shape=[8, 8], outputs=10, onnx=model_pb2.Onnx())},
+        "model.onnx",
+        "cannot be trained",
+    ),
     ({"model": mlp(outputs=0)}, "model.outputs", "1 to"),
     ({"model": mlp(inputs=(28, 28))}, "dataset", "(8, 8), but the model takes (28, 28)"),
     ({"model": mlp(outputs=5)}, "dataset", "outside 0 to 4"),

@@ -99,8 +99,8 @@ def test_spec_and_seed_fix_every_bit_and_leave_the_global_state_alone(spec: Mode
     assert not torch.equal(build(spec, seed=None).head.weight, build(spec, seed=None).head.weight)
 
 
-def test_an_architecture_to_come_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="onnx"):
+def test_an_onnx_graph_is_no_module_of_ours() -> None:
+    with pytest.raises(ValueError, match="onnx"):
         build(ModelSpec((3, 8, 8), 2, Onnx()), seed=0)
 
 

@@ -107,7 +107,7 @@ def build(spec: ModelSpec, *, seed: int | None) -> Network:
     """A module of `spec` on the CPU in float32, with fresh weights.
 
     The same spec and seed give the same bits on every machine; None draws a seed. torch's global random state is left
-    alone. Raises NotImplementedError for an architecture that `modelspec.validate` refuses.
+    alone. Raises ValueError for an ONNX graph, which is no module of ours.
     """
     module = build_empty(spec).to_empty(device="cpu")
     generator = torch.Generator()
@@ -144,7 +144,7 @@ def build_empty(spec: ModelSpec) -> Network:
         case Transformer() as transformer:
             return TransformerEncoder(spec, transformer)
         case other:
-            raise NotImplementedError(f"{KIND_OF[type(other)]} models are not supported yet")
+            raise ValueError(f"{KIND_OF[type(other)]} models have no torch module")
 
 
 def _dense_layers(inputs: int, widths: Sequence[int]) -> tuple[nn.ModuleList, int]:
