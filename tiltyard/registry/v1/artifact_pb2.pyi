@@ -60,6 +60,7 @@ class UploadHeader(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
     SUBMISSION_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     artifact: _builtins.str
     """Name as artifacts/{sha256 hex}."""
     size_bytes: _builtins.int
@@ -70,6 +71,8 @@ class UploadHeader(_message.Message):
     """D_eval or holdout of this task of the caller, as tasks/{task}; which one the digest tells."""
     submission: _builtins.str
     """Model of this submission of the caller, as tasks/{task}/submissions/{n}."""
+    base_model: _builtins.bool
+    """True for a base model that a task of the caller is going to name. One that no task names within a day is removed."""
     def __init__(
         self,
         *,
@@ -78,12 +81,13 @@ class UploadHeader(_message.Message):
         offset: _builtins.int = ...,
         task: _builtins.str = ...,
         submission: _builtins.str = ...,
+        base_model: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["purpose", b"purpose", "submission", b"submission", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "purpose", b"purpose", "submission", b"submission", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "offset", b"offset", "purpose", b"purpose", "size_bytes", b"size_bytes", "submission", b"submission", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "base_model", b"base_model", "offset", b"offset", "purpose", b"purpose", "size_bytes", b"size_bytes", "submission", b"submission", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_purpose: _TypeAlias = _typing.Literal["task", "submission"]  # noqa: Y015
+    _WhichOneofReturnType_purpose: _TypeAlias = _typing.Literal["task", "submission", "base_model"]  # noqa: Y015
     _WhichOneofArgType_purpose: _TypeAlias = _typing.Literal["purpose", b"purpose"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_purpose) -> _WhichOneofReturnType_purpose | None: ...
 

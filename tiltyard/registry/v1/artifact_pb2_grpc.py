@@ -29,7 +29,8 @@ class ArtifactServiceStub:
     """ArtifactService moves datasets and models in chunks of 256 KiB to 1 MiB, named by their SHA-256.
 
     An evaluation dataset is read by its creator and by lease holders of its task; a model by its submitter, by lease holders of
-    its submission and, once the task is closed, by the task's creator. For everybody else: PERMISSION_DENIED.
+    its submission and, once the task is closed, by the task's creator; a base model by who uploaded it and, once a task names it,
+    by the task's creator and active training nodes. For everybody else: PERMISSION_DENIED.
     """
 
     def __init__(self, channel):
@@ -64,7 +65,8 @@ class ArtifactServiceServicer:
     """ArtifactService moves datasets and models in chunks of 256 KiB to 1 MiB, named by their SHA-256.
 
     An evaluation dataset is read by its creator and by lease holders of its task; a model by its submitter, by lease holders of
-    its submission and, once the task is closed, by the task's creator. For everybody else: PERMISSION_DENIED.
+    its submission and, once the task is closed, by the task's creator; a base model by who uploaded it and, once a task names it,
+    by the task's creator and active training nodes. For everybody else: PERMISSION_DENIED.
     """
 
     def UploadArtifact(self, request_iterator, context):
@@ -138,7 +140,8 @@ class ArtifactService:
     """ArtifactService moves datasets and models in chunks of 256 KiB to 1 MiB, named by their SHA-256.
 
     An evaluation dataset is read by its creator and by lease holders of its task; a model by its submitter, by lease holders of
-    its submission and, once the task is closed, by the task's creator. For everybody else: PERMISSION_DENIED.
+    its submission and, once the task is closed, by the task's creator; a base model by who uploaded it and, once a task names it,
+    by the task's creator and active training nodes. For everybody else: PERMISSION_DENIED.
     """
 
     @staticmethod

@@ -30,7 +30,8 @@ class ArtifactServiceStub:
     """ArtifactService moves datasets and models in chunks of 256 KiB to 1 MiB, named by their SHA-256.
 
     An evaluation dataset is read by its creator and by lease holders of its task; a model by its submitter, by lease holders of
-    its submission and, once the task is closed, by the task's creator. For everybody else: PERMISSION_DENIED.
+    its submission and, once the task is closed, by the task's creator; a base model by who uploaded it and, once a task names it,
+    by the task's creator and active training nodes. For everybody else: PERMISSION_DENIED.
     """
 
     @_typing.overload
@@ -61,7 +62,8 @@ class ArtifactServiceAsyncStub(ArtifactServiceStub):
     """ArtifactService moves datasets and models in chunks of 256 KiB to 1 MiB, named by their SHA-256.
 
     An evaluation dataset is read by its creator and by lease holders of its task; a model by its submitter, by lease holders of
-    its submission and, once the task is closed, by the task's creator. For everybody else: PERMISSION_DENIED.
+    its submission and, once the task is closed, by the task's creator; a base model by who uploaded it and, once a task names it,
+    by the task's creator and active training nodes. For everybody else: PERMISSION_DENIED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -88,7 +90,8 @@ class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
     """ArtifactService moves datasets and models in chunks of 256 KiB to 1 MiB, named by their SHA-256.
 
     An evaluation dataset is read by its creator and by lease holders of its task; a model by its submitter, by lease holders of
-    its submission and, once the task is closed, by the task's creator. For everybody else: PERMISSION_DENIED.
+    its submission and, once the task is closed, by the task's creator; a base model by who uploaded it and, once a task names it,
+    by the task's creator and active training nodes. For everybody else: PERMISSION_DENIED.
     """
 
     @_abc_1.abstractmethod

@@ -85,7 +85,8 @@ class TaskServiceServicer:
         """CreateTask checks the caller's eligibility as task creator, records the verdict, and creates the task as PREPARING.
 
         The evaluation dataset is uploaded as an artifact afterwards; once it is there and has passed the scan the task is OPEN.
-        Errors: INVALID_ARGUMENT with the field's path (unknown architecture, over max_parameters, no digest ...);
+        Errors: INVALID_ARGUMENT with the field's path (unknown architecture, over max_parameters, no digest, a base model that is not
+        there, not for the caller to read, or of another architecture: both shapes are told ...);
         FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS for a taken task_id;
         FAILED_PRECONDITION (NOT_REGISTERED).
         """

@@ -37,7 +37,8 @@ class TaskServiceStub:
     """CreateTask checks the caller's eligibility as task creator, records the verdict, and creates the task as PREPARING.
 
     The evaluation dataset is uploaded as an artifact afterwards; once it is there and has passed the scan the task is OPEN.
-    Errors: INVALID_ARGUMENT with the field's path (unknown architecture, over max_parameters, no digest ...);
+    Errors: INVALID_ARGUMENT with the field's path (unknown architecture, over max_parameters, no digest, a base model that is not
+    there, not for the caller to read, or of another architecture: both shapes are told ...);
     FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS for a taken task_id;
     FAILED_PRECONDITION (NOT_REGISTERED).
     """
@@ -74,7 +75,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """CreateTask checks the caller's eligibility as task creator, records the verdict, and creates the task as PREPARING.
 
     The evaluation dataset is uploaded as an artifact afterwards; once it is there and has passed the scan the task is OPEN.
-    Errors: INVALID_ARGUMENT with the field's path (unknown architecture, over max_parameters, no digest ...);
+    Errors: INVALID_ARGUMENT with the field's path (unknown architecture, over max_parameters, no digest, a base model that is not
+    there, not for the caller to read, or of another architecture: both shapes are told ...);
     FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS for a taken task_id;
     FAILED_PRECONDITION (NOT_REGISTERED).
     """
@@ -114,7 +116,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         """CreateTask checks the caller's eligibility as task creator, records the verdict, and creates the task as PREPARING.
 
         The evaluation dataset is uploaded as an artifact afterwards; once it is there and has passed the scan the task is OPEN.
-        Errors: INVALID_ARGUMENT with the field's path (unknown architecture, over max_parameters, no digest ...);
+        Errors: INVALID_ARGUMENT with the field's path (unknown architecture, over max_parameters, no digest, a base model that is not
+        there, not for the caller to read, or of another architecture: both shapes are told ...);
         FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS for a taken task_id;
         FAILED_PRECONDITION (NOT_REGISTERED).
         """

@@ -401,6 +401,7 @@ class TaskConfig(_message.Message):
     LADDER_STEP_MICROS_FIELD_NUMBER: _builtins.int
     ALLOW_NODE_ENDPOINT_FIELD_NUMBER: _builtins.int
     CLASS_NAMES_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     display_name: _builtins.str
     """Name for people, 1 to 100 characters, no control characters."""
     description: _builtins.str
@@ -425,6 +426,13 @@ class TaskConfig(_message.Message):
     """LADDER: the step in millionths of accuracy, 1 to 1,000,000. Default: 10,000, one percent."""
     allow_node_endpoint: _builtins.bool
     """True to let validators also ask the training node's own endpoint; such evaluations never reach quorum."""
+    base_model: _builtins.str
+    """The model that training starts from, as artifacts/{sha256 hex}; empty to start from scratch.
+
+    A safetensors file of exactly the one model in `models`, within `limits`, which the creator has uploaded as a base model or may
+    read otherwise, for example the best model of an earlier task of its own. It does not change. Every active training node of
+    the task may read it.
+    """
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[_model_pb2.ModelSpec]:
         """The model that is trained. Training nodes of a task with several choices submit any of them."""
@@ -475,10 +483,11 @@ class TaskConfig(_message.Message):
         ladder_step_micros: _builtins.int = ...,
         allow_node_endpoint: _builtins.bool = ...,
         class_names: _abc.Iterable[_builtins.str] | None = ...,
+        base_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation_dataset", b"evaluation_dataset", "holdout", b"holdout", "limits", b"limits", "schedule", b"schedule", "selection", b"selection"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_node_endpoint", b"allow_node_endpoint", "bound", b"bound", "class_names", b"class_names", "description", b"description", "display_name", b"display_name", "evaluation_dataset", b"evaluation_dataset", "field", b"field", "holdout", b"holdout", "ladder_step_micros", b"ladder_step_micros", "limits", b"limits", "loss", b"loss", "metric", b"metric", "models", b"models", "schedule", b"schedule", "score_visibility", b"score_visibility", "selection", b"selection", "tolerance", b"tolerance", "top_k", b"top_k", "validators_per_submission", b"validators_per_submission"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_node_endpoint", b"allow_node_endpoint", "base_model", b"base_model", "bound", b"bound", "class_names", b"class_names", "description", b"description", "display_name", b"display_name", "evaluation_dataset", b"evaluation_dataset", "field", b"field", "holdout", b"holdout", "ladder_step_micros", b"ladder_step_micros", "limits", b"limits", "loss", b"loss", "metric", b"metric", "models", b"models", "schedule", b"schedule", "score_visibility", b"score_visibility", "selection", b"selection", "tolerance", b"tolerance", "top_k", b"top_k", "validators_per_submission", b"validators_per_submission"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
