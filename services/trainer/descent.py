@@ -1,20 +1,21 @@
 """Gradient descent on L = (1/N) * sum l(f(x_i), y_i): the loop itself, which resumes to the bit on a CPU."""
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from services.trainer.acceleration import Acceleration, is_out_of_memory
 from services.trainer.augmentation import shifted
+from services.trainer.batches import Batches, split
 from services.trainer.checkpoints import Checkpoint
-from services.trainer.config import LossKind, OptimizerKind, TrainingConfig
+from services.trainer.config import LossKind, TrainingConfig
+from services.trainer.holdout import Holdout, evaluated
+from services.trainer.meter import REPORT_INTERVAL_S, Diverged, Meter
+from services.trainer.objectives import objective, optimizer_of
 from services.trainer.progress import Progress
 from services.trainer.rows import Rows
 from services.trainer.schedule import Plan
@@ -22,38 +23,9 @@ from services.trainer.workers import Workers
 from tiltyard.models import Network, build
 from tiltyard.modelspec import ModelSpec
 
-# Rows are gathered for many batches at once: one copy of 16 MiB costs less than a thousand small ones.
-_GATHERED_BYTES = 16 * 1024 * 1024
-_EVALUATED_ROWS = 512
 _KEPT_LOSSES = 4096
 # Of the time, held-out rows may take so much, where patience does not ask for them after each epoch.
 _EVALUATION_SHARE = 0.005
-REPORT_INTERVAL_S = 0.1
-
-
-class Diverged(Exception):
-    """The loss or the weights are no longer finite."""
-
-
-@dataclass(frozen=True)
-class Holdout:
-    """The model on the held-out rows: `correct` of `total`, mean loss without smoothing. A regression has 0 correct."""
-
-    correct: int
-    total: int
-    loss: float
-
-
-def split(rows: int, *, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on and indices held out (the share, rounded down), by a permutation that the seed fixes."""
-    order = torch.randperm(rows, generator=_generator(seed, "holdout"))
-    held_out = int(share * rows)
-    return order[held_out:].sort().values, order[:held_out].sort().values
-
-
-def _generator(seed: int, purpose: str) -> torch.Generator:
-    mixed = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(mixed[:8], "big") >> 1)
 
 
 class Descent:
@@ -78,8 +50,9 @@ class Descent:
         self._loss = loss
         self._rows = rows
         self.device = torch.device(device)
-        self._train, self._held_out = split(len(rows), share=config.holdout_share, seed=config.seed)
-        self.plan = Plan(rows=len(self._train), config=config)
+        train, self._held_out = split(len(rows), share=config.holdout_share, seed=config.seed)
+        self.batches = Batches(rows, train, size=config.batch_size, seed=config.seed)
+        self.plan = Plan(rows=len(train), config=config)
         self.module: Network = build(spec, seed=config.seed).to(self.device)
         self._acceleration = acceleration or Acceleration.of(config, spec, self.device)
         self._forward = self._acceleration.forward(self.module)
@@ -87,7 +60,7 @@ class Descent:
         self._workers = workers
         # Each batch goes through the device in this many pieces: more than one where memory does not hold it whole.
         self._pieces = 1
-        self._optimizer = _optimizer(config, self.module)
+        self._optimizer = optimizer_of(config, self.module)
         weights = torch.tensor(config.class_weights, device=self.device) if config.class_weights else None
         self._objective = objective(loss, config.label_smoothing, class_weights=weights)
         # Workers drop and shift each in its own way; the first one as a worker alone does.
@@ -115,7 +88,7 @@ class Descent:
         `report` gets a point every 100 ms at most, `checkpoint` is called at the configured interval and when stopped,
         each between two updates. Raises Diverged at the first loss that is not finite, naming its step.
         """
-        meter = _Meter(self, report, clock)
+        meter = Meter(self, report, clock)
         next_checkpoint = clock() + self._config.checkpoint_interval_s
         next_evaluation = -math.inf
         module, losses = self.module, meter.losses
@@ -126,7 +99,7 @@ class Descent:
         module.train()
         while self.step < self.plan.total_steps and not self._patience_is_over():
             epoch, done = divmod(self.step, per_epoch)
-            for x, y in self._batches(epoch, done):
+            for x, y in self.batches.of_epoch(epoch, done):
                 try:
                     losses.append(self._descend(shifted(x) if augment else x, y, done))
                 except (RuntimeError, MemoryError) as error:
@@ -216,26 +189,7 @@ class Descent:
 
     def evaluate(self, module: Network) -> Holdout | None:
         """A module on the held-out rows, None when no row is held out."""
-        total = len(self._held_out)
-        if total == 0:
-            return None
-        plain = objective(self._loss, 0.0)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        training = module.training
-        module.eval()
-        with torch.inference_mode():
-            for indices in torch.split(self._held_out, _EVALUATED_ROWS):
-                x, y = self._rows.take(indices)
-                answers = module(x)
-                loss += plain(answers, y) * len(y)
-                if self._loss is LossKind.CROSS_ENTROPY:
-                    correct += (answers.argmax(1) == y).sum()
-                elif self._rows.labelled:
-                    right = (answers > 0) == (y > 0.5) if y.shape[1] == 1 else answers.argmax(1) == y.argmax(1)
-                    correct += right.sum()
-        module.train(training)
-        return Holdout(correct=int(correct), total=total, loss=float(loss) / total)
+        return evaluated(module, self._rows, self._held_out, self._loss, device=self.device)
 
     def state(self) -> Checkpoint:
         """Everything that `restore` needs, between two updates."""
@@ -277,40 +231,14 @@ class Descent:
         self._best_rank = tuple(facts["best_rank"]) if facts["best_rank"] else (-math.inf, -math.inf)
         self.holdout = Holdout(**facts["holdout"]) if facts["holdout"] else None
 
-    def rows_before(self, step: int) -> int:
-        """Rows trained on in the first `step` steps."""
-        epoch, done = divmod(step, self.plan.steps_per_epoch)
-        return epoch * self.plan.rows + min(self.plan.rows, done * self._config.batch_size)
+    @property
+    def learning_rate(self) -> float:
+        """Of the last update."""
+        return float(self._optimizer.param_groups[0]["lr"])
 
     def device_memory_bytes(self) -> int:
         """Device memory that torch holds; 0 on a CPU."""
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
-
-    def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from the `first` on, in the order that seed and epoch fix."""
-        size = self._config.batch_size
-        order = self._train[torch.randperm(self.plan.rows, generator=_generator(self._config.seed, f"epoch {epoch}"))]
-        gathered = max(1, _GATHERED_BYTES // (size * self._rows.row_bytes))
-        # A resumed epoch gathers from where an uninterrupted one did: the offset of a batch in memory decides
-        # which instructions its product is computed with, and with them the last bit.
-        starts = range(first // gathered * gathered, self.plan.steps_per_epoch, gathered)
-        taken = self._taken(order[start * size : (start + gathered) * size] for start in starts)
-        for start, (x, y) in zip(starts, taken, strict=True):
-            yield from list(zip(torch.split(x, size), torch.split(y, size), strict=True))[max(0, first - start) :]
-
-    def _taken(self, parts: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rows of each part; while one is trained on, the next is read from disk, pinned and copied."""
-        if not self._rows.on_disk:
-            yield from map(self._rows.take, parts)
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
-            ahead = None
-            for part in parts:
-                behind, ahead = ahead, reader.submit(self._rows.take, part)
-                if behind is not None:
-                    yield behind.result()
-            if ahead is not None:
-                yield ahead.result()
 
     def _backward_scale(self, step: int, rows: int) -> float:
         """The share of an update's rows that this step of the epoch has, so that the update follows their mean."""
@@ -348,87 +276,5 @@ class Descent:
             raise Diverged(f"the weights are not finite after step {self.step}: try a smaller learning rate")
 
 
-class _Meter:
-    """Turns the losses since the last look into a point of progress; only a look waits for the device."""
-
-    def __init__(self, descent: Descent, report: Callable[[Progress], None], clock: Callable[[], float]) -> None:
-        self.losses: list[Tensor] = []
-        self.due = -math.inf
-        self._descent = descent
-        self._report = report
-        self._looked_at = clock()
-        self._looked_step = descent.step
-        self._step_s = 0.0
-
-    def look(self, now: float) -> None:
-        """Reports, and raises Diverged when a loss was not finite."""
-        self.due = now + REPORT_INTERVAL_S
-        if not self.losses:
-            return
-        descent = self._descent
-        values = torch.stack(self.losses).tolist()
-        self.losses.clear()
-        for step, value in enumerate(values, descent.step - len(values) + 1):
-            if not math.isfinite(value):
-                raise Diverged(f"the loss is {value} at step {step}: try a smaller learning rate")
-        elapsed_s = max(now - self._looked_at, 1e-9)
-        samples = descent.rows_before(descent.step) - descent.rows_before(self._looked_step)
-        step_s = elapsed_s / max(1, descent.step - self._looked_step)
-        self._step_s = 0.7 * self._step_s + 0.3 * step_s if self._step_s else step_s
-        self._looked_at, self._looked_step = now, descent.step
-        holdout = descent.holdout or Holdout(0, 0, 0.0)
-        self._report(
-            Progress(
-                step=descent.step,
-                total_steps=descent.plan.total_steps,
-                epoch=(descent.step - 1) // descent.plan.steps_per_epoch + 1,
-                loss=math.fsum(values) / len(values),
-                learning_rate=float(descent._optimizer.param_groups[0]["lr"]),
-                samples_per_second=samples / elapsed_s,
-                device_memory_bytes=descent.device_memory_bytes(),
-                eta_s=self._step_s * (descent.plan.total_steps - descent.step),
-                holdout_correct=holdout.correct,
-                holdout_total=holdout.total,
-                holdout_loss=holdout.loss,
-                time_s=time.time(),
-            )
-        )
-
-
-def objective(
-    loss: LossKind, label_smoothing: float, *, class_weights: Tensor | None = None
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The mean of l over a batch; a class's weight multiplies the l of its rows."""
-    match loss:
-        case LossKind.CROSS_ENTROPY if class_weights is not None:
-            # torch's mean would divide by the weights of the batch, which differ from batch to batch.
-            summed = nn.CrossEntropyLoss(class_weights, label_smoothing=label_smoothing, reduction="sum")
-            return lambda answers, labels: summed(answers, labels) / len(labels)
-        case LossKind.CROSS_ENTROPY:
-            return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        case LossKind.MSE:
-            return nn.MSELoss()
-        case LossKind.BINARY_CROSS_ENTROPY:
-            return nn.BCEWithLogitsLoss()
-        case LossKind.HUBER:
-            return nn.HuberLoss(delta=1.0)
-
-
-def _optimizer(config: TrainingConfig, module: nn.Module) -> torch.optim.Optimizer:
-    match config.optimizer:
-        case OptimizerKind.ADAMW:
-            return torch.optim.AdamW(
-                module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-            )
-        case OptimizerKind.SGD:
-            return torch.optim.SGD(
-                module.parameters(),
-                lr=config.learning_rate,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-                fused=True,
-            )
-
-
-def _named(tensors: Any, prefix: str) -> dict[str, Tensor]:
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

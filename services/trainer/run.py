@@ -10,8 +10,9 @@ import torch
 from services.trainer import runfolder
 from services.trainer.acceleration import allow_tf32
 from services.trainer.checkpoints import CheckpointUnreadable, load_checkpoint, save_checkpoint
-from services.trainer.descent import Descent, Diverged
+from services.trainer.descent import Descent
 from services.trainer.fulldisk import write_when_there_is_room
+from services.trainer.meter import Diverged
 from services.trainer.progress import Progress
 from services.trainer.rows import Rows
 from services.trainer.runfolder import STOPPED_STATUS, Say

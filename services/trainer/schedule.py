@@ -45,6 +45,11 @@ class Plan:
         """Updates of all passes."""
         return self.config.epochs * self.updates_per_epoch
 
+    def rows_before(self, step: int) -> int:
+        """Rows trained on in the first `step` steps."""
+        epoch, done = divmod(step, self.steps_per_epoch)
+        return epoch * self.rows + min(self.rows, done * self.config.batch_size)
+
     def learning_rate(self, update: int) -> float:
         """The step size of an update, counted from 0."""
         base = self.config.learning_rate

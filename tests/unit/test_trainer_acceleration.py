@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from services.trainer.acceleration import Acceleration, is_out_of_memory
 from services.trainer.config import LossKind, Precision, TrainingConfig
-from services.trainer.descent import Descent, objective
+from services.trainer.descent import Descent
+from services.trainer.objectives import objective
 from services.trainer.rows import Rows
 from tiltyard.modelspec import Architecture, Convnet, Linear, Mlp, ModelSpec, Resnet, Transformer
 

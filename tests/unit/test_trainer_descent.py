@@ -9,9 +9,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from services.trainer.batches import split
 from services.trainer.checkpoints import Checkpoint
 from services.trainer.config import LossKind, OptimizerKind, ScheduleKind, TrainingConfig
-from services.trainer.descent import Descent, Diverged, objective, split
+from services.trainer.descent import Descent
+from services.trainer.meter import Diverged
+from services.trainer.objectives import objective
 from services.trainer.progress import Progress
 from services.trainer.rows import Rows
 from services.trainer.schedule import Plan, default_epochs
@@ -132,7 +135,7 @@ def test_the_loop_does_what_the_plain_loop_does() -> None:
     run = descent(config, rows)
     batches: list[tuple[Tensor, Tensor]] = []
     for epoch in range(3):
-        batches += run._batches(epoch, 0)
+        batches += run.batches.of_epoch(epoch, 0)
     assert [len(y) for _, y in batches] == [100, 100, 50] * 3
     module = build(SPEC, seed=config.seed)
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -165,7 +168,7 @@ def test_each_epoch_has_every_training_row_once_and_no_held_out_one() -> None:
         config=TrainingConfig(batch_size=64, holdout_share=0.2),
         rows=rows,
     )
-    epochs = [torch.cat([x for x, _ in run._batches(epoch, 0)]).flatten().tolist() for epoch in range(2)]
+    epochs = [torch.cat([x for x, _ in run.batches.of_epoch(epoch, 0)]).flatten().tolist() for epoch in range(2)]
     train, held_out = split(1000, share=0.2, seed=0)
     assert sorted(epochs[0]) == sorted(epochs[1]) == train.tolist()
     assert epochs[0] != epochs[1]
@@ -189,7 +192,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step() -> None:
     # The step named is the first: one step less, and the losses are finite.
     shorter = Descent(spec=ModelSpec((8, 8), 1, Linear()), loss=LossKind.MSE, config=config, rows=rows)
     losses = []
-    for x, y in (batch for epoch in range(50) for batch in shorter._batches(epoch, 0)):
+    for x, y in (batch for epoch in range(50) for batch in shorter.batches.of_epoch(epoch, 0)):
         if len(losses) == step:
             break
         loss = torch.nn.functional.mse_loss(shorter.module(x), y)
