@@ -190,6 +190,7 @@ class TrainingConfig(_message.Message):
     TF32_FIELD_NUMBER: _builtins.int
     EXECUTOR_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    FROM_SCRATCH_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
     """Passes over the local dataset, 1 to 100,000. Default: 30, on a small dataset as many as make 3,000 updates, 300 at most."""
     batch_size: _builtins.int
@@ -234,6 +235,8 @@ class TrainingConfig(_message.Message):
     """Where the training runs."""
     workers: _builtins.int
     """RAY: workers that share every batch, 1 to 1024. Default: 1."""
+    from_scratch: _builtins.bool
+    """True to begin with fresh weights where the task names a base model. Without one, weights are fresh anyway."""
     @_builtins.property
     def class_weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Cross-entropy: factor of each class's rows in the loss, one for each output, each 0 or more. Empty: all 1."""
@@ -263,10 +266,11 @@ class TrainingConfig(_message.Message):
         tf32: _builtins.bool = ...,
         executor: Global___Executor.ValueType = ...,
         workers: _builtins.int = ...,
+        from_scratch: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_label_smoothing", b"_label_smoothing", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "momentum", b"momentum", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_label_smoothing", b"_label_smoothing", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "augment", b"augment", "batch_size", b"batch_size", "checkpoint_interval_s", b"checkpoint_interval_s", "class_weights", b"class_weights", "compile", b"compile", "epochs", b"epochs", "executor", b"executor", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "max_gradient_norm", b"max_gradient_norm", "momentum", b"momentum", "optimizer", b"optimizer", "patience", b"patience", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "tf32", b"tf32", "warmup", b"warmup", "weight_decay", b"weight_decay", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_label_smoothing", b"_label_smoothing", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "augment", b"augment", "batch_size", b"batch_size", "checkpoint_interval_s", b"checkpoint_interval_s", "class_weights", b"class_weights", "compile", b"compile", "epochs", b"epochs", "executor", b"executor", "from_scratch", b"from_scratch", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "max_gradient_norm", b"max_gradient_norm", "momentum", b"momentum", "optimizer", b"optimizer", "patience", b"patience", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "tf32", b"tf32", "warmup", b"warmup", "weight_decay", b"weight_decay", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__holdout_share: _TypeAlias = _typing.Literal["holdout_share"]  # noqa: Y015
     _WhichOneofArgType__holdout_share: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share"]  # noqa: Y015
@@ -314,6 +318,7 @@ class Training(_message.Message):
     SUBMIT_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name as trainings/{training}."""
     task: _builtins.str
@@ -334,6 +339,10 @@ class Training(_message.Message):
     """Device that it runs on, as cpu or cuda:0."""
     submit: _builtins.bool
     """True to submit the model when it has been trained."""
+    base_model: _builtins.str
+    """Artifact as artifacts/{sha256} whose weights it begins with, by the task's choice; empty for fresh weights. It is downloaded
+    and checked before a device is taken; one that does not fit the model fails the training, both shapes named.
+    """
     @_builtins.property
     def model(self) -> _model_pb2.ModelSpec:
         """What is trained."""
@@ -382,10 +391,11 @@ class Training(_message.Message):
         submit: _builtins.bool = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         data: Global___DataReport | None = ...,
+        base_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "data", b"data", "end_time", b"end_time", "model", b"model", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "data", b"data", "dataset", b"dataset", "device", b"device", "end_time", b"end_time", "error", b"error", "loss", b"loss", "model", b"model", "model_digest", b"model_digest", "name", b"name", "progress", b"progress", "state", b"state", "submission", b"submission", "submit", b"submit", "task", b"task", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "config", b"config", "create_time", b"create_time", "data", b"data", "dataset", b"dataset", "device", b"device", "end_time", b"end_time", "error", b"error", "loss", b"loss", "model", b"model", "model_digest", b"model_digest", "name", b"name", "progress", b"progress", "state", b"state", "submission", b"submission", "submit", b"submit", "task", b"task", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -70,7 +70,8 @@ class TrainingServiceServicer:
         """StartTraining writes a training down and queues it.
 
         Errors: INVALID_ARGUMENT for a configuration out of bounds or a dataset that does not fit the model (both shapes are named);
-        NOT_FOUND for a dataset that is not in the node's data folder, or an unknown task.
+        NOT_FOUND for a dataset that is not in the node's data folder, or an unknown task; FAILED_PRECONDITION for a submission that
+        the task does not take, or a base model that it does not let this node read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,8 @@ class TrainingServiceStub:
     """StartTraining writes a training down and queues it.
 
     Errors: INVALID_ARGUMENT for a configuration out of bounds or a dataset that does not fit the model (both shapes are named);
-    NOT_FOUND for a dataset that is not in the node's data folder, or an unknown task.
+    NOT_FOUND for a dataset that is not in the node's data folder, or an unknown task; FAILED_PRECONDITION for a submission that
+    the task does not take, or a base model that it does not let this node read.
     """
     GetTraining: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.GetTrainingRequest, _trainer_pb2.GetTrainingResponse]
     """GetTraining reads one training."""
@@ -57,7 +58,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """StartTraining writes a training down and queues it.
 
     Errors: INVALID_ARGUMENT for a configuration out of bounds or a dataset that does not fit the model (both shapes are named);
-    NOT_FOUND for a dataset that is not in the node's data folder, or an unknown task.
+    NOT_FOUND for a dataset that is not in the node's data folder, or an unknown task; FAILED_PRECONDITION for a submission that
+    the task does not take, or a base model that it does not let this node read.
     """
     GetTraining: _aio.UnaryUnaryMultiCallable[_trainer_pb2.GetTrainingRequest, _trainer_pb2.GetTrainingResponse]  # type: ignore[assignment]
     """GetTraining reads one training."""
@@ -80,7 +82,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         """StartTraining writes a training down and queues it.
 
         Errors: INVALID_ARGUMENT for a configuration out of bounds or a dataset that does not fit the model (both shapes are named);
-        NOT_FOUND for a dataset that is not in the node's data folder, or an unknown task.
+        NOT_FOUND for a dataset that is not in the node's data folder, or an unknown task; FAILED_PRECONDITION for a submission that
+        the task does not take, or a base model that it does not let this node read.
         """
 
     @_abc_1.abstractmethod
