@@ -298,7 +298,7 @@ class World:
         """Hand in the model's file."""
         sha256 = hashlib.sha256(content).hexdigest()
         self.files.contents[sha256] = content
-        use = ArtifactUse(sha256, task, ArtifactPurpose.MODEL, node.id, number)
+        use = ArtifactUse(sha256, task, ArtifactPurpose.MODEL, node.id, self.clock(), number)
 
         def put(tx: Any) -> None:
             tx.put_artifact(Artifact(sha256, len(content), self.clock()))

@@ -51,12 +51,13 @@ async def upload(
 ) -> str:
     """Uploads a file for a task (D_eval, holdout) or a submission (its model), and returns the artifact's name.
 
-    Exactly one of `task` and `submission` is a resource name. A broken stream goes on where the server says that it is,
-    as long as no more than `patience_s` pass without a further byte; a complete artifact is not sent again.
+    At most one of `task` and `submission` is a resource name; without either it is a base model for a task to name. A
+    broken stream goes on where the server says that it is, as long as no more than `patience_s` pass without a further
+    byte; a complete artifact is not sent again.
     Raises grpc.aio.AioRpcError for what the server refuses.
     """
-    if (task is None) == (submission is None):
-        raise ValueError("exactly one of task and submission says what the file is for")
+    if task is not None and submission is not None:
+        raise ValueError("a file is for a task or for a submission")
     artifact = artifact_name(await asyncio.to_thread(file_digest, path))
     size_bytes = await asyncio.to_thread(_size, path)
     patience = _Patience(patience_s)
@@ -70,8 +71,10 @@ async def upload(
         )
         if task is not None:
             header.task = task
-        if submission is not None:
+        elif submission is not None:
             header.submission = submission
+        else:
+            header.base_model = True
         patience.moved_to(header.offset)
         try:
             await artifacts.UploadArtifact(_messages(path, header, progress))

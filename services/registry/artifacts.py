@@ -1,4 +1,4 @@
-"""Datasets and models: who may hand them in, who may read them, and their way in chunks."""
+"""Datasets and models on their way in and out, in chunks."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -7,33 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from services.registry.records import (
-    Artifact,
-    ArtifactPurpose,
-    ArtifactUse,
-    Assignment,
-    AssignmentState,
-    DatasetDigest,
-    HoldoutState,
-    Submission,
-    SubmissionState,
-    Task,
-    TaskState,
-)
-from services.registry.rounds import FIRST_ROUND, HOLDOUT_ROUND
-from services.registry.task_states import holdout_deadline
-from services.registry.tasks import own_task
+from services.registry.artifact_rights import Upload, expected_use, readable, size_mismatch
+from services.registry.records import Artifact
 from services.registry.transaction import Reading, Store, Writing
-from services.runtime.errors import (
-    Aborted,
-    DataLoss,
-    FailedPrecondition,
-    InvalidArgument,
-    NotFound,
-    OutOfRange,
-    PermissionDenied,
-    ResourceExhausted,
-)
+from services.runtime.errors import Aborted, DataLoss, InvalidArgument, OutOfRange
 
 T = TypeVar("T")
 
@@ -83,17 +60,6 @@ class ArtifactFiles(Protocol):
 
 
 @dataclass(frozen=True)
-class Upload:
-    """What an upload says of itself. Either `task` (a dataset) or `submission` (its task and number) is given."""
-
-    sha256: str
-    size_bytes: int
-    offset: int
-    task: str | None
-    submission: tuple[str, int] | None
-
-
-@dataclass(frozen=True)
 class Progress:
     """How far an upload is."""
 
@@ -120,7 +86,7 @@ class Artifacts:
         now = self._clock()
 
         def check(tx: Reading) -> Artifact | None:
-            _expected(tx, caller, upload, now)
+            expected_use(tx, caller, upload, now)
             return _own(tx, caller, upload.sha256)
 
         known = await self._store.read(check)
@@ -146,7 +112,7 @@ class Artifacts:
     async def get(self, caller: str, sha256: str) -> Artifact:
         """What is known of one artifact. Raises NotFound, PermissionDenied."""
         now = self._clock()
-        return await self._store.read(lambda tx: _readable(tx, caller, sha256, now))
+        return await self._store.read(lambda tx: readable(tx, caller, sha256, now))
 
     async def download(self, caller: str, sha256: str, *, offset: int) -> AsyncIterator[bytes]:
         """The bytes from `offset` on in chunks. Raises NotFound, PermissionDenied, OutOfRange, DataLoss."""
@@ -178,10 +144,10 @@ class Artifacts:
         try:
             async for chunk in chunks:
                 if partial.size + len(chunk) > upload.size_bytes:
-                    raise _size_mismatch(f"more than the {upload.size_bytes} bytes announced were sent")
+                    raise size_mismatch(f"more than the {upload.size_bytes} bytes announced were sent")
                 await _whole(lambda chunk=chunk: partial.append(chunk))  # type: ignore[misc]
             if partial.size < upload.size_bytes:
-                raise _size_mismatch(f"ends after {partial.size} of {upload.size_bytes} bytes; resume from there")
+                raise size_mismatch(f"ends after {partial.size} of {upload.size_bytes} bytes; resume from there")
             finished = True
             if not await _whole(partial.finish):
                 raise InvalidArgument.field(
@@ -202,47 +168,6 @@ async def _whole(work: Callable[[], T]) -> T:
         raise
 
 
-def may_read(tx: Reading, caller: str, use: ArtifactUse, now: datetime) -> bool:
-    """Whether this use of an artifact lets the caller read it.
-
-    A dataset: its creator and who holds a running lease on an assignment of its task and round. A model: its submitter,
-    who holds a running lease on an assignment of its submission, and the task's creator once the task is closed.
-    """
-    if caller == use.owner:
-        return True
-    if use.purpose is not ArtifactPurpose.MODEL:
-        round_ = FIRST_ROUND if use.purpose is ArtifactPurpose.EVALUATION_DATASET else HOLDOUT_ROUND
-        return any((lease.task, lease.round) == (use.task, round_) for lease in _leases(tx, caller, now))
-    submission = tx.submission(use.task, use.number)
-    if submission is None or submission.model_digest.hex() != use.sha256:
-        # Uploaded, but never revealed as the model of this submission.
-        return False
-    task = tx.task(use.task)
-    if task is not None and task.creator == caller:
-        return task.state in (TaskState.CLOSED, TaskState.FINAL)
-    return any((lease.task, lease.number) == (use.task, use.number) for lease in _leases(tx, caller, now))
-
-
-def _leases(tx: Reading, caller: str, now: datetime) -> list[Assignment]:
-    return [
-        assignment
-        for assignment in tx.assignments_unended_of(caller)
-        if assignment.state is AssignmentState.ACCEPTED
-        and assignment.deadline is not None
-        and now < assignment.deadline
-    ]
-
-
-def _readable(tx: Reading, caller: str, sha256: str, now: datetime) -> Artifact:
-    uses = tx.artifact_uses(sha256)
-    artifact = tx.artifact(sha256)
-    if not uses or artifact is None:
-        raise NotFound("ARTIFACT_NOT_FOUND", f"there is no artifact {sha256}")
-    if not any(may_read(tx, caller, use, now) for use in uses):
-        raise PermissionDenied("ARTIFACT_NOT_YOURS", "this artifact is for others to read")
-    return artifact
-
-
 def _own(tx: Reading, caller: str, sha256: str) -> Artifact | None:
     """The complete artifact, where the caller itself has handed it in."""
     mine = any(use.owner == caller for use in tx.artifact_uses(sha256))
@@ -250,67 +175,10 @@ def _own(tx: Reading, caller: str, sha256: str) -> Artifact | None:
 
 
 def _complete(tx: Writing, caller: str, upload: Upload) -> Artifact:
-    use = _expected(tx, caller, upload, tx.now)
-    tx.put_artifact_use(use)
+    tx.put_artifact_use(expected_use(tx, caller, upload, tx.now))
     known = tx.artifact(upload.sha256)
     if known is not None:
         return known
     artifact = Artifact(upload.sha256, upload.size_bytes, tx.now)
     tx.put_artifact(artifact)
     return artifact
-
-
-def _expected(tx: Reading, caller: str, upload: Upload, now: datetime) -> ArtifactUse:
-    if upload.submission is not None:
-        return _expected_model(tx, caller, upload, now)
-    task = own_task(tx, caller, upload.task or "")
-    digest, purpose = _awaited(task, upload.sha256, now)
-    if digest.size_bytes != upload.size_bytes:
-        raise _size_mismatch(f"is {upload.size_bytes}, the task announced {digest.size_bytes}", "header.size_bytes")
-    return ArtifactUse(upload.sha256, task.id, purpose, caller)
-
-
-def _awaited(task: Task, sha256: str, now: datetime) -> tuple[DatasetDigest, ArtifactPurpose]:
-    config = task.config
-    if config.evaluation_dataset.sha256.hex() == sha256 and task.state is TaskState.PREPARING:
-        return config.evaluation_dataset, ArtifactPurpose.EVALUATION_DATASET
-    if config.holdout is not None and config.holdout.sha256.hex() == sha256:
-        unended = task.state in (TaskState.PREPARING, TaskState.OPEN, TaskState.CLOSED)
-        late = task.state is TaskState.CLOSED and now >= holdout_deadline(task)
-        if unended and task.holdout is not HoldoutState.FAILED and not late:
-            return config.holdout, ArtifactPurpose.HOLDOUT
-    raise _not_expected("the task does not await this artifact")
-
-
-def _expected_model(tx: Reading, caller: str, upload: Upload, now: datetime) -> ArtifactUse:
-    if upload.submission is None:
-        raise ValueError("the upload is of no submission")
-    task_id, number = upload.submission
-    submission, task = tx.submission(task_id, number), tx.task(task_id)
-    if submission is None or task is None:
-        raise NotFound("SUBMISSION_NOT_FOUND", f"task {task_id} has no submission {number}")
-    if submission.participant != caller:
-        raise PermissionDenied("NOT_THE_SUBMITTER", "this is somebody else's submission")
-    if not _awaits_model(submission, upload.sha256, now):
-        raise _not_expected(f"the submission is {submission.state.name} and awaits no model")
-    limit = task.config.limits.max_model_bytes
-    if upload.size_bytes > limit:
-        raise ResourceExhausted(
-            "TOO_LARGE", f"the model has {upload.size_bytes} bytes, the task allows {limit}", max_bytes=str(limit)
-        )
-    return ArtifactUse(upload.sha256, task_id, ArtifactPurpose.MODEL, caller, number)
-
-
-def _awaits_model(submission: Submission, sha256: str, now: datetime) -> bool:
-    if submission.state is SubmissionState.COMMITTED:
-        return submission.deadline is None or now < submission.deadline
-    # An answer that was lost is asked for again after the reveal.
-    return submission.model_digest.hex() == sha256
-
-
-def _not_expected(why: str) -> FailedPrecondition:
-    return FailedPrecondition("UPLOAD_NOT_EXPECTED", why)
-
-
-def _size_mismatch(description: str, field: str = "chunk") -> InvalidArgument:
-    return InvalidArgument.field(field, description, reason="SIZE_MISMATCH")

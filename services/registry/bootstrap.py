@@ -10,6 +10,7 @@ import structlog
 from services.registry import servicers
 from services.registry.artifacts import Artifacts
 from services.registry.assignments import Assignments
+from services.registry.base_models import BaseModels
 from services.registry.changes import ChangeBoard
 from services.registry.draws import Draws
 from services.registry.evaluations import Evaluations
@@ -152,7 +153,7 @@ async def build(
     mounts = servicers.mounts(
         participants=ParticipantServicer(Participants(store, trusted=trusted), origin=origin, tokens=tokens),
         tasks=TaskServicer(
-            Tasks(store, selection, changes, trusted=trusted),
+            Tasks(store, selection, changes, BaseModels(store, files, clock), trusted=trusted),
             clock,
             max_dataset_bytes=settings.max_artifact_bytes,
             tokens=tokens,

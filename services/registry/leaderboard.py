@@ -7,8 +7,7 @@ from datetime import datetime
 
 from services.registry.records import Score, Submission, SubmissionState, Task, TaskState
 from services.registry.rounds import FIRST_ROUND
-from services.registry.task_states import ENDED
-from services.registry.tasks import known_task
+from services.registry.task_states import ENDED, known_task
 from services.registry.transaction import Changes, Reading, Store
 from services.registry.visibility import visible
 from services.registry.watching import watch

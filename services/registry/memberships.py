@@ -17,8 +17,8 @@ from services.registry.records import (
     Verdict,
 )
 from services.registry.selection import Candidacy, EligibilityFacts, Selection
-from services.registry.task_states import ENDED
-from services.registry.tasks import check_unended, known_task, not_eligible, record_verdict
+from services.registry.task_states import ENDED, check_unended, known_task
+from services.registry.tasks import not_eligible, record_verdict
 from services.registry.transaction import Reading, Store, Writing
 from services.registry.turns import each
 from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied

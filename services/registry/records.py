@@ -143,6 +143,7 @@ class ArtifactPurpose(Enum):
     EVALUATION_DATASET = auto()
     HOLDOUT = auto()
     MODEL = auto()
+    BASE_MODEL = auto()
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,8 @@ class TaskConfig:
     ladder_step_micros: int
     allow_node_endpoint: bool
     class_names: tuple[str, ...]
+    base_model: str = ""
+    """SHA-256 in hex of the model that training starts from; empty to start from scratch."""
 
 
 @dataclass(frozen=True)
@@ -456,9 +459,11 @@ class ArtifactUse:
 
     sha256: str
     task: str
+    """Empty for a BASE_MODEL that no task has named yet."""
     purpose: ArtifactPurpose
     owner: str
     """Who uploads it: the task's creator, or the submitter."""
+    create_time: datetime = field(compare=False)
     number: int = 0
     """MODEL: the submission's number."""
 

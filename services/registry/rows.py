@@ -172,4 +172,6 @@ VALIDATOR_FAULTS = RowsOf(
     records.ValidatorFault, tables.ValidatorFaultRow, kind=_enum(records.ValidatorFaultKind), time=TIME
 )
 ARTIFACTS = RowsOf(records.Artifact, tables.ArtifactRow, create_time=TIME)
-ARTIFACT_USES = RowsOf(records.ArtifactUse, tables.ArtifactUseRow, purpose=_enum(records.ArtifactPurpose))
+ARTIFACT_USES = RowsOf(
+    records.ArtifactUse, tables.ArtifactUseRow, purpose=_enum(records.ArtifactPurpose), create_time=TIME
+)

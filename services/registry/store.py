@@ -216,7 +216,7 @@ class SessionWriting(SessionReading):
         self._put(rows.ARTIFACTS, ArtifactRow, artifact.sha256, artifact)
 
     def put_artifact_use(self, use: ArtifactUse) -> None:
-        key = (use.sha256, use.task, use.purpose.name, use.number)
+        key = (use.sha256, use.task, use.purpose.name, use.number, use.owner)
         self._put(rows.ARTIFACT_USES, ArtifactUseRow, key, use)
 
     def set_ledger_position(self, sequence: int) -> None:

@@ -256,6 +256,7 @@ def _uploaded(tx: Writing, submission: Submission, reveal: Reveal) -> Artifact:
         task=submission.task,
         purpose=ArtifactPurpose.MODEL,
         owner=submission.participant,
+        create_time=tx.now,
         number=submission.number,
     )
     if artifact is None or own not in tx.artifact_uses(sha256):

@@ -248,7 +248,8 @@ class ArtifactUseRow(Table, table=True):
     task: str = Field(primary_key=True)
     purpose: str = Field(primary_key=True)
     number: int = Field(primary_key=True)
-    owner: str
+    owner: str = Field(primary_key=True, index=True)
+    create_time: int = Field(sa_type=BigInteger)
 
 
 class LeafRow(Table, table=True):

@@ -1,4 +1,4 @@
-"""The states of a task: when the next falls due, and the steps into the later ones, inside one transaction."""
+"""A task as a call finds it, when its next state falls due, and the steps into the later ones, in one transaction."""
 
 from dataclasses import replace
 from datetime import datetime
@@ -6,9 +6,32 @@ from datetime import datetime
 from services.registry.entries import HoldoutChanged, TaskChanged
 from services.registry.records import HoldoutState, RejectionReason, SubmissionState, Task, TaskState
 from services.registry.rounds import disclose, reject
-from services.registry.transaction import Writing
+from services.registry.transaction import Reading, Writing
+from services.runtime.errors import FailedPrecondition, NotFound, PermissionDenied
 
 ENDED = frozenset({TaskState.FINAL, TaskState.CANCELLED})
+
+
+def known_task(tx: Reading, task: str) -> Task:
+    """A task that exists. Raises NotFound."""
+    found = tx.task(task)
+    if found is None:
+        raise NotFound("TASK_NOT_FOUND", f"there is no task {task}")
+    return found
+
+
+def own_task(tx: Reading, caller: str, task: str) -> Task:
+    """A task of the caller. Raises NotFound, PermissionDenied."""
+    found = known_task(tx, task)
+    if found.creator != caller:
+        raise PermissionDenied("NOT_THE_CREATOR", f"task {task} was created by somebody else")
+    return found
+
+
+def check_unended(task: Task) -> None:
+    """Raises FailedPrecondition(TASK_ENDED)."""
+    if task.state in ENDED:
+        raise FailedPrecondition("TASK_ENDED", f"the task is {task.state.name}")
 
 
 def deadline_of(task: Task) -> datetime | None:

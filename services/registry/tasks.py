@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from services.registry.base_models import BaseModels, demand_base_model
 from services.registry.eligibility_facts import facts_of
 from services.registry.entries import TaskChanged, TaskCreated, VerdictGiven
 from services.registry.participants import registered
@@ -23,7 +24,7 @@ from services.registry.records import (
     Verdict,
 )
 from services.registry.selection import EligibilityFacts, Selection
-from services.registry.task_states import ENDED, cancel, close, holdout_deadline
+from services.registry.task_states import ENDED, cancel, check_unended, close, holdout_deadline, known_task, own_task
 from services.registry.transaction import Changes, Reading, Store, Writing
 from services.registry.watching import watch
 from services.runtime.errors import (
@@ -31,8 +32,6 @@ from services.runtime.errors import (
     FailedPrecondition,
     FieldViolation,
     InvalidArgument,
-    NotFound,
-    PermissionDenied,
 )
 
 
@@ -61,6 +60,7 @@ class Tasks:
         store: Store,
         selection: Selection,
         changes: Changes,
+        base_models: BaseModels,
         *,
         trusted: Collection[str],
         make_id: Callable[[], str] = lambda: secrets.token_hex(8),
@@ -68,14 +68,15 @@ class Tasks:
         self._store = store
         self._selection = selection
         self._changes = changes
+        self._base_models = base_models
         self._trusted = frozenset(trusted)
         self._make_id = make_id
 
     async def create(self, caller: str, *, task_id: str, config: TaskConfig) -> CreatedTask:
         """Create a task as PREPARING. Zeros in `config.selection` stand for the selector's defaults.
 
-        Raises FailedPrecondition(NOT_REGISTERED, NOT_ELIGIBLE), AlreadyExists(TASK_EXISTS). The verdict is recorded
-        either way.
+        Raises FailedPrecondition(NOT_REGISTERED, NOT_ELIGIBLE), AlreadyExists(TASK_EXISTS), InvalidArgument for a
+        policy or a base model. The verdict is recorded either way.
         """
         task = task_id or self._make_id()
 
@@ -85,6 +86,7 @@ class Tasks:
             return facts_of(tx, caller, field=config.field, trusted=self._trusted)
 
         facts = await self._store.read(gather)
+        await self._base_models.check(caller, config)
         try:
             answer = await self._selection.check_eligibility(
                 participant=caller, task=task, role=Role.TASK_CREATOR, facts=facts, policy=config.selection
@@ -189,32 +191,10 @@ class Tasks:
             sha256 = digest.sha256.hex()
             if tx.artifact(sha256) is None:
                 raise FailedPrecondition("HOLDOUT_NOT_UPLOADED", "upload the holdout first")
-            tx.put_artifact_use(ArtifactUse(sha256, task, ArtifactPurpose.HOLDOUT, caller))
+            tx.put_artifact_use(ArtifactUse(sha256, task, ArtifactPurpose.HOLDOUT, caller, tx.now))
             return tx.put_task(replace(found, holdout=HoldoutState.PUBLISHED))
 
         return await self._store.write(work)
-
-
-def known_task(tx: Reading, task: str) -> Task:
-    """A task that exists. Raises NotFound."""
-    found = tx.task(task)
-    if found is None:
-        raise NotFound("TASK_NOT_FOUND", f"there is no task {task}")
-    return found
-
-
-def own_task(tx: Reading, caller: str, task: str) -> Task:
-    """A task of the caller. Raises NotFound, PermissionDenied."""
-    found = known_task(tx, task)
-    if found.creator != caller:
-        raise PermissionDenied("NOT_THE_CREATOR", f"task {task} was created by somebody else")
-    return found
-
-
-def check_unended(task: Task) -> None:
-    """Raises FailedPrecondition(TASK_ENDED)."""
-    if task.state in ENDED:
-        raise FailedPrecondition("TASK_ENDED", f"the task is {task.state.name}")
 
 
 def record_verdict(tx: Writing, verdict: Verdict) -> None:
@@ -244,6 +224,10 @@ def _check_free(tx: Reading, task: str) -> None:
 
 def _create(tx: Writing, caller: str, task: str, config: TaskConfig, verdict: Verdict) -> CreatedTask:
     _check_free(tx, task)
+    if config.base_model:
+        # Once more, and named from now on: nothing removes it any more.
+        demand_base_model(tx, caller, config.base_model, tx.now)
+        tx.put_artifact_use(ArtifactUse(config.base_model, task, ArtifactPurpose.BASE_MODEL, caller, tx.now))
     created = tx.put_task(
         Task(
             id=task,

@@ -196,7 +196,7 @@ async def test_every_record_reads_back_equal_from_the_next_process(opened: Opene
     faulty = evaluation(ADA, finding=Finding(None, "CRASHED"))
     fault = ValidatorFault("t", 1, 1, CY, ValidatorFaultKind.OUTLIER, START)
     artifact = Artifact("f" * 64, 1 << 41, START)
-    use = ArtifactUse("f" * 64, "t", ArtifactPurpose.MODEL, BOB, 1)
+    use = ArtifactUse("f" * 64, "t", ArtifactPurpose.MODEL, BOB, START, 1)
 
     def put(tx: Writing) -> None:
         tx.put_participant(participant(BOB, owner=ADA))

@@ -1,4 +1,4 @@
-"""The files that a log speaks of: datasets by their announced digests, models by their reveals."""
+"""The files that a log speaks of: datasets by their announced digests, models by their tasks and reveals."""
 
 from tiltyard.audit.record import Record
 from tiltyard.statements import open_statement
@@ -12,6 +12,7 @@ def named_digests(record: Record, task: str = "") -> set[str]:
         created = entry.task_created
         if task in ("", created.task):
             named |= {created.config.evaluation_dataset.sha256, created.config.holdout.sha256}
+            named.add(bytes.fromhex(created.config.base_model.removeprefix("artifacts/")))
     for _, entry in record.of_kind("submission_revealed"):
         revealed = entry.submission_revealed
         if not task or revealed.submission.startswith(f"{task}/submissions/"):

@@ -73,6 +73,9 @@ def create(
     key: KeyOption,
     task_id: Annotated[str, typer.Option(help="Last part of the name; the registry makes one up when left out.")] = "",
     holdout: Annotated[Path | None, typer.Option(help="A second dataset that is published after close.")] = None,
+    base_model: Annotated[
+        Path | None, typer.Option(help="A safetensors file that training starts from; it must fit the one model.")
+    ] = None,
     origin: OriginOption = DEFAULT_ORIGIN,
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
@@ -89,6 +92,9 @@ def create(
         if holdout is not None:
             _fix_digest(wanted.holdout, holdout)
         async with connect(key, origin, registry) as client:
+            if base_model is not None:
+                with ProgressLine("uploading the base model", unit="bytes") as line:
+                    wanted.base_model = await upload(client.artifacts, base_model, progress=line.update)
             request = task_pb2.CreateTaskRequest(task_id=task_id, config=wanted, request_id=new_request_id())
             name = (await client.tasks.CreateTask(request)).task.name
             with ProgressLine("uploading", unit="bytes") as line:

@@ -2,7 +2,8 @@
 
 from collections.abc import AsyncIterator
 
-from services.registry.artifacts import Progress, Upload
+from services.registry.artifact_rights import Upload
+from services.registry.artifacts import Progress
 from services.registry.convert.times import timestamp
 from services.registry.records import Artifact
 from services.runtime import names
@@ -24,7 +25,8 @@ async def upload_of(messages: AsyncIterator[artifact_pb2.UploadArtifactRequest],
     checks.range("header.size_bytes", header.size_bytes, minimum=1, maximum=max_bytes, unit="bytes")
     checks.range("header.offset", header.offset, minimum=0, maximum=max(0, header.size_bytes), unit="bytes")
     purpose = header.WhichOneof("purpose")
-    checks.require("header.purpose", purpose, "must name a task or a submission")
+    named = purpose is not None and (purpose != "base_model" or header.base_model)
+    checks.require("header.purpose", named, "must name a task or a submission, or say that this is a base model")
     checks.finish()
     return Upload(
         sha256=sha256,

@@ -10,6 +10,7 @@ from services.registry.records import (
     TaskConfig,
     ValidatorRate,
 )
+from services.runtime import names
 from tiltyard.type.v1 import task_pb2
 from tiltyard.wire import model_spec_from_proto, model_spec_to_proto
 
@@ -36,6 +37,7 @@ def config_message(config: TaskConfig) -> task_pb2.TaskConfig:
         ladder_step_micros=config.ladder_step_micros,
         allow_node_endpoint=config.allow_node_endpoint,
         class_names=config.class_names,
+        base_model=names.format_artifact(config.base_model) if config.base_model else "",
     )
 
 
@@ -77,6 +79,7 @@ def config_of(message: task_pb2.TaskConfig) -> TaskConfig:
         ladder_step_micros=message.ladder_step_micros,
         allow_node_endpoint=message.allow_node_endpoint,
         class_names=tuple(message.class_names),
+        base_model=names.parse_artifact(message.base_model) if message.base_model else "",
     )
 
 

@@ -25,6 +25,8 @@ from services.registry.records import (
     TaskConfig,
     ValidatorRate,
 )
+from services.runtime import names
+from services.runtime.errors import InvalidArgument
 from services.runtime.fields import FieldChecks
 from tiltyard import modelspec
 from tiltyard.modelspec import ModelSpec
@@ -76,6 +78,7 @@ def draft_of(message: task_pb2.TaskConfig, *, now: datetime, max_dataset_bytes: 
         ladder_step_micros=message.ladder_step_micros or 10_000,
         allow_node_endpoint=message.allow_node_endpoint,
         class_names=tuple(message.class_names),
+        base_model=_base_model(checks, message.base_model, models),
     )
     _check_rest(checks, config)
     checks.finish()
@@ -129,6 +132,21 @@ def _models(checks: FieldChecks, messages: Sequence[model_pb2.ModelSpec], max_pa
         checks.require(f"{path}.input_shape", first and model.input_shape == first.input_shape, "differs from others")
         checks.require(f"{path}.outputs", first and model.outputs == first.outputs, "differs from others")
     return tuple(models.values())
+
+
+def _base_model(checks: FieldChecks, name: str, models: Sequence[ModelSpec]) -> str:
+    path = "config.base_model"
+    if not name:
+        return ""
+    if models:
+        checks.require(path, len(models) == 1, f"is one of {len(models)} models: a task that starts from one has one")
+        weights = not isinstance(models[0].architecture, modelspec.Onnx)
+        checks.require(path, weights, "must be safetensors, and the task's model is an ONNX graph")
+    try:
+        return names.parse_artifact(name, path)
+    except InvalidArgument as error:
+        checks.fail(path, error.violations[0].description)
+        return ""
 
 
 def _digest(checks: FieldChecks, field: str, message: task_pb2.DatasetDigest, *, max_bytes: int) -> DatasetDigest:

@@ -1,0 +1,57 @@
+"""The models that training starts from: there, for the creator to read, and exactly of the task's architecture."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime
+
+from services.registry.artifact_rights import readable
+from services.registry.records import Artifact, TaskConfig
+from services.registry.structure import ModelFiles
+from services.registry.transaction import Reading, Store
+from services.runtime.errors import InvalidArgument, NotFound, PermissionDenied
+from tiltyard.modelfile import check_model_file
+from tiltyard.modelspec import ModelFault
+
+_FIELD = "config.base_model"
+
+
+class BaseModels:
+    """Reads the header of a base model before a task may name it."""
+
+    def __init__(self, store: Store, files: ModelFiles, clock: Callable[[], datetime]) -> None:
+        self._store = store
+        self._files = files
+        self._clock = clock
+
+    async def check(self, caller: str, config: TaskConfig) -> None:
+        """Whether a task of the caller may be created so. Raises InvalidArgument for config.base_model, OSError."""
+        if not config.base_model:
+            return
+        now = self._clock()
+        artifact = await self._store.read(lambda tx: demand_base_model(tx, caller, config.base_model, now))
+        fault = await asyncio.to_thread(self._examine, artifact, config)
+        if fault is not None:
+            raise InvalidArgument.field(
+                _FIELD, f"is not of the task's model ({fault.code.value}): {fault.detail}", reason="BASE_MODEL_UNFIT"
+            )
+
+    def _examine(self, artifact: Artifact, config: TaskConfig) -> ModelFault | None:
+        try:
+            check_model_file(
+                lambda offset, length: self._files.read(artifact.sha256, offset, length),
+                artifact.size_bytes,
+                config.models[0],
+                max_bytes=config.limits.max_model_bytes,
+                max_parameters=config.limits.max_parameters,
+            )
+        except ModelFault as fault:
+            return fault
+        return None
+
+
+def demand_base_model(tx: Reading, caller: str, sha256: str, now: datetime) -> Artifact:
+    """The artifact, which the caller may read. Raises InvalidArgument for config.base_model."""
+    try:
+        return readable(tx, caller, sha256, now)
+    except (NotFound, PermissionDenied) as error:
+        raise InvalidArgument.field(_FIELD, f"{error.message}: upload it first", reason=error.reason) from None
