@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from services.modelserver.models import VERSION, Batch, IndexEntry, Logits
+from services.modelserver.models import VERSION, IndexEntry
+from services.modelserver.running import Batch, Logits
 from services.runtime.errors import ArenaError, InvalidArgument
 from tiltyard.inference.v2 import inference_pb2 as pb
 from tiltyard.modelspec import ModelSpec

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import grpc
 
 from services.modelserver import convert
-from services.modelserver.models import MAX_MESSAGE_BYTES, Models
+from services.modelserver.models import Models
+from services.modelserver.running import MAX_MESSAGE_BYTES
 from services.modelserver.wireformat import RawRequest, encode_response, encode_stream_response, parse_request
 from services.runtime.errors import ArenaError
 from services.runtime.rpc_errors import to_rpc_status

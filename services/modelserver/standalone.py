@@ -5,7 +5,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from services.modelserver.models import MAX_MESSAGE_BYTES, Models
+from services.modelserver.models import Models
+from services.modelserver.running import MAX_MESSAGE_BYTES
 from services.modelserver.servicer import SERVICE, mounts
 from services.modelserver.settings import ModelServerSettings
 from services.runtime.auth import AccessPolicy, Authenticator, Role
@@ -22,7 +23,7 @@ def main() -> None:
 
 
 async def _serve(settings: ModelServerSettings) -> None:
-    models = Models(repository=settings.model_repository, device=settings.device, threads=settings.threads)
+    models = _open(settings)
     await models.load_all()
     authenticator: Authenticator | None = None
     if settings.listen.startswith("unix:"):
@@ -46,6 +47,22 @@ async def _serve(settings: ModelServerSettings) -> None:
         )
     finally:
         models.close()
+
+
+def _open(settings: ModelServerSettings) -> Models:
+    """The models of the settings; exit when their device is not there."""
+    try:
+        return Models(
+            repository=settings.model_repository,
+            device=settings.device,
+            threads=settings.threads,
+            memory_bytes=settings.model_memory_bytes,
+            queue_bytes=settings.queue_bytes,
+            delay_s=settings.batch_delay_ms / 1000,
+        )
+    except ValueError as error:
+        sys.stderr.write(f"TILTYARD_DEVICE: {error}\n")
+        raise SystemExit(2) from None
 
 
 def _private(folder: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks._peers import TRITON, PeerUnavailable, python_of
-from services.modelserver.models import MAX_MESSAGE_BYTES, Models
+from services.modelserver.models import Models
+from services.modelserver.running import MAX_MESSAGE_BYTES
 from services.modelserver.servicer import mounts
 from services.runtime.server import ArenaServer
 from tiltyard.models import build, save_weights

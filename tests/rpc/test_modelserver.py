@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from services.modelserver.models import MAX_MESSAGE_BYTES, Models
+from services.modelserver.models import Models
 from services.modelserver.pipeline import answered_in_order
+from services.modelserver.running import MAX_MESSAGE_BYTES
 from services.modelserver.servicer import mounts
 from services.runtime.rpc_errors import from_rpc_error
 from services.runtime.server import ArenaServer
