@@ -1,0 +1,332 @@
+"""Durable `CommitEvaluation` and `GetSubmission` of a whole registry process, beside a bare gRPC echo of the same bytes.
+
+The registry is `python -m services.registry` with its background loop, on SQLite, beside a real selector. Its clients and
+the echo's are this process, in turns within one run; every call carries a token, every seal a signature and a request id.
+"""
+
+import asyncio
+import hashlib
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import grpc
+from sqlalchemy import insert
+from sqlmodel import Session
+
+from services.registry import rows
+from services.registry.changes import ChangeBoard
+from services.registry.convert.drafts import draft_of
+from services.registry.queries import COUNTERS_ID
+from services.registry.records import (
+    Assignment,
+    AssignmentState,
+    ModelFormat,
+    Round,
+    RoundState,
+    Submission,
+    SubmissionState,
+    Task,
+    TaskState,
+)
+from services.registry.store import SqlStore
+from services.registry.tables import AssignmentRow, CountersRow, RoundRow, SubmissionRow
+from services.runtime import names
+from services.runtime.auth import utc_now
+from services.runtime.database import Database
+from services.runtime.names import AssignmentId
+from tiltyard.identity import Key, issue_token
+from tiltyard.registry.v1 import evaluation_pb2, evaluation_pb2_grpc, submission_pb2, submission_pb2_grpc
+from tiltyard.statements import sign_statement
+from tiltyard.type.v1 import envelope_pb2, model_pb2, task_pb2
+
+ORIGIN = "benchmark.local"
+_TASK = "t"
+_LEASE = "lease"
+_VALIDATORS, _PER_SUBMISSION = 16, 3
+_SUBMISSIONS = 5000
+_ROUNDS, _ROUND_S = 9, 0.6
+_ECHO = "/benchmark.v1.Echo/Echo"
+
+Call = Callable[[], Awaitable[object]]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one round of calls came to."""
+
+    per_s: float
+    spans_s: list[float] = field(repr=False)
+    """How long each call took."""
+
+
+class Registry:
+    """Clients of a registry process with duties enough, and of an echo process."""
+
+    def __init__(self, registry: str, echo: str, keys: list[Key]) -> None:
+        self._channels = [grpc.aio.insecure_channel(registry) for _ in range(_VALIDATORS)]
+        self._echo_channels = [grpc.aio.insecure_channel(echo) for _ in range(_VALIDATORS)]
+        tokens = [issue_token(key, audience=f"{ORIGIN}/registry") for key in keys]
+        self._metadata = [(("authorization", f"Bearer {token}"),) for token in tokens]
+        self._seals = deque(_seals(keys))
+        self._number = 0
+
+    async def close(self) -> None:
+        """Hang up."""
+        for channel in (*self._channels, *self._echo_channels):
+            await channel.close()
+
+    def commits(self, client: int) -> Call:
+        """The next seal, whosever it is, over the connection of this client."""
+        stub: Any = evaluation_pb2_grpc.EvaluationServiceStub(self._channels[client])
+
+        def call() -> Awaitable[object]:
+            validator, request = self._seals.popleft()
+            answer: Awaitable[object] = stub.CommitEvaluation(request, metadata=self._metadata[validator], timeout=20)
+            return answer
+
+        return call
+
+    def gets(self, client: int) -> Call:
+        """One submission after the other."""
+        stub: Any = submission_pb2_grpc.SubmissionServiceStub(self._channels[client])
+
+        def call() -> Awaitable[object]:
+            self._number = self._number % _SUBMISSIONS + 1
+            request = submission_pb2.GetSubmissionRequest(name=names.format_submission(_TASK, self._number))
+            answer: Awaitable[object] = stub.GetSubmission(request, metadata=self._metadata[client], timeout=20)
+            return answer
+
+        return call
+
+    def echoes(self, client: int) -> Call:
+        """As many bytes as a seal has, there and back."""
+        method = self._echo_channels[client].unary_unary(_ECHO)
+        payload = self._seals[0][1].SerializeToString()
+        return lambda: method(payload, timeout=20)
+
+
+def _seals(keys: list[Key]) -> Iterator[tuple[int, evaluation_pb2.CommitEvaluationRequest]]:
+    """The first seal of every submission, then every second one, then every third: so they come in an arena, too."""
+    for position in range(_PER_SUBMISSION):
+        for number in range(1, _SUBMISSIONS + 1):
+            validator = (number + position) % _VALIDATORS
+            name = names.format_assignment(AssignmentId(_TASK, number, 1, keys[validator].id))
+            statement = envelope_pb2.SealStatement(
+                origin=ORIGIN, assignment=name, seal=hashlib.sha256(name.encode()).digest()
+            )
+            yield (
+                validator,
+                evaluation_pb2.CommitEvaluationRequest(
+                    statement=sign_statement(keys[validator], statement),
+                    lease_token=_LEASE,
+                    request_id=secrets.token_hex(16),
+                ),
+            )
+
+
+async def rate(calls: list[Call], *, seconds: float = _ROUND_S) -> Rates:
+    """Calls answered in one round, each of `calls` one after the other."""
+    spans: list[float] = []
+    started = time.perf_counter()
+
+    async def repeat(call: Call) -> None:
+        while (begin := time.perf_counter()) < started + seconds:
+            await call()
+            spans.append(time.perf_counter() - begin)
+
+    await asyncio.gather(*(repeat(call) for call in calls))
+    return Rates(len(spans) / (time.perf_counter() - started), spans)
+
+
+async def measure(folder: Path) -> list[dict[str, Any]]:
+    """The lines of both methods."""
+    keys = [Key.generate() for _ in range(_VALIDATORS)]
+    await _fill(folder, keys)
+    with ExitStack() as processes:
+        registry = Registry(
+            processes.enter_context(serving_registry(folder)), processes.enter_context(_serving_echo(folder)), keys
+        )
+        try:
+            return await _lines(registry)
+        finally:
+            await registry.close()
+
+
+async def _lines(registry: Registry) -> list[dict[str, Any]]:
+    for client in range(_VALIDATORS):
+        await asyncio.gather(*(make(client)() for make in (registry.commits, registry.gets, registry.echoes)))
+    lines, spans = [], list[float]()
+    for clients in (1, 4, 16):
+        ours = [registry.commits(client) for client in range(clients)]
+        echoes = [registry.echoes(client) for client in range(clients)]
+        pairs = [(await rate(ours), await rate(echoes)) for _ in range(_ROUNDS)]
+        spans = [span for mine, _ in pairs for span in mine.spans_s]
+        name = f"durable CommitEvaluation, {clients} client{'s' * (clients > 1)}"
+        lines.append(_line(name, pairs, goal=0.25 if clients == 16 else None))
+    p99_ms = quantiles(spans, n=100)[98] * 1e3
+    lines.append(
+        {
+            "name": "durable CommitEvaluation, 16 clients, 99th percentile",
+            "ours": round(p99_ms, 2),
+            "unit": "ms",
+            "against": "its limit",
+            "theirs": 50.0,
+            "ratio": 50.0 / p99_ms,
+            "goal": 1.0,
+        }
+    )
+    gets = [registry.gets(client) for client in range(16)]
+    echoes = [registry.echoes(client) for client in range(16)]
+    pairs = [(await rate(gets), await rate(echoes)) for _ in range(_ROUNDS)]
+    lines.append(_line("GetSubmission, token checked, 16 clients", pairs, goal=0.5))
+    return lines
+
+
+def _line(name: str, pairs: list[tuple[Rates, Rates]], *, goal: float | None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "ours": median(mine.per_s for mine, _ in pairs),
+        "unit": "calls/s",
+        "against": "bare grpc.aio echo",
+        "theirs": median(theirs.per_s for _, theirs in pairs),
+        "ratio": median(mine.per_s / theirs.per_s for mine, theirs in pairs),
+        "goal": goal,
+    }
+
+
+async def _fill(folder: Path, keys: list[Key]) -> None:
+    """A task in which every validator holds the leases of its duties."""
+    now = utc_now()
+    url = f"sqlite:///{folder / 'registry.db'}"
+    database = Database.open(url, migrations="services.registry.migrations")
+    store = SqlStore(database, ChangeBoard(), utc_now)
+    digest = task_pb2.DatasetDigest(sha256=bytes(32), size_bytes=1000)
+    config = task_pb2.TaskConfig(
+        display_name="Benchmark",
+        models=[model_pb2.ModelSpec(input_shape=[4], outputs=3, linear=model_pb2.Linear())],
+        evaluation_dataset=digest,
+    )
+    draft = draft_of(config, now=now, max_dataset_bytes=1 << 20)
+    task = Task(_TASK, keys[0].id, draft, TaskState.OPEN, now, now, evaluation_rows=100, open_time=now)
+    await store.write(lambda tx: tx.put_task(task))
+    await database.write(lambda session: _insert_duties(session, keys, now))
+    await database.close()
+
+
+def _insert_duties(session: Session, keys: list[Key], now: datetime) -> None:
+    end = now + timedelta(days=1)
+    submissions, rounds, assignments = [], [], []
+    for number in range(1, _SUBMISSIONS + 1):
+        submission = Submission(
+            task=_TASK,
+            number=number,
+            participant=keys[0].id,
+            state=SubmissionState.EVALUATING,
+            commitment=bytes(32),
+            commit_time=now,
+            deadline=end,
+            model_digest=bytes(32),
+            format=ModelFormat.SAFETENSORS,
+            structure_checked=True,
+        )
+        submissions.append(rows.SUBMISSIONS.columns(submission))
+        round_ = Round(_TASK, number, 1, RoundState.SEALING, end, wanted=_PER_SUBMISSION, picks=_PER_SUBMISSION)
+        rounds.append(rows.ROUNDS.columns(round_) | {"touched": 0})
+        for position in range(_PER_SUBMISSION):
+            assignment = Assignment(
+                task=_TASK,
+                number=number,
+                round=1,
+                validator=keys[(number + position) % _VALIDATORS].id,
+                state=AssignmentState.ACCEPTED,
+                position=position,
+                create_time=now,
+                update_time=now,
+                deadline=end,
+                lease_token=_LEASE,
+                lease_holder=bytes(32),
+                sequence=len(assignments) + 1,
+            )
+            assignments.append(rows.ASSIGNMENTS.columns(assignment))
+    counters = {"id": COUNTERS_ID, "log_size": 0, "log_frontier": b"", "ledger_position": 0}
+    counters["assignment_sequence"] = len(assignments)
+    for table, values in (
+        (SubmissionRow, submissions),
+        (RoundRow, rounds),
+        (AssignmentRow, assignments),
+        (CountersRow, [counters]),
+    ):
+        session.connection().execute(insert(table), values)
+
+
+@contextmanager
+def serving_registry(folder: Path) -> Iterator[str]:
+    """The address of a registry process on the database in `folder`, beside a selector."""
+    key = Key.load_or_create(folder / "registry.pem")
+    with (
+        _process(folder, "selector", services=key.id) as selector,
+        _process(folder, "registry", selector=selector, key_file=str(folder / "registry.pem"), origin=ORIGIN) as address,
+    ):
+        yield address
+
+
+@contextmanager
+def _process(folder: Path, service: str, **settings: str) -> Iterator[str]:
+    address = f"unix:{folder / service}.sock"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TILTYARD_")}
+    told = {"listen": address, "state_dir": str(folder), "origin": ORIGIN, **settings}
+    with (folder / f"{service}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"services.{service}"],
+            env=environment | {f"TILTYARD_{name.upper()}": value for name, value in told.items()},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        with grpc.insecure_channel(address) as channel:
+            grpc.channel_ready_future(channel).result(timeout=60)
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def _serving_echo(folder: Path) -> Iterator[str]:
+    address = f"unix:{folder / 'echo'}.sock"
+    process = subprocess.Popen([sys.executable, "-m", __name__, address])
+    try:
+        with grpc.insecure_channel(address) as channel:
+            grpc.channel_ready_future(channel).result(timeout=60)
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def _echo(request: bytes, _context: object) -> bytes:
+    return request
+
+
+async def _serve_echo(address: str) -> None:
+    server = grpc.aio.server()
+    handlers = {"Echo": grpc.unary_unary_rpc_method_handler(_echo)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("benchmark.v1.Echo", handlers)])
+    server.add_insecure_port(address)
+    await server.start()
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve_echo(sys.argv[1]))
