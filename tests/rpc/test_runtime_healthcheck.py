@@ -1,0 +1,58 @@
+"""The health check of the containers, against real servers."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+
+from services.runtime.healthcheck import check
+from services.runtime.server import ArenaServer, ServerTls
+from tests.rpc.test_runtime_tls import Authority
+
+
+async def test_asks_at_the_address_that_the_service_listens_on() -> None:
+    server = ArenaServer("127.0.0.1:0", [], authenticator=None)
+    async with server:
+        for host in ("127.0.0.1", "0.0.0.0"):
+            environment = {"TILTYARD_LISTEN": f"{host}:{server.port}"}
+            assert await asyncio.to_thread(check, environment) == "SERVING"
+        await server.set_serving(False)
+        assert await asyncio.to_thread(check, environment) == "NOT_SERVING"
+
+
+async def test_asks_on_a_unix_socket(tmp_path: Path) -> None:
+    async with ArenaServer(f"unix:{tmp_path}/server.sock", [], authenticator=None) as server:
+        assert await asyncio.to_thread(check, {"TILTYARD_LISTEN": server.address}) == "SERVING"
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+async def test_trusts_and_shows_the_service_s_own_certificate(tmp_path: Path, mutual: bool) -> None:
+    authority = Authority(tmp_path, "authority")
+    certificate, key = authority.issue("registry")
+    tls = ServerTls(certificate, key, authority.certificate if mutual else None)
+    async with ArenaServer("127.0.0.1:0", [], authenticator=None, tls=tls) as server:
+        environment = {
+            "TILTYARD_LISTEN": f"127.0.0.1:{server.port}",
+            "TILTYARD_TLS_CERTIFICATE": str(certificate),
+            "TILTYARD_TLS_KEY": str(key),
+        }
+        assert await asyncio.to_thread(check, environment) == "SERVING"
+        other, its_key = Authority(tmp_path, "another").issue("stranger")
+        environment |= {"TILTYARD_TLS_CERTIFICATE": str(other), "TILTYARD_TLS_KEY": str(its_key)}
+        with pytest.raises(grpc.RpcError):
+            await asyncio.to_thread(check, environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [({"TILTYARD_LISTEN": "127.0.0.1:1"}, "no answer"), ({}, "cannot ask: KeyError('TILTYARD_LISTEN')")],
+)
+def test_fails_and_says_why(environment: dict[str, str], says: str) -> None:
+    command = [sys.executable, "-m", "services.runtime.healthcheck"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert says in ended.stdout
+    assert ended.stderr == ""
