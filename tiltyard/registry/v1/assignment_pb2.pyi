@@ -100,6 +100,8 @@ class EvaluationOrder(_message.Message):
     METRIC_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     BOUND_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    NODE_ENDPOINT_FIELD_NUMBER: _builtins.int
     dataset: _builtins.str
     """The evaluation dataset as artifacts/{sha256 hex}."""
     dataset_size_bytes: _builtins.int
@@ -118,6 +120,12 @@ class EvaluationOrder(_message.Message):
     """TOP_K_ACCURACY: k, from 1 to the number of outputs."""
     bound: _builtins.float
     """WITHIN_BOUND: the bound, above 0."""
+    node: _builtins.str
+    """The training node as participants/{id}; its key is the audience of tokens for its endpoint. Set with node_endpoint."""
+    node_endpoint: _builtins.str
+    """The training node's own endpoint, as it registered it; empty unless the task has allow_node_endpoint. Whoever asks it shows it the
+    features of the evaluation dataset, and checks first where the address leads.
+    """
     @_builtins.property
     def spec(self) -> _model_pb2.ModelSpec:
         """What the model is."""
@@ -140,10 +148,12 @@ class EvaluationOrder(_message.Message):
         metric: _task_pb2.Metric.ValueType = ...,
         top_k: _builtins.int = ...,
         bound: _builtins.float = ...,
+        node: _builtins.str = ...,
+        node_endpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_cpu_time", b"max_cpu_time", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "dataset", b"dataset", "dataset_size_bytes", b"dataset_size_bytes", "format", b"format", "max_cpu_time", b"max_cpu_time", "max_memory_bytes", b"max_memory_bytes", "metric", b"metric", "model", b"model", "model_size_bytes", b"model_size_bytes", "spec", b"spec", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "dataset", b"dataset", "dataset_size_bytes", b"dataset_size_bytes", "format", b"format", "max_cpu_time", b"max_cpu_time", "max_memory_bytes", b"max_memory_bytes", "metric", b"metric", "model", b"model", "model_size_bytes", b"model_size_bytes", "node", b"node", "node_endpoint", b"node_endpoint", "spec", b"spec", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

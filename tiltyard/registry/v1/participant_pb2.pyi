@@ -32,6 +32,7 @@ class Participant(_message.Message):
     OWNER_FIELD_NUMBER: _builtins.int
     ENDORSEMENTS_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    ENDPOINT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name as participants/{id}; the id is the first 40 hex digits of the SHA-256 of the raw public key."""
     display_name: _builtins.str
@@ -40,6 +41,8 @@ class Participant(_message.Message):
     """Raw Ed25519 public key, 32 bytes."""
     owner: _builtins.str
     """Owner as participants/{id}; empty when bound to none."""
+    endpoint: _builtins.str
+    """Its own Open Inference Protocol server, as grpc://HOST:PORT, or grpcs://HOST:PORT with TLS; empty for none."""
     @_builtins.property
     def endorsements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Endorsement]:
         """Endorsements in force."""
@@ -57,10 +60,11 @@ class Participant(_message.Message):
         owner: _builtins.str = ...,
         endorsements: _abc.Iterable[Global___Endorsement] | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        endpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "endorsements", b"endorsements", "name", b"name", "owner", b"owner", "public_key", b"public_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "endorsements", b"endorsements", "endpoint", b"endpoint", "name", b"name", "owner", b"owner", "public_key", b"public_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -110,21 +114,30 @@ class RegisterParticipantRequest(_message.Message):
 
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ENDPOINT_FIELD_NUMBER: _builtins.int
     display_name: _builtins.str
     """Name for people, 1 to 100 characters, no control characters."""
     request_id: _builtins.str
     """Idempotency key, at most 64 characters."""
+    endpoint: _builtins.str
+    """The caller's own Open Inference Protocol server, as grpc://HOST:PORT, or grpcs://HOST:PORT with TLS; at most 255 characters.
+    It serves a submitted model under the 64 hex digits of its SHA-256. Unset: stays as it is; empty: there is none any more.
+    Validators ask it only in tasks with allow_node_endpoint, and only at addresses that their operators allow.
+    """
     def __init__(
         self,
         *,
         display_name: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        endpoint: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_endpoint", b"_endpoint", "endpoint", b"endpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_endpoint", b"_endpoint", "display_name", b"display_name", "endpoint", b"endpoint", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__endpoint: _TypeAlias = _typing.Literal["endpoint"]  # noqa: Y015
+    _WhichOneofArgType__endpoint: _TypeAlias = _typing.Literal["_endpoint", b"_endpoint"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__endpoint) -> _WhichOneofReturnType__endpoint | None: ...
 
 Global___RegisterParticipantRequest: _TypeAlias = RegisterParticipantRequest  # noqa: Y015
 

@@ -72,9 +72,10 @@ class ParticipantServiceServicer:
     """
 
     def RegisterParticipant(self, request, context):
-        """RegisterParticipant records the caller's key and a name for people. Registering again changes the name.
+        """RegisterParticipant records the caller's key and a name for people. Registering again changes the name, and the endpoint where
+        one is given.
 
-        Errors: INVALID_ARGUMENT for an empty or over-long name or control characters.
+        Errors: INVALID_ARGUMENT for an empty or over-long name, control characters, or an endpoint that is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,9 +34,10 @@ class ParticipantServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ParticipantServiceAsyncStub: ...
     RegisterParticipant: _grpc.UnaryUnaryMultiCallable[_participant_pb2.RegisterParticipantRequest, _participant_pb2.RegisterParticipantResponse]
-    """RegisterParticipant records the caller's key and a name for people. Registering again changes the name.
+    """RegisterParticipant records the caller's key and a name for people. Registering again changes the name, and the endpoint where
+    one is given.
 
-    Errors: INVALID_ARGUMENT for an empty or over-long name or control characters.
+    Errors: INVALID_ARGUMENT for an empty or over-long name, control characters, or an endpoint that is none.
     """
     GetParticipant: _grpc.UnaryUnaryMultiCallable[_participant_pb2.GetParticipantRequest, _participant_pb2.GetParticipantResponse]
     """GetParticipant reads one participant."""
@@ -63,9 +64,10 @@ class ParticipantServiceAsyncStub(ParticipantServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterParticipant: _aio.UnaryUnaryMultiCallable[_participant_pb2.RegisterParticipantRequest, _participant_pb2.RegisterParticipantResponse]  # type: ignore[assignment]
-    """RegisterParticipant records the caller's key and a name for people. Registering again changes the name.
+    """RegisterParticipant records the caller's key and a name for people. Registering again changes the name, and the endpoint where
+    one is given.
 
-    Errors: INVALID_ARGUMENT for an empty or over-long name or control characters.
+    Errors: INVALID_ARGUMENT for an empty or over-long name, control characters, or an endpoint that is none.
     """
     GetParticipant: _aio.UnaryUnaryMultiCallable[_participant_pb2.GetParticipantRequest, _participant_pb2.GetParticipantResponse]  # type: ignore[assignment]
     """GetParticipant reads one participant."""
@@ -95,9 +97,10 @@ class ParticipantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _participant_pb2.RegisterParticipantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_participant_pb2.RegisterParticipantResponse, _abc.Awaitable[_participant_pb2.RegisterParticipantResponse]]:
-        """RegisterParticipant records the caller's key and a name for people. Registering again changes the name.
+        """RegisterParticipant records the caller's key and a name for people. Registering again changes the name, and the endpoint where
+        one is given.
 
-        Errors: INVALID_ARGUMENT for an empty or over-long name or control characters.
+        Errors: INVALID_ARGUMENT for an empty or over-long name, control characters, or an endpoint that is none.
         """
 
     @_abc_1.abstractmethod

@@ -31,7 +31,7 @@ from tiltyard.type.v1 import stake_pb2 as tiltyard_dot_type_dot_v1_dot_stake__pb
 from tiltyard.type.v1 import task_pb2 as tiltyard_dot_type_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atiltyard/type/v1/log.proto\x12\x10tiltyard.type.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1btiltyard/type/v1/draw.proto\x1a\x1ftiltyard/type/v1/envelope.proto\x1a!tiltyard/type/v1/evaluation.proto\x1a$tiltyard/type/v1/participation.proto\x1a\x1ctiltyard/type/v1/stake.proto\x1a\x1btiltyard/type/v1/task.proto\"\x82\n\n\x08LogEntry\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x07genesis\x18\x02 \x01(\x0b\x32\x19.tiltyard.type.v1.GenesisH\x00\x12I\n\x16participant_registered\x18\x03 \x01(\x0b\x32\'.tiltyard.type.v1.ParticipantRegisteredH\x00\x12\x33\n\x0bowner_bound\x18\x04 \x01(\x0b\x32\x1c.tiltyard.type.v1.OwnerBoundH\x00\x12\x43\n\x13\x65ndorsement_changed\x18\x05 \x01(\x0b\x32$.tiltyard.type.v1.EndorsementChangedH\x00\x12\x37\n\x07verdict\x18\x06 \x01(\x0b\x32$.tiltyard.type.v1.EligibilityVerdictH\x00\x12\x35\n\x0ctask_created\x18\x07 \x01(\x0b\x32\x1d.tiltyard.type.v1.TaskCreatedH\x00\x12\x35\n\x0ctask_changed\x18\x08 \x01(\x0b\x32\x1d.tiltyard.type.v1.TaskChangedH\x00\x12\x41\n\x12membership_changed\x18\t \x01(\x0b\x32#.tiltyard.type.v1.MembershipChangedH\x00\x12\x45\n\x14submission_committed\x18\n \x01(\x0b\x32%.tiltyard.type.v1.SubmissionCommittedH\x00\x12\x43\n\x13submission_revealed\x18\x0b \x01(\x0b\x32$.tiltyard.type.v1.SubmissionRevealedH\x00\x12\x41\n\x12submission_changed\x18\x0c \x01(\x0b\x32#.tiltyard.type.v1.SubmissionChangedH\x00\x12-\n\x04\x64raw\x18\r \x01(\x0b\x32\x1d.tiltyard.type.v1.DrawReceiptH\x00\x12\x41\n\x12\x61ssignment_changed\x18\x0e \x01(\x0b\x32#.tiltyard.type.v1.AssignmentChangedH\x00\x12?\n\x11\x65valuation_sealed\x18\x0f \x01(\x0b\x32\".tiltyard.type.v1.EvaluationSealedH\x00\x12?\n\x11\x65valuation_opened\x18\x10 \x01(\x0b\x32\".tiltyard.type.v1.EvaluationOpenedH\x00\x12;\n\x0fscore_concluded\x18\x11 \x01(\x0b\x32 .tiltyard.type.v1.ScoreConcludedH\x00\x12\x35\n\x0cledger_event\x18\x12 \x01(\x0b\x32\x1d.tiltyard.type.v1.LedgerEventH\x00\x12;\n\x0fholdout_changed\x18\x13 \x01(\x0b\x32 .tiltyard.type.v1.HoldoutChangedH\x00\x12;\n\x0fvalidator_fault\x18\x14 \x01(\x0b\x32 .tiltyard.type.v1.ValidatorFaultH\x00\x12\x35\n\x0coutage_ended\x18\x15 \x01(\x0b\x32\x1d.tiltyard.type.v1.OutageEndedH\x00\x42\x07\n\x05\x65ntry\"S\n\x07Genesis\x12\x0e\n\x06origin\x18\x01 \x01(\t\x12\x0f\n\x07log_key\x18\x02 \x01(\x0c\x12\x14\n\x0cselector_key\x18\x03 \x01(\x0c\x12\x11\n\toperators\x18\x04 \x03(\t\"V\n\x15ParticipantRegistered\x12\x13\n\x0bparticipant\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\";\n\nOwnerBound\x12-\n\tstatement\x18\x01 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\"C\n\x12\x45ndorsementChanged\x12-\n\tstatement\x18\x01 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\"Z\n\x0bTaskCreated\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0f\n\x07\x63reator\x18\x02 \x01(\t\x12,\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x1c.tiltyard.type.v1.TaskConfig\"\x85\x01\n\x0bTaskChanged\x12\x0c\n\x04task\x18\x01 \x01(\t\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.tiltyard.type.v1.TaskState\x12,\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x1c.tiltyard.type.v1.TaskConfig\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\xbd\x01\n\x11MembershipChanged\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x13\n\x0bparticipant\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.tiltyard.type.v1.Role\x12\x30\n\x05state\x18\x04 \x01(\x0e\x32!.tiltyard.type.v1.MembershipState\x12-\n\tstatement\x18\x05 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\"X\n\x13SubmissionCommitted\x12\x12\n\nsubmission\x18\x01 \x01(\t\x12-\n\tstatement\x18\x02 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\"k\n\x12SubmissionRevealed\x12\x12\n\nsubmission\x18\x01 \x01(\t\x12-\n\tstatement\x18\x02 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\"\xae\x01\n\x11SubmissionChanged\x12\x12\n\nsubmission\x18\x01 \x01(\t\x12\x30\n\x05state\x18\x02 \x01(\x0e\x32!.tiltyard.type.v1.SubmissionState\x12\x31\n\x06reason\x18\x03 \x01(\x0e\x32!.tiltyard.type.v1.RejectionReason\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x10\n\x08original\x18\x05 \x01(\t\"\x99\x01\n\x11\x41ssignmentChanged\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x30\n\x05state\x18\x02 \x01(\x0e\x32!.tiltyard.type.v1.AssignmentState\x12,\n\x08\x64\x65\x61\x64line\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08position\x18\x04 \x01(\x05\"U\n\x10\x45valuationSealed\x12\x12\n\nevaluation\x18\x01 \x01(\t\x12-\n\tstatement\x18\x02 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\"`\n\x10\x45valuationOpened\x12\x12\n\nevaluation\x18\x01 \x01(\t\x12*\n\x06report\x18\x02 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x0c\n\x04salt\x18\x03 \x01(\x0c\"n\n\x0eScoreConcluded\x12\x12\n\nsubmission\x18\x01 \x01(\t\x12&\n\x05score\x18\x02 \x01(\x0b\x32\x17.tiltyard.type.v1.Score\x12\x12\n\ncommitment\x18\x03 \x01(\x0c\x12\x0c\n\x04salt\x18\x04 \x01(\x0c\"X\n\x0eValidatorFault\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x32\n\x04kind\x18\x02 \x01(\x0e\x32$.tiltyard.type.v1.ValidatorFaultKind\"g\n\x0bOutageEnded\x12.\n\nlast_alive\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x04\x62\x61\x63k\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"@\n\x0eHoldoutChanged\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atiltyard/type/v1/log.proto\x12\x10tiltyard.type.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1btiltyard/type/v1/draw.proto\x1a\x1ftiltyard/type/v1/envelope.proto\x1a!tiltyard/type/v1/evaluation.proto\x1a$tiltyard/type/v1/participation.proto\x1a\x1ctiltyard/type/v1/stake.proto\x1a\x1btiltyard/type/v1/task.proto\"\x82\n\n\x08LogEntry\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x07genesis\x18\x02 \x01(\x0b\x32\x19.tiltyard.type.v1.GenesisH\x00\x12I\n\x16participant_registered\x18\x03 \x01(\x0b\x32\'.tiltyard.type.v1.ParticipantRegisteredH\x00\x12\x33\n\x0bowner_bound\x18\x04 \x01(\x0b\x32\x1c.tiltyard.type.v1.OwnerBoundH\x00\x12\x43\n\x13\x65ndorsement_changed\x18\x05 \x01(\x0b\x32$.tiltyard.type.v1.EndorsementChangedH\x00\x12\x37\n\x07verdict\x18\x06 \x01(\x0b\x32$.tiltyard.type.v1.EligibilityVerdictH\x00\x12\x35\n\x0ctask_created\x18\x07 \x01(\x0b\x32\x1d.tiltyard.type.v1.TaskCreatedH\x00\x12\x35\n\x0ctask_changed\x18\x08 \x01(\x0b\x32\x1d.tiltyard.type.v1.TaskChangedH\x00\x12\x41\n\x12membership_changed\x18\t \x01(\x0b\x32#.tiltyard.type.v1.MembershipChangedH\x00\x12\x45\n\x14submission_committed\x18\n \x01(\x0b\x32%.tiltyard.type.v1.SubmissionCommittedH\x00\x12\x43\n\x13submission_revealed\x18\x0b \x01(\x0b\x32$.tiltyard.type.v1.SubmissionRevealedH\x00\x12\x41\n\x12submission_changed\x18\x0c \x01(\x0b\x32#.tiltyard.type.v1.SubmissionChangedH\x00\x12-\n\x04\x64raw\x18\r \x01(\x0b\x32\x1d.tiltyard.type.v1.DrawReceiptH\x00\x12\x41\n\x12\x61ssignment_changed\x18\x0e \x01(\x0b\x32#.tiltyard.type.v1.AssignmentChangedH\x00\x12?\n\x11\x65valuation_sealed\x18\x0f \x01(\x0b\x32\".tiltyard.type.v1.EvaluationSealedH\x00\x12?\n\x11\x65valuation_opened\x18\x10 \x01(\x0b\x32\".tiltyard.type.v1.EvaluationOpenedH\x00\x12;\n\x0fscore_concluded\x18\x11 \x01(\x0b\x32 .tiltyard.type.v1.ScoreConcludedH\x00\x12\x35\n\x0cledger_event\x18\x12 \x01(\x0b\x32\x1d.tiltyard.type.v1.LedgerEventH\x00\x12;\n\x0fholdout_changed\x18\x13 \x01(\x0b\x32 .tiltyard.type.v1.HoldoutChangedH\x00\x12;\n\x0fvalidator_fault\x18\x14 \x01(\x0b\x32 .tiltyard.type.v1.ValidatorFaultH\x00\x12\x35\n\x0coutage_ended\x18\x15 \x01(\x0b\x32\x1d.tiltyard.type.v1.OutageEndedH\x00\x42\x07\n\x05\x65ntry\"S\n\x07Genesis\x12\x0e\n\x06origin\x18\x01 \x01(\t\x12\x0f\n\x07log_key\x18\x02 \x01(\x0c\x12\x14\n\x0cselector_key\x18\x03 \x01(\x0c\x12\x11\n\toperators\x18\x04 \x03(\t\"h\n\x15ParticipantRegistered\x12\x13\n\x0bparticipant\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\";\n\nOwnerBound\x12-\n\tstatement\x18\x01 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\"C\n\x12\x45ndorsementChanged\x12-\n\tstatement\x18\x01 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\"Z\n\x0bTaskCreated\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0f\n\x07\x63reator\x18\x02 \x01(\t\x12,\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x1c.tiltyard.type.v1.TaskConfig\"\x85\x01\n\x0bTaskChanged\x12\x0c\n\x04task\x18\x01 \x01(\t\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.tiltyard.type.v1.TaskState\x12,\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x1c.tiltyard.type.v1.TaskConfig\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\xbd\x01\n\x11MembershipChanged\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x13\n\x0bparticipant\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.tiltyard.type.v1.Role\x12\x30\n\x05state\x18\x04 \x01(\x0e\x32!.tiltyard.type.v1.MembershipState\x12-\n\tstatement\x18\x05 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\"X\n\x13SubmissionCommitted\x12\x12\n\nsubmission\x18\x01 \x01(\t\x12-\n\tstatement\x18\x02 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\"k\n\x12SubmissionRevealed\x12\x12\n\nsubmission\x18\x01 \x01(\t\x12-\n\tstatement\x18\x02 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\"\xae\x01\n\x11SubmissionChanged\x12\x12\n\nsubmission\x18\x01 \x01(\t\x12\x30\n\x05state\x18\x02 \x01(\x0e\x32!.tiltyard.type.v1.SubmissionState\x12\x31\n\x06reason\x18\x03 \x01(\x0e\x32!.tiltyard.type.v1.RejectionReason\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x10\n\x08original\x18\x05 \x01(\t\"\x99\x01\n\x11\x41ssignmentChanged\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x30\n\x05state\x18\x02 \x01(\x0e\x32!.tiltyard.type.v1.AssignmentState\x12,\n\x08\x64\x65\x61\x64line\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08position\x18\x04 \x01(\x05\"U\n\x10\x45valuationSealed\x12\x12\n\nevaluation\x18\x01 \x01(\t\x12-\n\tstatement\x18\x02 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\"`\n\x10\x45valuationOpened\x12\x12\n\nevaluation\x18\x01 \x01(\t\x12*\n\x06report\x18\x02 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x0c\n\x04salt\x18\x03 \x01(\x0c\"n\n\x0eScoreConcluded\x12\x12\n\nsubmission\x18\x01 \x01(\t\x12&\n\x05score\x18\x02 \x01(\x0b\x32\x17.tiltyard.type.v1.Score\x12\x12\n\ncommitment\x18\x03 \x01(\x0c\x12\x0c\n\x04salt\x18\x04 \x01(\x0c\"X\n\x0eValidatorFault\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x32\n\x04kind\x18\x02 \x01(\x0e\x32$.tiltyard.type.v1.ValidatorFaultKind\"g\n\x0bOutageEnded\x12.\n\nlast_alive\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x04\x62\x61\x63k\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"@\n\x0eHoldoutChanged\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,35 +43,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENESIS']._serialized_start=1560
   _globals['_GENESIS']._serialized_end=1643
   _globals['_PARTICIPANTREGISTERED']._serialized_start=1645
-  _globals['_PARTICIPANTREGISTERED']._serialized_end=1731
-  _globals['_OWNERBOUND']._serialized_start=1733
-  _globals['_OWNERBOUND']._serialized_end=1792
-  _globals['_ENDORSEMENTCHANGED']._serialized_start=1794
-  _globals['_ENDORSEMENTCHANGED']._serialized_end=1861
-  _globals['_TASKCREATED']._serialized_start=1863
-  _globals['_TASKCREATED']._serialized_end=1953
-  _globals['_TASKCHANGED']._serialized_start=1956
-  _globals['_TASKCHANGED']._serialized_end=2089
-  _globals['_MEMBERSHIPCHANGED']._serialized_start=2092
-  _globals['_MEMBERSHIPCHANGED']._serialized_end=2281
-  _globals['_SUBMISSIONCOMMITTED']._serialized_start=2283
-  _globals['_SUBMISSIONCOMMITTED']._serialized_end=2371
-  _globals['_SUBMISSIONREVEALED']._serialized_start=2373
-  _globals['_SUBMISSIONREVEALED']._serialized_end=2480
-  _globals['_SUBMISSIONCHANGED']._serialized_start=2483
-  _globals['_SUBMISSIONCHANGED']._serialized_end=2657
-  _globals['_ASSIGNMENTCHANGED']._serialized_start=2660
-  _globals['_ASSIGNMENTCHANGED']._serialized_end=2813
-  _globals['_EVALUATIONSEALED']._serialized_start=2815
-  _globals['_EVALUATIONSEALED']._serialized_end=2900
-  _globals['_EVALUATIONOPENED']._serialized_start=2902
-  _globals['_EVALUATIONOPENED']._serialized_end=2998
-  _globals['_SCORECONCLUDED']._serialized_start=3000
-  _globals['_SCORECONCLUDED']._serialized_end=3110
-  _globals['_VALIDATORFAULT']._serialized_start=3112
-  _globals['_VALIDATORFAULT']._serialized_end=3200
-  _globals['_OUTAGEENDED']._serialized_start=3202
-  _globals['_OUTAGEENDED']._serialized_end=3305
-  _globals['_HOLDOUTCHANGED']._serialized_start=3307
-  _globals['_HOLDOUTCHANGED']._serialized_end=3371
+  _globals['_PARTICIPANTREGISTERED']._serialized_end=1749
+  _globals['_OWNERBOUND']._serialized_start=1751
+  _globals['_OWNERBOUND']._serialized_end=1810
+  _globals['_ENDORSEMENTCHANGED']._serialized_start=1812
+  _globals['_ENDORSEMENTCHANGED']._serialized_end=1879
+  _globals['_TASKCREATED']._serialized_start=1881
+  _globals['_TASKCREATED']._serialized_end=1971
+  _globals['_TASKCHANGED']._serialized_start=1974
+  _globals['_TASKCHANGED']._serialized_end=2107
+  _globals['_MEMBERSHIPCHANGED']._serialized_start=2110
+  _globals['_MEMBERSHIPCHANGED']._serialized_end=2299
+  _globals['_SUBMISSIONCOMMITTED']._serialized_start=2301
+  _globals['_SUBMISSIONCOMMITTED']._serialized_end=2389
+  _globals['_SUBMISSIONREVEALED']._serialized_start=2391
+  _globals['_SUBMISSIONREVEALED']._serialized_end=2498
+  _globals['_SUBMISSIONCHANGED']._serialized_start=2501
+  _globals['_SUBMISSIONCHANGED']._serialized_end=2675
+  _globals['_ASSIGNMENTCHANGED']._serialized_start=2678
+  _globals['_ASSIGNMENTCHANGED']._serialized_end=2831
+  _globals['_EVALUATIONSEALED']._serialized_start=2833
+  _globals['_EVALUATIONSEALED']._serialized_end=2918
+  _globals['_EVALUATIONOPENED']._serialized_start=2920
+  _globals['_EVALUATIONOPENED']._serialized_end=3016
+  _globals['_SCORECONCLUDED']._serialized_start=3018
+  _globals['_SCORECONCLUDED']._serialized_end=3128
+  _globals['_VALIDATORFAULT']._serialized_start=3130
+  _globals['_VALIDATORFAULT']._serialized_end=3218
+  _globals['_OUTAGEENDED']._serialized_start=3220
+  _globals['_OUTAGEENDED']._serialized_end=3323
+  _globals['_HOLDOUTCHANGED']._serialized_start=3325
+  _globals['_HOLDOUTCHANGED']._serialized_end=3389
 # @@protoc_insertion_point(module_scope)

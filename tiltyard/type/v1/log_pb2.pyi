@@ -216,22 +216,26 @@ class ParticipantRegistered(_message.Message):
     PARTICIPANT_FIELD_NUMBER: _builtins.int
     PUBLIC_KEY_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    ENDPOINT_FIELD_NUMBER: _builtins.int
     participant: _builtins.str
     """Participant as participants/{id}."""
     public_key: _builtins.bytes
     """Raw Ed25519 public key, 32 bytes."""
     display_name: _builtins.str
     """Name for people."""
+    endpoint: _builtins.str
+    """Its own Open Inference Protocol server; empty for none."""
     def __init__(
         self,
         *,
         participant: _builtins.str = ...,
         public_key: _builtins.bytes = ...,
         display_name: _builtins.str = ...,
+        endpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "participant", b"participant", "public_key", b"public_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "endpoint", b"endpoint", "participant", b"participant", "public_key", b"public_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

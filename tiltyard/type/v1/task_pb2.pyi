@@ -425,7 +425,9 @@ class TaskConfig(_message.Message):
     ladder_step_micros: _builtins.int
     """LADDER: the step in millionths of accuracy, 1 to 1,000,000. Default: 10,000, one percent."""
     allow_node_endpoint: _builtins.bool
-    """True to let validators also ask the training node's own endpoint; such evaluations never reach quorum."""
+    """True to let a validator that cannot evaluate a model itself ask the training node's own endpoint, which shows that node the
+    features (never the labels) of the evaluation dataset. Such evaluations are marked and never reach quorum.
+    """
     base_model: _builtins.str
     """The model that training starts from, as artifacts/{sha256 hex}; empty to start from scratch.
 

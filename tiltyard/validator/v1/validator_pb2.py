@@ -26,33 +26,33 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tiltyard.type.v1 import evaluation_pb2 as tiltyard_dot_type_dot_v1_dot_evaluation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tiltyard/validator/v1/validator.proto\x12\x15tiltyard.validator.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!tiltyard/type/v1/evaluation.proto\"\xee\x02\n\rEvaluationRun\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x38\n\x05state\x18\x02 \x01(\x0e\x32).tiltyard.validator.v1.EvaluationRunState\x12\x10\n\x08position\x18\x03 \x01(\x03\x12\r\n\x05total\x18\x04 \x01(\x03\x12\x1a\n\x12samples_per_second\x18\x05 \x01(\x01\x12\r\n\x05\x65ta_s\x18\x06 \x01(\x01\x12(\n\x06\x63ounts\x18\x07 \x01(\x0b\x32\x18.tiltyard.type.v1.Counts\x12+\n\x05\x66\x61ult\x18\x08 \x01(\x0e\x32\x1c.tiltyard.type.v1.ModelFault\x12\x0e\n\x06\x64\x65tail\x18\t \x01(\t\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x12\n\x10GetStatusRequest\"\x92\x01\n\x11GetStatusResponse\x12\x13\n\x0bparticipant\x18\x01 \x01(\t\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x34\n\x06\x61\x63tive\x18\x03 \x03(\x0b\x32$.tiltyard.validator.v1.EvaluationRun\x12\r\n\x05\x65nded\x18\x04 \x01(\x03\x12\x11\n\tisolation\x18\x05 \x01(\t\"B\n\x19ListEvaluationRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"i\n\x1aListEvaluationRunsResponse\x12\x32\n\x04runs\x18\x01 \x03(\x0b\x32$.tiltyard.validator.v1.EvaluationRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"/\n\x19WatchEvaluationRunRequest\x12\x12\n\nassignment\x18\x01 \x01(\t\"O\n\x1aWatchEvaluationRunResponse\x12\x31\n\x03run\x18\x01 \x01(\x0b\x32$.tiltyard.validator.v1.EvaluationRun\"\x0e\n\x0c\x44rainRequest\"\x1f\n\rDrainResponse\x12\x0e\n\x06\x61\x63tive\x18\x01 \x01(\x05*\x88\x02\n\x12\x45valuationRunState\x12$\n EVALUATION_RUN_STATE_UNSPECIFIED\x10\x00\x12!\n\x1d\x45VALUATION_RUN_STATE_FETCHING\x10\x01\x12#\n\x1f\x45VALUATION_RUN_STATE_EVALUATING\x10\x02\x12\x1f\n\x1b\x45VALUATION_RUN_STATE_SEALED\x10\x03\x12\x1f\n\x1b\x45VALUATION_RUN_STATE_OPENED\x10\x04\x12!\n\x1d\x45VALUATION_RUN_STATE_RELEASED\x10\x05\x12\x1f\n\x1b\x45VALUATION_RUN_STATE_FAILED\x10\x06\x32\xbf\x03\n\x11ValidationService\x12^\n\tGetStatus\x12\'.tiltyard.validator.v1.GetStatusRequest\x1a(.tiltyard.validator.v1.GetStatusResponse\x12y\n\x12ListEvaluationRuns\x12\x30.tiltyard.validator.v1.ListEvaluationRunsRequest\x1a\x31.tiltyard.validator.v1.ListEvaluationRunsResponse\x12{\n\x12WatchEvaluationRun\x12\x30.tiltyard.validator.v1.WatchEvaluationRunRequest\x1a\x31.tiltyard.validator.v1.WatchEvaluationRunResponse0\x01\x12R\n\x05\x44rain\x12#.tiltyard.validator.v1.DrainRequest\x1a$.tiltyard.validator.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tiltyard/validator/v1/validator.proto\x12\x15tiltyard.validator.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!tiltyard/type/v1/evaluation.proto\"\x85\x03\n\rEvaluationRun\x12\x12\n\nassignment\x18\x01 \x01(\t\x12\x38\n\x05state\x18\x02 \x01(\x0e\x32).tiltyard.validator.v1.EvaluationRunState\x12\x10\n\x08position\x18\x03 \x01(\x03\x12\r\n\x05total\x18\x04 \x01(\x03\x12\x1a\n\x12samples_per_second\x18\x05 \x01(\x01\x12\r\n\x05\x65ta_s\x18\x06 \x01(\x01\x12(\n\x06\x63ounts\x18\x07 \x01(\x0b\x32\x18.tiltyard.type.v1.Counts\x12+\n\x05\x66\x61ult\x18\x08 \x01(\x0e\x32\x1c.tiltyard.type.v1.ModelFault\x12\x0e\n\x06\x64\x65tail\x18\t \x01(\t\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rnode_endpoint\x18\x0c \x01(\x08\"\x12\n\x10GetStatusRequest\"\x92\x01\n\x11GetStatusResponse\x12\x13\n\x0bparticipant\x18\x01 \x01(\t\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x34\n\x06\x61\x63tive\x18\x03 \x03(\x0b\x32$.tiltyard.validator.v1.EvaluationRun\x12\r\n\x05\x65nded\x18\x04 \x01(\x03\x12\x11\n\tisolation\x18\x05 \x01(\t\"B\n\x19ListEvaluationRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"i\n\x1aListEvaluationRunsResponse\x12\x32\n\x04runs\x18\x01 \x03(\x0b\x32$.tiltyard.validator.v1.EvaluationRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"/\n\x19WatchEvaluationRunRequest\x12\x12\n\nassignment\x18\x01 \x01(\t\"O\n\x1aWatchEvaluationRunResponse\x12\x31\n\x03run\x18\x01 \x01(\x0b\x32$.tiltyard.validator.v1.EvaluationRun\"\x0e\n\x0c\x44rainRequest\"\x1f\n\rDrainResponse\x12\x0e\n\x06\x61\x63tive\x18\x01 \x01(\x05*\x88\x02\n\x12\x45valuationRunState\x12$\n EVALUATION_RUN_STATE_UNSPECIFIED\x10\x00\x12!\n\x1d\x45VALUATION_RUN_STATE_FETCHING\x10\x01\x12#\n\x1f\x45VALUATION_RUN_STATE_EVALUATING\x10\x02\x12\x1f\n\x1b\x45VALUATION_RUN_STATE_SEALED\x10\x03\x12\x1f\n\x1b\x45VALUATION_RUN_STATE_OPENED\x10\x04\x12!\n\x1d\x45VALUATION_RUN_STATE_RELEASED\x10\x05\x12\x1f\n\x1b\x45VALUATION_RUN_STATE_FAILED\x10\x06\x32\xbf\x03\n\x11ValidationService\x12^\n\tGetStatus\x12\'.tiltyard.validator.v1.GetStatusRequest\x1a(.tiltyard.validator.v1.GetStatusResponse\x12y\n\x12ListEvaluationRuns\x12\x30.tiltyard.validator.v1.ListEvaluationRunsRequest\x1a\x31.tiltyard.validator.v1.ListEvaluationRunsResponse\x12{\n\x12WatchEvaluationRun\x12\x30.tiltyard.validator.v1.WatchEvaluationRunRequest\x1a\x31.tiltyard.validator.v1.WatchEvaluationRunResponse0\x01\x12R\n\x05\x44rain\x12#.tiltyard.validator.v1.DrainRequest\x1a$.tiltyard.validator.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tiltyard.validator.v1.validator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EVALUATIONRUNSTATE']._serialized_start=1025
-  _globals['_EVALUATIONRUNSTATE']._serialized_end=1289
+  _globals['_EVALUATIONRUNSTATE']._serialized_start=1048
+  _globals['_EVALUATIONRUNSTATE']._serialized_end=1312
   _globals['_EVALUATIONRUN']._serialized_start=133
-  _globals['_EVALUATIONRUN']._serialized_end=499
-  _globals['_GETSTATUSREQUEST']._serialized_start=501
-  _globals['_GETSTATUSREQUEST']._serialized_end=519
-  _globals['_GETSTATUSRESPONSE']._serialized_start=522
-  _globals['_GETSTATUSRESPONSE']._serialized_end=668
-  _globals['_LISTEVALUATIONRUNSREQUEST']._serialized_start=670
-  _globals['_LISTEVALUATIONRUNSREQUEST']._serialized_end=736
-  _globals['_LISTEVALUATIONRUNSRESPONSE']._serialized_start=738
-  _globals['_LISTEVALUATIONRUNSRESPONSE']._serialized_end=843
-  _globals['_WATCHEVALUATIONRUNREQUEST']._serialized_start=845
-  _globals['_WATCHEVALUATIONRUNREQUEST']._serialized_end=892
-  _globals['_WATCHEVALUATIONRUNRESPONSE']._serialized_start=894
-  _globals['_WATCHEVALUATIONRUNRESPONSE']._serialized_end=973
-  _globals['_DRAINREQUEST']._serialized_start=975
-  _globals['_DRAINREQUEST']._serialized_end=989
-  _globals['_DRAINRESPONSE']._serialized_start=991
-  _globals['_DRAINRESPONSE']._serialized_end=1022
-  _globals['_VALIDATIONSERVICE']._serialized_start=1292
-  _globals['_VALIDATIONSERVICE']._serialized_end=1739
+  _globals['_EVALUATIONRUN']._serialized_end=522
+  _globals['_GETSTATUSREQUEST']._serialized_start=524
+  _globals['_GETSTATUSREQUEST']._serialized_end=542
+  _globals['_GETSTATUSRESPONSE']._serialized_start=545
+  _globals['_GETSTATUSRESPONSE']._serialized_end=691
+  _globals['_LISTEVALUATIONRUNSREQUEST']._serialized_start=693
+  _globals['_LISTEVALUATIONRUNSREQUEST']._serialized_end=759
+  _globals['_LISTEVALUATIONRUNSRESPONSE']._serialized_start=761
+  _globals['_LISTEVALUATIONRUNSRESPONSE']._serialized_end=866
+  _globals['_WATCHEVALUATIONRUNREQUEST']._serialized_start=868
+  _globals['_WATCHEVALUATIONRUNREQUEST']._serialized_end=915
+  _globals['_WATCHEVALUATIONRUNRESPONSE']._serialized_start=917
+  _globals['_WATCHEVALUATIONRUNRESPONSE']._serialized_end=996
+  _globals['_DRAINREQUEST']._serialized_start=998
+  _globals['_DRAINREQUEST']._serialized_end=1012
+  _globals['_DRAINRESPONSE']._serialized_start=1014
+  _globals['_DRAINRESPONSE']._serialized_end=1045
+  _globals['_VALIDATIONSERVICE']._serialized_start=1315
+  _globals['_VALIDATIONSERVICE']._serialized_end=1762
 # @@protoc_insertion_point(module_scope)

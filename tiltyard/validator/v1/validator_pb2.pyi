@@ -78,6 +78,7 @@ class EvaluationRun(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
+    NODE_ENDPOINT_FIELD_NUMBER: _builtins.int
     assignment: _builtins.str
     """Assignment as tasks/{task}/submissions/{n}/assignments/{round}-{participant id}."""
     state: Global___EvaluationRunState.ValueType
@@ -94,6 +95,8 @@ class EvaluationRun(_message.Message):
     """Set when the model is at fault."""
     detail: _builtins.str
     """More on a fault or a failure, in one sentence."""
+    node_endpoint: _builtins.bool
+    """True when the training node's own endpoint answered, since the model could not be evaluated here."""
     @_builtins.property
     def counts(self) -> _evaluation_pb2.Counts:
         """Set when the model answered every row."""
@@ -120,10 +123,11 @@ class EvaluationRun(_message.Message):
         detail: _builtins.str = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
+        node_endpoint: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "counts", b"counts", "detail", b"detail", "end_time", b"end_time", "eta_s", b"eta_s", "fault", b"fault", "position", b"position", "samples_per_second", b"samples_per_second", "start_time", b"start_time", "state", b"state", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "counts", b"counts", "detail", b"detail", "end_time", b"end_time", "eta_s", b"eta_s", "fault", b"fault", "node_endpoint", b"node_endpoint", "position", b"position", "samples_per_second", b"samples_per_second", "start_time", b"start_time", "state", b"state", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
