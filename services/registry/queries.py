@@ -401,6 +401,16 @@ class SessionReading:
         query = query.order_by(col(ArtifactUseRow.task), col(ArtifactUseRow.purpose), col(ArtifactUseRow.number))
         return [rows.ARTIFACT_USES.record(row) for row in self._session.exec(query)]
 
+    def artifacts_of(self, owner: str) -> Sequence[tuple[ArtifactUse, int]]:
+        query = select(ArtifactUseRow, ArtifactRow.size_bytes).where(ArtifactUseRow.owner == owner)
+        query = query.join(ArtifactRow, col(ArtifactRow.sha256) == col(ArtifactUseRow.sha256))
+        return [(rows.ARTIFACT_USES.record(row), size) for row, size in self._session.exec(query)]
+
+    def artifacts_with(self, prefix: str) -> Sequence[str]:
+        # Digests are hex: `g` is after each of them.
+        query = select(ArtifactRow.sha256).where(ArtifactRow.sha256 >= prefix, ArtifactRow.sha256 < f"{prefix}g")
+        return self._session.exec(query).all()
+
     # The record log.
 
     def ledger_position(self) -> int:

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import bindparam, insert, update
-from sqlmodel import Session, SQLModel, col
+from sqlmodel import Session, SQLModel, col, select
 
 from services.registry import rows
 from services.registry.changes import ChangeBoard
@@ -218,6 +218,13 @@ class SessionWriting(SessionReading):
     def put_artifact_use(self, use: ArtifactUse) -> None:
         key = (use.sha256, use.task, use.purpose.name, use.number, use.owner)
         self._put(rows.ARTIFACT_USES, ArtifactUseRow, key, use)
+
+    def delete_artifact(self, sha256: str) -> None:
+        for use in self._session.exec(select(ArtifactUseRow).where(ArtifactUseRow.sha256 == sha256)):
+            self._session.delete(use)
+        row = self._session.get(ArtifactRow, sha256)
+        if row is not None:
+            self._session.delete(row)
 
     def set_ledger_position(self, sequence: int) -> None:
         self._counters().ledger_position = sequence

@@ -62,6 +62,8 @@ QUESTIONS: dict[str, Callable[[SessionReading], Any]] = {
     "the track record": lambda tx: tx.track_record("a", outside_owner_group_of="a"),
     "tasks in a state": lambda tx: tx.tasks_in(TaskState.CLOSED),
     "artifact uses": lambda tx: tx.artifact_uses("00"),
+    "artifacts of an owner": lambda tx: tx.artifacts_of("a"),
+    "artifacts by their first digits": lambda tx: tx.artifacts_with("ab"),
     "the next deadline": lambda tx: tx.next_deadline(),
     "the nodes of a proof": lambda tx: prove(tx),
     "endorsements": lambda tx: tx.endorsements("a"),
