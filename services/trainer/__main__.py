@@ -1,7 +1,7 @@
 """`python -m services.trainer`: a training node in a process of its own."""
 
 from services.runtime.server import run, serve
-from services.runtime.telemetry import configure_logging
+from services.runtime.telemetry import configure_telemetry
 from services.trainer.bootstrap import build
 from services.trainer.servicers.inference import MAX_MESSAGE_BYTES
 from services.trainer.settings import TrainerSettings
@@ -10,7 +10,7 @@ from services.trainer.settings import TrainerSettings
 async def main() -> None:
     """Serves until SIGTERM or SIGINT."""
     settings = TrainerSettings.load()
-    configure_logging(settings.service, settings.log_level, settings.log_format)
+    configure_telemetry(settings.service, settings.log_level, settings.log_format)
     trainer = await build(settings)
     await serve(
         settings,

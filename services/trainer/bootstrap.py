@@ -10,6 +10,7 @@ from services.runtime.auth import AccessPolicy, Authenticator, Role, utc_now
 from services.runtime.database import Database
 from services.runtime.paging import PageTokens, load_secret
 from services.runtime.server import Background, Mount
+from services.trainer.bases import BaseModels
 from services.trainer.devices import find_devices
 from services.trainer.live import LiveTrainings
 from services.trainer.localdata import DataFolder
@@ -49,6 +50,7 @@ async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = ut
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     folder = settings.state_dir / "trainings"
     folder.mkdir(mode=0o700, exist_ok=True)
+    bases = settings.state_dir / "bases"
     key = Key.load_or_create(settings.key_file)
     migrations = "services.trainer.migrations"
     database = await asyncio.to_thread(Database.open, settings.database_url, migrations=migrations, clock=clock)
@@ -59,8 +61,9 @@ async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = ut
     runs = Runs(
         store=store,
         live=live,
-        children=ChildProcesses(folder=folder, data=data, threads=settings.threads),
+        children=ChildProcesses(folder=folder, bases=bases, data=data, threads=settings.threads),
         submitter=registry,
+        bases=BaseModels(bases, registry),
         devices=lambda: find_devices(settings.device),
         runs_per_device=settings.max_runs,
         on_model=models.add,

@@ -75,6 +75,7 @@ class TrainingConfig:
     tf32: bool = False
     executor: Executor = Executor.LOCAL
     workers: int = 1
+    from_scratch: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name; `from_json` gives back an equal configuration."""

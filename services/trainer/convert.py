@@ -7,7 +7,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.runtime.errors import InvalidArgument
 from services.runtime.fields import FieldChecks
-from services.runtime.names import format_task, format_training, parse_task
+from services.runtime.names import format_artifact, format_task, format_training, parse_task
 from services.trainer.config import Executor, LossKind, OptimizerKind, Precision, ScheduleKind, TrainingConfig
 from services.trainer.progress import Progress
 from services.trainer.schedule import DEFAULT_EPOCHS
@@ -176,6 +176,7 @@ def _config(checks: FieldChecks, message: pb.TrainingConfig) -> TrainingConfig:
         tf32=message.tf32,
         executor=_EXECUTORS.get(message.executor, Executor.LOCAL),
         workers=whole("workers", 1024, 1),
+        from_scratch=message.from_scratch,
     )
     if config.patience:
         checks.require("config.patience", config.holdout_share > 0, "needs a holdout_share above 0")
@@ -198,6 +199,7 @@ def training_to_proto(training: Training) -> pb.Training:
         device=training.device,
         create_time=_timestamp(training.created_at),
         submit=training.submit,
+        base_model=format_artifact(training.base_model) if training.base_model else "",
         warnings=training.warnings,
     )
     if training.data is not None:

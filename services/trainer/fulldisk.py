@@ -4,7 +4,18 @@ import errno
 from collections.abc import Callable
 
 RETRY_S = 2.0
+RESUMED = "the disk has room again: the run goes on"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or the share of it that this user has, is full."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+def paused(error: OSError) -> str:
+    """What is said of a run that waits for room."""
+    return f"paused: the disk is full ({error.strerror}); the run goes on when there is room"
 
 
 def write_when_there_is_room(
@@ -14,19 +25,19 @@ def write_when_there_is_room(
 
     Says once that the run is paused and once that it goes on. Raises OSError for any other trouble.
     """
-    paused = False
+    waiting = False
     while True:
         try:
             write()
         except OSError as error:
-            if error.errno not in _FULL:
+            if not is_full(error):
                 raise
-            if not paused:
-                warn(f"paused: the disk is full ({error.strerror}); the run goes on when there is room")
-            paused = True
+            if not waiting:
+                warn(paused(error))
+            waiting = True
             if wait(RETRY_S):
                 return False
         else:
-            if paused:
-                warn("the disk has room again: the run goes on")
+            if waiting:
+                warn(RESUMED)
             return True

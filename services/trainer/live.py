@@ -43,8 +43,10 @@ class LiveTrainings:
         self._wake(training)
 
     def amend(self, training: str, change: Callable[[Training], Training]) -> None:
-        """Replaces a training that is here by what `change` makes of it."""
-        entry = self._entries[training]
+        """Replaces a training by what `change` makes of it; one that has ended and left stays as it is."""
+        entry = self._entries.get(training)
+        if entry is None:
+            return
         entry.training = change(entry.training)
         self._wake(training)
 

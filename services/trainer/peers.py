@@ -5,7 +5,7 @@ from pathlib import Path
 import grpc
 
 from services.runtime.errors import FailedPrecondition, Unavailable
-from services.runtime.names import format_member, format_task
+from services.runtime.names import format_artifact, format_member, format_task, parse_artifact
 from services.runtime.rpc_errors import from_rpc_error
 from services.trainer import runfolder
 from services.trainer.convert import loss_from_proto
@@ -14,6 +14,7 @@ from services.trainer.trainings import TaskFacts
 from tiltyard.client import Client, pages
 from tiltyard.registry.v1 import membership_pb2, task_pb2
 from tiltyard.submitting import JournalMismatch, submit_model
+from tiltyard.transfers import DigestMismatch, download
 from tiltyard.type.v1 import participation_pb2
 from tiltyard.type.v1 import task_pb2 as task_types_pb2
 from tiltyard.wire import model_spec_from_proto
@@ -22,7 +23,7 @@ _MEMBER_STATES = (participation_pb2.MEMBERSHIP_STATE_ACTIVE, participation_pb2.M
 
 
 class RegistryPeer:
-    """services.trainer.trainings.TaskReader and services.trainer.runs.Submitter over the registry's stubs."""
+    """services.trainer's TaskReader, Submitter and ArtifactReader over the registry's stubs."""
 
     def __init__(self, client: Client, *, runs: Path) -> None:
         self._client = client
@@ -39,6 +40,7 @@ class RegistryPeer:
             models=tuple(model_spec_from_proto(model) for model in config.models),
             loss=loss_from_proto(config.loss, "task"),
             open=answer.task.state == task_types_pb2.TASK_STATE_OPEN,
+            base_model=parse_artifact(config.base_model, "base_model") if config.base_model else "",
         )
 
     async def check_membership(self, task: str) -> None:
@@ -73,8 +75,19 @@ class RegistryPeer:
             )
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
-        except (JournalMismatch, OSError) as error:
+        except FileNotFoundError as error:
+            raise FailedPrecondition("MODEL_NOT_SUBMITTED", f"the model is gone: {error}") from error
+        except JournalMismatch as error:
             raise FailedPrecondition("MODEL_NOT_SUBMITTED", str(error)) from error
+
+    async def download(self, sha256: str, destination: Path) -> None:
+        """Puts an artifact there, whole or not at all. Raises OSError, Unavailable, and what the registry refuses."""
+        try:
+            await download(self._client.artifacts, format_artifact(sha256), destination)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        except DigestMismatch as error:
+            raise Unavailable("BASE_MODEL_DAMAGED", str(error)) from error
 
 
 class NoRegistry:
@@ -91,3 +104,7 @@ class NoRegistry:
     async def submit(self, training: Training) -> str:
         """Raises Unavailable: the training was started when the node knew a registry."""
         raise Unavailable("NO_REGISTRY", "this node knows no registry: set TILTYARD_REGISTRY", task=training.task)
+
+    async def download(self, sha256: str, destination: Path) -> None:
+        """Raises Unavailable: the training was started when the node knew a registry."""
+        raise Unavailable("NO_REGISTRY", "this node knows no registry: set TILTYARD_REGISTRY")

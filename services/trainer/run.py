@@ -18,11 +18,16 @@ from services.trainer.rows import Rows
 from services.trainer.runfolder import STOPPED_STATUS, Say
 from services.trainer.workers import Workers
 from tiltyard.datasets import Dataset
-from tiltyard.models import load_model, save_weights
+from tiltyard.models import Network, load_model, load_weights, save_weights
+from tiltyard.modelspec import ModelFault
 
 
 class SelfCheckFailed(Exception):
     """The model's file does not do what the trained module did."""
+
+
+class BaseModelUnusable(Exception):
+    """The base model's file is not the one that it should be."""
 
 
 def train(
@@ -70,13 +75,16 @@ def train(
         if speaks:
             say({"event": "progress", "point": point.to_json()})
 
+    found = None
     try:
         found = load_checkpoint(runfolder.checkpoint(folder))
-        if found is not None:
-            descent.restore(found)
     except CheckpointUnreadable as error:
         warn(f"begins anew: {error}")
     try:
+        if found is not None:
+            descent.restore(found)
+        elif order.base_model is not None:
+            _begin_with(descent.module, order.base_model)
         if not descent.run(report=report, checkpoint=keep):
             return STOPPED_STATUS
         if not speaks:
@@ -87,7 +95,7 @@ def train(
         result = {"event": "trained", "model_digest": digests[-1]}
         if not write(lambda: runfolder.write_result(folder, result)):
             return STOPPED_STATUS
-    except (Diverged, SelfCheckFailed) as error:
+    except (Diverged, SelfCheckFailed, BaseModelUnusable) as error:
         say({"event": "broken", "error": str(error)})
         return 1
     except (RuntimeError, OSError) as error:
@@ -96,6 +104,16 @@ def train(
         return 1
     say(result)
     return 0
+
+
+def _begin_with(module: Network, base_model: Path) -> None:
+    """Puts the base model's weights into a module. Raises BaseModelUnusable, and the module is as before."""
+    try:
+        if _digest(base_model) != base_model.stem:
+            raise BaseModelUnusable(f"the base model's file is no longer artifacts/{base_model.stem}")
+        load_weights(module, base_model)
+    except (ModelFault, OSError) as error:
+        raise BaseModelUnusable(f"the base model cannot be loaded: {error}") from error
 
 
 def _export(folder: Path, descent: Descent) -> str:
@@ -107,5 +125,9 @@ def _export(folder: Path, descent: Descent) -> str:
     if before != after:
         raise SelfCheckFailed(f"the model's file answers otherwise than the trained model: {after}, not {before}")
     draft.replace(folder / runfolder.MODEL_FILE)
-    with (folder / runfolder.MODEL_FILE).open("rb") as file:
+    return _digest(folder / runfolder.MODEL_FILE)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -31,7 +31,10 @@ _LOCK_FILE = "lock"
 
 @dataclass(frozen=True)
 class Order:
-    """Everything that a child needs to know. `threads` is fixed for a run: sums depend on it to the last bit."""
+    """Everything that a child needs to know. `threads` is fixed for a run: sums depend on it to the last bit.
+
+    `base_model` holds the weights to begin with and is named by its SHA-256; None begins with fresh ones.
+    """
 
     dataset: Path
     dataset_mark: str
@@ -40,11 +43,13 @@ class Order:
     config: TrainingConfig
     device: str
     threads: int
+    base_model: Path | None = None
 
 
 def prepare(folder: Path, order: Order) -> None:
     """Makes the folder and writes the order into it; model servers find the spec beside the model."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / _LOCK_FILE).touch()  # a child on a full disk could not make it
     write_json(folder / SPEC_FILE, modelspec.to_json(order.spec))
     write_json(
         folder / _ORDER_FILE,
@@ -56,6 +61,7 @@ def prepare(folder: Path, order: Order) -> None:
             "config": order.config.to_json(),
             "device": order.device,
             "threads": order.threads,
+            "base_model": str(order.base_model) if order.base_model else None,
         },
     )
 
@@ -71,6 +77,7 @@ def read_order(folder: Path) -> Order:
         config=TrainingConfig.from_json(raw["config"]),
         device=raw["device"],
         threads=raw["threads"],
+        base_model=Path(raw["base_model"]) if raw.get("base_model") else None,
     )
 
 

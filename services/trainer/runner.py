@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from services.trainer import runfolder
+from services.trainer.bases import base_model_path
 from services.trainer.datareport import DataReport
+from services.trainer.ends import Broken, Died, End, Note, Trained, Warned
 from services.trainer.localdata import DataFolder
 from services.trainer.progress import Progress
-from services.trainer.runs import Broken, Died, End, Note, Trained, Warned
 from services.trainer.training import Training
 
 # From SIGTERM to SIGKILL: long enough for a step and a small checkpoint, short enough to cancel within a second.
@@ -27,8 +28,9 @@ _LOG_TAIL_BYTES = 4096
 class ChildProcesses:
     """Runs each training by `python -m services.trainer.child`, in a process group and a folder of its own."""
 
-    def __init__(self, *, folder: Path, data: DataFolder, threads: int) -> None:
+    def __init__(self, *, folder: Path, bases: Path, data: DataFolder, threads: int) -> None:
         self._folder = folder
+        self._bases = bases
         self._data = data
         self._threads = threads
 
@@ -45,6 +47,7 @@ class ChildProcesses:
             config=training.config,
             device=device,
             threads=self._threads,
+            base_model=base_model_path(self._bases, training.base_model) if training.base_model else None,
         )
         await asyncio.to_thread(runfolder.prepare, folder, order)
         process = await self._start(folder)
@@ -120,7 +123,8 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         _signal(process, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), STOP_GRACE_S)
+            async with asyncio.timeout(STOP_GRACE_S):
+                await process.wait()
     # Whatever the process may have started has the same group.
     _signal(process, signal.SIGKILL)
     await process.wait()

@@ -2,63 +2,29 @@
 
 import asyncio
 import itertools
-import math
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import replace
 from datetime import datetime
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import structlog
 
-from services.runtime.errors import Aborted, ArenaError, ResourceExhausted, Unavailable
+from services.runtime.errors import ArenaError, Unavailable
 from services.trainer.datareport import DataReport
+from services.trainer.ends import Broken, Died, End, Note, Trained, Warned
 from services.trainer.live import LiveTrainings
+from services.trainer.patience import FIRST_PAUSE_S, LONGEST_PAUSE_S, persist
 from services.trainer.progress import Progress
 from services.trainer.training import Training, TrainingState, TrainingStore
 
 # A process that dies again and again at one place (the kernel's memory killer, a broken device) is given up.
 MAX_DEATHS = 4
 HISTORY_INTERVAL_S = 2.0
-_FIRST_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 30.0
-# A quota may be raised meanwhile, so it is asked again.
-_LONGEST_WAIT_S = 600.0
+
+T = TypeVar("T")
 
 _log = structlog.get_logger("tiltyard.trainer")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The model is in the run's folder and has passed its self-check; `model_digest` is SHA-256 of its file."""
-
-    model_digest: bytes
-
-
-@dataclass(frozen=True)
-class Broken:
-    """The training cannot go on, for a reason that another attempt would meet again."""
-
-    error: str
-
-
-@dataclass(frozen=True)
-class Died:
-    """The process ended without a word, as when it is killed; it may go on from its last checkpoint."""
-
-    detail: str
-
-
-End = Trained | Broken | Died
-
-
-@dataclass(frozen=True)
-class Warned:
-    """The training goes on in spite of something."""
-
-    text: str
-
-
-Note = Warned | DataReport
 
 
 class Children(Protocol):
@@ -67,7 +33,10 @@ class Children(Protocol):
     async def train(
         self, training: Training, *, device: str, report: Callable[[Progress], None], note: Callable[[Note], None]
     ) -> End:
-        """Starts or resumes the training's process and waits for its end. When cancelled, the process is gone."""
+        """Starts or resumes the training's process and waits for its end. When cancelled, the process is gone.
+
+        Raises OSError where it cannot be started, as on a full disk.
+        """
         ...
 
     async def clear(self, training: Training) -> None:
@@ -83,6 +52,18 @@ class Submitter(Protocol):
         ...
 
 
+class Bases(Protocol):
+    """The base models; services.trainer.bases.BaseModels is the real one."""
+
+    async def fetch(self, training: Training) -> None:
+        """Has the training's base model on this node. Raises Unavailable, OSError, ArenaError for one of no use."""
+        ...
+
+    async def keep(self, digests: Collection[str]) -> None:
+        """Removes every other one."""
+        ...
+
+
 class Runs:
     """Sees every training through. `devices` names the devices, each of which takes `runs_per_device` at once."""
 
@@ -93,6 +74,7 @@ class Runs:
         live: LiveTrainings,
         children: Children,
         submitter: Submitter,
+        bases: Bases,
         devices: Callable[[], Awaitable[Sequence[str]]],
         runs_per_device: int,
         on_model: Callable[[Training], Awaitable[None]],
@@ -102,6 +84,7 @@ class Runs:
         self._live = live
         self._children = children
         self._submitter = submitter
+        self._bases = bases
         self._devices = devices
         self._runs_per_device = runs_per_device
         self._on_model = on_model
@@ -109,6 +92,7 @@ class Runs:
         self._wake = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._interrupted: set[str] = set()
+        self._fetched: set[str] = set()
 
     def wake(self) -> None:
         """Something was queued."""
@@ -131,10 +115,15 @@ class Runs:
                 for training in self._live.all():
                     if training.id in self._tasks:
                         continue
-                    if training.state is TrainingState.SUBMITTING:
-                        self._begin(training, None, free)
-                    elif training.state is TrainingState.QUEUED and free:
-                        self._begin(training, free.pop(0), free)
+                    if training.cancel_requested:
+                        # Asked to stop in the moment between two of its steps.
+                        self._begin(training, self._cancelled)
+                    elif training.state is TrainingState.SUBMITTING:
+                        self._begin(training, self._submit)
+                    elif training.base_model and training.id not in self._fetched:
+                        self._begin(training, self._fetch)
+                    elif free:
+                        self._begin_on(free, training)
                 await self._wake.wait()
         finally:
             tasks = list(self._tasks.values())
@@ -145,36 +134,34 @@ class Runs:
     async def _recover(self) -> None:
         for found in await self._store.unended():
             training = await self._store.change(found.id, Training.queued)
-            if training.cancel_requested:
-                await self._end(training.id, lambda each: each.cancelled(now=self._clock()))
-            else:
-                self._live.publish(training, await self._store.history(training.id))
+            self._live.publish(training, await self._store.history(training.id))
+        await self._forget_bases()
 
-    def _begin(self, training: Training, device: str | None, free: list[str]) -> None:
-        task = asyncio.create_task(self._see_through(training, device), name=f"training {training.id}")
+    def _begin_on(self, free: list[str], training: Training) -> None:
+        """Takes a free device, and gives it back."""
+        device = free.pop(0)
+        self._begin(training, partial(self._train, device=device)).add_done_callback(lambda _: free.append(device))
+
+    def _begin(self, training: Training, work: Callable[[Training], Awaitable[None]]) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._see_through(training, work), name=f"training {training.id}")
         self._tasks[training.id] = task
 
         def ended(_: asyncio.Task[None]) -> None:
             self._tasks.pop(training.id, None)
             self._interrupted.discard(training.id)
-            if device is not None:
-                free.append(device)
             self._wake.set()
 
         task.add_done_callback(ended)
+        return task
 
-    async def _see_through(self, training: Training, device: str | None) -> None:
+    async def _see_through(self, training: Training, work: Callable[[Training], Awaitable[None]]) -> None:
         try:
-            if device is None:
-                await self._submit(training)
-            else:
-                await self._train(training, device)
+            await work(training)
         except asyncio.CancelledError:
             if training.id not in self._interrupted:
                 await self._keep_history(training.id)
                 raise
-            point = self._newest(training.id)
-            await self._end(training.id, lambda each: each.cancelled(now=self._clock(), progress=point))
+            await self._cancelled(training)
         except ArenaError as error:
             await self._fail(training.id, error.message)  # its dataset is gone, say
         except Exception as error:
@@ -182,8 +169,21 @@ class Runs:
             _log.error("a training failed unexpectedly", training=training.id, exc_info=error)
             await self._fail(training.id, f"internal error: {type(error).__name__}; see the service's log")
 
-    async def _train(self, training: Training, device: str) -> None:
-        training = await self._store.change(training.id, lambda each: each.running(device=device, now=self._clock()))
+    async def _cancelled(self, training: Training) -> None:
+        point = self._newest(training.id)
+        await self._end(training.id, lambda each: each.cancelled(now=self._clock(), progress=point))
+
+    async def _fetch(self, training: Training) -> None:
+        """Gets what it begins with while others have the devices."""
+        try:
+            await self._persist(training.id, lambda: self._bases.fetch(training))
+        except ArenaError as error:
+            await self._fail(training.id, f"{error.message} ({error.reason})")
+            return
+        self._fetched.add(training.id)
+
+    async def _train(self, training: Training, *, device: str) -> None:
+        training = await self._change(training.id, lambda each: each.running(device=device, now=self._clock()))
         self._live.publish(training)
         if training.ended:
             await self._children.clear(training)
@@ -208,49 +208,36 @@ class Runs:
                 await self._fail(training.id, f"the training process died {MAX_DEATHS} times, at last: {detail}")
 
     async def _until_end(self, training: Training, device: str) -> End:
-        deaths, furthest, pause_s = 0, -1, _FIRST_PAUSE_S
+        attempt = partial(
+            self._children.train,
+            training,
+            device=device,
+            report=partial(self._live.report, training.id),
+            note=partial(self._note, training.id),
+        )
+        deaths, furthest, pause_s = 0, -1, FIRST_PAUSE_S
         while True:
-            end = await self._children.train(
-                training,
-                device=device,
-                report=lambda point: self._live.report(training.id, point),
-                note=lambda note: self._note(training.id, note),
-            )
+            end = await self._persist(training.id, attempt)
             if not isinstance(end, Died):
                 return end
             point = self._newest(training.id)
             step = point.step if point else 0
             if step > furthest:
-                deaths, furthest, pause_s = 0, step, _FIRST_PAUSE_S
+                deaths, furthest, pause_s = 0, step, FIRST_PAUSE_S
             deaths += 1
             _log.warning("a training process died", training=training.id, detail=end.detail, step=step, deaths=deaths)
             if deaths == MAX_DEATHS:
                 return end
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _submit(self, training: Training) -> None:
-        pause_s = _FIRST_PAUSE_S
-        while True:
-            try:
-                submission = await self._submitter.submit(training)
-                break
-            except ResourceExhausted as error:
-                if error.retry_after_s is None:
-                    await self._fail(training.id, f"the registry refused the model: {error.message} ({error.reason})")
-                    return
-                # A limit of submissions a day, say: the model is none the worse for waiting.
-                self._note(training.id, Warned(f"waits {math.ceil(error.retry_after_s)} s to submit: {error.message}"))
-                await self._keep_history(training.id)
-                await asyncio.sleep(min(error.retry_after_s, _LONGEST_WAIT_S))
-                continue
-            except (Unavailable, Aborted) as error:
-                _log.warning("the registry cannot be reached", training=training.id, error=error.message)
-            except ArenaError as error:
-                await self._fail(training.id, f"the registry refused the model: {error.message} ({error.reason})")
-                return
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        try:
+            # A limit of submissions a day, say: the model is none the worse for waiting.
+            submission = await self._persist(training.id, lambda: self._submitter.submit(training))
+        except ArenaError as error:
+            await self._fail(training.id, f"the registry refused the model: {error.message} ({error.reason})")
+            return
         await self._end(training.id, lambda each: each.submitted(submission=submission, now=self._clock()))
 
     async def _fail(self, training: str, error: str) -> None:
@@ -259,10 +246,27 @@ class Runs:
 
     async def _end(self, training: str, change: Callable[[Training], Training]) -> None:
         await self._keep_history(training)
-        ended = await self._store.change(training, change)
+        ended = await self._change(training, change)
         if ended.ended:
             await self._children.clear(ended)
         self._live.publish(ended)
+        if ended.ended and ended.base_model:
+            self._fetched.discard(training)
+            await self._forget_bases()
+
+    async def _change(self, training: str, change: Callable[[Training], Training]) -> Training:
+        """Writes a change down, once the database takes it."""
+        return await self._persist(training, lambda: self._store.change(training, change))
+
+    async def _persist(self, training: str, work: Callable[[], Awaitable[T]]) -> T:
+        async def say(text: str) -> None:
+            self._note(training, Warned(text))
+            await self._keep_history(training)
+
+        return await persist(work, say=say)
+
+    async def _forget_bases(self) -> None:
+        await self._bases.keep({each.base_model for each in self._live.all() if each.base_model})
 
     def _note(self, training: str, note: Note) -> None:
         match note:
@@ -282,10 +286,13 @@ class Runs:
             await self._keep_history(training)
 
     async def _keep_history(self, training: str) -> None:
-        points = self._live.history(training)
-        if points:
-            await self._store.keep_history(training, points)
-        current = self._live.get(training)
-        if current is not None and (current.warnings or current.data):
-            noted = current
-            await self._store.change(training, lambda each: replace(each, warnings=noted.warnings, data=noted.data))
+        """Writes down how far it is; what cannot be written now is written with the next point."""
+        points, current = self._live.history(training), self._live.get(training)
+        try:
+            if points:
+                await self._store.keep_history(training, points)
+            if current is not None and (current.warnings or current.data):
+                noted = current
+                await self._store.change(training, lambda each: replace(each, warnings=noted.warnings, data=noted.data))
+        except Unavailable as error:
+            _log.warning("a training's history was not kept", training=training, error=error.message)

@@ -44,6 +44,7 @@ class TrainingRow(SQLModel, table=True):
     warnings: str = Field(sa_column=Column(Text, nullable=False))
     data: str = Field(sa_column=Column(Text, nullable=False))
     device: str
+    base_model: str
     ended_at_us: int | None = Field(sa_column=Column(BigInteger, nullable=True))
 
 
@@ -164,6 +165,7 @@ def _columns(training: Training) -> dict[str, Any]:
         "warnings": json.dumps(training.warnings),
         "data": json.dumps(training.data.to_json()) if training.data else "",
         "device": training.device,
+        "base_model": training.base_model,
         "ended_at_us": None if training.ended_at is None else _to_us(training.ended_at),
     }
 
@@ -190,6 +192,7 @@ def _training(session: Session, row: TrainingRow) -> Training:
         warnings=tuple(json.loads(row.warnings)),
         data=DataReport.from_json(json.loads(row.data)) if row.data else None,
         device=row.device,
+        base_model=row.base_model,
         ended_at=None if row.ended_at_us is None else _from_us(row.ended_at_us),
     )
 

@@ -19,11 +19,15 @@ DEFAULT_LABEL_SMOOTHING = 0.1
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What a training has to know of a task: its models and objective, and whether it takes submissions."""
+    """What a training has to know of a task: its models and objective, and whether it takes submissions.
+
+    `base_model` is the SHA-256 in hex of the weights to begin with; empty where each node begins with its own.
+    """
 
     models: Sequence[ModelSpec]
     loss: LossKind
     open: bool
+    base_model: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,9 @@ class Trainings:
         """Checks everything that can be checked before the first step, writes the training down, and queues it.
 
         Raises InvalidArgument, NotFound for a task or dataset, FailedPrecondition for a submission that the task does
-        not take from this node.
+        not take from this node, or for a base model that this node may not read.
         """
-        spec, loss = await self._model(new)
+        spec, loss, base_model = await self._model(new)
         if isinstance(spec.architecture, Onnx):
             field = "model_index" if new.task else "model.onnx"
             raise InvalidArgument.field(field, "is an ONNX graph, which cannot be trained here, only submitted")
@@ -123,6 +127,7 @@ class Trainings:
                 config=config,
                 submit=new.submit,
                 created_at=self._clock(),
+                base_model=base_model,
             )
         )
         self._live.publish(training)
@@ -160,20 +165,23 @@ class Trainings:
         self._queue.interrupt(training)
         return asked
 
-    async def _model(self, new: NewTraining) -> tuple[ModelSpec, LossKind]:
+    async def _model(self, new: NewTraining) -> tuple[ModelSpec, LossKind, str]:
+        """What is trained, by which objective, and what it begins with."""
         if not new.task:
             assert new.spec is not None  # the request was checked for it
-            return new.spec, new.loss
+            return new.spec, new.loss, ""
         facts = await self._tasks.task(new.task)
         if not 0 <= new.model_index < len(facts.models):
             raise InvalidArgument.field(
                 "model_index", f"is {new.model_index}, but the task has {len(facts.models)} models", "OUT_OF_RANGE"
             )
-        if new.submit:
-            if not facts.open:
-                raise FailedPrecondition("TASK_NOT_OPEN", f"tasks/{new.task} takes no submissions", task=new.task)
+        if new.submit and not facts.open:
+            raise FailedPrecondition("TASK_NOT_OPEN", f"tasks/{new.task} takes no submissions", task=new.task)
+        base_model = "" if new.config.from_scratch else facts.base_model
+        if new.submit or base_model:
+            # A base model is for the task's training nodes alone.
             await self._tasks.check_membership(new.task)
-        return facts.models[new.model_index], facts.loss
+        return facts.models[new.model_index], facts.loss, base_model
 
 
 def _completed(new: NewTraining, *, rows: int, loss: LossKind) -> TrainingConfig:

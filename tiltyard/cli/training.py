@@ -104,6 +104,9 @@ def train(
     augment: Annotated[bool, typer.Option("--augment", help="Shift images at random while training.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute products in bfloat16.")] = False,
     compile_network: Annotated[bool, typer.Option("--compile", help="Compile the network first.")] = False,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Begin with fresh weights though the task names a base model.")
+    ] = False,
     curve: Annotated[
         Path | None, typer.Option(help="Write the loss curve to this PNG, and a CSV of the same name beside it.")
     ] = None,
@@ -134,6 +137,7 @@ def train(
                     augment=augment,
                     precision=trainer_pb2.PRECISION_BFLOAT16 if bf16 else trainer_pb2.PRECISION_UNSPECIFIED,
                     compile=compile_network,
+                    from_scratch=from_scratch,
                 ),
                 submit=submit,
                 request_id=new_request_id(),
