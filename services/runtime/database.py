@@ -9,21 +9,31 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import structlog
-from sqlalchemy import Column, LargeBinary, bindparam, delete, insert
+from sqlalchemy import delete
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, PendingRollbackError
-from sqlmodel import Field, Session, SQLModel, col, select
+from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, OperationalError, PendingRollbackError
+from sqlmodel import Session, col
 
+from services.runtime.answers import (
+    AnsweredMeanwhile,
+    Answers,
+    RememberedRequest,
+    create_remembered_requests,
+    find_answer,
+)
 from services.runtime.auth import utc_now
 from services.runtime.engines import is_serialization_failure, migrate, reading_engine, writing_engine
-from services.runtime.errors import AlreadyExists, Unavailable
+from services.runtime.errors import Unavailable
 from services.runtime.groups import GroupThread, Outcome
-from services.runtime.idempotency import PendingRequest, Replayed, check_body, pending_request
+from services.runtime.idempotency import PendingRequest, Replayed, pending_request
+
+__all__ = ["Database", "Group", "Staging", "create_remembered_requests", "group_of"]
 
 T = TypeVar("T")
+S = TypeVar("S", bound="Staging")
 
 _READERS = 4
 _SERIALIZATION_ATTEMPTS = 8
@@ -31,33 +41,56 @@ _SERIALIZATION_ATTEMPTS = 8
 _log = structlog.get_logger("tiltyard.database")
 
 
-class RememberedRequest(SQLModel, table=True):
-    """The answer to one request id of one caller, stored with the change it answers."""
+class Staging(Protocol):
+    """What the works of one group put off, to be written together before the commit."""
 
-    __tablename__ = "remembered_requests"
+    def keep(self) -> None:
+        """The work that has just ended counts."""
+        ...
 
-    sub: str = Field(primary_key=True)
-    method: str = Field(primary_key=True)
-    request_id: str = Field(primary_key=True)
-    body_sha256: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
-    answer: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
-    remembered_at_s: int = Field(index=True)
+    def drop(self) -> None:
+        """The work that has just ended has failed: forget what it put off."""
+        ...
+
+    def write(self) -> None:
+        """Write what all works of the group have put off and that counts."""
+        ...
 
 
-def create_remembered_requests(op: Any) -> None:
-    """Creates the table of RememberedRequest; a service's first migration calls this with Alembic's `op`."""
-    import sqlalchemy as sa
+class Group:
+    """The works that are committed together. What a work asks of the `connection` itself needs no savepoint."""
 
-    op.create_table(
-        "remembered_requests",
-        sa.Column("sub", sa.String, primary_key=True),
-        sa.Column("method", sa.String, primary_key=True),
-        sa.Column("request_id", sa.String, primary_key=True),
-        sa.Column("body_sha256", sa.LargeBinary, nullable=False),
-        sa.Column("answer", sa.LargeBinary, nullable=False),
-        sa.Column("remembered_at_s", sa.BigInteger, nullable=False),
-    )
-    op.create_index("ix_remembered_requests_remembered_at_s", "remembered_requests", ["remembered_at_s"])
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._stagings: dict[Any, Staging] = {}
+
+    def staging(self, make: Callable[["Group"], S]) -> S:
+        """The group's one staging of this kind, made at its first use."""
+        found = self._stagings.get(make)
+        if found is None:
+            found = self._stagings[make] = make(self)
+        return cast(S, found)
+
+    def ended(self, *, well: bool) -> None:
+        """A work has ended."""
+        for staging in self._stagings.values():
+            if well:
+                staging.keep()
+            else:
+                staging.drop()
+
+    def write(self) -> None:
+        """Write all that was put off."""
+        for staging in self._stagings.values():
+            staging.write()
+
+
+def group_of(session: Session) -> Group:
+    """The group in which a work of `Database.write` runs with this session."""
+    return cast(Group, session.info[_GROUP])
+
+
+_GROUP = "tiltyard.group"
 
 
 @dataclass(frozen=True)
@@ -66,6 +99,12 @@ class _Write:
     context: contextvars.Context
     pending: PendingRequest | None
     final: bool
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    work: Callable[[Connection], Any]
+    context: contextvars.Context
 
 
 class Database:
@@ -121,11 +160,15 @@ class Database:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._readers, lambda: context.run(self._read, work))
 
-    async def lookup_remembered(self, pending: PendingRequest) -> bytes | None:
-        """The answer stored under this request's key. Raises AlreadyExists where it was stored for another body."""
+    async def lookup(self, work: Callable[[Connection], T]) -> T:
+        """As `read`, for a few rows by their keys: many such questions share a thread and a snapshot."""
         if self._closed:
             raise Unavailable("DATABASE_CLOSED", "the server is stopping")
-        return await self._lookups.ask(pending)
+        return cast(T, await self._lookups.ask(_Lookup(work, contextvars.copy_context())))
+
+    async def lookup_remembered(self, pending: PendingRequest) -> bytes | None:
+        """The answer stored under this request's key. Raises AlreadyExists where it was stored for another body."""
+        return await self.lookup(lambda connection: find_answer(connection, pending))
 
     async def forget_requests(self, before: datetime) -> int:
         """Drops the answers stored before `before` and returns how many they were."""
@@ -156,14 +199,16 @@ class Database:
         ):
             return work(session)
 
-    def _look_up_group(self, group: list[PendingRequest]) -> list[Outcome[bytes | None]]:
-        outcomes: list[Outcome[bytes | None]] = []
-        with _loss_told("nothing was done"), self._read_engine.connect() as connection:
-            for pending in group:
+    def _look_up_group(self, group: list[_Lookup]) -> list[Outcome[Any]]:
+        outcomes: list[Outcome[Any]] = []
+        with _loss_told("nothing was read"), self._read_engine.connect() as connection:
+            for item in group:
                 try:
-                    outcomes.append((_remembered(connection, pending), None))
-                except AlreadyExists as refusal:
-                    outcomes.append((None, refusal))
+                    outcomes.append((item.context.run(item.work, connection), None))
+                except Exception as failure:
+                    if isinstance(failure, _LOSSES):
+                        raise
+                    outcomes.append((None, failure))
         return outcomes
 
     def _write_group(self, group: list[_Write]) -> list[Outcome[Any]]:
@@ -171,6 +216,11 @@ class Database:
         while True:
             try:
                 outcomes = self._commit(group)
+            except _NotWritten as error:
+                if len(group) > 1:
+                    # What one of them put off cannot be written: each in a commit of its own, so that only that fails.
+                    return [outcome for item in group for outcome in self._alone(item)]
+                raise error.cause from None
             except BaseException as error:
                 if _must_run_again(error) and attempt < _SERIALIZATION_ATTEMPTS:
                     attempt += 1
@@ -184,54 +234,56 @@ class Database:
                 item.pending.stored = True
         return outcomes
 
-    def _commit(self, group: list[_Write]) -> list[Outcome[Any]]:
+    def _alone(self, item: _Write) -> list[Outcome[Any]]:
+        try:
+            return self._write_group([item])
+        except Exception as failure:
+            return [(None, failure)]
+
+    def _commit(self, items: list[_Write]) -> list[Outcome[Any]]:
         outcomes: list[Outcome[Any]] = []
         with self._write_engine.connect() as connection, connection.begin():
-            for item in group:
+            group = Group(connection)
+            answers = Answers(connection, [item.pending for item in items if item.pending is not None])
+            for item in items:
                 try:
-                    outcomes.append((item.context.run(self._run, connection, item), None))
+                    outcomes.append((item.context.run(self._run, group, answers, item), None))
                 except Exception as failure:
                     # A lost connection has lost the whole group; a full disk, say, the one work that met it.
                     if _must_run_again(failure) or connection.invalidated:
                         raise
                     outcomes.append((None, _told(failure, "nothing was changed")))
+            try:
+                group.write()
+                answers.write()
+            except (IntegrityError, DataError) as unfit:
+                if _must_run_again(unfit):
+                    raise
+                raise _NotWritten(unfit) from unfit
         return outcomes
 
-    def _run(self, connection: Connection, item: _Write) -> Any:
-        # What is not final stores no answer: nothing but a look before it finds out that it was answered.
-        if item.pending is not None and not item.final:
-            _raise_if_remembered(connection, item.pending)
+    def _run(self, group: Group, answers: Answers, item: _Write) -> Any:
+        pending = item.pending
+        if pending is not None:
+            answer = answers.find(pending)
+            if answer is not None:
+                raise Replayed(answer)
+        well = False
         try:
-            # The session has a savepoint of its own: an exception rolls back to it. Where that fails too (the disk is
-            # full and SQLite has given the whole transaction up), so does the commit of the group.
-            with Session(bind=connection, join_transaction_mode="create_savepoint") as session:
+            # The session has a savepoint of its own from its first statement on: an exception rolls back to it. Where
+            # that fails too (the disk is full and SQLite has given the whole transaction up), so does the commit.
+            with Session(
+                bind=group.connection, join_transaction_mode="create_savepoint", info={_GROUP: group}
+            ) as session:
                 result = item.work(session)
-                if item.pending is not None and item.final:
-                    session.flush()
-                    self._remember(session.connection(), item.pending, result)
+                answer = pending.encode(result) if pending is not None and item.final else None
                 session.commit()
-                return result
-        except Exception as failure:
-            # Answered before, the second time fails on the answer's key or on what the first time changed. So only a
-            # failure needs the look, and every first time is spared it.
-            pending = None if connection.invalidated or is_serialization_failure(failure) else item.pending
-            if pending is not None:
-                _raise_if_remembered(connection, pending)
-            raise
-
-    def _remember(self, connection: Connection, pending: PendingRequest, result: Any) -> None:
-        row = {
-            "sub": pending.sub,
-            "method": pending.method,
-            "request_id": pending.request_id,
-            "body_sha256": pending.body_sha256,
-            "answer": pending.encode(result),
-            "remembered_at_s": int(self._clock().timestamp()),
-        }
-        try:
-            connection.execute(_REMEMBER, row)
-        except IntegrityError as taken:
-            raise _AnsweredMeanwhile from taken
+            well = True
+        finally:
+            group.ended(well=well)
+        if pending is not None and answer is not None:
+            answers.add(pending, answer, now_s=int(self._clock().timestamp()))
+        return result
 
 
 # What the database, not the work, is to blame for. After a lost connection SQLAlchemy asks for a rollback at every use.
@@ -256,33 +308,13 @@ def _loss_told(consequence: str) -> Iterator[None]:
         raise _told(loss, consequence) from loss
 
 
-class _AnsweredMeanwhile(Exception):
-    """The request's key is taken. Who took it after this transaction's snapshot is seen by the next attempt only."""
+class _NotWritten(Exception):
+    """What the works of a group have put off does not fit the database."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 def _must_run_again(error: BaseException) -> bool:
-    return is_serialization_failure(error) or isinstance(error, _AnsweredMeanwhile)
-
-
-_REMEMBER = insert(RememberedRequest)
-_REMEMBERED = select(RememberedRequest.body_sha256, RememberedRequest.answer).where(
-    col(RememberedRequest.sub) == bindparam("sub"),
-    col(RememberedRequest.method) == bindparam("method"),
-    col(RememberedRequest.request_id) == bindparam("request_id"),
-)
-
-
-def _remembered(connection: Connection, pending: PendingRequest) -> bytes | None:
-    key = {"sub": pending.sub, "method": pending.method, "request_id": pending.request_id}
-    row = connection.execute(_REMEMBERED, key).one_or_none()
-    if row is None:
-        return None
-    check_body(pending, row.body_sha256)
-    answer: bytes = row.answer
-    return answer
-
-
-def _raise_if_remembered(connection: Connection, pending: PendingRequest) -> None:
-    answer = _remembered(connection, pending)
-    if answer is not None:
-        raise Replayed(answer)
+    return is_serialization_failure(error) or isinstance(error, AnsweredMeanwhile)

@@ -68,6 +68,11 @@ def _ready_made_savepoints(dialect: Dialect) -> None:
     vars(dialect).update(do_savepoint=savepoint, do_release_savepoint=release, do_rollback_to_savepoint=roll_back)
 
 
+def placeholder(connection: Connection) -> str:
+    """How the driver marks a positional parameter, for statements that are written once and bypass the compiler."""
+    return "?" if connection.dialect.name == "sqlite" else "%s"
+
+
 def is_serialization_failure(error: BaseException) -> bool:
     """Whether PostgreSQL asks for the transaction to be run again."""
     if not isinstance(error, DBAPIError):

@@ -131,8 +131,9 @@ def idempotent(
 
     `answer` turns the domain result into the response. The last `Database.write` of the domain call must return exactly
     what the domain call returns: that result's answer is stored in its transaction, for each (caller, method, id). A
-    repeated request gets the stored answer without running the method; another body under the same id gets
-    AlreadyExists (REQUEST_ID_REUSED). Failed calls are not remembered. An empty id switches all of this off.
+    repeated request gets the stored answer: its method runs up to its first write, or to what it fails on, and changes
+    nothing; another body under the same id gets AlreadyExists (REQUEST_ID_REUSED). Failed calls are not remembered. An
+    empty id switches all of this off.
     """
 
     def decorate(
@@ -168,13 +169,17 @@ async def _run(
     call: Callable[[], Awaitable[Any]],
     answer: Callable[[Any], Answer],
 ) -> Answer:
-    remembered = await memory.lookup_remembered(pending) if memory else None
-    if remembered is not None:
-        return _decoded(remembered)  # type: ignore[return-value]
     _pending.set(pending)
     try:
         return answer(await call())
     except Replayed as replayed:
         return _decoded(replayed.answer)  # type: ignore[return-value]
+    except Exception:
+        # The second time may fail on what the first time has changed, before it comes to a write. So only a failure
+        # needs the look here, and every first time is spared it.
+        remembered = None if memory is None or pending.stored else await memory.lookup_remembered(pending)
+        if remembered is None:
+            raise
+        return _decoded(remembered)  # type: ignore[return-value]
     finally:
         pending.closed = True
