@@ -11,14 +11,14 @@ from services.modelserver.servicer import SERVICE, mounts
 from services.modelserver.settings import ModelServerSettings
 from services.runtime.auth import AccessPolicy, Authenticator, Role
 from services.runtime.server import run, serve
-from services.runtime.telemetry import configure_logging
+from services.runtime.telemetry import configure_telemetry
 from tiltyard.identity import Key
 
 
 def main() -> None:
     """Serve until SIGTERM or SIGINT."""
     settings = ModelServerSettings.load()
-    configure_logging(settings.service, settings.log_level, settings.log_format)
+    configure_telemetry(settings.service, settings.log_level, settings.log_format)
     run(_serve(settings))
 
 

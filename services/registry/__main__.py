@@ -4,13 +4,13 @@ from services.registry.bootstrap import build
 from services.registry.settings import RegistrySettings
 from services.runtime.server import run, serve
 from services.runtime.standby import ActiveRole
-from services.runtime.telemetry import configure_logging
+from services.runtime.telemetry import configure_telemetry
 
 
 async def main() -> None:
     """Serves until SIGTERM or SIGINT."""
     settings = RegistrySettings.load()
-    configure_logging(settings.service, settings.log_level, settings.log_format)
+    configure_telemetry(settings.service, settings.log_level, settings.log_format)
     # Of several processes on one database the first serves, the others wait to take over.
     async with ActiveRole(settings.database_url, settings.service):
         registry = await build(settings)

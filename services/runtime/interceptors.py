@@ -1,13 +1,13 @@
-"""What every call passes through, whatever its shape: log line, error table, drain, identity, remembered requests.
+"""What every call passes through, whatever its shape: span, log line, errors, drain, identity, remembered requests.
 
-All five are one interceptor: each further one would cost every call a wrapper, a coroutine and a handler of its own.
+All six are one interceptor: each further one would cost every call a wrapper, a coroutine and a handler of its own.
 """
 
 import asyncio
 import functools
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
@@ -18,10 +18,13 @@ from services.runtime.auth import AccessPolicy, Authenticator, maybe_caller, set
 from services.runtime.errors import Unavailable, Unimplemented
 from services.runtime.idempotency import InFlight, RequestMemory, RequestScope, use_memory
 from services.runtime.rpc_errors import to_rpc_status
+from tiltyard import metrics
+from tiltyard.call_tracing import ObservedCall, answering, observing
 
 # grpc types neither handlers nor contexts usefully: messages are of any type here.
 Handler = Any
 Context = Any
+Headers = Sequence[tuple[str, Any]]
 Around = Callable[[Context], AbstractAsyncContextManager[None]]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 
@@ -29,6 +32,10 @@ _HEALTH = "/grpc.health.v1.Health/"
 _QUIET = (_HEALTH, "/grpc.reflection.", "/grpc.channelz.")
 _SLOW_S = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+_REFUSALS = metrics.Counter(
+    "tiltyard.call.refusals", unit="{call}", description="Calls refused by an error of the contract, by its reason."
+)
 
 _log = structlog.get_logger("tiltyard.calls")
 
@@ -110,9 +117,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _around(self, method: str, context: Context) -> AsyncIterator[None]:
         started = time.monotonic()
         code: grpc.StatusCode | None = None
+        headers = context.invocation_metadata() or ()
+        observed = _observed(method, headers)
         try:
             with self._drain.watching(method, context):
-                self._admit(method, context)
+                self._admit(method, headers)
                 if self._scope is not None:
                     use_memory(self._scope)
                 yield
@@ -124,13 +133,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except Exception as error:
             await _abort(method, context, error)
         finally:
-            self._log_call(method, code or _code(context), time.monotonic() - started)
+            code = code or _code(context)
+            self._log_call(method, code, time.monotonic() - started)
+            if observed is not None:
+                observed.end(code.name)
 
-    def _admit(self, method: str, context: Context) -> None:
+    def _admit(self, method: str, headers: Headers) -> None:
         """Names the caller for the call when its token proves one whom the policy admits; raises otherwise."""
         if self._authenticator is None or self._policy.is_free(method):
             return
-        headers = context.invocation_metadata() or ()
         authorization = next((value for key, value in headers if key == "authorization"), None)
         caller = self._authenticator.authenticate(authorization)
         self._policy.check(method, caller)
@@ -151,6 +162,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
 
+def _observed(method: str, headers: Headers) -> ObservedCall | None:
+    """The call as telemetry tells of it, whose span is the current one from here on; None where nobody looks."""
+    if not observing() or method.startswith(_QUIET):
+        return None
+    observed = answering(method, headers)
+    # Each call has its own task and so its own context: nothing to reset.
+    observed.span.enter()
+    return observed
+
+
 def _code(context: Context) -> grpc.StatusCode:
     code = context.code()
     return code if isinstance(code, grpc.StatusCode) else _CODES.get(code, grpc.StatusCode.OK)
@@ -163,6 +184,7 @@ async def _abort(method: str, context: Context, error: Exception) -> None:
         name = method.rpartition("/")[2]
         error = Unimplemented("METHOD_UNIMPLEMENTED", f"{name} is not built yet", method=method)
     status = to_rpc_status(error)
+    _REFUSALS.add(reason=getattr(error, "reason", "INTERNAL"), code=status.code.name)
     await context.abort(status.code, status.message, status.trailing_metadata)
 
 

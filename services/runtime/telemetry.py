@@ -1,4 +1,7 @@
-"""Structured logs on standard error: one JSON object a line, ids and no secrets."""
+"""What a process tells its operator: logs on standard error, and spans and metrics where the OTEL_* variables say so.
+
+A log line is one JSON object with ids and no secrets; within a span it names the trace.
+"""
 
 import logging
 import sys
@@ -6,6 +9,9 @@ from typing import Literal
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
+
+from services.runtime import process_metrics
+from tiltyard import telemetry, tracing
 
 LogFormat = Literal["json", "console"]
 
@@ -18,9 +24,23 @@ def _without_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> 
     return event
 
 
+def _with_trace(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    context = tracing.current()
+    if context is not None:
+        event["trace_id"], event["span_id"] = context.trace_id, context.span_id
+    return event
+
+
 def default_format() -> LogFormat:
     """For people on a terminal, JSON everywhere else."""
     return "console" if sys.stderr.isatty() else "json"
+
+
+def configure_telemetry(name: str, level: str = "info", format: LogFormat | None = None) -> None:
+    """Logs, traces and metrics of the service `name`, from its composition root and before any channel is opened."""
+    configure_logging(name, level, format)
+    if telemetry.start(name):
+        process_metrics.follow()
 
 
 def configure_logging(name: str, level: str = "info", format: LogFormat | None = None) -> None:
@@ -36,6 +56,7 @@ def configure_logging(name: str, level: str = "info", format: LogFormat | None =
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         with_service,
+        _with_trace,
         _without_secrets,
     ]
     renderers: list[Processor] = (

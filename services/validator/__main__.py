@@ -3,7 +3,7 @@
 import signal
 
 from services.runtime.server import run, serve
-from services.runtime.telemetry import configure_logging
+from services.runtime.telemetry import configure_telemetry
 from services.validator.bootstrap import build
 from services.validator.settings import ValidatorSettings
 
@@ -26,7 +26,7 @@ async def _serve(settings: ValidatorSettings) -> None:
 def main() -> None:
     """Serves until SIGTERM, SIGINT or the end of a drain."""
     settings = ValidatorSettings.load()
-    configure_logging(settings.service, settings.log_level, settings.log_format)
+    configure_telemetry(settings.service, settings.log_level, settings.log_format)
     run(_serve(settings))
 
 

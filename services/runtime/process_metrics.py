@@ -1,0 +1,19 @@
+"""What a process takes of its machine, as the kernel tells it."""
+
+import os
+from pathlib import Path
+
+from tiltyard import metrics
+
+_MEMORY = metrics.Gauge("process.memory.usage", unit="By", description="Physical memory in use.")
+_FILES = metrics.Gauge("process.open_file_descriptor.count", unit="{count}", description="File descriptors in use.")
+
+_PROC = Path("/proc/self")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def follow() -> None:
+    """Tells both whenever metrics are collected, where there is a /proc to read them from."""
+    if (_PROC / "statm").exists():
+        _MEMORY.follow(lambda: {(): int((_PROC / "statm").read_text().split()[1]) * _PAGE_BYTES})
+        _FILES.follow(lambda: {(): len(os.listdir(_PROC / "fd"))})

@@ -1,0 +1,284 @@
+"""Sends spans and metrics to a collector by OTLP, in batches from a thread of its own.
+
+Configuration, transport and retries are OpenTelemetry's. What runs within every call is not: a span of its SDK costs 30
+microseconds to make and 34 to encode, a histogram's value 7, where a whole call takes 300.
+"""
+
+import functools
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+from uuid import uuid4
+
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.trace.v1 import trace_pb2
+from opentelemetry.sdk.metrics import export as sdk
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import Decision, ParentBased
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+
+from tiltyard import metrics, tracing
+from tiltyard.tracing import Attributes, Kind, Span, TraceContext
+
+_SCOPE = "tiltyard"
+_LONGEST_CLOSE_S = 0.5
+
+_log = logging.getLogger("tiltyard.telemetry")
+
+
+def _number(variable: str, default: float) -> float:
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{variable} is {text!r}, not a number") from None
+    if value <= 0:
+        raise ValueError(f"{variable} is {text!r}, not above 0")
+    return value
+
+
+class Export:
+    """A bounded queue of spans and the thread that empties it; when the collector is away, spans are dropped.
+
+    No caller ever waits for it. `spans` and `numbers` are None where a signal is not wanted.
+    """
+
+    def __init__(
+        self,
+        resource: Resource,
+        *,
+        spans: "SpanExporter | None",
+        numbers: OTLPMetricExporter | None,
+        span_delay_s: float,
+        max_queue: int,
+        max_batch: int,
+        metric_interval_s: float,
+    ) -> None:
+        self._resource = resource
+        self._spans = spans
+        self._numbers = numbers
+        self._span_delay_s = span_delay_s
+        self._max_queue = max_queue
+        self._max_batch = min(max_batch, max_queue)
+        self._metric_interval_s = metric_interval_s
+        self._sampler = TracerProvider(shutdown_on_exit=False).sampler
+        self._parent_based = isinstance(self._sampler, ParentBased)
+        self._queue: deque[Span] = deque()
+        self._dropped = 0
+        self._wake = threading.Event()
+        self._closing = False
+        self._began_ns = time.time_ns()
+        # A daemon: a thread that waits for a collector must not keep a process from ending.
+        self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+
+    @classmethod
+    def from_environment(cls, service: str, *, traces: bool, metrics: bool) -> "Export":
+        """As the OTEL_* variables say. Raises ValueError naming a variable that makes no sense."""
+        own = {"service.name": service, "service.namespace": "tiltyard", "service.instance.id": str(uuid4())}
+        # The environment's words win over ours.
+        resource = Resource.create(own).merge(OTELResourceDetector().detect())
+        return cls(
+            resource,
+            spans=SpanExporter(resource) if traces else None,
+            numbers=OTLPMetricExporter() if metrics else None,
+            span_delay_s=_number("OTEL_BSP_SCHEDULE_DELAY", 5000) / 1000,
+            max_queue=int(_number("OTEL_BSP_MAX_QUEUE_SIZE", 2048)),
+            max_batch=int(_number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512)),
+            metric_interval_s=_number("OTEL_METRIC_EXPORT_INTERVAL", 60_000) / 1000,
+        )
+
+    def start(self) -> None:
+        """Records and collects from now on."""
+        self._began_ns = time.time_ns()
+        tracing.install(self if self._spans is not None else None)
+        metrics.collect(self._numbers is not None)
+        self._thread.start()
+
+    def samples(self, trace_id: str, name: str, parent: TraceContext | None) -> bool:
+        """By OTEL_TRACES_SAMPLER."""
+        if parent is not None and self._parent_based:
+            return parent.sampled
+        return self._sampler.should_sample(None, int(trace_id, 16), name).decision is Decision.RECORD_AND_SAMPLE
+
+    def record(self, span: Span) -> None:
+        """Takes a span, or drops it where the queue is full."""
+        queued = len(self._queue)
+        if queued >= self._max_queue:
+            self._dropped += 1
+            return
+        self._queue.append(span)
+        if queued + 1 == self._max_batch:
+            self._wake.set()
+
+    def close(self, grace_s: float) -> None:
+        """Sends what is queued, and ends after `grace_s` seconds at most, answered or not."""
+        if self._closing:
+            return
+        tracing.install(None)
+        metrics.collect(False)
+        self._closing = True
+        self._wake.set()
+        self._thread.join(grace_s)
+        # Ends a call that waits for its collector, and retries.
+        for exporter in (self._spans, self._numbers):
+            if exporter is not None:
+                exporter.shutdown()
+        self._thread.join(_LONGEST_CLOSE_S)
+
+    def _run(self) -> None:
+        next_metrics = time.monotonic() + self._metric_interval_s
+        while not self._closing:
+            self._wake.wait(max(0.0, min(self._span_delay_s, next_metrics - time.monotonic())))
+            self._wake.clear()
+            self._send_spans()
+            if time.monotonic() >= next_metrics:
+                next_metrics = time.monotonic() + self._metric_interval_s
+                self._send_metrics()
+        self._send_spans()
+        self._send_metrics()
+
+    def _send_spans(self) -> None:
+        if self._spans is None:
+            return
+        while self._queue:
+            batch = [self._queue.popleft() for _ in range(min(self._max_batch, len(self._queue)))]
+            try:
+                self._spans.send(batch)
+            except Exception as error:
+                _log.warning("%d spans were not sent: %s", len(batch), error)
+        if self._dropped:
+            dropped, self._dropped = self._dropped, 0
+            _log.warning("%d spans were dropped: the collector is away, or slower than they come", dropped)
+
+    def _send_metrics(self) -> None:
+        if self._numbers is None:
+            return
+        try:
+            self._numbers.export(_metrics_data(self._resource, self._began_ns, time.time_ns()))
+        except Exception as error:
+            _log.warning("metrics were not sent: %s", error)
+
+
+class SpanExporter(OTLPSpanExporter):
+    """OpenTelemetry's exporter with an encoder for `tracing.Span`."""
+
+    def __init__(self, resource: Resource) -> None:
+        super().__init__()
+        self._head = trace_pb2.ResourceSpans()
+        self._head.resource.attributes.extend(_pairs(tuple(resource.attributes.items())))
+        self._head.scope_spans.add().scope.name = _SCOPE
+
+    def send(self, spans: Sequence[Span]) -> None:
+        """Sends a batch, with retries until OTEL_EXPORTER_OTLP_TIMEOUT is over; what fails is logged and gone."""
+        self._export(cast(Any, spans))
+
+    def _translate_data(self, data: Sequence[Span]) -> ExportTraceServiceRequest:  # type: ignore[override]
+        request = ExportTraceServiceRequest()
+        request.resource_spans.add().CopyFrom(self._head)
+        into = request.resource_spans[0].scope_spans[0].spans
+        for span in data:
+            _encode(span, into.add())
+        return request
+
+
+def _encode(span: Span, message: trace_pb2.Span) -> None:
+    context = span.context
+    assert context is not None  # only sampled spans are recorded
+    if span.kind is Kind.INTERNAL:
+        message.MergeFrom(_outline(span.name, span.kind, span.attributes, span.error))
+    else:
+        message.MergeFromString(_template(span.name, span.kind, span.attributes, span.error))
+    message.trace_id = bytes.fromhex(context.trace_id)
+    message.span_id = bytes.fromhex(context.span_id)
+    if span.parent is not None:
+        message.parent_span_id = bytes.fromhex(span.parent.span_id)
+    message.start_time_unix_nano = span.start_ns
+    message.end_time_unix_nano = span.end_ns
+
+
+def _outline(name: str, kind: Kind, attributes: Attributes, error: str) -> trace_pb2.Span:
+    """Everything of a span but its ids and times."""
+    message = trace_pb2.Span(name=name, kind=trace_pb2.Span.SpanKind.ValueType(kind), attributes=_pairs(attributes))
+    if error:
+        message.status.code = trace_pb2.Status.STATUS_CODE_ERROR
+        message.status.message = error
+    return message
+
+
+@functools.lru_cache(maxsize=4096)
+def _template(name: str, kind: Kind, attributes: Attributes, error: str) -> bytes:
+    """Calls of one method that end alike differ in ids and times only."""
+    return _outline(name, kind, attributes, error).SerializeToString()
+
+
+def _pairs(attributes: Sequence[tuple[str, object]]) -> list[KeyValue]:
+    return [KeyValue(key=key, value=_any_value(value)) for key, value in attributes]
+
+
+def _any_value(value: object) -> AnyValue:
+    match value:
+        case bool():
+            return AnyValue(bool_value=value)
+        case int():
+            return AnyValue(int_value=value)
+        case float():
+            return AnyValue(double_value=value)
+        case _:
+            return AnyValue(string_value=str(value))
+
+
+def _metrics_data(resource: Resource, began_ns: int, now_ns: int) -> sdk.MetricsData:
+    """Every declared instrument that has something to say, since the start."""
+    told = [
+        sdk.Metric(instrument.name, instrument.description, instrument.unit, data)
+        for instrument in metrics.declared()
+        if (data := _points(instrument, began_ns, now_ns)).data_points
+    ]
+    scope = sdk.ScopeMetrics(InstrumentationScope(_SCOPE), told, "")
+    return sdk.MetricsData([sdk.ResourceMetrics(resource, [scope], "")])
+
+
+def _points(instrument: metrics.Instrument, began_ns: int, now_ns: int) -> sdk.Sum | sdk.Gauge | sdk.Histogram:
+    match instrument:
+        case metrics.Counter():
+            points = _numbers(instrument.sums(), began_ns, now_ns)
+            return sdk.Sum(points, sdk.AggregationTemporality.CUMULATIVE, is_monotonic=True)
+        case metrics.Gauge():
+            return sdk.Gauge(_numbers(instrument.values(), began_ns, now_ns))
+        case metrics.Histogram():
+            return sdk.Histogram(
+                [
+                    sdk.HistogramDataPoint(
+                        attributes=dict(key),
+                        start_time_unix_nano=began_ns,
+                        time_unix_nano=now_ns,
+                        count=found.count,
+                        sum=found.total,
+                        bucket_counts=found.counts,
+                        explicit_bounds=instrument.bounds,
+                        min=found.lowest,
+                        max=found.highest,
+                    )
+                    for key, found in instrument.distributions().items()
+                ],
+                sdk.AggregationTemporality.CUMULATIVE,
+            )
+        case _:
+            raise TypeError(f"{instrument.name} is of no known kind")
+
+
+def _numbers(values: Mapping[metrics.Key, float], began_ns: int, now_ns: int) -> list[sdk.NumberDataPoint]:
+    return [
+        sdk.NumberDataPoint(attributes=dict(key), start_time_unix_nano=began_ns, time_unix_nano=now_ns, value=value)
+        for key, value in values.items()
+    ]

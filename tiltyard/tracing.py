@@ -1,0 +1,178 @@
+"""Which trace the work at hand belongs to: W3C trace contexts, and spans that cost nothing until somebody records them.
+
+A trace outlives a call where its context is kept beside the work: `carried()` is what to write down with it, and
+`span(name, parent=...)` takes it up again, in another process and after a restart. Nothing here knows OpenTelemetry:
+`tiltyard.telemetry` installs the recorder that does.
+"""
+
+import random
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from enum import IntEnum
+from types import TracebackType
+from typing import NamedTuple, Protocol, Self
+
+Value = str | int | float | bool
+Attributes = tuple[tuple[str, Value], ...]
+
+# https://www.w3.org/TR/trace-context/#traceparent-header, version 00; ids of zeros are invalid.
+_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
+
+
+class Kind(IntEnum):
+    """What a span is to its neighbours; numbers are OTLP's."""
+
+    INTERNAL = 1
+    SERVER = 2
+    CLIENT = 3
+
+
+class TraceContext(NamedTuple):
+    """A place in a trace: ids in lowercase hex, 32 and 16 digits, and whether spans of it are recorded."""
+
+    trace_id: str
+    span_id: str
+    sampled: bool
+
+    @property
+    def traceparent(self) -> str:
+        """As the header has it."""
+        return f"00-{self.trace_id}-{self.span_id}-{'01' if self.sampled else '00'}"
+
+
+class Recorder(Protocol):
+    """Where ended spans go. Both methods are called on hot paths and from any thread."""
+
+    def samples(self, trace_id: str, name: str, parent: TraceContext | None) -> bool:
+        """Whether a span is to be recorded."""
+        ...
+
+    def record(self, span: "Span") -> None:
+        """Takes a span that has ended."""
+        ...
+
+
+_current: ContextVar[TraceContext | None] = ContextVar("tiltyard_trace", default=None)
+_recorder: Recorder | None = None
+# Of its own: what seeds the shared one must not make two processes choose the same ids.
+_random = random.Random()  # noqa: S311
+
+
+def install(recorder: Recorder | None) -> None:
+    """Records spans from now on, or with None no longer."""
+    global _recorder
+    _recorder = recorder
+
+
+def recording() -> bool:
+    """Whether anybody records spans in this process."""
+    return _recorder is not None
+
+
+def current() -> TraceContext | None:
+    """The innermost span that surrounds the caller; None outside of any, and while nobody records."""
+    return _current.get()
+
+
+def carried() -> str:
+    """The traceparent to keep beside work that somebody else will go on with; empty where there is none."""
+    context = _current.get()
+    return context.traceparent if context is not None else ""
+
+
+def parse(traceparent: str) -> TraceContext | None:
+    """The context in a traceparent; None for anything else, since a trace is never worth refusing a call."""
+    found = _TRACEPARENT.fullmatch(traceparent)
+    return None if found is None else TraceContext(found[1], found[2], bool(int(found[3], 16) & 1))
+
+
+class Span:
+    """A stretch of work, from `with` to its end. Times are nanoseconds since 1970; `error` is the error's type.
+
+    Within it, `current()` is its context. An exception that leaves it is its error, a cancellation is not.
+    """
+
+    __slots__ = ("_token", "attributes", "context", "end_ns", "error", "kind", "name", "parent", "start_ns")
+
+    def __init__(self, name: str, kind: Kind, parent: TraceContext | None, attributes: Attributes) -> None:
+        self.name = name
+        self.kind = kind
+        self.parent = parent
+        self.attributes = attributes
+        self.error = ""
+        self.start_ns = self.end_ns = 0
+        self._token: Token[TraceContext | None] | None = None
+        if _recorder is None:
+            self.context = None
+            return
+        trace_id = parent.trace_id if parent is not None else _trace_id()
+        if not _recorder.samples(trace_id, name, parent):
+            # Nothing will point at this span: those below it go on with its parent's id.
+            self.context = TraceContext(trace_id, parent.span_id if parent is not None else _span_id(), False)
+            return
+        self.context = TraceContext(trace_id, _span_id(), True)
+        self.start_ns = time.time_ns()
+
+    def set(self, **attributes: Value) -> None:
+        """Adds attributes that are known only now."""
+        if self.context is not None and self.context.sampled:
+            self.attributes += tuple(attributes.items())
+
+    def end(self) -> None:
+        """Hands the span over, at its first call."""
+        if self.end_ns or self.context is None or not self.context.sampled:
+            return
+        self.end_ns = time.time_ns()
+        if _recorder is not None:
+            _recorder.record(self)
+
+    def enter(self) -> None:
+        """Makes this the current span of a task that is its own; `end` it by hand."""
+        if self.context is not None:
+            _current.set(self.context)
+
+    def __enter__(self) -> Self:
+        if self.context is not None:
+            self._token = _current.set(self.context)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._token is not None:
+            _current.reset(self._token)
+            self._token = None
+        # A cancellation is no Exception.
+        if isinstance(error, Exception) and not self.error:
+            self.error = type(error).__name__
+        self.end()
+
+
+def _trace_id() -> str:
+    return f"{_random.getrandbits(128) or 1:032x}"
+
+
+def _span_id() -> str:
+    return f"{_random.getrandbits(64) or 1:016x}"
+
+
+def span(name: str, *, parent: str | None = None, kind: Kind = Kind.INTERNAL, **attributes: Value) -> Span:
+    """A span within the current one, or within the `parent` that was carried here; an empty `parent` begins a trace."""
+    context = _current.get() if parent is None else parse(parent)
+    return Span(name, kind, context, tuple(attributes.items()))
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """For what is done every second whether there is work or not: calls made within are not recorded, by nobody."""
+    if _recorder is None:
+        yield
+        return
+    token = _current.set(TraceContext(_trace_id(), _span_id(), False))
+    try:
+        yield
+    finally:
+        _current.reset(token)
