@@ -43,6 +43,8 @@ class EvaluationOrder:
     metric: Metric
     top_k: int
     bound: float
+    node: str
+    node_endpoint: str
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Assignments:
             )
             if not held:
                 log_assignment(tx, leased)
-            return Lease(leased, _order(task, submission, leased.round))
+            return Lease(leased, _order(tx, task, submission, leased.round))
 
         return await self._store.write(write)
 
@@ -212,7 +214,7 @@ def _lease_end(tx: Writing, task: Task, round_: Round) -> datetime:
     return min(tx.now + task.config.schedule.lease_time, round_.deadline)
 
 
-def _order(task: Task, submission: Submission, round_: int) -> EvaluationOrder:
+def _order(tx: Writing, task: Task, submission: Submission, round_: int) -> EvaluationOrder:
     dataset = dataset_of(task, round_)
     if submission.format is None:
         raise LookupError(f"submission {submission.number} of {task.id} has not been revealed")
@@ -226,7 +228,14 @@ def _order(task: Task, submission: Submission, round_: int) -> EvaluationOrder:
         metric=task.config.metric,
         top_k=task.config.top_k,
         bound=task.config.bound,
+        node=submission.participant,
+        node_endpoint=_endpoint_of(tx, submission.participant) if task.config.allow_node_endpoint else "",
     )
+
+
+def _endpoint_of(tx: Writing, participant: str) -> str:
+    known = tx.participant(participant)
+    return "" if known is None else known.endpoint
 
 
 def dataset_of(task: Task, round_: int) -> DatasetDigest:

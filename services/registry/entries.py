@@ -34,6 +34,7 @@ class ParticipantRegistered:
     participant: str
     public_key: bytes
     display_name: str
+    endpoint: str = ""
 
 
 @dataclass(frozen=True)

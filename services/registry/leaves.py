@@ -48,6 +48,7 @@ def _participant_registered(entry: entries.ParticipantRegistered) -> log_pb2.Log
             participant=names.format_participant(entry.participant),
             public_key=entry.public_key,
             display_name=entry.display_name,
+            endpoint=entry.endpoint,
         )
     )
 

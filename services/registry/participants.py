@@ -25,19 +25,22 @@ class Participants:
         self._store = store
         self._trusted = frozenset(trusted)
 
-    async def register(self, caller: str, *, public_key: bytes, display_name: str) -> Profile:
-        """Record the caller's key and name; registering again changes the name."""
+    async def register(
+        self, caller: str, *, public_key: bytes, display_name: str, endpoint: str | None = None
+    ) -> Profile:
+        """Record the caller's key and name; registering again changes the name, and the endpoint unless it is None."""
 
         def work(tx: Writing) -> Profile:
             known = tx.participant(caller)
-            if known is not None and known.display_name == display_name:
+            participant = replace(
+                known or Participant(caller, display_name, public_key, None, tx.now), display_name=display_name
+            )
+            if endpoint is not None:
+                participant = replace(participant, endpoint=endpoint)
+            if participant == known:
                 return self._profile(tx, known)
-            if known is None:
-                participant = Participant(caller, display_name, public_key, None, tx.now)
-            else:
-                participant = replace(known, display_name=display_name)
             tx.put_participant(participant)
-            tx.append(ParticipantRegistered(caller, public_key, display_name))
+            tx.append(ParticipantRegistered(caller, public_key, display_name, participant.endpoint))
             return self._profile(tx, participant)
 
         return await self._store.write(work)

@@ -153,6 +153,7 @@ class Participant:
     public_key: bytes
     owner: str | None
     create_time: datetime
+    endpoint: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class ParticipantRow(Table, table=True):
     public_key: bytes = Field(sa_type=LargeBinary)
     owner: str | None = Field(default=None, index=True)
     create_time: int = Field(sa_type=BigInteger)
+    endpoint: str
 
 
 class EndorsementRow(Table, table=True):

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from services.registry.records import Participant
 from services.runtime import names
 from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied
 from services.runtime.names import AssignmentId
 from tests.registry_arena import Arena, bad_fields, refusal, served
 from tests.registry_fakes import START
-from tests.registry_world import D_EVAL, KEYS, NODES, SPEC, TASK, VALIDATORS, key_of, model_bytes
+from tests.registry_world import D_EVAL, KEYS, NODES, SPEC, TASK, VALIDATORS, key_of, model_bytes, task_config
 from tiltyard.registry.v1 import assignment_pb2, assignment_pb2_grpc
 from tiltyard.type.v1 import evaluation_pb2 as type_pb2
 from tiltyard.wire import model_spec_from_proto
@@ -65,6 +66,20 @@ async def test_accepting_gives_a_lease_and_all_that_is_needed(arena: Arena, duty
     assert model_spec_from_proto(order.spec) == SPEC
     assert order.max_cpu_time.ToTimedelta() == timedelta(minutes=10)
     assert order.max_memory_bytes == 1 << 30
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+async def test_the_order_names_the_nodes_endpoint_where_the_task_allows_it(tmp_path: Path, allowed: bool) -> None:
+    endpoint = "grpc://node.example:7403"
+    node = Participant(NODES[0].id, "node", NODES[0].public_bytes, None, START, endpoint=endpoint)
+    async with served(tmp_path) as arena:
+        await arena.world.store.write(lambda tx: tx.put_participant(node))
+        await arena.world.open_task(config=task_config(allow_node_endpoint=allowed))
+        await arena.world.submit(NODES[0], model_bytes("a"))
+        await arena.world.turn()
+        duty = (await arena.world.duties(1))[0]
+        order = (await stub(arena, duty).AcceptAssignment(accept(duty))).order
+    assert (order.node, order.node_endpoint) == ((f"participants/{node.id}", endpoint) if allowed else ("", ""))
 
 
 async def test_one_lease_has_one_holder(arena: Arena, duty: AssignmentId) -> None:

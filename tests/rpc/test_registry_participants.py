@@ -58,6 +58,29 @@ async def test_registering_records_the_key_and_again_changes_the_name(arena: Reg
     assert await arena.kinds() == ["genesis", "participant_registered", "participant_registered"]
 
 
+async def test_an_endpoint_stays_until_it_is_changed(arena: RegistryServer) -> None:
+    client = await arena.participant("Ada")
+    for given, stands in (
+        (None, ""),
+        ("grpcs://node.example:7403", "grpcs://node.example:7403"),
+        (None, None),
+        ("", ""),
+    ):
+        before = (await get(client, client.key.id)).endpoint
+        await client.participants.RegisterParticipant(RegisterParticipantRequest(display_name="Ada", endpoint=given))
+        assert (await get(client, client.key.id)).endpoint == (before if stands is None else stands)
+    assert await arena.kinds() == ["genesis", *["participant_registered"] * 3]
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["node.example:7403", "http://node.example:1", "grpc://node.example", "grpc://a b:1"]
+)
+async def test_what_is_no_endpoint_is_refused(arena: RegistryServer, endpoint: str) -> None:
+    client = await arena.participant("Ada")
+    with refused(INVALID, field="endpoint"):
+        await client.participants.RegisterParticipant(RegisterParticipantRequest(display_name="Ada", endpoint=endpoint))
+
+
 async def test_the_same_name_again_is_no_news(arena: RegistryServer) -> None:
     await arena.participant("Ada", key=(await arena.participant("Ada")).key)
     assert await arena.kinds() == ["genesis", "participant_registered"]

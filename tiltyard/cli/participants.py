@@ -28,17 +28,25 @@ WhoArgument = Annotated[str, typer.Argument(metavar="PARTICIPANT", help="partici
 def register(
     name: Annotated[str, typer.Argument(help="Name for people, 1 to 100 characters.")],
     key: KeyOption,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="A training node's own inference server, grpc://HOST:PORT or grpcs://HOST:PORT; '' for none."
+        ),
+    ] = None,
     origin: OriginOption = DEFAULT_ORIGIN,
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Register the key under NAME; registering again changes the name."""
+    """Register the key under NAME; registering again changes the name, and the endpoint where one is given."""
     from tiltyard.client import new_request_id
     from tiltyard.registry.v1 import participant_pb2
 
     async def work() -> None:
         async with connect(key, origin, registry) as client:
-            request = participant_pb2.RegisterParticipantRequest(display_name=name, request_id=new_request_id())
+            request = participant_pb2.RegisterParticipantRequest(
+                display_name=name, endpoint=endpoint, request_id=new_request_id()
+            )
             answer = await client.participants.RegisterParticipant(request)
         print_message(answer.participant, as_document=json)
 

@@ -147,4 +147,6 @@ def _order_message(order: EvaluationOrder) -> assignment_pb2.EvaluationOrder:
         metric=METRIC.number(order.metric),
         top_k=order.top_k,
         bound=order.bound,
+        node=names.format_participant(order.node) if order.node_endpoint else "",
+        node_endpoint=order.node_endpoint,
     )

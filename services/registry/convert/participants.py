@@ -7,6 +7,7 @@ from services.registry.convert.times import timestamp
 from services.registry.participants import Profile
 from services.runtime import names
 from services.runtime.fields import FieldChecks
+from tiltyard.endpoints import parse_endpoint
 from tiltyard.identity import Envelope
 from tiltyard.registry.v1 import participant_pb2
 from tiltyard.type.v1 import envelope_pb2
@@ -15,12 +16,17 @@ FIELD_OF_EXPERTISE = re.compile("[a-z0-9-]{1,63}")
 MAX_NAME_CHARS = 100
 
 
-def display_name_of(request: participant_pb2.RegisterParticipantRequest) -> str:
-    """The name for people, checked."""
+def registration_of(request: participant_pb2.RegisterParticipantRequest) -> tuple[str, str | None]:
+    """The name for people, and the endpoint where one is given (empty: none any more), checked."""
     checks = FieldChecks()
     checks.text("display_name", request.display_name, max_chars=MAX_NAME_CHARS)
+    if request.endpoint:
+        try:
+            parse_endpoint(request.endpoint)
+        except ValueError as error:
+            checks.fail("endpoint", str(error))
     checks.finish()
-    return request.display_name
+    return request.display_name, request.endpoint if request.HasField("endpoint") else None
 
 
 def owner_of(request: participant_pb2.BindOwnerRequest, *, origin: str, caller: str) -> tuple[str, Envelope]:
@@ -71,6 +77,7 @@ def participant_message(profile: Profile) -> participant_pb2.Participant:
             for endorsement in profile.endorsements
         ],
         create_time=timestamp(participant.create_time),
+        endpoint=participant.endpoint,
     )
 
 

@@ -23,8 +23,10 @@ class ParticipantServicer(participant_pb2_grpc.ParticipantServiceServicer):
     @idempotent(answer=convert.registered_message)
     async def RegisterParticipant(self, request: participant_pb2.RegisterParticipantRequest, context: Any) -> Profile:
         caller = current_caller()
-        name = convert.display_name_of(request)
-        return await self._participants.register(caller.id, public_key=caller.public_key, display_name=name)
+        name, endpoint = convert.registration_of(request)
+        return await self._participants.register(
+            caller.id, public_key=caller.public_key, display_name=name, endpoint=endpoint
+        )
 
     async def GetParticipant(
         self, request: participant_pb2.GetParticipantRequest, context: Any
