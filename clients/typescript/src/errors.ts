@@ -1,0 +1,74 @@
+/** What a call answers instead of a result, taken apart for programs. */
+
+import { ClientError, Status, type CallOptions, type ClientMiddlewareCall } from "nice-grpc";
+import { RichClientError, type BadRequest, type ErrorInfo, type RetryInfo } from "nice-grpc-error-details";
+
+/** One field of a request that was refused, by its path, and why. */
+export interface FieldViolation {
+  field: string;
+  description: string;
+}
+
+/** A call that a server refused or that did not reach one. */
+export class ArenaError extends Error {
+  override readonly name = "ArenaError";
+
+  /**
+   * `code` is the gRPC status; `reason` the machine-readable reason (`NOT_ELIGIBLE`; empty when none was given) with its
+   * `metadata`; `violations` the fields that were refused; `retryAfterS` the wait in seconds that the server named.
+   */
+  constructor(
+    readonly code: Status,
+    message: string,
+    readonly reason: string,
+    readonly metadata: Readonly<Record<string, string>>,
+    readonly violations: readonly FieldViolation[],
+    readonly retryAfterS: number | undefined,
+    options?: ErrorOptions,
+  ) {
+    super(message, options);
+  }
+
+  /** Whether the same call may well succeed a little later, as after a restart of the server. */
+  get isTransient(): boolean {
+    return this.code === Status.UNAVAILABLE || this.code === Status.DEADLINE_EXCEEDED;
+  }
+
+  /** The error of a call with its google.rpc details (ErrorInfo, BadRequest, RetryInfo) read. */
+  static of(error: ClientError): ArenaError {
+    let reason = "";
+    let metadata: Record<string, string> = {};
+    let violations: FieldViolation[] = [];
+    let retryAfterS: number | undefined;
+    for (const detail of error instanceof RichClientError ? error.extra : []) {
+      switch (detail.$type) {
+        case "google.rpc.ErrorInfo": {
+          const info = detail as ErrorInfo;
+          ({ reason, metadata } = info);
+          break;
+        }
+        case "google.rpc.BadRequest":
+          violations = (detail as BadRequest).fieldViolations.map(({ field, description }) => ({ field, description }));
+          break;
+        case "google.rpc.RetryInfo": {
+          const delay = (detail as RetryInfo).retryDelay;
+          if (delay) retryAfterS = Number(delay.seconds) + delay.nanos / 1e9;
+          break;
+        }
+      }
+    }
+    return new ArenaError(error.code, error.details, reason, metadata, violations, retryAfterS, { cause: error });
+  }
+}
+
+/** Client middleware: every ClientError leaves as an ArenaError. */
+export async function* arenaErrors<Request, Response>(
+  call: ClientMiddlewareCall<Request, Response>,
+  options: CallOptions,
+): AsyncGenerator<Response, Response | void, undefined> {
+  try {
+    return yield* call.next(call.request, options);
+  } catch (error) {
+    throw error instanceof ClientError ? ArenaError.of(error) : error;
+  }
+}

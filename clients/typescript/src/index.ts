@@ -1,0 +1,20 @@
+/** Client of a Tiltyard arena, and the checks that need no trust in its servers. */
+
+export { Client, Node, newRequestId, type ArenaCallOptions, type ArenaOptions, type TlsOptions } from "./client.js";
+export { ArenaError, type FieldViolation } from "./errors.js";
+export { Key, TokenSource, issueToken, participantId } from "./identity.js";
+export { COMMIT, ENDORSEMENT, JOIN, OWNER, REVEAL, openStatement, signStatement } from "./statements.js";
+export { drawSeed, evaluationSeal, submissionCommitment } from "./commitments.js";
+export { joinTask, newJournal, submitModel, type Journal } from "./submitting.js";
+export { DigestMismatch, download, fileDigest, upload, type Progress, type Purpose } from "./transfers.js";
+export { pages, watch } from "./watching.js";
+export { ReceiptInvalid, receiptFromJson, verifyReceipt } from "./receipts.js";
+export { checkOrder, drawId, drawnMember, drawnValue } from "./sortition.js";
+export {
+  InvalidNote,
+  leafHash,
+  openCheckpoint,
+  verifyConsistency,
+  verifyInclusion,
+  type Checkpoint,
+} from "./transparency.js";

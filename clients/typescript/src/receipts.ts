@@ -1,0 +1,126 @@
+/** Receipts of draws, checked with nothing but the selector's public key (docs/sortition.md, Receipts). */
+
+import { equal, sha256, toInteger } from "./bytes.js";
+import * as bls from "./bls.js";
+import { drawSeed } from "./commitments.js";
+import { DrawReceipt, PassedOverReason, type PassedOver, type Pick } from "./proto/tiltyard/type/v1/draw.js";
+import { HASH_BYTES, SUM_BYTES, checkOrder, drawId, drawnMember, type ProvedPlace } from "./sortition.js";
+
+/** A receipt that does not hold; the message says what about it. */
+export class ReceiptInvalid extends Error {
+  override readonly name = "ReceiptInvalid";
+}
+
+/** What the selector signs: SHA-256 of a receipt without its signature, fields in order of their numbers. */
+export function receiptDigest(receipt: DrawReceipt): Uint8Array {
+  return sha256(DrawReceipt.encode({ ...receipt, signature: new Uint8Array() }).finish());
+}
+
+/** Reads what `tiltyard draw export` writes. Throws ReceiptInvalid for anything else. */
+export function receiptFromJson(text: string): DrawReceipt {
+  try {
+    const document = JSON.parse(text) as Record<string, unknown>;
+    const receipt = DrawReceipt.fromJSON(document);
+    return { ...receipt, drawTime: timestamp(document["draw_time"]) };
+  } catch (error) {
+    throw new ReceiptInvalid(`this is no receipt: ${String(error)}`, { cause: error });
+  }
+}
+
+/** Throws ReceiptInvalid unless all of the receipt follows from its seed and its pool's root, signed by this key. */
+export function verifyReceipt(receipt: DrawReceipt, selectorKey: Uint8Array): void {
+  if (!bls.isPublicKey(selectorKey)) throw new ReceiptInvalid("the key is no BLS public key, or lies at infinity");
+  checkNames(receipt);
+  if (!bls.verify(selectorKey, receipt.anchor, receipt.sigma)) {
+    throw new ReceiptInvalid("sigma is not this selector's signature over the anchor");
+  }
+  if (!equal(receipt.seed, drawSeed({ sigma: receipt.sigma, revealSalt: receipt.revealSalt }))) {
+    throw new ReceiptInvalid("the seed does not follow from sigma and the reveal's salt");
+  }
+  checkPlaces(receipt);
+  checkMembers(receipt);
+  if (!bls.verify(selectorKey, receiptDigest(receipt), receipt.signature)) {
+    throw new ReceiptInvalid("the signature is not this selector's over the receipt");
+  }
+}
+
+function checkNames(receipt: DrawReceipt): void {
+  if (!receipt.submission.startsWith(`${receipt.task}/submissions/`)) {
+    throw new ReceiptInvalid("the submission is not one of the task");
+  }
+  if (receipt.draw !== `draws/${drawId(receipt.submission, receipt.round)}`) {
+    throw new ReceiptInvalid("the draw's name does not follow from submission and round");
+  }
+  const sized: [string, Uint8Array, number][] = [
+    ["anchor", receipt.anchor, HASH_BYTES],
+    ["reveal_salt", receipt.revealSalt, HASH_BYTES],
+    ["pool_root", receipt.poolRoot, HASH_BYTES],
+    ["pool_weight", receipt.poolWeight, SUM_BYTES],
+  ];
+  for (const [name, bytes, size] of sized) {
+    if (bytes.length !== size) throw new ReceiptInvalid(`${name} has ${bytes.length} bytes, not ${size}`);
+  }
+  if (receipt.assigned < 1 || receipt.assigned > receipt.picks.length) {
+    throw new ReceiptInvalid(`${receipt.assigned} are said to be assigned, of ${receipt.picks.length} picks`);
+  }
+}
+
+function checkPlaces(receipt: DrawReceipt): void {
+  for (const [kind, listed] of Object.entries({ picks: receipt.picks, passed_over: receipt.passedOver })) {
+    if (listed.some((each, at) => at > 0 && each.place < (listed[at - 1]?.place ?? 0))) {
+      throw new ReceiptInvalid(`${kind} are not in the order of their places`);
+    }
+  }
+  const places = [...receipt.picks, ...receipt.passedOver].map(proved).sort((a, b) => a.place - b.place);
+  if (new Set(places.map((each) => each.ownerGroup)).size !== places.length) {
+    throw new ReceiptInvalid("an owner group has two places");
+  }
+  const pool = { hash: receipt.poolRoot, leaves: receipt.poolSize, weight: number(receipt.poolWeight) };
+  try {
+    checkOrder(receipt.seed, places, pool);
+  } catch (error) {
+    throw new ReceiptInvalid(error instanceof Error ? error.message : String(error), { cause: error });
+  }
+}
+
+function proved(each: Pick | PassedOver): ProvedPlace {
+  const path = each.path.map((node) => {
+    if (node.hash.length !== HASH_BYTES) {
+      throw new ReceiptInvalid(`place ${each.place}: a hash on its path has ${node.hash.length} bytes`);
+    }
+    return { hash: node.hash, sum: number(node.sum), left: node.left };
+  });
+  const { place, ownerGroup, leafIndex } = each;
+  return { place, ownerGroup, leafIndex, weight: number(each.groupWeight), value: number(each.value), path };
+}
+
+function checkMembers(receipt: DrawReceipt): void {
+  for (const [position, pick] of receipt.picks.entries()) {
+    if (pick.position !== position) throw new ReceiptInvalid(`pick ${position} is said to be at ${pick.position}`);
+    // Ids are ASCII, so that JavaScript's order is that of their bytes.
+    const ordered = [...new Set(pick.members)].sort();
+    if (ordered.length === 0 || ordered.join() !== pick.members.join()) {
+      throw new ReceiptInvalid(`pick ${position}: the members of its owner group are not in order of id, each once`);
+    }
+    if (pick.participant !== drawnMember(receipt.seed, pick.place, pick.members)) {
+      throw new ReceiptInvalid(`pick ${position}: the seed picks another member of the owner group`);
+    }
+  }
+  const unexplained = receipt.passedOver.find(
+    (each) => each.reason === PassedOverReason.PASSED_OVER_REASON_UNSPECIFIED,
+  );
+  if (unexplained) throw new ReceiptInvalid(`place ${unexplained.place} was passed over without a reason`);
+}
+
+function number(sum: Uint8Array): bigint {
+  if (sum.length !== SUM_BYTES) throw new ReceiptInvalid(`a sum or weight has ${sum.length} bytes, not ${SUM_BYTES}`);
+  return toInteger(sum);
+}
+
+/** RFC 3339 with up to nine digits of a second; JavaScript's Date would keep three. */
+function timestamp(text: unknown): { seconds: bigint; nanos: number } | undefined {
+  if (text === undefined) return undefined;
+  const parts = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z$/.exec(String(text));
+  if (!parts) throw new RangeError(`not a time: ${String(text)}`);
+  return { seconds: BigInt(Date.parse(`${parts[1]}Z`) / 1000), nanos: Number((parts[2] ?? "").padEnd(9, "0")) };
+}

@@ -1,0 +1,48 @@
+/** Statements that outlive their call: messages inside DSSE envelopes, each kind under a payload type of its own. */
+
+import { Key, participantId, preAuthenticationEncoding, verifySignature } from "./identity.js";
+import {
+  CommitStatement,
+  EndorsementStatement,
+  Envelope,
+  JoinStatement,
+  OwnerStatement,
+  RevealStatement,
+} from "./proto/tiltyard/type/v1/envelope.js";
+
+/** What can be signed: the message's codec and its name within the payload type. */
+export interface StatementKind<T> {
+  readonly name: string;
+  readonly codec: { encode(message: T): { finish(): Uint8Array }; decode(bytes: Uint8Array): T };
+}
+
+export const JOIN: StatementKind<JoinStatement> = { name: "join", codec: JoinStatement };
+export const COMMIT: StatementKind<CommitStatement> = { name: "submission-commit", codec: CommitStatement };
+export const REVEAL: StatementKind<RevealStatement> = { name: "submission-reveal", codec: RevealStatement };
+export const ENDORSEMENT: StatementKind<EndorsementStatement> = { name: "endorsement", codec: EndorsementStatement };
+export const OWNER: StatementKind<OwnerStatement> = { name: "owner", codec: OwnerStatement };
+
+/** The statement in a signed envelope. */
+export function signStatement<T>(key: Key, kind: StatementKind<T>, statement: T): Envelope {
+  const payloadType = payloadTypeOf(kind);
+  const payload = kind.codec.encode(statement).finish();
+  const signature = key.sign(preAuthenticationEncoding(payloadType, payload));
+  return { payloadType, payload, signature, publicKey: key.publicKey };
+}
+
+/** The statement in an envelope and the id of who signed it. Throws Error for another payload type or a bad signature. */
+export function openStatement<T>(envelope: Envelope, kind: StatementKind<T>): { statement: T; signer: string } {
+  const expected = payloadTypeOf(kind);
+  if (envelope.payloadType !== expected) {
+    throw new Error(`payload type is ${envelope.payloadType}, expected ${expected}`);
+  }
+  const signed = preAuthenticationEncoding(envelope.payloadType, envelope.payload);
+  if (!verifySignature(envelope.publicKey, signed, envelope.signature)) {
+    throw new Error("the signature does not match");
+  }
+  return { statement: kind.codec.decode(envelope.payload), signer: participantId(envelope.publicKey) };
+}
+
+function payloadTypeOf(kind: { name: string }): string {
+  return `application/vnd.tiltyard.${kind.name}.v1+protobuf`;
+}

@@ -1,0 +1,177 @@
+/** Artifacts up and down in chunks; what broke is resumed, and no byte is trusted before its SHA-256 has been checked. */
+
+import { createHash } from "node:crypto";
+import { createReadStream } from "node:fs";
+import { mkdir, open, rename, rm, stat, truncate } from "node:fs/promises";
+import { dirname } from "node:path";
+
+import { Status } from "nice-grpc";
+
+import { toHex } from "./bytes.js";
+import type { Client } from "./client.js";
+import { ArenaError } from "./errors.js";
+import type { DeepPartial, UploadArtifactRequest } from "./proto/tiltyard/registry/v1/artifact.js";
+import { pause } from "./watching.js";
+
+const CHUNK_BYTES = 512 * 1024;
+const FIRST_WAIT_MS = 100;
+const LONGEST_WAIT_MS = 2_000;
+const PATIENCE_MS = 60_000;
+
+/** Called with the bytes moved so far and the bytes in all. */
+export type Progress = (moved: bigint, total: bigint) => void;
+
+/** What an uploaded file is for: the D_eval or holdout of a task, or the model of a submission (resource names). */
+export type Purpose = { $case: "task"; value: string } | { $case: "submission"; value: string };
+
+/** The bytes that arrived are not those that the artifact's name promises; they have been deleted. */
+export class DigestMismatch extends Error {
+  override readonly name = "DigestMismatch";
+}
+
+/** SHA-256 of a file, 32 bytes. */
+export async function fileDigest(path: string): Promise<Uint8Array> {
+  const hash = createHash("sha256");
+  for await (const chunk of createReadStream(path)) hash.update(chunk as Buffer);
+  return new Uint8Array(hash.digest());
+}
+
+/** Uploads a file and returns its artifact's name; a stream that breaks goes on where the server says that it is. */
+export async function upload(client: Client, path: string, purpose: Purpose, progress?: Progress): Promise<string> {
+  const artifact = `artifacts/${toHex(await fileDigest(path))}`;
+  const sizeBytes = BigInt((await stat(path)).size);
+  const patience = new Patience();
+  let answer: unknown;
+  for (;;) {
+    const at = await client.artifacts.getUpload({ artifact });
+    // A complete artifact still has to be claimed for this purpose: a header with no bytes left to send.
+    const offset = at.complete ? sizeBytes : at.offset;
+    patience.movedTo(offset);
+    try {
+      await client.artifacts.uploadArtifact(messages(path, { artifact, sizeBytes, offset, purpose }, progress));
+      progress?.(sizeBytes, sizeBytes);
+      return artifact;
+    } catch (error) {
+      // The refusal of a stream that we were still writing to can get lost; what was said before it is kept.
+      if (answer === undefined || !lostItsStatus(error)) answer = error;
+      if (!mayGoOn(error) || patience.isOver) throw answer;
+    }
+    await patience.pause();
+  }
+}
+
+/** Downloads an artifact to `destination`, which appears whole or not at all; goes on from `destination.part`. */
+export async function download(
+  client: Client,
+  artifact: string,
+  destination: string,
+  progress?: Progress,
+): Promise<void> {
+  const part = `${destination}.part`;
+  await mkdir(dirname(destination), { recursive: true });
+  const total = (await client.artifacts.getArtifact({ name: artifact })).artifact?.sizeBytes ?? 0n;
+  const patience = new Patience();
+  for (;;) {
+    const offset = await bytesSoFar(part, total);
+    if (offset === total) break;
+    patience.movedTo(offset);
+    try {
+      await fetchInto(client, artifact, part, offset, total, progress);
+    } catch (error) {
+      if (!(error instanceof ArenaError) || !error.isTransient || patience.isOver) throw error;
+    }
+    if ((await bytesSoFar(part, total)) < total) {
+      if (patience.isOver) throw new DigestMismatch(`${artifact} ends after ${offset} of ${total} bytes`);
+      await patience.pause();
+    }
+  }
+  if (toHex(await fileDigest(part)) !== artifact.replace("artifacts/", "")) {
+    await rm(part);
+    throw new DigestMismatch(`the bytes received are not those of ${artifact}`);
+  }
+  await rename(part, destination);
+}
+
+async function* messages(
+  path: string,
+  header: { artifact: string; sizeBytes: bigint; offset: bigint; purpose: Purpose },
+  progress: Progress | undefined,
+): AsyncGenerator<DeepPartial<UploadArtifactRequest>, void, undefined> {
+  yield { content: { $case: "header", value: header } };
+  let position = header.offset;
+  if (position === header.sizeBytes) return;
+  const file = createReadStream(path, { start: Number(position), highWaterMark: CHUNK_BYTES });
+  for await (const chunk of file as AsyncIterable<Buffer>) {
+    yield { content: { $case: "chunk", value: chunk } };
+    position += BigInt(chunk.length);
+    progress?.(position, header.sizeBytes);
+  }
+}
+
+async function fetchInto(
+  client: Client,
+  name: string,
+  part: string,
+  offset: bigint,
+  total: bigint,
+  progress: Progress | undefined,
+): Promise<void> {
+  const file = await open(part, "a");
+  try {
+    let position = offset;
+    for await (const { chunk } of client.artifacts.downloadArtifact({ name, offset })) {
+      position += BigInt(chunk.length);
+      if (position > total) {
+        await rm(part);
+        throw new DigestMismatch(`${name} is longer than its ${total} bytes`);
+      }
+      await file.appendFile(chunk);
+      progress?.(position, total);
+    }
+    await file.sync();
+  } finally {
+    await file.close();
+  }
+}
+
+async function bytesSoFar(part: string, total: bigint): Promise<bigint> {
+  await (await open(part, "a")).close();
+  const size = BigInt((await stat(part)).size);
+  if (size <= total) return size;
+  // More than there can be: the part of another artifact.
+  await truncate(part);
+  return 0n;
+}
+
+function mayGoOn(error: unknown): boolean {
+  // Another stream of ours has not ended yet, or was still ending when the server said where it is.
+  const isOurs = error instanceof ArenaError && ["UPLOAD_RUNNING", "WRONG_OFFSET"].includes(error.reason);
+  return isOurs || lostItsStatus(error) || (error instanceof ArenaError && error.isTransient);
+}
+
+function lostItsStatus(error: unknown): boolean {
+  return error instanceof ArenaError && error.code === Status.CANCELLED && error.reason === "";
+}
+
+/** How long to go on without getting further, and how long to pause in between. */
+class Patience {
+  #position = -1n;
+  #waitMs = FIRST_WAIT_MS;
+  #giveUpAt = Date.now() + PATIENCE_MS;
+
+  movedTo(position: bigint): void {
+    if (position <= this.#position) return;
+    this.#position = position;
+    this.#waitMs = FIRST_WAIT_MS;
+    this.#giveUpAt = Date.now() + PATIENCE_MS;
+  }
+
+  get isOver(): boolean {
+    return Date.now() + this.#waitMs > this.#giveUpAt;
+  }
+
+  async pause(): Promise<void> {
+    await pause(this.#waitMs);
+    this.#waitMs = Math.min(2 * this.#waitMs, LONGEST_WAIT_MS);
+  }
+}

@@ -1,0 +1,43 @@
+import assert from "node:assert/strict";
+import { mkdtemp, rm, stat } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { test } from "node:test";
+
+import { utf8 } from "../src/bytes.js";
+import { Key, TokenSource, issueToken, participantId, verifySignature } from "../src/identity.js";
+
+test("a token is an EdDSA JWT whose key hashes to its subject", () => {
+  const key = Key.generate();
+  const [header, claims, signature] = issueToken(key, "arena/registry", 1_000_000).split(".");
+  const head = JSON.parse(Buffer.from(header ?? "", "base64url").toString());
+  assert.equal(head.alg, "EdDSA");
+  const publicKey = new Uint8Array(Buffer.from(head.jwk.x, "base64url"));
+  assert.equal(participantId(publicKey), key.id);
+  const body = JSON.parse(Buffer.from(claims ?? "", "base64url").toString());
+  assert.deepEqual(body, { sub: key.id, aud: "arena/registry", iat: 1_000_000, exp: 1_000_240 });
+  assert.ok(verifySignature(publicKey, utf8(`${header}.${claims}`), Buffer.from(signature ?? "", "base64url")));
+});
+
+test("one token serves until less than a minute of it is left", () => {
+  const tokens = new TokenSource(Key.generate(), "arena/registry");
+  const first = tokens.token(1_000);
+  assert.equal(tokens.token(1_180), first);
+  assert.notEqual(tokens.token(1_181), first);
+});
+
+test("a key survives its file, plain and encrypted, and never overwrites one", async () => {
+  const folder = await mkdtemp(join(tmpdir(), "tiltyard-"));
+  try {
+    const key = Key.generate();
+    await key.save(join(folder, "plain.pem"));
+    assert.equal((await stat(join(folder, "plain.pem"))).mode & 0o777, 0o600);
+    assert.equal((await Key.load(join(folder, "plain.pem"))).id, key.id);
+    await assert.rejects(key.save(join(folder, "plain.pem")), { code: "EEXIST" });
+    await key.save(join(folder, "secret.pem"), "correct horse");
+    assert.equal((await Key.load(join(folder, "secret.pem"), "correct horse")).id, key.id);
+    await assert.rejects(Key.load(join(folder, "secret.pem"), "battery"));
+  } finally {
+    await rm(folder, { recursive: true });
+  }
+});

@@ -1,0 +1,70 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import * as bls from "../src/bls.js";
+import { fromHex, toHex } from "../src/bytes.js";
+import { drawSeed } from "../src/commitments.js";
+import { checkOrder, drawnMember, drawnValue, type ProvedPlace } from "../src/sortition.js";
+import { vectors } from "./vectors.js";
+
+interface Vectors {
+  seed: { public_key: string; anchor: string; sigma: string; reveal_salt: string; seed: string };
+  values: { seed: string; place: number; bound: string; value: string }[];
+  members: { seed: string; place: number; members: string[]; member: string }[];
+  draws: {
+    name: string;
+    seed: string;
+    leaves: [string, string][];
+    total: string;
+    root: string;
+    order: { place: number; leaf_index: number; weight: string; value: string }[];
+    paths: [string, string, boolean][][];
+  }[];
+}
+
+const shared = vectors<Vectors>("draws.json");
+
+test("sigma is the selector's, and the seed follows from it", () => {
+  const { public_key, anchor, sigma, reveal_salt, seed } = shared.seed;
+  const key = fromHex(public_key);
+  assert.ok(bls.verify(key, fromHex(anchor), fromHex(sigma)));
+  assert.ok(!bls.verify(key, fromHex(anchor).with(0, 0), fromHex(sigma)));
+  assert.ok(!bls.verify(key, fromHex(anchor), fromHex(sigma).with(50, 1)));
+  assert.ok(!bls.isPublicKey(Uint8Array.of(0xc0, ...new Uint8Array(47))));
+  assert.equal(toHex(drawSeed({ sigma: fromHex(sigma), revealSalt: fromHex(reveal_salt) })), seed);
+});
+
+test("values and members are drawn as in the vectors", () => {
+  for (const { seed, place, bound, value } of shared.values) {
+    assert.equal(drawnValue(fromHex(seed), place, BigInt(bound)), BigInt(value));
+  }
+  for (const { seed, place, members, member } of shared.members) {
+    assert.equal(drawnMember(fromHex(seed), place, members), member);
+  }
+});
+
+test("orders hold with their proofs, and fail with any weight, leaf or root changed", () => {
+  for (const draw of shared.draws) {
+    const places = draw.order.slice(0, draw.paths.length).map(
+      ({ place, leaf_index, weight, value }, at): ProvedPlace => ({
+        place,
+        ownerGroup: draw.leaves[leaf_index]?.[0] ?? "",
+        leafIndex: BigInt(leaf_index),
+        weight: BigInt(weight),
+        value: BigInt(value),
+        path: (draw.paths[at] ?? []).map(([hash, sum, left]) => ({ hash: fromHex(hash), sum: BigInt(sum), left })),
+      }),
+    );
+    const seed = fromHex(draw.seed);
+    const pool = { hash: fromHex(draw.root), leaves: BigInt(draw.leaves.length), weight: BigInt(draw.total) };
+    checkOrder(seed, places, pool);
+    for (const [at, place] of places.entries()) {
+      const changes = [{ weight: place.weight + 1n }, { value: place.value + 1n }, { ownerGroup: "other" }];
+      for (const change of changes) {
+        assert.throws(() => checkOrder(seed, places.with(at, { ...place, ...change }), pool), /place/);
+      }
+    }
+    assert.throws(() => checkOrder(seed, places, { ...pool, hash: new Uint8Array(32) }), /root/);
+    assert.throws(() => checkOrder(seed.with(0, 1), places, pool), /place/);
+  }
+});
