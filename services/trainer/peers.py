@@ -20,6 +20,8 @@ from tiltyard.type.v1 import task_pb2 as task_types_pb2
 from tiltyard.wire import model_spec_from_proto
 
 _MEMBER_STATES = (participation_pb2.MEMBERSHIP_STATE_ACTIVE, participation_pb2.MEMBERSHIP_STATE_PAUSED)
+# Who waits for longer is told of it, and goes on with what has come so far.
+_DOWNLOAD_PATIENCE_S = 1.0
 
 
 class RegistryPeer:
@@ -83,7 +85,9 @@ class RegistryPeer:
     async def download(self, sha256: str, destination: Path) -> None:
         """Puts an artifact there, whole or not at all. Raises OSError, Unavailable, and what the registry refuses."""
         try:
-            await download(self._client.artifacts, format_artifact(sha256), destination)
+            await download(
+                self._client.artifacts, format_artifact(sha256), destination, patience_s=_DOWNLOAD_PATIENCE_S
+            )
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
         except DigestMismatch as error:
