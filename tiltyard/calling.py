@@ -1,7 +1,6 @@
 """Calls that outlast a restart of the server: patience, watches that resume, pages to the end."""
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Protocol, TypeVar
@@ -10,16 +9,14 @@ import grpc
 from google.protobuf.message import Message
 
 from tiltyard.call_errors import is_transient
+from tiltyard.outgoing import new_request_id
+
+__all__ = ["PATIENCE_S", "new_request_id", "pages", "persist", "watch"]
 
 T = TypeVar("T")
 PATIENCE_S = 60.0
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 2.0
-
-
-def new_request_id() -> str:
-    """A fresh idempotency key."""
-    return secrets.token_hex(16)
 
 
 async def persist(call: Callable[[], Awaitable[T]], *, patience_s: float = PATIENCE_S) -> T:

@@ -1,24 +1,24 @@
-"""Opens asyncio gRPC channels: a token and a deadline on every call, keepalive, retries of what is UNAVAILABLE."""
+"""Opens asyncio gRPC channels: TLS that follows its files, tokens, deadlines, keepalive, retries on a budget."""
 
 import ipaddress
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import grpc
 
 from tiltyard.identity import TokenSource
+from tiltyard.outgoing import DEADLINE_S, outgoing_interceptors
 
-DEADLINE_S = 20.0
+if TYPE_CHECKING:
+    from tiltyard.tls import ChannelTls, Pem
+
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 
-# Four attempts at most. Mutating calls may be retried because they carry a request id.
 SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [
             {
+                # All methods: a change is keyed by what it changes, or carries a request id (see tiltyard.outgoing).
                 "name": [{}],
                 "retryPolicy": {
                     "maxAttempts": 4,
@@ -28,86 +28,12 @@ SERVICE_CONFIG = json.dumps(
                     "retryableStatusCodes": ["UNAVAILABLE"],
                 },
             }
-        ]
+        ],
+        # The budget: a failure costs one of a hundred tokens, a success brings a tenth of one back, and with half of
+        # them gone nothing is repeated. A peer in trouble gets a tenth more calls in the end, not four times as many.
+        "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
     }
 )
-
-
-@dataclass(frozen=True)
-class ChannelTls:
-    """PEM files for TLS: the authority of the server (None: the system's), our certificate and key for mutual TLS."""
-
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-
-    def credentials(self) -> grpc.ChannelCredentials:
-        """The files read."""
-        return grpc.ssl_channel_credentials(*(path.read_bytes() if path else None for path in self._files()))
-
-    def _files(self) -> tuple[Path | None, Path | None, Path | None]:
-        return self.ca, self.key, self.certificate
-
-
-class _Bearer:
-    def __init__(self, tokens: TokenSource) -> None:
-        self._tokens = tokens
-
-    def _signed(self, details: Any) -> grpc.aio.ClientCallDetails:
-        metadata = grpc.aio.Metadata(*(details.metadata or ()))
-        metadata["authorization"] = f"Bearer {self._tokens.token()}"
-        return _changed(details, metadata=metadata)
-
-
-def _changed(details: Any, **changes: Any) -> grpc.aio.ClientCallDetails:
-    fields = ("method", "timeout", "metadata", "credentials", "wait_for_ready")
-    return grpc.aio.ClientCallDetails(**{name: changes.get(name, getattr(details, name)) for name in fields})
-
-
-# gRPC files an interceptor under the first shape it finds: each shape needs a class of its own.
-class _UnaryUnaryBearer(_Bearer, grpc.aio.UnaryUnaryClientInterceptor):
-    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await continuation(self._signed(client_call_details), request)
-
-
-class _UnaryStreamBearer(_Bearer, grpc.aio.UnaryStreamClientInterceptor):
-    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await continuation(self._signed(client_call_details), request)
-
-
-class _StreamUnaryBearer(_Bearer, grpc.aio.StreamUnaryClientInterceptor):
-    async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return await continuation(self._signed(client_call_details), request_iterator)
-
-
-class _StreamStreamBearer(_Bearer, grpc.aio.StreamStreamClientInterceptor):
-    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return await continuation(self._signed(client_call_details), request_iterator)
-
-
-class _UnaryDeadline(grpc.aio.UnaryUnaryClientInterceptor):
-    def __init__(self, deadline_s: float) -> None:
-        self._deadline_s = deadline_s
-
-    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        if client_call_details.timeout is None:
-            client_call_details = _changed(client_call_details, timeout=self._deadline_s)
-        return await continuation(client_call_details, request)
-
-
-def bearer_interceptors(tokens: TokenSource) -> Sequence[grpc.aio.ClientInterceptor]:
-    """Interceptors that add `authorization: Bearer ...` to calls of all four shapes, on plaintext channels too."""
-    return [
-        _UnaryUnaryBearer(tokens),
-        _UnaryStreamBearer(tokens),
-        _StreamUnaryBearer(tokens),
-        _StreamStreamBearer(tokens),
-    ]
-
-
-def deadline_interceptor(deadline_s: float = DEADLINE_S) -> grpc.aio.ClientInterceptor:
-    """An interceptor that gives unary calls without a deadline one of `deadline_s` seconds."""
-    return _UnaryDeadline(deadline_s)
 
 
 def is_local(address: str) -> bool:
@@ -145,13 +71,24 @@ def open_channel(
     address: str,
     *,
     tokens: TokenSource | None = None,
-    tls: ChannelTls | None = None,
+    tls: "ChannelTls | None" = None,
     deadline_s: float = DEADLINE_S,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> grpc.aio.Channel:
-    """A channel to `address` (`HOST:PORT` or `unix:PATH`), plaintext without `tls`; call it in a running loop."""
-    interceptors = [deadline_interceptor(deadline_s), *(bearer_interceptors(tokens) if tokens else ())]
+    """A channel to `address` (`HOST:PORT` or `unix:PATH`), plaintext without `tls`; call it in a running loop.
+
+    The files of `tls` are read again when they change. Raises tiltyard.tls.InvalidPem and OSError when they can't be
+    used.
+    """
+    interceptors = outgoing_interceptors(address, tokens=tokens, deadline_s=deadline_s)
     options = channel_options(address, max_message_bytes=max_message_bytes)
-    if tls is None:
+    # Nobody listens in on a Unix socket.
+    if tls is None or address.startswith("unix:"):
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
-    return grpc.aio.secure_channel(address, tls.credentials(), options=options, interceptors=interceptors)
+    # Loading X.509 takes a command 30 ms.
+    from tiltyard.tls import FollowingChannel, channel_credentials
+
+    def connect(pem: "Pem") -> grpc.aio.Channel:
+        return grpc.aio.secure_channel(address, channel_credentials(pem), options=options, interceptors=interceptors)
+
+    return FollowingChannel(tls.files, connect)

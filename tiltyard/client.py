@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tiltyard.selector.v1.draw_pb2_grpc import DrawServiceAsyncStub
     from tiltyard.selector.v1.pool_pb2_grpc import EligibilityServiceAsyncStub, PoolServiceAsyncStub
     from tiltyard.selector.v1.stake_pb2_grpc import StakeServiceAsyncStub
+    from tiltyard.tls import ChannelTls
     from tiltyard.trainer.v1.trainer_pb2_grpc import TrainingServiceAsyncStub
     from tiltyard.validator.v1.validator_pb2_grpc import ValidationServiceAsyncStub
 
@@ -63,8 +64,9 @@ __all__ = [
 class _Connections:
     """Channels that open with the context and close with it."""
 
-    def __init__(self, key: Key, *, deadline_s: float) -> None:
+    def __init__(self, key: Key, *, deadline_s: float, tls: "ChannelTls | None") -> None:
         self.key = key
+        self._tls = tls
         self._deadline_s = deadline_s
         self._channels: list[grpc.aio.Channel] = []
 
@@ -74,7 +76,8 @@ class _Connections:
         return f"participants/{self.key.id}"
 
     def _open(self, address: str, audience: str) -> grpc.aio.Channel:
-        channel = open_channel(address, tokens=TokenSource(self.key, audience), deadline_s=self._deadline_s)
+        tokens = TokenSource(self.key, audience)
+        channel = open_channel(address, tokens=tokens, tls=self._tls, deadline_s=self._deadline_s)
         self._channels.append(channel)
         return channel
 
@@ -96,13 +99,21 @@ class Client(_Connections):
     """A participant's connections to one arena: the registry's services and, where given, the selector's.
 
     Addresses are `HOST:PORT` or `unix:PATH`. Channels open on first use; use it within one event loop. A unary call
-    without a deadline of its own gets `deadline_s`. Calls raise grpc.aio.AioRpcError: see `explain`.
+    without a deadline of its own gets `deadline_s`. Without `tls` calls go out in plaintext. Calls raise
+    grpc.aio.AioRpcError: see `explain`.
     """
 
     def __init__(
-        self, key: Key, *, origin: str, registry: str, selector: str | None = None, deadline_s: float = 20.0
+        self,
+        key: Key,
+        *,
+        origin: str,
+        registry: str,
+        selector: str | None = None,
+        tls: "ChannelTls | None" = None,
+        deadline_s: float = 20.0,
     ) -> None:
-        super().__init__(key, deadline_s=deadline_s)
+        super().__init__(key, deadline_s=deadline_s, tls=tls)
         self.origin = origin
         self._registry_address = registry
         self._selector_address = selector
@@ -186,8 +197,10 @@ class Client(_Connections):
 class Node(_Connections):
     """Connections to one trainer or validator, whose tokens name the id of the key that it serves."""
 
-    def __init__(self, key: Key, *, address: str, node_id: str, deadline_s: float = 20.0) -> None:
-        super().__init__(key, deadline_s=deadline_s)
+    def __init__(
+        self, key: Key, *, address: str, node_id: str, tls: "ChannelTls | None" = None, deadline_s: float = 20.0
+    ) -> None:
+        super().__init__(key, deadline_s=deadline_s, tls=tls)
         self._address = address
         self._node_id = node_id
 

@@ -15,7 +15,7 @@ from services.registry.changes import ChangeBoard
 from services.registry.draws import Draws
 from services.registry.evaluations import Evaluations
 from services.registry.faults import ValidatorFaults
-from services.registry.files import DirectoryFiles
+from services.registry.garbage import Garbage
 from services.registry.judging import Judging
 from services.registry.leaderboard import Leaderboard
 from services.registry.memberships import Memberships
@@ -36,12 +36,14 @@ from services.registry.servicers.participants import ParticipantServicer
 from services.registry.servicers.submissions import SubmissionServicer
 from services.registry.servicers.tasks import TaskServicer
 from services.registry.settings import RegistrySettings
+from services.registry.storage import open_artifacts
 from services.registry.store import SqlStore
 from services.registry.structure import StructureChecks
 from services.registry.submissions import Submissions
 from services.registry.task_turns import TaskTurns
 from services.registry.tasks import Tasks
 from services.registry.transaction import Store
+from services.registry.uploads import Uploads
 from services.runtime.auth import AccessPolicy, Authenticator, utc_now
 from services.runtime.channels import open_peer
 from services.runtime.database import Database
@@ -65,6 +67,7 @@ class Registry:
     database: Database
     store: Store
     referee: Referee
+    garbage: Garbage
     outages: Outages
     log: RecordLog
     log_key: bytes
@@ -104,14 +107,16 @@ async def build(
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     log_key = Key.load_or_create(settings.state_dir / "log.pem")
     tokens = PageTokens(load_secret(settings.state_dir / "pages.key"))
-    files = DirectoryFiles(settings.state_dir)
+    files = await asyncio.to_thread(open_artifacts, settings.artifacts, state_dir=settings.state_dir)
     database = await asyncio.to_thread(
         Database.open, settings.database_url, migrations="services.registry.migrations", clock=clock
     )
     closing: list[Callable[[], Awaitable[None]]] = [database.close]
     if selection is None:
         key = Key.load_or_create(settings.key_file)
-        channel = open_peer(settings.selector, key=key, audience=f"{settings.origin}/selector")
+        channel = open_peer(
+            settings.selector, key=key, audience=f"{settings.origin}/selector", tls=settings.channel_tls
+        )
         selection = SelectorPeer(channel)
         closing.append(lambda: channel.close(None))
     changes = ChangeBoard()
@@ -127,6 +132,7 @@ async def build(
     judging = Judging(store, clock)
     faults = ValidatorFaults(store, selection)
     outages = Outages(store, clock)
+    uploads = Uploads(store, files, settings.quotas)
     steps: Sequence[Step] = (
         outages.beat,
         memberships.finish_joining,
@@ -163,7 +169,7 @@ async def build(
         assignments=AssignmentServicer(Assignments(store, changes), tokens=tokens),
         evaluations=EvaluationServicer(Evaluations(store), faults, origin=origin, tokens=tokens),
         leaderboard=LeaderboardServicer(Leaderboard(store, changes)),
-        artifacts=ArtifactServicer(Artifacts(store, files, clock), max_bytes=settings.max_artifact_bytes),
+        artifacts=ArtifactServicer(Artifacts(store, files, uploads, clock), max_bytes=settings.max_artifact_bytes),
         log=LogServicer(log),
     )
     return Registry(
@@ -173,6 +179,7 @@ async def build(
         database=database,
         store=store,
         referee=Referee(steps, store, changes, clock),
+        garbage=Garbage(store, files, uploads, clock, settings.keeping),
         outages=outages,
         log=log,
         log_key=log_key.public_bytes,

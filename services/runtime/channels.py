@@ -2,13 +2,10 @@
 
 import grpc
 
-from tiltyard.channel import DEADLINE_S, MAX_MESSAGE_BYTES, ChannelTls
-from tiltyard.channel import open_channel as _open_channel
+from tiltyard.channel import MAX_MESSAGE_BYTES, open_channel
 from tiltyard.identity import Key, TokenSource
-
-__all__ = ["ChannelTls", "open_channel", "open_peer"]
-
-open_channel = _open_channel
+from tiltyard.outgoing import DEADLINE_S
+from tiltyard.tls import ChannelTls
 
 
 def open_peer(
@@ -21,7 +18,7 @@ def open_peer(
     max_message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> grpc.aio.Channel:
     """A channel to the peer at `address` whose calls carry a token of `key` for `audience` (`{origin}/selector`)."""
-    return _open_channel(
+    return open_channel(
         address,
         tokens=TokenSource(key, audience),
         tls=tls,

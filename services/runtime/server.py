@@ -6,7 +6,6 @@ import signal
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +17,7 @@ from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
 from services.runtime.auth import AccessPolicy, Authenticator, utc_now
+from services.runtime.certificates import ServerTls
 from services.runtime.idempotency import RequestMemory
 from services.runtime.interceptors import CallInterceptor, Drain
 
@@ -44,23 +44,6 @@ class Mount:
 
     service_name: str
     add: Callable[[grpc.aio.Server], None]
-
-
-@dataclass(frozen=True)
-class ServerTls:
-    """PEM files of a server: certificate chain, private key, and the authority that clients' certificates come from."""
-
-    certificate: Path
-    key: Path
-    client_ca: Path | None = None
-
-    def credentials(self) -> grpc.ServerCredentials:
-        """The files read."""
-        return grpc.ssl_server_credentials(
-            [(self.key.read_bytes(), self.certificate.read_bytes())],
-            root_certificates=self.client_ca.read_bytes() if self.client_ca else None,
-            require_client_auth=self.client_ca is not None,
-        )
 
 
 class ArenaServer:
@@ -117,7 +100,8 @@ class ArenaServer:
         channelz_name = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
         reflection.enable_server_reflection([*names, health_name, channelz_name, reflection.SERVICE_NAME], self._server)
         await self.set_serving(False)
-        if self._tls is None:
+        # Nobody listens in on a Unix socket.
+        if self._tls is None or self._listen.startswith("unix:"):
             self._port = self._server.add_insecure_port(self._listen)
         else:
             self._port = self._server.add_secure_port(self._listen, self._tls.credentials())

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from services.runtime.telemetry import LogFormat, default_format
+from tiltyard.tls import SYSTEM_AUTHORITIES, ChannelTls, InvalidPem, PemFiles
 
 PREFIX = "TILTYARD_"
 # A shell that drives the command line sets these; a service started from it need not know them.
@@ -44,8 +45,12 @@ class ServiceSettings(BaseSettings):
     log_format: LogFormat = Field(default_factory=default_format)
     tls_certificate: Path | None = None
     tls_key: Path | None = None
+    """The certificate chain of this process and its key (PEM): shown to clients, and to peers that ask for one."""
     tls_client_ca: Path | None = None
     """With it, a client must show a certificate that this authority signed (mutual TLS)."""
+    tls_ca: str = ""
+    """The authority that peers' certificates come from, as a PEM file, or `system` for those of the operating system.
+    Peers are then called by TLS, those at `unix:` addresses aside; left out, they are called in plaintext."""
     plaintext_anywhere: bool = False
     """Lets a server without TLS listen beyond the loopback interface, for networks that encrypt by themselves."""
     listen: str = "127.0.0.1:0"
@@ -104,6 +109,28 @@ class ServiceSettings(BaseSettings):
         if value is not None and not value.is_file():
             raise ValueError(f"{value} is not a file")
         return value
+
+    @field_validator("tls_ca")
+    @classmethod
+    def _known_authority(cls, value: str) -> str:
+        if value not in ("", SYSTEM_AUTHORITIES) and not Path(value).is_file():
+            raise ValueError(f"{value} is not a file")
+        return value
+
+    @model_validator(mode="after")
+    def _tls_fits(self) -> Self:
+        try:
+            PemFiles(self.tls_client_ca, self.tls_certificate, self.tls_key).read()
+            if self.channel_tls is not None:
+                self.channel_tls.files.read()
+        except (InvalidPem, OSError) as error:
+            raise ValueError(f"TILTYARD_TLS_*: {error}") from error
+        return self
+
+    @property
+    def channel_tls(self) -> ChannelTls | None:
+        """How peers are called: by TLS, or None for plaintext."""
+        return ChannelTls.of(self.tls_ca, self.tls_certificate, self.tls_key)
 
     @field_validator("listen")
     @classmethod

@@ -1,91 +1,217 @@
-"""TLS and mutual TLS between a server and our channels."""
+"""TLS and mutual TLS between a server and our channels, and certificates that are replaced while both run."""
 
+import asyncio
+import shutil
+import socket
+import ssl
 from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 
 import grpc
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.runtime.server import ArenaServer, ServerTls
-from tiltyard.channel import ChannelTls, open_channel
+from services.runtime.certificates import ServerTls
+from services.runtime.server import ArenaServer
+from tiltyard import tls
+from tiltyard.authority import Authority, Issued
+from tiltyard.calling import persist
+from tiltyard.channel import open_channel
+from tiltyard.tls import ChannelTls, InvalidPem, PemFiles
 
-
-class Authority:
-    """A throw-away certificate authority that writes PEM files into `folder`."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder = folder
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        builder = self._builder(self._name, self._key.public_key())
-        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        self.certificate = folder / f"{name}.pem"
-        self.certificate.write_bytes(builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
-
-    def _builder(self, subject: x509.Name, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        now = datetime.now(UTC)
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(public_key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(hours=1))
-            .not_valid_after(now + timedelta(hours=1))
-        )
-
-    def issue(self, name: str) -> tuple[Path, Path]:
-        """Certificate and key files of `name`, good for 127.0.0.1."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
-        certificate = self._builder(subject, key.public_key()).add_extension(address, critical=False)
-        paths = self._folder / f"{name}.crt", self._folder / f"{name}.key"
-        paths[0].write_bytes(certificate.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
-        paths[1].write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
-        return paths
+HOSTS = ("127.0.0.1", "localhost")
 
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    return Authority(tmp_path, "arena")
+    return Authority.open(tmp_path / "arena")
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Authority:
+    return Authority.open(tmp_path / "other")
+
+
+def server_tls(authority: Authority, *, mutual: bool = False, name: str = "server") -> ServerTls:
+    issued = authority.issue(name, HOSTS)
+    return ServerTls(issued.certificate, issued.key, authority.certificate if mutual else None)
+
+
+def client_tls(authority: Authority, issued: Issued | None = None) -> ChannelTls:
+    if issued is None:
+        return ChannelTls(authority.certificate)
+    return ChannelTls(authority.certificate, issued.certificate, issued.key)
+
+
+async def ask(channel: grpc.aio.Channel) -> int:
+    answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+    status: int = answer.status
+    return status
 
 
 async def check(address: str, tls: ChannelTls | None) -> int:
     async with open_channel(address, tls=tls) as channel:
-        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
-        status: int = answer.status
-        return status
+        return await ask(channel)
 
 
-async def test_tls_needs_the_right_authority(authority: Authority, tmp_path: Path) -> None:
-    tls = ServerTls(*authority.issue("server"))
+async def refuse(address: str, tls: ChannelTls | None) -> None:
+    """One attempt that must fail, without the retries of our channels."""
+    bare = grpc.aio.secure_channel(address, tls.credentials()) if tls else grpc.aio.insecure_channel(address)
+    async with bare:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(bare)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def handshake(address: str, context: ssl.SSLContext) -> tuple[str | None, x509.Certificate]:
+    """The TLS version agreed on, and the certificate that the server shows."""
+    host, _, port = address.rpartition(":")
+    with (
+        socket.create_connection((host, int(port)), timeout=5) as plain,
+        context.wrap_socket(plain, server_hostname=host) as secure,
+    ):
+        shown = secure.getpeercert(binary_form=True)
+        assert shown is not None
+        return secure.version(), x509.load_der_x509_certificate(shown)
+
+
+async def serial_shown(address: str, authority: Authority) -> int:
+    context = ssl.create_default_context(cafile=str(authority.certificate))
+    context.set_alpn_protocols(["h2"])
+    return (await asyncio.to_thread(handshake, address, context))[1].serial_number
+
+
+async def test_tls_needs_the_right_authority(authority: Authority, other: Authority) -> None:
+    async with ArenaServer("127.0.0.1:0", [], authenticator=None, tls=server_tls(authority)) as server:
+        assert await check(server.address, client_tls(authority)) == health_pb2.HealthCheckResponse.SERVING
+        for wrong in (None, client_tls(other), ChannelTls()):
+            await refuse(server.address, wrong)
+
+
+async def test_a_certificate_for_another_host_is_refused(authority: Authority) -> None:
+    issued = authority.issue("elsewhere", ["elsewhere.example.org"])
+    tls = ServerTls(issued.certificate, issued.key)
     async with ArenaServer("127.0.0.1:0", [], authenticator=None, tls=tls) as server:
-        trusted = ChannelTls(ca=authority.certificate)
-        assert await check(server.address, trusted) == health_pb2.HealthCheckResponse.SERVING
-        for other in (None, ChannelTls(ca=Authority(tmp_path, "other").certificate)):
-            with pytest.raises(grpc.aio.AioRpcError):
-                await check(server.address, other)
+        await refuse(server.address, client_tls(authority))
 
 
-async def test_mutual_tls_asks_for_a_certificate_of_the_named_authority(authority: Authority, tmp_path: Path) -> None:
-    tls = ServerTls(*authority.issue("server"), client_ca=authority.certificate)
+async def test_an_expired_certificate_is_refused(authority: Authority) -> None:
+    issued = authority.issue("old", HOSTS, days=1, now=datetime.now(UTC) - timedelta(days=2))
+    tls = ServerTls(issued.certificate, issued.key)
     async with ArenaServer("127.0.0.1:0", [], authenticator=None, tls=tls) as server:
-        certificate, key = authority.issue("client")
-        known = ChannelTls(ca=authority.certificate, certificate=certificate, key=key)
+        await refuse(server.address, client_tls(authority))
+
+
+async def test_mutual_tls_asks_for_a_certificate_of_the_named_authority(authority: Authority, other: Authority) -> None:
+    tls = server_tls(authority, mutual=True)
+    async with ArenaServer("127.0.0.1:0", [], authenticator=None, tls=tls) as server:
+        known = client_tls(authority, authority.issue("client", HOSTS))
         assert await check(server.address, known) == health_pb2.HealthCheckResponse.SERVING
-        certificate, key = Authority(tmp_path, "other").issue("stranger")
-        stranger = ChannelTls(ca=authority.certificate, certificate=certificate, key=key)
-        for refused in (ChannelTls(ca=authority.certificate), stranger):
-            with pytest.raises(grpc.aio.AioRpcError):
-                await check(server.address, refused)
+        stranger = client_tls(authority, other.issue("stranger", HOSTS))
+        for refused in (client_tls(authority), stranger):
+            await refuse(server.address, refused)
+
+
+async def test_tls_below_1_2_is_refused_and_1_3_taken(authority: Authority) -> None:
+    async with ArenaServer("127.0.0.1:0", [], authenticator=None, tls=server_tls(authority)) as server:
+        context = ssl.create_default_context(cafile=str(authority.certificate))
+        context.set_alpn_protocols(["h2"])
+        assert (await asyncio.to_thread(handshake, server.address, context))[0] == "TLSv1.3"
+        # What a client that knows nothing newer than TLS 1.1 sends: a record, a ClientHello, its suites, no extensions.
+        host, _, port = server.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        suites = bytes.fromhex("c009c00ac013c014002f0035000a")
+        hello = b"\x03\x02" + bytes(32) + b"\x00" + len(suites).to_bytes(2, "big") + suites + b"\x01\x00"
+        body = b"\x01" + len(hello).to_bytes(3, "big") + hello
+        writer.write(b"\x16\x03\x01" + len(body).to_bytes(2, "big") + body)
+        answer = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+        # Nothing, or an alert (21), fatal (2), protocol_version (70); never a ServerHello (22).
+        assert answer[:1] in (b"", b"\x15"), answer
+        assert answer == b"" or answer[5:7] == b"\x02\x46", answer
+
+
+async def test_a_server_shows_a_replaced_certificate_without_a_restart(authority: Authority) -> None:
+    async with ArenaServer("127.0.0.1:0", [], authenticator=None, tls=server_tls(authority)) as server:
+        async with open_channel(server.address, tls=client_tls(authority)) as before:
+            await ask(before)
+            first = await serial_shown(server.address, authority)
+            assert await serial_shown(server.address, authority) == first
+            renewed = authority.issue("server", HOSTS)
+            expected = x509.load_pem_x509_certificate(renewed.certificate.read_bytes()).serial_number
+            assert await serial_shown(server.address, authority) == expected != first
+            # What was connected before goes on, and who connects now gets through.
+            await ask(before)
+        await check(server.address, client_tls(authority))
+
+
+async def test_a_half_replaced_pair_leaves_the_earlier_one(authority: Authority, tmp_path: Path) -> None:
+    tls = server_tls(authority)
+    async with ArenaServer("127.0.0.1:0", [], authenticator=None, tls=tls) as server:
+        first = await serial_shown(server.address, authority)
+        renewed = authority.issue("renewed", HOSTS)
+        shutil.copy(renewed.key, tls.key)
+        assert await serial_shown(server.address, authority) == first
+        tls.certificate.write_text("nonsense")
+        assert await serial_shown(server.address, authority) == first
+        tls.certificate.unlink()
+        assert await serial_shown(server.address, authority) == first
+        shutil.copy(renewed.certificate, tls.certificate)
+        assert await serial_shown(server.address, authority) != first
+
+
+async def test_the_clients_authority_is_replaced_without_a_restart(authority: Authority, other: Authority) -> None:
+    tls = server_tls(authority, mutual=True)
+    assert tls.client_ca is not None
+    async with ArenaServer("127.0.0.1:0", [], authenticator=None, tls=tls) as server:
+        new_client = client_tls(authority, other.issue("new", HOSTS))
+        await refuse(server.address, new_client)
+        # Old and new side by side while clients change over. The file is the client's, too, here: it trusts both.
+        tls.client_ca.write_bytes(tls.client_ca.read_bytes() + other.certificate.read_bytes())
+        assert await check(server.address, new_client) == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_an_open_channel_follows_its_certificate_and_authority(
+    authority: Authority, other: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls, "_LOOK_EVERY_S", 0.0)
+    ours = authority.issue("client", HOSTS)
+    ca = tmp_path / "trusted.pem"
+    shutil.copy(authority.certificate, ca)
+    channel_tls = ChannelTls(ca, ours.certificate, ours.key)
+    first = ArenaServer("127.0.0.1:0", [], authenticator=None, tls=server_tls(authority, mutual=True))
+    async with first, open_channel(first.address, tls=channel_tls) as channel:
+        await ask(channel)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        # The whole arena moves to another authority: first the client's files, then the server.
+        theirs = other.issue("client", HOSTS)
+        for old, new in ((ours.key, theirs.key), (ours.certificate, theirs.certificate), (ca, other.certificate)):
+            shutil.copy(new, old)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await ask(channel)
+        # A call that began before goes on over the earlier connection.
+        await first.set_serving(False)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        port = first.port
+        await first.stop(grace_s=0)
+        second = ArenaServer(f"127.0.0.1:{port}", [], authenticator=None, tls=server_tls(other, mutual=True))
+        async with second:
+            serving = await persist(lambda: ask(channel), patience_s=20)
+            assert serving == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("broken", ["key of another", "no certificate", "no key", "only a key", "no authority"])
+def test_files_that_do_not_fit_are_named(authority: Authority, tmp_path: Path, broken: str) -> None:
+    good, nonsense = authority.issue("good", HOSTS), tmp_path / "nonsense.pem"
+    nonsense.write_text("hello")
+    files, culprit = {
+        "key of another": (PemFiles(None, good.certificate, authority.issue("b", HOSTS).key), "b.key"),
+        "no certificate": (PemFiles(None, nonsense, good.key), "nonsense.pem"),
+        "no key": (PemFiles(None, good.certificate, nonsense), "nonsense.pem"),
+        "only a key": (PemFiles(None, None, good.key), "good.key"),
+        "no authority": (PemFiles(nonsense), "nonsense.pem"),
+    }[broken]
+    with pytest.raises(InvalidPem, match=culprit):
+        files.read()

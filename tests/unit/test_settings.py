@@ -7,6 +7,8 @@ from typing import ClassVar
 import pytest
 
 from services.runtime.settings import ServiceSettings
+from tiltyard.authority import Authority
+from tiltyard.tls import ChannelTls
 
 PARTICIPANT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -79,6 +81,7 @@ def test_everything_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
         ("TILTYARD_LISTEN", "arena.example.org:7401"),
         ("TILTYARD_TLS_CERTIFICATE", "/nowhere/cert.pem"),
         ("TILTYARD_TLS_KEY", "/nowhere/key.pem"),
+        ("TILTYARD_TLS_CA", "/nowhere/ca.pem"),
     ],
 )
 def test_a_bad_or_unknown_variable_stops_the_start_with_its_name(
@@ -123,10 +126,33 @@ def test_beyond_loopback_with_tls_or_by_order(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("TILTYARD_PLAINTEXT_ANYWHERE", "true")
     assert SampleSettings.load().listen == "0.0.0.0:7401"
     monkeypatch.delenv("TILTYARD_PLAINTEXT_ANYWHERE")
-    for name in ("certificate", "key"):
-        (tmp_path / name).touch()
-        monkeypatch.setenv(f"TILTYARD_TLS_{name.upper()}", str(tmp_path / name))
-    assert SampleSettings.load().tls_key == tmp_path / "key"
+    issued = Authority.open(tmp_path).issue("registry", ["arena.example.org"])
+    monkeypatch.setenv("TILTYARD_TLS_CERTIFICATE", str(issued.certificate))
+    monkeypatch.setenv("TILTYARD_TLS_KEY", str(issued.key))
+    assert SampleSettings.load().tls_key == issued.key
+
+
+def test_peers_are_called_by_tls_when_their_authority_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert SampleSettings.load().channel_tls is None
+    authority = Authority.open(tmp_path)
+    monkeypatch.setenv("TILTYARD_TLS_CA", str(authority.certificate))
+    assert SampleSettings.load().channel_tls == ChannelTls(authority.certificate)
+    issued = authority.issue("registry", ["registry"])
+    monkeypatch.setenv("TILTYARD_TLS_CERTIFICATE", str(issued.certificate))
+    monkeypatch.setenv("TILTYARD_TLS_KEY", str(issued.key))
+    monkeypatch.setenv("TILTYARD_TLS_CA", "system")
+    assert SampleSettings.load().channel_tls == ChannelTls(None, issued.certificate, issued.key)
+
+
+def test_a_key_of_another_certificate_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    authority = Authority.open(tmp_path)
+    monkeypatch.setenv("TILTYARD_TLS_CERTIFICATE", str(authority.issue("one", ["one"]).certificate))
+    monkeypatch.setenv("TILTYARD_TLS_KEY", str(authority.issue("two", ["two"]).key))
+    with pytest.raises(SystemExit):
+        SampleSettings.load()
+    assert "two.key is not the key of" in capsys.readouterr().err
 
 
 def test_a_certificate_needs_its_key(

@@ -4,6 +4,7 @@ import typer
 
 from tiltyard.cli import (
     audits,
+    certs,
     datasets,
     demo,
     draws,
@@ -34,6 +35,7 @@ app.command("up")(up.up)
 app.add_typer(keys.app, name="key")
 app.command("token")(keys.token)
 app.command("sign")(keys.sign)
+app.add_typer(certs.app, name="certs")
 app.add_typer(participants.app, name="participant")
 app.add_typer(stakes.app, name="stake")
 tasks.app.command("export")(task_exports.export)

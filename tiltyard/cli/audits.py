@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tiltyard.cli.connection import DEFAULT_ORIGIN, REGISTRY, JsonOption, OriginOption, RegistryOption, connect, run
+from tiltyard.cli.connection import (
+    DEFAULT_ORIGIN,
+    REGISTRY,
+    JsonOption,
+    OriginOption,
+    RegistryOption,
+    connect,
+    run,
+    tls_of_environment,
+)
 from tiltyard.cli.output import as_json, print_json
 
 if TYPE_CHECKING:
@@ -166,7 +175,7 @@ def connect_reader(key: Path | None, origin: str, registry: str) -> "Client":
 
     if key is not None:
         return connect(key, origin, registry)
-    return Client(Key.generate(), origin=origin, registry=registry)
+    return Client(Key.generate(), origin=origin, registry=registry, tls=tls_of_environment())
 
 
 def write_leaderboards(boards: Sequence["leaderboard_pb2.Leaderboard"], folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What commands share to reach an arena: the options that say where and who, and one way to run and to fail."""
 
 import asyncio
+import os
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from tiltyard.client import Client, Node
     from tiltyard.identity import Key
+    from tiltyard.tls import ChannelTls
 
 T = TypeVar("T")
 
@@ -62,11 +64,28 @@ def load_key(path: Path) -> "Key":
         raise CommandError(str(error)) from None
 
 
+def tls_of_environment() -> "ChannelTls | None":
+    """TLS by TILTYARD_TLS_CA, TILTYARD_TLS_CERTIFICATE and TILTYARD_TLS_KEY, as for a service; None for plaintext."""
+    ca, *own = (os.environ.get(f"TILTYARD_TLS_{name}", "") for name in ("CA", "CERTIFICATE", "KEY"))
+    if not ca:
+        return None
+    from tiltyard.tls import ChannelTls, InvalidPem
+
+    certificate, key = (Path(file) if file else None for file in own)
+    tls = ChannelTls.of(ca, certificate, key)
+    try:
+        if tls is not None:
+            tls.files.read()
+    except (InvalidPem, OSError) as error:
+        raise CommandError(f"TILTYARD_TLS_*: {error}") from None
+    return tls
+
+
 def connect(key: Path, origin: str, registry: str = "", selector: str = "") -> "Client":
     """A client for one command, to be used with `async with`."""
     from tiltyard.client import Client
 
-    return Client(load_key(key), origin=origin, registry=registry, selector=selector)
+    return Client(load_key(key), origin=origin, registry=registry, selector=selector, tls=tls_of_environment())
 
 
 def connect_node(key: Path, address: str, node: str = "") -> "Node":
@@ -74,7 +93,8 @@ def connect_node(key: Path, address: str, node: str = "") -> "Node":
     from tiltyard.client import Node
 
     loaded = load_key(key)
-    return Node(loaded, address=address, node_id=node.removeprefix("participants/") or loaded.id)
+    node_id = node.removeprefix("participants/") or loaded.id
+    return Node(loaded, address=address, node_id=node_id, tls=tls_of_environment())
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

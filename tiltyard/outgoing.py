@@ -1,0 +1,103 @@
+"""What every outgoing call passes through, whatever its shape: token, deadline, circuit breaker, request id."""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+from tiltyard.breaker import CircuitBreaker
+from tiltyard.identity import TokenSource
+
+DEADLINE_S = 20.0
+STREAM_DEADLINE_S = 3600.0
+"""Streams end sooner or later, too: a watch or a transfer that does goes on where it was."""
+
+_DETAILS_KEY = "grpc-status-details-bin"
+_DETAIL_FIELDS = ("method", "timeout", "metadata", "credentials", "wait_for_ready")
+
+
+class _Outgoing:
+    """Shared by the four interceptors of a channel; without `tokens` calls are not signed."""
+
+    def __init__(self, tokens: TokenSource | None, deadline_s: float, breaker: CircuitBreaker) -> None:
+        self._tokens = tokens
+        self._deadline_s = deadline_s
+        self._breaker = breaker
+
+    def _prepared(self, details: Any, deadline_s: float) -> grpc.aio.ClientCallDetails:
+        """The call with a token and a deadline. Raises AioRpcError instead of calling a peer that is dead."""
+        self._breaker.admit()
+        changes: dict[str, Any] = {name: getattr(details, name) for name in _DETAIL_FIELDS}
+        if details.timeout is None:
+            changes["timeout"] = deadline_s
+        if self._tokens is not None:
+            metadata = grpc.aio.Metadata(*(details.metadata or ()))
+            metadata["authorization"] = f"Bearer {self._tokens.token()}"
+            changes["metadata"] = metadata
+        return grpc.aio.ClientCallDetails(**changes)
+
+
+def _repeatable(request: Any) -> Any:
+    """`request`, or a copy with a fresh request id where it has none, as in AIP-4235: the channel may send it twice."""
+    if getattr(request, "request_id", None) != "":
+        return request
+    copy = type(request)()
+    copy.CopyFrom(request)
+    copy.request_id = new_request_id()
+    return copy
+
+
+def new_request_id() -> str:
+    """A fresh idempotency key."""
+    return secrets.token_hex(16)
+
+
+# gRPC files an interceptor under the first shape it finds: each shape needs a class of its own.
+class _UnaryUnary(_Outgoing, grpc.aio.UnaryUnaryClientInterceptor):
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        call = await continuation(self._prepared(client_call_details, self._deadline_s), _repeatable(request))
+        try:
+            code = await call.code()
+            if code is grpc.StatusCode.UNAVAILABLE:
+                # A peer that says why is there: it drains, or what it needs itself is away.
+                answered = _DETAILS_KEY in (await call.trailing_metadata() or ())
+            else:
+                # A caller's own deadline may be shorter than any answer takes.
+                answered = code is not grpc.StatusCode.DEADLINE_EXCEEDED or client_call_details.timeout is not None
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+        if answered:
+            self._breaker.answered()
+        else:
+            self._breaker.unanswered()
+        return call
+
+
+class _UnaryStream(_Outgoing, grpc.aio.UnaryStreamClientInterceptor):
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await continuation(self._prepared(client_call_details, STREAM_DEADLINE_S), request)
+
+
+class _StreamUnary(_Outgoing, grpc.aio.StreamUnaryClientInterceptor):
+    async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await continuation(self._prepared(client_call_details, STREAM_DEADLINE_S), request_iterator)
+
+
+class _StreamStream(_Outgoing, grpc.aio.StreamStreamClientInterceptor):
+    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await continuation(self._prepared(client_call_details, STREAM_DEADLINE_S), request_iterator)
+
+
+def outgoing_interceptors(
+    address: str, *, tokens: TokenSource | None, deadline_s: float = DEADLINE_S
+) -> Sequence[grpc.aio.ClientInterceptor]:
+    """Interceptors for a channel to `address`.
+
+    Each call carries `authorization: Bearer ...` where `tokens` are given, on plaintext channels too, and ends by its
+    own deadline, `deadline_s` (unary) or `STREAM_DEADLINE_S`.
+    """
+    breaker = CircuitBreaker(address)
+    return [shape(tokens, deadline_s, breaker) for shape in (_UnaryUnary, _UnaryStream, _StreamUnary, _StreamStream)]
