@@ -54,7 +54,11 @@ async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = ut
     key = Key.load_or_create(settings.key_file)
     migrations = "services.trainer.migrations"
     database = await asyncio.to_thread(Database.open, settings.database_url, migrations=migrations, clock=clock)
-    client = Client(key, origin=settings.origin, registry=settings.registry) if settings.registry else None
+    client = (
+        Client(key, origin=settings.origin, registry=settings.registry, tls=settings.channel_tls)
+        if settings.registry
+        else None
+    )
     registry = RegistryPeer(client, runs=folder) if client else NoRegistry()
     store, live, data = SqlTrainingStore(database), LiveTrainings(), DataFolder(settings.data_dir)
     models = TrainedModels(runs=folder, device="cpu" if settings.device == "cpu" else "auto")
