@@ -9,6 +9,7 @@ from tiltyard.bls import BlsKey
 from tiltyard.commitments import draw_seed, evaluation_seal, submission_commitment
 from tiltyard.curves import SQUARE_ROOT, weight
 from tiltyard.identity import Key
+from tiltyard.receipts import sign_receipts
 from tiltyard.registry.v1 import leaderboard_pb2
 from tiltyard.scoring import wilson_interval
 from tiltyard.sortition import SumTree, draw, draw_id, drawn_member
@@ -193,11 +194,9 @@ class ToldLog:
                 leaf_index=place.leaf_index,
                 members=members,
             )
-            for node in self.tree.path(place.leaf_index):
-                pick.path.add(hash=node.hash, sum=node.sum.to_bytes(16, "big"), left=node.left)
+            pick.path = self.tree.path(place.leaf_index)
         receipt.draw_time.FromSeconds(self.draw_time_s)
-        digest = hashlib.sha256(receipt.SerializeToString(deterministic=True)).digest()
-        receipt.signature = self.selector.sign(digest)
+        sign_receipts([receipt], self.selector.sign)
         self.write(Entry(draw=receipt))
         evaluating = evaluation_pb2.SUBMISSION_STATE_EVALUATING
         self.write(Entry(submission_changed=log_type_pb2.SubmissionChanged(submission=SUBMISSION, state=evaluating)))

@@ -3,9 +3,8 @@
 What is checked and what it proves is written out in docs/sortition.md.
 """
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from google.protobuf import json_format
@@ -13,8 +12,13 @@ from google.protobuf import json_format
 from tiltyard import bls
 from tiltyard.commitments import draw_seed
 from tiltyard.sortition import Place, ProvedPlace, check_order, draw_id, drawn_member
-from tiltyard.sumtree import HASH_BYTES, SUM_BYTES, SumNode
+from tiltyard.sumtree import HASH_BYTES, SUM_BYTES
+from tiltyard.transparency import Frontier, Node, inclusion_proof, leaf_hash, verify_inclusion
 from tiltyard.type.v1 import draw_pb2
+
+# With the root and the size after it this is longer than an anchor of 32 bytes, and whoever asks for a draw chooses the
+# anchor: a sigma must never be a signature of receipts.
+_SIGNED_TAG = b"tiltyard/draw-receipts/v1"
 
 NOT_PROVED = (
     "that the pool under the root is what the ledger says: deposits, locks, weights and groups are in the record log",
@@ -32,12 +36,21 @@ class ReceiptInvalid(Exception):
         self.reason = reason
 
 
-def receipt_digest(receipt: draw_pb2.DrawReceipt) -> bytes:
-    """What the selector signs: SHA-256 of a receipt without its signature, fields in order of their numbers."""
-    unsigned = draw_pb2.DrawReceipt()
-    unsigned.CopyFrom(receipt)
-    unsigned.ClearField("signature")
-    return hashlib.sha256(unsigned.SerializeToString(deterministic=True)).digest()
+def sign_receipts(receipts: Sequence[draw_pb2.DrawReceipt], sign: Callable[[bytes], bytes]) -> None:
+    """Puts one signature into all receipts: `sign` is asked once, over the root of the tree whose leaves they are."""
+    leaves = [_leaf(receipt) for receipt in receipts]
+    # Those that are alike are one leaf, so that each has one index and none is proved by another's.
+    indices = {leaf: index for index, leaf in enumerate(dict.fromkeys(leaves))}
+    tree, nodes = Frontier(), dict[Node, bytes]()
+    for leaf in indices:
+        nodes.update(tree.append(leaf))
+    root = tree.root()
+    signature = sign(_signed_message(root, tree.size))
+    for receipt, leaf in zip(receipts, leaves, strict=True):
+        index = indices[leaf]
+        path = inclusion_proof(index, tree.size, lambda level, at: nodes[level, at])
+        signed = draw_pb2.BatchSignature(root=root, size=tree.size, index=index, path=path, signature=signature)
+        receipt.signed.CopyFrom(signed)
 
 
 def receipt_to_json(receipt: draw_pb2.DrawReceipt) -> str:
@@ -76,10 +89,7 @@ def verify_receipt(receipt: draw_pb2.DrawReceipt, *, selector_key: bytes) -> lis
         raise ReceiptInvalid("the seed does not follow from sigma and the reveal's salt")
     places = _check_places(receipt)
     _check_members(receipt)
-    if not bls.verify(selector_key, receipt_digest(receipt), receipt.signature):
-        raise ReceiptInvalid(
-            "the selector did not sign this receipt: its signature, or a value that nothing else fixes, was changed"
-        )
+    _check_signature(receipt, selector_key)
     picks = len(receipt.picks)
     return [
         f"the selector with key {selector_key.hex()} signed every value of this receipt of {receipt.draw}",
@@ -134,12 +144,8 @@ def _check_places(receipt: draw_pb2.DrawReceipt) -> int:
 def _proved(receipt: draw_pb2.DrawReceipt) -> Iterator[ProvedPlace]:
     entries: list[draw_pb2.Pick | draw_pb2.PassedOver] = [*receipt.picks, *receipt.passed_over]
     for each in entries:
-        for node in each.path:
-            if len(node.hash) != HASH_BYTES:
-                raise ReceiptInvalid(f"place {each.place}: a hash on its path has {len(node.hash)} bytes")
-        path = [SumNode(node.hash, _number(node.sum), node.left) for node in each.path]
         place = Place(each.place, each.leaf_index, _number(each.group_weight), _number(each.value))
-        yield ProvedPlace(place, each.owner_group, path)
+        yield ProvedPlace(place, each.owner_group, each.path)
 
 
 def _check_members(receipt: draw_pb2.DrawReceipt) -> None:
@@ -154,6 +160,34 @@ def _check_members(receipt: draw_pb2.DrawReceipt) -> None:
     for each in receipt.passed_over:
         if each.reason == draw_pb2.PASSED_OVER_REASON_UNSPECIFIED:
             raise ReceiptInvalid(f"place {each.place} was passed over without a reason")
+
+
+def _check_signature(receipt: draw_pb2.DrawReceipt, selector_key: bytes) -> None:
+    signed = receipt.signed
+    if any(len(node) != HASH_BYTES for node in (signed.root, *signed.path)):
+        raise ReceiptInvalid("a hash of the tree of receipts that were signed together has not 32 bytes")
+    included = verify_inclusion(
+        leaf=_leaf(receipt), index=signed.index, size=signed.size, path=list(signed.path), root=signed.root
+    )
+    if not included:
+        raise ReceiptInvalid(
+            "this receipt is not among those signed: its path, or a value that nothing else fixes, was changed"
+        )
+    if not bls.verify(selector_key, _signed_message(signed.root, signed.size), signed.signature):
+        raise ReceiptInvalid("the selector did not sign this receipt: the signature is not this key's over the root")
+
+
+def _leaf(receipt: draw_pb2.DrawReceipt) -> bytes:
+    """What stands for a receipt in the tree: the hash of its bytes without the signature, fields in order of number."""
+    if receipt.HasField("signed"):
+        receipt, whole = draw_pb2.DrawReceipt(), receipt
+        receipt.CopyFrom(whole)
+        receipt.ClearField("signed")
+    return leaf_hash(receipt.SerializeToString(deterministic=True))
+
+
+def _signed_message(root: bytes, size: int) -> bytes:
+    return _SIGNED_TAG + size.to_bytes(8, "big") + root
 
 
 def _number(sum_bytes: bytes) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tiltyard.curves import SQUARE_ROOT, WEIGHT_SCALE, Curve, CurveKind, weight
-from tiltyard.sumtree import Remaining, SumNode, SumTree, prove_place
+from tiltyard.sumtree import Remaining, SumTree, prove_place
 
 __all__ = [
     "SQUARE_ROOT",
@@ -21,7 +21,6 @@ __all__ = [
     "CurveKind",
     "Place",
     "ProvedPlace",
-    "SumNode",
     "SumTree",
     "check_order",
     "draw",
@@ -50,11 +49,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class ProvedPlace:
-    """A place with what proves it: the leaf's id, and the nodes beside its way up to the pool's root."""
+    """A place with what proves it: the leaf's id, and the nodes beside its way up to the pool's root (SumTree.path)."""
 
     place: Place
     identifier: str
-    path: Sequence[SumNode]
+    path: bytes
 
 
 def draw_id(submission: str, round: int) -> str:

@@ -11,10 +11,10 @@ its index for ever: one that is not wanted any more weighs 0. After Maxwell's su
 """
 
 import hashlib
+import struct
 from array import array
 from bisect import insort
-from collections.abc import Iterable, MutableSequence, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, MutableSequence
 
 HASH_BYTES = 32
 SUM_BYTES = 16
@@ -23,7 +23,10 @@ SUM_LIMIT = 2**128
 # Sums below this are kept in an array of machine words, which is small and fast; larger ones in a list.
 _SMALL = 2**64
 _RECORD_BYTES = HASH_BYTES + SUM_BYTES
+_RECORD = struct.Struct(f"{HASH_BYTES}s{SUM_BYTES}s")
 _PAIR_BYTES = 1 + 2 * _RECORD_BYTES
+# Where the records of the two children begin in what is hashed for a node.
+_LEFT, _RIGHT = 1, 1 + _RECORD_BYTES
 _NO_RECORD = bytes(_RECORD_BYTES)
 _MOST_GAPS = 256
 
@@ -47,14 +50,6 @@ def root_hash(leaf_count: int, top_hash: bytes, total: int) -> bytes:
     return hashlib.sha256(
         b"\x02" + leaf_count.to_bytes(8, "big") + top_hash + total.to_bytes(SUM_BYTES, "big")
     ).digest()
-
-
-class SumNode(NamedTuple):
-    """A node beside a path: its hash, the sum of the weights below it, and whether it lies to the left."""
-
-    hash: bytes
-    sum: int
-    left: bool
 
 
 class SumTree:
@@ -119,39 +114,38 @@ class SumTree:
                 node >>= 1
                 sums[node] += change
             return
-        # The one loop that every change of a pool waits for: names are local, and each node is written in one piece.
-        pair_bytes, record_bytes, sha256 = _PAIR_BYTES, _RECORD_BYTES, _sha256
+        # The one loop that every change of a pool waits for: names are local, and each record is written in one piece.
+        put, pair_bytes, sha256 = _RECORD.pack_into, _PAIR_BYTES, _sha256
         digest = leaf_hash(self._ids[index], weight)
         value = weight
-        while True:
-            at = (node >> 1) * pair_bytes + (49 if node & 1 else 1)
-            pairs[at : at + record_bytes] = digest + value.to_bytes(16, "big")
+        while node > 1:
+            right = node & 1
             node >>= 1
-            if not node:
-                return
+            at = node * pair_bytes
+            put(pairs, at + _RIGHT if right else at + _LEFT, digest, value.to_bytes(16, "big"))
             value = sums[node] + change
             sums[node] = value
-            at = node * pair_bytes
             digest = sha256(pairs[at : at + pair_bytes]).digest()
+        put(pairs, _RIGHT, digest, value.to_bytes(16, "big"))
 
     def root(self) -> bytes:
         """The root: it fixes every id, weight and place."""
         pairs = self._all_pairs()
-        return _sha256(
-            b"\x02" + len(self._ids).to_bytes(8, "big") + pairs[_PAIR_BYTES - _RECORD_BYTES : _PAIR_BYTES]
-        ).digest()
+        return _sha256(b"\x02" + len(self._ids).to_bytes(8, "big") + pairs[_RIGHT:_PAIR_BYTES]).digest()
 
-    def path(self, index: int) -> tuple[SumNode, ...]:
-        """The nodes beside the way from a leaf up to the top node."""
-        pairs, sums = self._all_pairs(), self._sums
+    def path(self, index: int) -> bytes:
+        """The nodes beside the way from a leaf up to the top node, each with its hash and its sum: 48 bytes a level.
+
+        On which side of the way they lie follows from the index.
+        """
+        pairs = self._all_pairs()
         node = self._leaf(index)
         beside = []
         while node > 1:
-            sibling = node ^ 1
-            at = (node >> 1) * _PAIR_BYTES + 1 + (sibling & 1) * _RECORD_BYTES
-            beside.append(SumNode(bytes(pairs[at : at + HASH_BYTES]), sums[sibling], sibling < node))
+            at = (node >> 1) * _PAIR_BYTES + (_LEFT if node & 1 else _RIGHT)
+            beside.append(pairs[at : at + _RECORD_BYTES])
             node >>= 1
-        return tuple(beside)
+        return b"".join(beside)
 
     def _leaf(self, index: int) -> int:
         if not 0 <= index < len(self._ids):
@@ -176,7 +170,7 @@ class SumTree:
             moved = old_pairs[level * _PAIR_BYTES : 2 * level * _PAIR_BYTES]
             pairs[2 * level * _PAIR_BYTES : 3 * level * _PAIR_BYTES] = moved
             level *= 2
-        pairs[_PAIR_BYTES + 1 : _PAIR_BYTES + 1 + _RECORD_BYTES] = old_pairs[_PAIR_BYTES - _RECORD_BYTES : _PAIR_BYTES]
+        pairs[_PAIR_BYTES + _LEFT : _PAIR_BYTES + _RIGHT] = old_pairs[_RIGHT:_PAIR_BYTES]
         self._pairs = pairs
         level, empty = self._capacity // 2, _record_above(_NO_RECORD)
         while level > 1:
@@ -202,8 +196,8 @@ class SumTree:
         return pairs
 
     def _put(self, pairs: bytearray, node: int, digest: bytes) -> None:
-        at = (node >> 1) * _PAIR_BYTES + 1 + (node & 1) * _RECORD_BYTES
-        pairs[at : at + _RECORD_BYTES] = digest + self._sums[node].to_bytes(SUM_BYTES, "big")
+        at = (node >> 1) * _PAIR_BYTES + (_RIGHT if node & 1 else _LEFT)
+        _RECORD.pack_into(pairs, at, digest, self._sums[node].to_bytes(SUM_BYTES, "big"))
 
 
 class Remaining:
@@ -266,28 +260,28 @@ class Remaining:
 
 
 def prove_place(
-    identifier: str, weight: int, path: Sequence[SumNode], *, index: int, root: bytes, leaf_count: int, total: int
+    identifier: str, weight: int, path: bytes, *, index: int, root: bytes, leaf_count: int, total: int
 ) -> int:
     """Checks that a leaf lies under a root at `index`, and returns the sum of the weights to the left of it.
 
-    Raises ValueError, saying what does not fit.
+    `path` is as from `SumTree.path`. Raises ValueError, saying what does not fit.
     """
     if not 0 <= index < leaf_count:
         raise ValueError(f"leaf {index} is not among {leaf_count}")
-    if len(path) != (leaf_count - 1).bit_length():
-        raise ValueError(f"a path under {leaf_count} leaves has {(leaf_count - 1).bit_length()} nodes, not {len(path)}")
+    levels = (leaf_count - 1).bit_length()
+    if len(path) != levels * _RECORD_BYTES:
+        raise ValueError(
+            f"a path under {leaf_count} leaves has {levels} nodes of {_RECORD_BYTES} bytes, not {len(path)} bytes"
+        )
     digest, below, before = leaf_hash(identifier, weight), weight, 0
-    position = index
-    for node in path:
-        if node.left != bool(position & 1):
-            raise ValueError(f"the path does not lead from leaf {index}")
-        if node.left:
-            digest = node_hash(node.hash, node.sum, digest, below)
-            before += node.sum
+    for level, (beside_hash, beside_sum) in enumerate(_RECORD.iter_unpack(path)):
+        beside = int.from_bytes(beside_sum, "big")
+        if index >> level & 1:
+            digest = node_hash(beside_hash, beside, digest, below)
+            before += beside
         else:
-            digest = node_hash(digest, below, node.hash, node.sum)
-        below = _checked(below + node.sum)
-        position //= 2
+            digest = node_hash(digest, below, beside_hash, beside)
+        below = _checked(below + beside)
     if below != total or root_hash(leaf_count, digest, below) != root:
         raise ValueError(f"the path from leaf {index} does not lead to the root")
     return before
@@ -319,7 +313,7 @@ def _record_above(record: bytes) -> bytes:
 def _fill(pairs: bytearray, record: bytes, *, first: int, end: int) -> None:
     """Gives the nodes from `first` until before `end`, which is even, the same record."""
     if first < end and first & 1:
-        at = (first >> 1) * _PAIR_BYTES + 1 + _RECORD_BYTES
+        at = (first >> 1) * _PAIR_BYTES + _RIGHT
         pairs[at : at + _RECORD_BYTES] = record
         first += 1
     if first < end:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from services.selector.faults import Fault
-from tiltyard.sortition import Curve, Place, SumNode
+from tiltyard.sortition import Curve, Place
 
 MAX_MICROS = 2**63 - 1
 
@@ -220,7 +220,8 @@ class DrawnPlace:
 
     place: Place
     owner_group: str
-    path: tuple[SumNode, ...]
+    path: bytes
+    """As from SumTree.path."""
     members: tuple[str, ...] = ()
     participant: str = ""
     passed_over: PassedOverReason | None = None

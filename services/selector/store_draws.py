@@ -10,8 +10,7 @@ from sqlmodel import Session
 from services.selector.columns import connection_of, from_us, table_of, to_us, weight_bytes, weight_of
 from services.selector.records import Charge, Draw, DrawnPlace, PassedOverReason, Seat, Settlement
 from services.selector.rows import ChargeRow, DrawRow, OwnerGroupRow, SeatRow
-from tiltyard.sortition import Curve, CurveKind, Place, SumNode
-from tiltyard.sumtree import HASH_BYTES, SUM_BYTES
+from tiltyard.sortition import Curve, CurveKind, Place
 
 _CHARGES = table_of(ChargeRow)
 _GROUPS = table_of(OwnerGroupRow)
@@ -56,7 +55,6 @@ _SEATED = (
     )
     .order_by(_SEATS.c.participant)
 )
-_HASH_AND_SUM = HASH_BYTES + SUM_BYTES
 
 
 class SqlDrawRecords:
@@ -165,20 +163,6 @@ def _places_json(places: Sequence[DrawnPlace]) -> str:
     return json.dumps([_place_json(place) for place in places], separators=(",", ":"))
 
 
-def _path_text(path: Sequence[SumNode]) -> str:
-    """Hashes and sums in hex. Which of them lie to the left follows from the leaf's index."""
-    return b"".join([node.hash + node.sum.to_bytes(SUM_BYTES, "big") for node in path]).hex()
-
-
-def _path(text: str, *, leaf_index: int) -> tuple[SumNode, ...]:
-    stored = bytes.fromhex(text)
-    pieces = [stored[at : at + _HASH_AND_SUM] for at in range(0, len(stored), _HASH_AND_SUM)]
-    return tuple(
-        SumNode(piece[:HASH_BYTES], int.from_bytes(piece[HASH_BYTES:], "big"), bool(leaf_index >> level & 1))
-        for level, piece in enumerate(pieces)
-    )
-
-
 def _place_json(drawn: DrawnPlace) -> dict[str, Any]:
     """Weights as decimal strings: they outgrow the numbers that other readers of JSON can hold."""
     place = drawn.place
@@ -188,7 +172,7 @@ def _place_json(drawn: DrawnPlace) -> dict[str, Any]:
         "weight": str(place.weight),
         "value": str(place.value),
         "owner_group": drawn.owner_group,
-        "path": _path_text(drawn.path),
+        "path": drawn.path.hex(),
         "members": list(drawn.members),
         "participant": drawn.participant,
         "passed_over": drawn.passed_over.value if drawn.passed_over else None,
@@ -200,7 +184,7 @@ def _place(stored: dict[str, Any]) -> DrawnPlace:
     return DrawnPlace(
         place=Place(stored["place"], stored["leaf_index"], int(stored["weight"]), int(stored["value"])),
         owner_group=stored["owner_group"],
-        path=_path(stored["path"], leaf_index=stored["leaf_index"]),
+        path=bytes.fromhex(stored["path"]),
         members=tuple(stored["members"]),
         participant=stored["participant"],
         passed_over=PassedOverReason(reason) if reason else None,

@@ -187,7 +187,7 @@ def heavier(entry: log_type_pb2.LogEntry) -> None:
 
 
 def unsigned(entry: log_type_pb2.LogEntry) -> None:
-    entry.draw.signature = bytes(96)
+    entry.draw.signed.signature = bytes(96)
 
 
 def richer(entry: log_type_pb2.LogEntry) -> None:

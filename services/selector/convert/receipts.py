@@ -7,8 +7,8 @@ from services.selector.convert.pool import CURVE_NUMBERS
 from services.selector.convert.times import timestamp
 from services.selector.records import Draw, DrawnPlace, PassedOverReason
 from tiltyard.bls import BlsKey
-from tiltyard.receipts import receipt_digest
-from tiltyard.sumtree import SUM_BYTES, SumNode
+from tiltyard.receipts import sign_receipts
+from tiltyard.sumtree import SUM_BYTES
 from tiltyard.type.v1 import draw_pb2 as types
 
 _REASONS = {reason: types.PassedOverReason.Value(f"PASSED_OVER_REASON_{reason.name}") for reason in PassedOverReason}
@@ -31,7 +31,7 @@ class ReceiptSigner:
         """The signed receipt of a draw as recorded."""
         made = unsigned_receipt(draw)
         # Signing goes on outside of the interpreter's lock: the loop answers others meanwhile.
-        made.signature = await asyncio.to_thread(self._key.sign, receipt_digest(made))
+        await asyncio.to_thread(sign_receipts, [made], self._key.sign)
         return made
 
 
@@ -66,7 +66,7 @@ def _pick(position: int, drawn: DrawnPlace) -> types.Pick:
         group_weight=_sum(drawn.place.weight),
         value=_sum(drawn.place.value),
         leaf_index=drawn.place.leaf_index,
-        path=[_node(node) for node in drawn.path],
+        path=drawn.path,
         members=[names.format_participant(member) for member in drawn.members],
         place=drawn.place.place,
     )
@@ -80,12 +80,8 @@ def _passed_over(drawn: DrawnPlace, reason: PassedOverReason) -> types.PassedOve
         place=drawn.place.place,
         group_weight=_sum(drawn.place.weight),
         value=_sum(drawn.place.value),
-        path=[_node(node) for node in drawn.path],
+        path=drawn.path,
     )
-
-
-def _node(node: SumNode) -> types.SumNode:
-    return types.SumNode(hash=node.hash, sum=_sum(node.sum), left=node.left)
 
 
 def _sum(value: int) -> bytes:

@@ -84,7 +84,7 @@ class DrawReceipt(_message.Message):
     PICKS_FIELD_NUMBER: _builtins.int
     PASSED_OVER_FIELD_NUMBER: _builtins.int
     DRAW_TIME_FIELD_NUMBER: _builtins.int
-    SIGNATURE_FIELD_NUMBER: _builtins.int
+    SIGNED_FIELD_NUMBER: _builtins.int
     draw: _builtins.str
     """Draw as draws/{draw}."""
     task: _builtins.str
@@ -113,8 +113,6 @@ class DrawReceipt(_message.Message):
     """POWER: the exponent in thousandths."""
     assigned: _builtins.int
     """How many of the order are assigned at first, k."""
-    signature: _builtins.bytes
-    """BLS signature of the selector over the SHA-256 of this message without this field, 96 bytes."""
     @_builtins.property
     def picks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pick]:
         """Those picked so far, in order; the first are assigned, the next are reserves."""
@@ -128,6 +126,10 @@ class DrawReceipt(_message.Message):
     @_builtins.property
     def draw_time(self) -> _timestamp_pb2.Timestamp:
         """When it was drawn."""
+
+    @_builtins.property
+    def signed(self) -> Global___BatchSignature:
+        """The selector's signature over this message without this field."""
 
     def __init__(
         self,
@@ -149,15 +151,61 @@ class DrawReceipt(_message.Message):
         picks: _abc.Iterable[Global___Pick] | None = ...,
         passed_over: _abc.Iterable[Global___PassedOver] | None = ...,
         draw_time: _timestamp_pb2.Timestamp | None = ...,
-        signature: _builtins.bytes = ...,
+        signed: Global___BatchSignature | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["draw_time", b"draw_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draw_time", b"draw_time", "signed", b"signed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha_millis", b"alpha_millis", "anchor", b"anchor", "assigned", b"assigned", "curve", b"curve", "draw", b"draw", "draw_time", b"draw_time", "passed_over", b"passed_over", "picks", b"picks", "pool_root", b"pool_root", "pool_size", b"pool_size", "pool_weight", b"pool_weight", "reveal_salt", b"reveal_salt", "round", b"round", "seed", b"seed", "sigma", b"sigma", "signature", b"signature", "submission", b"submission", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha_millis", b"alpha_millis", "anchor", b"anchor", "assigned", b"assigned", "curve", b"curve", "draw", b"draw", "draw_time", b"draw_time", "passed_over", b"passed_over", "picks", b"picks", "pool_root", b"pool_root", "pool_size", b"pool_size", "pool_weight", b"pool_weight", "reveal_salt", b"reveal_salt", "round", b"round", "seed", b"seed", "sigma", b"sigma", "signed", b"signed", "submission", b"submission", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrawReceipt: _TypeAlias = DrawReceipt  # noqa: Y015
+
+@_typing.final
+class BatchSignature(_message.Message):
+    """BatchSignature is one BLS signature of the selector over several receipts, told to each of them.
+
+    The receipts are the leaves of a Merkle tree as in RFC 9162, each with its protobuf bytes without `signed`, fields in
+    ascending order of their numbers. Signed are the 25 bytes "tiltyard/draw-receipts/v1", the size as 8 bytes big-endian
+    and the root: too long for an anchor, so that no sigma is a signature of receipts.
+    A receipt that is read again may be signed anew, together with others or alone; what is signed does not change.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOT_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    root: _builtins.bytes
+    """Root of the tree, 32 bytes."""
+    size: _builtins.int
+    """How many receipts were signed together, from 1."""
+    index: _builtins.int
+    """Which of them this one is, from 0."""
+    signature: _builtins.bytes
+    """BLS12-381 signature (AugSchemeMPL), 96 bytes."""
+    @_builtins.property
+    def path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Inclusion path from this receipt's leaf up to the root, each hash 32 bytes; empty when it was signed alone."""
+
+    def __init__(
+        self,
+        *,
+        root: _builtins.bytes = ...,
+        size: _builtins.int = ...,
+        index: _builtins.int = ...,
+        path: _abc.Iterable[_builtins.bytes] | None = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "path", b"path", "root", b"root", "signature", b"signature", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchSignature: _TypeAlias = BatchSignature  # noqa: Y015
 
 @_typing.final
 class Pick(_message.Message):
@@ -186,12 +234,13 @@ class Pick(_message.Message):
     """Value drawn for this place, below the weight that was left, 16 bytes big-endian."""
     leaf_index: _builtins.int
     """Index of the group's leaf in the pool's tree."""
+    path: _builtins.bytes
+    """The nodes beside the way from the leaf up to the top, from its sibling on, 48 bytes each: hash, and sum of the weights
+    below as 16 bytes big-endian. A node lies to the left of the way where the bit of leaf_index for its level is 1, the
+    lowest bit for the sibling.
+    """
     place: _builtins.int
     """Place in the whole order, from 0; groups that were passed over have places too."""
-    @_builtins.property
-    def path(self) -> _containers.RepeatedCompositeFieldContainer[Global___SumNode]:
-        """Nodes from the leaf's sibling up to the root."""
-
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Members of the group who could be picked as participants/{id}, in order of id; one of them is picked uniformly."""
@@ -205,7 +254,7 @@ class Pick(_message.Message):
         group_weight: _builtins.bytes = ...,
         value: _builtins.bytes = ...,
         leaf_index: _builtins.int = ...,
-        path: _abc.Iterable[Global___SumNode] | None = ...,
+        path: _builtins.bytes = ...,
         members: _abc.Iterable[_builtins.str] | None = ...,
         place: _builtins.int = ...,
     ) -> None: ...
@@ -216,36 +265,6 @@ class Pick(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Pick: _TypeAlias = Pick  # noqa: Y015
-
-@_typing.final
-class SumNode(_message.Message):
-    """SumNode is one node of a Merkle sum tree."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    HASH_FIELD_NUMBER: _builtins.int
-    SUM_FIELD_NUMBER: _builtins.int
-    LEFT_FIELD_NUMBER: _builtins.int
-    hash: _builtins.bytes
-    """Hash, 32 bytes."""
-    sum: _builtins.bytes
-    """Sum of the weights below it, 16 bytes big-endian."""
-    left: _builtins.bool
-    """True when the node lies to the left of the path."""
-    def __init__(
-        self,
-        *,
-        hash: _builtins.bytes = ...,
-        sum: _builtins.bytes = ...,
-        left: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hash", b"hash", "left", b"left", "sum", b"sum"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SumNode: _TypeAlias = SumNode  # noqa: Y015
 
 @_typing.final
 class PassedOver(_message.Message):
@@ -272,10 +291,11 @@ class PassedOver(_message.Message):
     """Weight of the group, 16 bytes big-endian."""
     value: _builtins.bytes
     """Value drawn for this place, below the weight that was left, 16 bytes big-endian."""
-    @_builtins.property
-    def path(self) -> _containers.RepeatedCompositeFieldContainer[Global___SumNode]:
-        """Nodes from the leaf's sibling up to the root."""
-
+    path: _builtins.bytes
+    """The nodes beside the way from the leaf up to the top, from its sibling on, 48 bytes each: hash, and sum of the weights
+    below as 16 bytes big-endian. A node lies to the left of the way where the bit of leaf_index for its level is 1, the
+    lowest bit for the sibling.
+    """
     def __init__(
         self,
         *,
@@ -285,7 +305,7 @@ class PassedOver(_message.Message):
         place: _builtins.int = ...,
         group_weight: _builtins.bytes = ...,
         value: _builtins.bytes = ...,
-        path: _abc.Iterable[Global___SumNode] | None = ...,
+        path: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
