@@ -1,7 +1,5 @@
 """Fine-tuning: a training begins with the model that its task names, or says why it does not."""
 
-import hashlib
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -111,19 +109,3 @@ async def test_a_base_model_is_for_members_alone(tmp_path: Path, registry: FakeR
     async with served(tmp_path, registry.address) as node:
         error = await refused(start(node))
     assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NOT_A_TRAINING_NODE")
-
-
-async def test_a_base_model_that_lies_there_damaged_is_not_trained_from(tmp_path: Path, registry: FakeRegistry) -> None:
-    bases, digest = tmp_path / "bases", hashlib.sha256(registry.base_model).hexdigest()
-    registry.hold_downloads = True
-    async with served(tmp_path, registry.address) as node:
-        started = await start(node)
-        await registry.download_asked.wait()
-        damaged = bytearray(registry.base_model)
-        damaged[-1] ^= 1
-        (bases / "draft").write_bytes(damaged)
-        os.rename(bases / "draft", bases / f"{digest}.safetensors")
-        registry.hold_downloads = False
-        done = (await until_ended(node, started.name))[-1]
-    assert done.state == pb.TRAINING_STATE_FAILED
-    assert f"no longer artifacts/{digest}" in done.error

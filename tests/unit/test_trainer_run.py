@@ -1,0 +1,114 @@
+"""One run in its folder: what it begins with, and that it goes on from where it was broken off to the bit."""
+
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from services.trainer import runfolder
+from services.trainer.config import LossKind, TrainingConfig
+from services.trainer.localdata import mark_of
+from services.trainer.run import train
+from tiltyard.datasets import write_dataset
+from tiltyard.models import build, save_weights
+from tiltyard.modelspec import Mlp, ModelSpec
+
+SPEC = ModelSpec((8, 8), 10, Mlp((32,)), 1 / 16)
+CONFIG = TrainingConfig(epochs=60, batch_size=50, patience=50)
+
+
+class Killed(BaseException):
+    """What ends a run at a moment of the test's choice, as a signal would."""
+
+
+@pytest.fixture
+def base_model(tmp_path: Path) -> Path:
+    """The weights of a model that no training begins with by itself, named by their digest."""
+    save_weights(build(SPEC, seed=4321), tmp_path / "base")
+    digest = hashlib.sha256((tmp_path / "base").read_bytes()).hexdigest()
+    return (tmp_path / "base").rename(tmp_path / f"{digest}.safetensors")
+
+
+def ordered(folder: Path, *, config: TrainingConfig = CONFIG, base_model: Path | None = None) -> Path:
+    digits = load_digits()
+    data = folder.parent / "digits.safetensors"
+    if not data.exists():
+        write_dataset(data, digits.images[:300].astype(np.uint8), digits.target[:300].astype(np.int64))
+    order = runfolder.Order(data, mark_of(data), SPEC, LossKind.CROSS_ENTROPY, config, "cpu", 1, base_model)
+    runfolder.prepare(folder, order)
+    return folder
+
+
+def run(folder: Path, *, say: Callable[[dict[str, Any]], None] = lambda _: None) -> tuple[int, list[dict[str, Any]]]:
+    """The exit status, and what was said."""
+    events: list[dict[str, Any]] = []
+
+    def keep(event: dict[str, Any]) -> None:
+        events.append(event)
+        say(event)
+
+    return train(folder, say=keep, stopped=threading.Event()), events
+
+
+def broken_off(folder: Path) -> None:
+    """Trains until some point after the first checkpoint."""
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "progress" and runfolder.checkpoint(folder).exists():
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(folder, say=kill)
+
+
+def test_a_fine_tuned_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
+    tmp_path: Path, base_model: Path
+) -> None:
+    config = replace(CONFIG, checkpoint_interval_s=0)
+    status, whole = run(ordered(tmp_path / "whole", config=config, base_model=base_model))
+    assert status == 0
+    folder = ordered(tmp_path / "broken", config=config, base_model=base_model)
+    broken_off(folder)
+    # What goes on has its weights from the checkpoint: the base model may be gone.
+    base_model.unlink()
+    status, resumed = run(folder)
+    assert status == 0
+    assert resumed[-1] == whole[-1]
+    assert resumed[-1]["event"] == "trained"
+    _, fresh = run(ordered(tmp_path / "fresh", config=config))
+    assert fresh[-1]["model_digest"] != whole[-1]["model_digest"]
+
+
+def test_a_base_model_that_was_damaged_on_the_disk_is_not_trained_from(tmp_path: Path, base_model: Path) -> None:
+    content = bytearray(base_model.read_bytes())
+    content[-1] ^= 1
+    base_model.write_bytes(content)
+    status, events = run(ordered(tmp_path / "run", base_model=base_model))
+    assert status == 1
+    assert events[-1]["event"] == "broken"
+    assert f"no longer artifacts/{base_model.stem}" in events[-1]["error"]
+
+
+def test_a_base_model_of_another_architecture_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    save_weights(build(replace(SPEC, architecture=Mlp((16,))), seed=0), tmp_path / "base")
+    digest = hashlib.sha256((tmp_path / "base").read_bytes()).hexdigest()
+    other = (tmp_path / "base").rename(tmp_path / f"{digest}.safetensors")
+    status, events = run(ordered(tmp_path / "run", base_model=other))
+    assert status == 1
+    assert "has shape (16, 64), not (32, 64)" in events[-1]["error"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_said_and_begun_anew(tmp_path: Path, base_model: Path) -> None:
+    _, whole = run(ordered(tmp_path / "whole", base_model=base_model))
+    folder = ordered(tmp_path / "broken", base_model=base_model)
+    runfolder.checkpoint(folder).write_bytes(b"no checkpoint")
+    status, events = run(folder)
+    assert status == 0
+    assert "begins anew" in events[0]["text"]
+    assert events[-1] == whole[-1]
