@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -113,19 +114,27 @@ class MemoryFiles:
     def __init__(self) -> None:
         self.contents: dict[str, bytes] = {}
 
-    def size(self, sha256: str) -> int:
-        return len(self._content(sha256))
-
-    def read(self, sha256: str, offset: int, length: int) -> bytes:
-        return self._content(sha256)[offset : offset + length]
-
-    def path(self, sha256: str) -> Path:
-        raise AssertionError("no dataset is scanned here")
-
-    def _content(self, sha256: str) -> bytes:
+    def open(self, sha256: str) -> "MemoryFile":
         if sha256 not in self.contents:
             raise FileNotFoundError(2, "No such file")
-        return self.contents[sha256]
+        return MemoryFile(self.contents[sha256])
+
+    def local(self, sha256: str) -> AbstractContextManager[Path]:
+        raise AssertionError("no dataset is scanned here")
+
+
+class MemoryFile:
+    """One of them."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self.size = len(content)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._content[offset : offset + length]
+
+    def close(self) -> None:
+        pass
 
 
 def task_config(*, k: int = 3, **changes: Any) -> TaskConfig:

@@ -22,7 +22,7 @@ async def main() -> None:
             authenticator=registry.authenticator,
             policy=registry.policy,
             remembered=registry.database,
-            background=[registry.referee.run],
+            background=[registry.referee.run, registry.garbage.run],
             on_close=[registry.close],
         )
 

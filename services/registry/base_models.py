@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import closing
 from datetime import datetime
 
 from services.registry.artifact_rights import readable
@@ -36,16 +37,17 @@ class BaseModels:
             )
 
     def _examine(self, artifact: Artifact, config: TaskConfig) -> ModelFault | None:
-        try:
-            check_model_file(
-                lambda offset, length: self._files.read(artifact.sha256, offset, length),
-                artifact.size_bytes,
-                config.models[0],
-                max_bytes=config.limits.max_model_bytes,
-                max_parameters=config.limits.max_parameters,
-            )
-        except ModelFault as fault:
-            return fault
+        with closing(self._files.open(artifact.sha256)) as file:
+            try:
+                check_model_file(
+                    file.read,
+                    file.size,
+                    config.models[0],
+                    max_bytes=config.limits.max_model_bytes,
+                    max_parameters=config.limits.max_parameters,
+                )
+            except ModelFault as fault:
+                return fault
         return None
 
 

@@ -1,31 +1,42 @@
-"""Artifacts as files in a directory, named by their digest; whole or not there at all."""
+"""Artifacts as files in a directory, named by their digest: whole, or not there at all."""
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+
+from services.registry.artifact_files import OpenUpload, Partial, Stored
+
+_READ_BYTES = 1 << 20
+_PLACED = ".placed"
 
 
 class PartialFile:
-    """One upload on its way: appended to, hashed as it grows. Used by one thread at a time."""
+    """One upload on its way: appended to, hashed as it grows, and put in its place by `place`."""
 
-    def __init__(self, partial: Path, final: Path, sha256: str) -> None:
+    def __init__(self, partial: Path, marker: Path, sha256: str, place: Callable[[Path, str], None]) -> None:
         self._partial = partial
-        self._final = final
+        self._marker = marker
         self._sha256 = sha256
+        self._place = place
         self._hash = hashlib.sha256()
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        self._file = partial.open("ab+")
+        self._file = partial.open("ab+", buffering=0)
         self._file.seek(0)
-        while block := self._file.read(1 << 20):
+        while block := self._file.read(_READ_BYTES):
             self._hash.update(block)
         self.size = self._file.tell()
 
-    def append(self, chunk: bytes) -> None:
+    def append(self, chunks: Sequence[bytes]) -> None:
         """The next bytes, out of this process at once: they survive its death."""
-        self._file.write(chunk)
-        self._file.flush()
-        self._hash.update(chunk)
-        self.size += len(chunk)
+        for chunk in chunks:
+            view = memoryview(chunk)
+            while view:
+                written = self._file.write(view)
+                self._hash.update(view[:written])
+                self.size += written
+                view = view[written:]
 
     def finish(self) -> bool:
         """Put the whole file in its place, durably. False where the digest is another: then nothing is kept."""
@@ -35,60 +46,167 @@ class PartialFile:
             return False
         os.fsync(self._file.fileno())
         self.close()
-        self._final.parent.mkdir(parents=True, exist_ok=True)
-        self._partial.replace(self._final)
-        _sync_directory(self._final.parent)
+        # From here on the upload counts as complete, wherever its bytes lie.
+        self._marker.touch()
+        sync_directory(self._marker.parent)
+        self._place(self._partial, self._sha256)
         return True
+
+    def settle(self) -> None:
+        """The artifact is on record: forget the upload."""
+        self._marker.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Keep what there is for the next try."""
         self._file.close()
 
 
-class DirectoryFiles:
+class PlacedFile:
+    """An upload whose bytes are all in their place, and not on record yet: the process died in between."""
+
+    def __init__(self, marker: Path, size: int) -> None:
+        self._marker = marker
+        self.size = size
+
+    def append(self, chunks: Sequence[bytes]) -> None:
+        """There is nothing to append."""
+        if any(chunks):
+            raise ValueError("the upload is complete")
+
+    def finish(self) -> bool:
+        """It is in its place."""
+        return True
+
+    def settle(self) -> None:
+        """The artifact is on record: forget the upload."""
+        self._marker.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class UploadFolder:
+    """Uploads on their way, as `{owner}-{sha256}`; `{owner}-{sha256}.placed` says that all bytes are in their place.
+
+    `place` moves a whole file there; `placed_size` tells the size of what lies there, or raises FileNotFoundError.
+    """
+
+    def __init__(self, folder: Path, *, place: Callable[[Path, str], None], placed_size: Callable[[str], int]) -> None:
+        self._folder = folder
+        self._place = place
+        self._placed_size = placed_size
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def partial_size(self, owner: str, sha256: str) -> int:
+        """Bytes of one participant's upload so far."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._partial(owner, sha256).stat().st_size
+        if self._marker(owner, sha256).exists():
+            with contextlib.suppress(FileNotFoundError):
+                return self._placed_size(sha256)
+        return 0
+
+    def open_partial(self, owner: str, sha256: str, *, anew: bool) -> Partial:
+        """One participant's upload, to go on with or to begin `anew`."""
+        partial, marker = self._partial(owner, sha256), self._marker(owner, sha256)
+        if anew:
+            partial.unlink(missing_ok=True)
+            marker.unlink(missing_ok=True)
+        elif marker.exists() and not partial.exists():
+            with contextlib.suppress(FileNotFoundError):
+                return PlacedFile(marker, self._placed_size(sha256))
+        return PartialFile(partial, marker, sha256, self._place)
+
+    def open_uploads(self, owner: str | None = None) -> Sequence[OpenUpload]:
+        """What is kept of one participant's uploads, or of everybody's."""
+        found = {}
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                name = entry.name.removesuffix(_PLACED)
+                whose, _, sha256 = name.partition("-")
+                if owner is not None and whose != owner:
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat()
+                    size = status.st_size
+                    if entry.name.endswith(_PLACED):
+                        size = self._placed_size(sha256)
+                    changed = datetime.fromtimestamp(status.st_mtime, UTC)
+                    found[name] = OpenUpload(whose, sha256, size, changed)
+        return list(found.values())
+
+    def remove_partial(self, owner: str, sha256: str) -> None:
+        """Forget an upload, if there is one."""
+        self._marker(owner, sha256).unlink(missing_ok=True)
+        self._partial(owner, sha256).unlink(missing_ok=True)
+
+    def _partial(self, owner: str, sha256: str) -> Path:
+        return self._folder / f"{owner}-{sha256}"
+
+    def _marker(self, owner: str, sha256: str) -> Path:
+        return self._folder / f"{owner}-{sha256}{_PLACED}"
+
+
+class OpenedFile:
+    """A file that is read by position; it stays whole while it is open, also when it is removed."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes from `offset` on; fewer at the end."""
+        return os.pread(self._descriptor, length, offset)
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._descriptor)
+
+
+class DirectoryFiles(UploadFolder):
     """`{root}/artifacts/ab/abcdef...`, uploads in `{root}/uploads`. All methods block."""
 
     def __init__(self, root: Path) -> None:
         self._artifacts = root / "artifacts"
-        self._uploads = root / "uploads"
-        for folder in (self._artifacts, self._uploads):
-            folder.mkdir(parents=True, exist_ok=True)
+        self._artifacts.mkdir(parents=True, exist_ok=True)
+        super().__init__(
+            root / "uploads", place=self._put, placed_size=lambda sha256: self._path(sha256).stat().st_size
+        )
 
-    def path(self, sha256: str) -> Path:
-        """Where an artifact lies, or would."""
+    def open(self, sha256: str) -> OpenedFile:
+        """A complete artifact."""
+        return OpenedFile(self._path(sha256))
+
+    @contextlib.contextmanager
+    def local(self, sha256: str) -> Iterator[Path]:
+        """The artifact's own file."""
+        yield self._path(sha256)
+
+    def stored(self, prefix: str) -> Sequence[Stored]:
+        """Complete files whose digests begin with these two hex digits."""
+        found = []
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._artifacts / prefix) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(Stored(entry.name, datetime.fromtimestamp(entry.stat().st_mtime, UTC)))
+        return found
+
+    def remove(self, sha256: str) -> None:
+        """Remove a complete file, if it is there."""
+        self._path(sha256).unlink(missing_ok=True)
+
+    def _put(self, partial: Path, sha256: str) -> None:
+        final = self._path(sha256)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial.replace(final)
+        sync_directory(final.parent)
+
+    def _path(self, sha256: str) -> Path:
         return self._artifacts / sha256[:2] / sha256
 
-    def size(self, sha256: str) -> int:
-        """Bytes of a complete artifact. Raises FileNotFoundError where its file is gone."""
-        return self.path(sha256).stat().st_size
 
-    def read(self, sha256: str, offset: int, length: int) -> bytes:
-        """Bytes of an artifact from `offset` on; fewer at its end. Raises FileNotFoundError where it is gone."""
-        descriptor = os.open(self.path(sha256), os.O_RDONLY)
-        try:
-            return os.pread(descriptor, length, offset)
-        finally:
-            os.close(descriptor)
-
-    def partial_size(self, owner: str, sha256: str) -> int:
-        """Bytes of one participant's upload so far."""
-        try:
-            return self._partial(owner, sha256).stat().st_size
-        except FileNotFoundError:
-            return 0
-
-    def open_partial(self, owner: str, sha256: str, *, anew: bool) -> PartialFile:
-        """One participant's upload, to go on with or to begin `anew`."""
-        partial = self._partial(owner, sha256)
-        if anew:
-            partial.unlink(missing_ok=True)
-        return PartialFile(partial, self.path(sha256), sha256)
-
-    def _partial(self, owner: str, sha256: str) -> Path:
-        return self._uploads / f"{owner}-{sha256}"
-
-
-def _sync_directory(folder: Path) -> None:
+def sync_directory(folder: Path) -> None:
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,8 +16,8 @@ _SHOWN_VIOLATIONS = 5
 class DatasetFiles(Protocol):
     """Where the bytes of artifacts lie."""
 
-    def path(self, sha256: str) -> Path:
-        """The file of a complete artifact."""
+    def local(self, sha256: str) -> AbstractContextManager[Path]:
+        """A complete artifact as a file to be mapped into memory, while the context lasts."""
         ...
 
 
@@ -53,8 +54,9 @@ class DatasetScans:
         model = task.config.models[0]
         classes = model.outputs if task.config.metric is not Metric.WITHIN_BOUND else None
         try:
-            dataset = Dataset.open(self._files.path(digest.sha256.hex()))
-            violations = scan(dataset, model.input_shape, classes)
+            with self._files.local(digest.sha256.hex()) as path:
+                dataset = Dataset.open(path)
+                violations = scan(dataset, model.input_shape, classes)
         except DatasetError as error:
             return ScanResult(0, str(error))
         shown = "; ".join(f"{violation.field}: {violation.description}" for violation in violations[:_SHOWN_VIOLATIONS])

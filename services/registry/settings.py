@@ -1,9 +1,14 @@
 """Settings of the registry."""
 
+import importlib.util
+from datetime import timedelta
 from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator
 
+from services.registry.keeping import Keeping
+from services.registry.storage import bucket_of
+from services.registry.uploads import Quotas
 from services.runtime.settings import ParticipantIds, ServiceSettings
 
 MaxBytes = Annotated[int, Field(ge=1, le=1 << 42)]
@@ -21,6 +26,19 @@ class RegistrySettings(ServiceSettings):
     """Whose endorsements count for eligibility, beside the operators'."""
     max_artifact_bytes: MaxBytes = 1 << 40
     """Largest dataset or model that is taken, whatever a task allows."""
+    artifacts: str = ""
+    """A folder that gets `artifacts` and `uploads` in it, or `s3://BUCKET/PREFIX` (extra `s3`; the AWS_* variables name region, endpoint and credentials).
+    Default: `state_dir`."""
+    max_open_uploads: Annotated[int, Field(ge=1)] = Quotas.max_open_uploads
+    """Most uploads of one participant that have begun and not ended."""
+    max_pending_bytes: MaxBytes = Quotas.max_pending_bytes
+    """Most bytes of one participant's open uploads, models not revealed yet and base models that no task names."""
+    max_participant_bytes: MaxBytes = Quotas.max_participant_bytes
+    """Most bytes that are kept for one participant."""
+    keep_uploads_hours: Annotated[int, Field(ge=1)] = 24
+    """How long broken uploads, and base models that no task names, are kept."""
+    keep_refused_days: Annotated[int, Field(ge=0)] = 7
+    """How long models of rejected submissions and datasets of cancelled tasks are kept."""
 
     @field_validator("trusted_endorsers", mode="before")
     @classmethod
@@ -31,6 +49,23 @@ class RegistrySettings(ServiceSettings):
     @classmethod
     def _endorser_ids(cls, value: frozenset[str]) -> frozenset[str]:
         return cls._participant_ids(value)
+
+    @field_validator("artifacts")
+    @classmethod
+    def _folder_or_bucket(cls, value: str) -> str:
+        if bucket_of(value) is not None and importlib.util.find_spec("obstore") is None:
+            raise ValueError("a bucket needs the extra s3: pip install 'tiltyard[s3]'")
+        return value
+
+    @property
+    def quotas(self) -> Quotas:
+        """What one participant may hand in."""
+        return Quotas(self.max_open_uploads, self.max_pending_bytes, self.max_participant_bytes)
+
+    @property
+    def keeping(self) -> Keeping:
+        """How long what nobody needs is kept."""
+        return Keeping(timedelta(hours=self.keep_uploads_hours), timedelta(days=self.keep_refused_days))
 
     @property
     def trusted(self) -> frozenset[str]:

@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
 
+from services.registry.artifact_files import StoredFile
 from services.registry.records import RejectionReason, Submission, SubmissionState
 from services.registry.rounds import FIRST_ROUND, reject, start_round
 from services.registry.transaction import Reading, Store, Writing
@@ -15,14 +17,10 @@ from tiltyard.modelspec import ModelFault, ModelSpec
 
 
 class ModelFiles(Protocol):
-    """The bytes of artifacts; both methods block, and raise OSError."""
+    """The bytes of artifacts; blocks, and raises OSError."""
 
-    def size(self, sha256: str) -> int:
-        """Bytes of the file."""
-        ...
-
-    def read(self, sha256: str, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` on, fewer at the end only."""
+    def open(self, sha256: str) -> StoredFile:
+        """A complete artifact."""
         ...
 
 
@@ -67,21 +65,20 @@ class StructureChecks:
 
     def _examine(self, revealed: _Revealed) -> _Finding | None:
         submission = revealed.submission
-        sha256 = submission.model_digest.hex()
-        size = self._files.size(sha256)
-        if size != submission.size_bytes:
-            detail = f"the file has {size} bytes, {submission.size_bytes} were revealed"
-            return _Finding(RejectionReason.DIGEST_MISMATCH, detail)
-        try:
-            check_model_file(
-                lambda offset, length: self._files.read(sha256, offset, length),
-                size,
-                revealed.spec,
-                max_bytes=revealed.max_bytes,
-                max_parameters=revealed.max_parameters,
-            )
-        except ModelFault as fault:
-            return _Finding(RejectionReason[fault.code.value], fault.detail)
+        with closing(self._files.open(submission.model_digest.hex())) as file:
+            if file.size != submission.size_bytes:
+                detail = f"the file has {file.size} bytes, {submission.size_bytes} were revealed"
+                return _Finding(RejectionReason.DIGEST_MISMATCH, detail)
+            try:
+                check_model_file(
+                    file.read,
+                    file.size,
+                    revealed.spec,
+                    max_bytes=revealed.max_bytes,
+                    max_parameters=revealed.max_parameters,
+                )
+            except ModelFault as fault:
+                return _Finding(RejectionReason[fault.code.value], fault.detail)
         return None
 
 

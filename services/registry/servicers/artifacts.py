@@ -1,6 +1,7 @@
 """ArtifactService over the domain's artifacts."""
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from services.registry.artifacts import Artifacts
@@ -34,8 +35,11 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
     ) -> AsyncIterator[artifact_pb2.DownloadArtifactResponse]:
         offset = convert.offset_of(request)
         caller = current_caller().id
-        async for chunk in self._artifacts.download(caller, parse_artifact(request.name), offset=offset):
-            yield artifact_pb2.DownloadArtifactResponse(chunk=chunk)
+        download = self._artifacts.download(caller, parse_artifact(request.name), offset=offset)
+        # Closed with the call, whoever ends it.
+        async with aclosing(download) as chunks:
+            async for chunk in chunks:
+                yield artifact_pb2.DownloadArtifactResponse(chunk=chunk)
 
     async def GetArtifact(
         self, request: artifact_pb2.GetArtifactRequest, context: Any

@@ -1,0 +1,32 @@
+"""Where artifacts lie, by the operator's setting: a directory, or an S3-compatible bucket."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from services.registry.files import DirectoryFiles
+
+if TYPE_CHECKING:
+    from services.registry.artifact_files import ArtifactFiles
+
+BUCKET_SCHEME = "s3"
+
+
+def bucket_of(place: str) -> str | None:
+    """The bucket that a setting names as `s3://BUCKET/PREFIX`; None for a folder. Raises ValueError for another URL."""
+    url = urlsplit(place)
+    if not url.scheme or "://" not in place:
+        return None
+    if url.scheme != BUCKET_SCHEME or not url.hostname or url.query or url.fragment:
+        raise ValueError("must be a folder or s3://BUCKET/PREFIX")
+    return url.hostname
+
+
+def open_artifacts(place: str, *, state_dir: Path) -> "ArtifactFiles":
+    """The artifacts of a registry. Uploads into a bucket are received in the state folder."""
+    if bucket_of(place) is None:
+        return DirectoryFiles(Path(place) if place else state_dir)
+    # With the extra `s3` alone.
+    from services.registry.bucket import BucketFiles
+
+    return BucketFiles(place, state_dir)

@@ -1,0 +1,103 @@
+"""Which uploads run now, and how much each participant may hand in."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+from services.registry.artifact_files import ArtifactFiles
+from services.registry.artifact_rights import Upload
+from services.registry.keeping import is_pending
+from services.registry.transaction import Reading, Store
+from services.runtime.errors import Aborted, ResourceExhausted
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Quotas:
+    """What one participant may hand in; the operator's settings of the same names."""
+
+    max_open_uploads: int = 16
+    """Uploads begun and not ended, running or broken off."""
+    max_pending_bytes: int = 64 * _GIB
+    """Bytes of open uploads, of models not revealed yet and of base models that no task names."""
+    max_participant_bytes: int = 1024 * _GIB
+    """Bytes of all that is kept for the participant, open uploads included."""
+
+
+class Uploads:
+    """Admits uploads. One registry serves at a time, so what runs is known in this process."""
+
+    def __init__(self, store: Store, files: ArtifactFiles, quotas: Quotas) -> None:
+        self._store = store
+        self._files = files
+        self._quotas = quotas
+        self._running: dict[tuple[str, str], int] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._placing: Counter[str] = Counter()
+        """How many hold or await each lock."""
+
+    @asynccontextmanager
+    async def admitted(self, owner: str, upload: Upload) -> AsyncIterator[None]:
+        """Take in the bytes of one upload inside. Raises Aborted(UPLOAD_RUNNING), ResourceExhausted(UPLOAD_QUOTA)."""
+        with self.only(owner, upload.sha256, size_bytes=upload.size_bytes):
+            await self._check(owner, upload)
+            yield
+
+    @contextmanager
+    def only(self, owner: str, sha256: str, *, size_bytes: int = 0) -> Iterator[None]:
+        """Be the only one at this upload inside. Raises Aborted(UPLOAD_RUNNING)."""
+        key = (owner, sha256)
+        if key in self._running:
+            raise Aborted("UPLOAD_RUNNING", "the caller uploads this artifact in another call")
+        self._running[key] = size_bytes
+        try:
+            yield
+        finally:
+            del self._running[key]
+
+    @asynccontextmanager
+    async def placing(self, sha256: str) -> AsyncIterator[None]:
+        """Put a file in its place, or remove it, together with its record: one at a time for each digest."""
+        lock = self._locks.setdefault(sha256, asyncio.Lock())
+        self._placing[sha256] += 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self._placing[sha256] -= 1
+            if not self._placing[sha256]:
+                del self._placing[sha256], self._locks[sha256]
+
+    async def _check(self, owner: str, upload: Upload) -> None:
+        # By digest, so that what ends while this is asked for counts once. This upload is among those that run.
+        running = {sha256: size for (whose, sha256), size in self._running.items() if whose == owner}
+        kept = {each.sha256: each.size_bytes for each in await asyncio.to_thread(self._files.open_uploads, owner)}
+
+        def ask(tx: Reading) -> tuple[dict[str, int], set[str]]:
+            uses = tx.artifacts_of(owner)
+            needed = {use.sha256 for use, _ in uses if not is_pending(tx, use)}
+            artifacts = {use.sha256: size for use, size in uses}
+            return artifacts, artifacts.keys() - needed
+
+        artifacts, pending = await self._store.read(ask)
+        sizes = {**artifacts, **kept, **running}
+        still_open = {*kept, *running}
+        quotas = self._quotas
+        _demand("max_open_uploads", len(still_open), quotas.max_open_uploads, "uploads begun and not ended")
+        unused = sum(sizes[sha256] for sha256 in pending | still_open)
+        _demand("max_pending_bytes", unused, quotas.max_pending_bytes, "bytes that nothing rests on yet")
+        _demand("max_participant_bytes", sum(sizes.values()), quotas.max_participant_bytes, "bytes in all")
+
+
+def _demand(quota: str, used: int, limit: int, what: str) -> None:
+    if used > limit:
+        raise ResourceExhausted(
+            "UPLOAD_QUOTA",
+            f"with this upload the participant has {used} {what}, {quota} allows {limit}",
+            quota=quota,
+            limit=str(limit),
+            used=str(used),
+        )
