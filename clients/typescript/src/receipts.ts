@@ -1,19 +1,22 @@
 /** Receipts of draws, checked with nothing but the selector's public key (docs/sortition.md, Receipts). */
 
-import { equal, sha256, toInteger } from "./bytes.js";
+import { bigEndian, equal, toInteger, utf8 } from "./bytes.js";
 import * as bls from "./bls.js";
 import { drawSeed } from "./commitments.js";
 import { DrawReceipt, PassedOverReason, type PassedOver, type Pick } from "./proto/tiltyard/type/v1/draw.js";
 import { HASH_BYTES, SUM_BYTES, checkOrder, drawId, drawnMember, type ProvedPlace } from "./sortition.js";
+import { leafHash, verifyInclusion } from "./transparency.js";
+
+const SIGNED_TAG = "tiltyard/draw-receipts/v1";
 
 /** A receipt that does not hold; the message says what about it. */
 export class ReceiptInvalid extends Error {
   override readonly name = "ReceiptInvalid";
 }
 
-/** What the selector signs: SHA-256 of a receipt without its signature, fields in order of their numbers. */
-export function receiptDigest(receipt: DrawReceipt): Uint8Array {
-  return sha256(DrawReceipt.encode({ ...receipt, signature: new Uint8Array() }).finish());
+/** What stands for a receipt in the tree that the selector signs: the hash of its bytes without the signature. */
+export function receiptLeaf(receipt: DrawReceipt): Uint8Array {
+  return leafHash(DrawReceipt.encode({ ...receipt, signed: undefined }).finish());
 }
 
 /** Reads what `tiltyard draw export` writes. Throws ReceiptInvalid for anything else. */
@@ -39,8 +42,23 @@ export function verifyReceipt(receipt: DrawReceipt, selectorKey: Uint8Array): vo
   }
   checkPlaces(receipt);
   checkMembers(receipt);
-  if (!bls.verify(selectorKey, receiptDigest(receipt), receipt.signature)) {
-    throw new ReceiptInvalid("the signature is not this selector's over the receipt");
+  checkSignature(receipt, selectorKey);
+}
+
+function checkSignature(receipt: DrawReceipt, selectorKey: Uint8Array): void {
+  const { signed } = receipt;
+  if (!signed) throw new ReceiptInvalid("the receipt is not signed");
+  const { root, path, signature } = signed;
+  if ([root, ...path].some((hash) => hash.length !== HASH_BYTES)) {
+    throw new ReceiptInvalid(`a hash of the tree of receipts that were signed together has not ${HASH_BYTES} bytes`);
+  }
+  const [index, size] = [BigInt(signed.index), BigInt(signed.size)];
+  if (!verifyInclusion({ leaf: receiptLeaf(receipt), index, size, path, root })) {
+    throw new ReceiptInvalid("this receipt is not among those signed: its path, or a value that nothing else fixes, was changed");
+  }
+  const message = Buffer.concat([utf8(SIGNED_TAG), bigEndian(size, 8), root]);
+  if (!bls.verify(selectorKey, message, signature)) {
+    throw new ReceiptInvalid("the selector did not sign this receipt: the signature is not this key's over the root");
   }
 }
 
@@ -84,13 +102,7 @@ function checkPlaces(receipt: DrawReceipt): void {
 }
 
 function proved(each: Pick | PassedOver): ProvedPlace {
-  const path = each.path.map((node) => {
-    if (node.hash.length !== HASH_BYTES) {
-      throw new ReceiptInvalid(`place ${each.place}: a hash on its path has ${node.hash.length} bytes`);
-    }
-    return { hash: node.hash, sum: number(node.sum), left: node.left };
-  });
-  const { place, ownerGroup, leafIndex } = each;
+  const { place, ownerGroup, leafIndex, path } = each;
   return { place, ownerGroup, leafIndex, weight: number(each.groupWeight), value: number(each.value), path };
 }
 

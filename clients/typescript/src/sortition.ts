@@ -7,21 +7,17 @@ export const SUM_BYTES = 16;
 const GROUP_STREAM = Uint8Array.of(0);
 const MEMBER_STREAM = Uint8Array.of(1);
 
-/** A node beside the way from a leaf to the top: its hash, its sum, and whether it stands to the left. */
-export interface SumNode {
-  hash: Uint8Array;
-  sum: bigint;
-  left: boolean;
-}
-
-/** One place of an order with what proves it: leaf, weight, value, and the path to the pool's root. */
+/**
+ * One place of an order with what proves it: leaf, weight, value, and the nodes beside the way from the leaf up to the
+ * pool's root, each with its hash and its sum, HASH_BYTES + SUM_BYTES a level.
+ */
 export interface ProvedPlace {
   place: number;
   ownerGroup: string;
   leafIndex: bigint;
   weight: bigint;
   value: bigint;
-  path: readonly SumNode[];
+  path: Uint8Array;
 }
 
 /** The root of a pool: its hash, and the number and summed weight of its leaves. */
@@ -72,18 +68,21 @@ export function checkOrder(seed: Uint8Array, places: readonly ProvedPlace[], poo
 function provedLeftSum(proved: ProvedPlace, pool: PoolRoot): bigint {
   const at = `place ${proved.place}`;
   if (proved.leafIndex < 0n || proved.leafIndex >= pool.leaves) throw new Error(`${at}: there is no such leaf`);
-  if (proved.path.length !== bitLength(pool.leaves - 1n)) throw new Error(`${at}: the path has another length`);
+  const levels = bitLength(pool.leaves - 1n);
+  const nodeBytes = HASH_BYTES + SUM_BYTES;
+  if (proved.path.length !== levels * nodeBytes) throw new Error(`${at}: the path has another length`);
   let hash = sha256(Uint8Array.of(0), utf8(proved.ownerGroup), bigEndian(proved.weight, SUM_BYTES));
   let sum = proved.weight;
   let leftSum = 0n;
   let index = proved.leafIndex;
-  for (const node of proved.path) {
-    if (node.left !== ((index & 1n) === 1n)) throw new Error(`${at}: a node of the path stands on the wrong side`);
-    const beside: [Uint8Array, Uint8Array] = [node.hash, bigEndian(node.sum, SUM_BYTES)];
+  for (let level = 0; level < levels; level += 1) {
+    const beside = proved.path.subarray(level * nodeBytes, (level + 1) * nodeBytes);
+    const besideSum = toInteger(beside.subarray(HASH_BYTES));
+    const isLeft = (index & 1n) === 1n;
     const here: [Uint8Array, Uint8Array] = [hash, bigEndian(sum, SUM_BYTES)];
-    hash = sha256(Uint8Array.of(1), ...(node.left ? [...beside, ...here] : [...here, ...beside]));
-    if (node.left) leftSum += node.sum;
-    sum += node.sum;
+    hash = sha256(Uint8Array.of(1), ...(isLeft ? [beside, ...here] : [...here, beside]));
+    if (isLeft) leftSum += besideSum;
+    sum += besideSum;
     index >>= 1n;
   }
   const root = sha256(Uint8Array.of(2), bigEndian(pool.leaves, 8), hash, bigEndian(sum, SUM_BYTES));
