@@ -92,7 +92,12 @@ class Gauge(Instrument):
             self._values[_bounded(key, self._values)] = value
 
     def follow(self, source: Callable[[], Mapping[Key, float]]) -> None:
-        """Asks `source` whenever the gauge is collected: in a thread of its own, so it must be quick and safe there."""
+        """Asks `source` whenever the gauge is collected: in a thread of its own, so it must be quick and safe there.
+
+        Where nobody collects by now, it is not kept.
+        """
+        if not _collecting:
+            return
         with self._lock:
             self._sources.append(source)
 

@@ -62,7 +62,8 @@ class LiveTrainings:
 
     def all(self) -> Sequence[Training]:
         """Every training that is here, oldest first."""
-        return [entry.training for entry in self._entries.values()]
+        # Also asked from the thread of the metrics, so the values are taken at once.
+        return [entry.training for entry in tuple(self._entries.values())]
 
     def next_change(self, training: str) -> asyncio.Event:
         """Set at the next change after now: take it before reading, wait for it after."""

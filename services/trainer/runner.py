@@ -21,6 +21,8 @@ from services.trainer.training import Training
 
 # From SIGTERM to SIGKILL: long enough for a step and a small checkpoint, short enough to cancel within a second.
 STOP_GRACE_S = 0.6
+# A child has no settings of ours, and nothing to tell a collector: this process tells of it.
+_NOT_FOR_CHILDREN = ("TILTYARD_", "OTEL_")
 _MAX_LINE_BYTES = 1024 * 1024
 _LOG_TAIL_BYTES = 4096
 
@@ -63,7 +65,7 @@ class ChildProcesses:
 
     async def _start(self, folder: Path) -> asyncio.subprocess.Process:
         # The child needs nothing of what the service was told, least of all where its key lies.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TILTYARD_")}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_FOR_CHILDREN)}
         with runfolder.log(folder).open("wb") as log:
             return await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -11,12 +11,14 @@ from typing import Protocol, TypeVar
 import structlog
 
 from services.runtime.errors import ArenaError, Unavailable
+from services.trainer import training_metrics
 from services.trainer.datareport import DataReport
 from services.trainer.ends import Broken, Died, End, Note, Trained, Warned
 from services.trainer.live import LiveTrainings
 from services.trainer.patience import FIRST_PAUSE_S, LONGEST_PAUSE_S, persist
 from services.trainer.progress import Progress
 from services.trainer.training import Training, TrainingState, TrainingStore
+from tiltyard import tracing
 
 # A process that dies again and again at one place (the kernel's memory killer, a broken device) is given up.
 MAX_DEATHS = 4
@@ -92,6 +94,7 @@ class Runs:
         self._wake = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._interrupted: set[str] = set()
+        training_metrics.follow(live)
         self._fetched: set[str] = set()
 
     def wake(self) -> None:
@@ -117,11 +120,11 @@ class Runs:
                         continue
                     if training.cancel_requested:
                         # Asked to stop in the moment between two of its steps.
-                        self._begin(training, self._cancelled)
+                        self._begin(training, "cancel", self._cancelled)
                     elif training.state is TrainingState.SUBMITTING:
-                        self._begin(training, self._submit)
+                        self._begin(training, "submit", self._submit)
                     elif training.base_model and training.id not in self._fetched:
-                        self._begin(training, self._fetch)
+                        self._begin(training, "fetch base model", self._fetch)
                     elif free:
                         self._begin_on(free, training)
                 await self._wake.wait()
@@ -140,10 +143,11 @@ class Runs:
     def _begin_on(self, free: list[str], training: Training) -> None:
         """Takes a free device, and gives it back."""
         device = free.pop(0)
-        self._begin(training, partial(self._train, device=device)).add_done_callback(lambda _: free.append(device))
+        task = self._begin(training, "train", partial(self._train, device=device))
+        task.add_done_callback(lambda _: free.append(device))
 
-    def _begin(self, training: Training, work: Callable[[Training], Awaitable[None]]) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._see_through(training, work), name=f"training {training.id}")
+    def _begin(self, training: Training, step: str, work: Callable[[Training], Awaitable[None]]) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._see_through(training, step, work), name=f"training {training.id}")
         self._tasks[training.id] = task
 
         def ended(_: asyncio.Task[None]) -> None:
@@ -154,9 +158,10 @@ class Runs:
         task.add_done_callback(ended)
         return task
 
-    async def _see_through(self, training: Training, work: Callable[[Training], Awaitable[None]]) -> None:
+    async def _see_through(self, training: Training, step: str, work: Callable[[Training], Awaitable[None]]) -> None:
         try:
-            await work(training)
+            with tracing.span(step, parent=training.trace, training=training.id):
+                await work(training)
         except asyncio.CancelledError:
             if training.id not in self._interrupted:
                 await self._keep_history(training.id)
@@ -225,6 +230,7 @@ class Runs:
             if step > furthest:
                 deaths, furthest, pause_s = 0, step, FIRST_PAUSE_S
             deaths += 1
+            training_metrics.DEATHS.add()
             _log.warning("a training process died", training=training.id, detail=end.detail, step=step, deaths=deaths)
             if deaths == MAX_DEATHS:
                 return end
@@ -248,6 +254,7 @@ class Runs:
         await self._keep_history(training)
         ended = await self._change(training, change)
         if ended.ended:
+            training_metrics.ENDED.add(state=ended.state.value)
             await self._children.clear(ended)
         self._live.publish(ended)
         if ended.ended and ended.base_model:

@@ -45,6 +45,7 @@ class TrainingRow(SQLModel, table=True):
     data: str = Field(sa_column=Column(Text, nullable=False))
     device: str
     base_model: str
+    trace: str
     ended_at_us: int | None = Field(sa_column=Column(BigInteger, nullable=True))
 
 
@@ -166,6 +167,7 @@ def _columns(training: Training) -> dict[str, Any]:
         "data": json.dumps(training.data.to_json()) if training.data else "",
         "device": training.device,
         "base_model": training.base_model,
+        "trace": training.trace,
         "ended_at_us": None if training.ended_at is None else _to_us(training.ended_at),
     }
 
@@ -193,6 +195,7 @@ def _training(session: Session, row: TrainingRow) -> Training:
         data=DataReport.from_json(json.loads(row.data)) if row.data else None,
         device=row.device,
         base_model=row.base_model,
+        trace=row.trace,
         ended_at=None if row.ended_at_us is None else _from_us(row.ended_at_us),
     )
 

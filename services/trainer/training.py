@@ -34,7 +34,8 @@ class Training:
     `task` is a bare id, empty outside any task. `dataset_mark` tells a changed file from the one that was scanned.
     `cancel_requested` outlives the process: a training that was being cancelled when the service died is not resumed.
     `model_digest` is 32 bytes of SHA-256, empty until the model exists. `base_model` is the SHA-256 in hex of the
-    weights that it begins with, empty for fresh ones.
+    weights that it begins with, empty for fresh ones. `trace` is the trace that it was started in, as `tracing.carried`
+    says it.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Training:
     submit: bool
     created_at: datetime
     base_model: str = ""
+    trace: str = ""
     state: TrainingState = TrainingState.QUEUED
     error: str = ""
     cancel_requested: bool = False

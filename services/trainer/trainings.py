@@ -11,6 +11,7 @@ from services.trainer.live import LiveTrainings
 from services.trainer.localdata import LocalDataset
 from services.trainer.schedule import default_epochs
 from services.trainer.training import Training, TrainingPage, TrainingState, TrainingStore
+from tiltyard import tracing
 from tiltyard.modelspec import ModelSpec, Onnx
 
 # Small datasets are learned by heart long before the weights stop moving; smoothed labels keep them from it.
@@ -128,6 +129,7 @@ class Trainings:
                 submit=new.submit,
                 created_at=self._clock(),
                 base_model=base_model,
+                trace=tracing.carried(),
             )
         )
         self._live.publish(training)
