@@ -1,7 +1,8 @@
-"""Durable `CommitEvaluation` and `GetSubmission` of a whole registry process, beside a bare gRPC echo of the same bytes.
+"""Durable `CommitEvaluation` and `GetSubmission` of a whole registry process, beside a bare gRPC echo of as many bytes.
 
-The registry is `python -m services.registry` with its background loop, on SQLite, beside a real selector. Its clients and
-the echo's are this process, in turns within one run; every call carries a token, every seal a signature and a request id.
+The registry is `python -m services.registry` with its background loop, on SQLite, beside a real selector. Its clients
+and the echo's are this process, in turns within one run; every call carries a token, every seal a signature and a
+request id.
 """
 
 import asyncio
@@ -27,7 +28,6 @@ from sqlmodel import Session
 from services.registry import rows
 from services.registry.changes import ChangeBoard
 from services.registry.convert.drafts import draft_of
-from services.registry.queries import COUNTERS_ID
 from services.registry.records import (
     Assignment,
     AssignmentState,
@@ -39,6 +39,7 @@ from services.registry.records import (
     Task,
     TaskState,
 )
+from services.registry.rows import COUNTERS_ID
 from services.registry.store import SqlStore
 from services.registry.tables import AssignmentRow, CountersRow, RoundRow, SubmissionRow
 from services.runtime import names
@@ -276,7 +277,7 @@ def serving_registry(folder: Path) -> Iterator[str]:
     key = Key.load_or_create(folder / "registry.pem")
     with (
         _process(folder, "selector", services=key.id) as selector,
-        _process(folder, "registry", selector=selector, key_file=str(folder / "registry.pem"), origin=ORIGIN) as address,
+        _process(folder, "registry", selector=selector, key_file=str(folder / "registry.pem")) as address,
     ):
         yield address
 

@@ -15,9 +15,9 @@ from typing import Any
 from services.registry import migrations
 from services.registry.changes import ChangeBoard
 from services.registry.entries import ParticipantRegistered
-from services.registry.queries import COUNTERS_ID
 from services.registry.record_log import read_nodes
 from services.registry.records import Participant
+from services.registry.rows import COUNTERS_ID
 from services.registry.store import SqlStore
 from services.registry.transaction import Reading, Writing
 from services.runtime.auth import utc_now

@@ -1,22 +1,31 @@
-"""Records to rows and back: every field is the column of its name, through a codec where the types differ."""
+"""Records to rows and back: every field is the column of its name, through a codec where the types differ.
+
+The statements that read and write single rows are made once here, in the SQL that SQLite and PostgreSQL share: they go
+past SQLAlchemy's compiler, which would cost several times what the database does.
+"""
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache, lru_cache
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
+
+from sqlalchemy import Boolean, Select, select
 
 from services.registry import records, tables
 from services.registry.convert.configs import config_message, config_of
 from services.registry.convert.envelopes import envelope, envelope_message
 from services.registry.convert.times import micros_of, moment_of
-from services.registry.records import Counts, Finding, Score
+from services.registry.records import Counts, Finding, Score, TaskConfig
 from services.registry.tables import Table
+from services.registry.transaction import Leaf
 from tiltyard.type.v1 import envelope_pb2, task_pb2
 
 R = TypeVar("R")
-W = TypeVar("W", bound=Table)
+_CONFIGS = 256
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,8 @@ class Codec:
 
 
 def _enum(members: type[Enum]) -> Codec:
-    return Codec(lambda member: member.name, lambda name: members[name])
+    by_name = {member.name: member for member in members}
+    return Codec(attrgetter("name"), by_name.__getitem__)
 
 
 def _score_json(score: Score) -> dict[str, Any]:
@@ -52,12 +62,16 @@ def _finding_of(text: str) -> Finding:
     return Finding(**{**values, "counts": None if counts is None else Counts(**counts)})
 
 
+@lru_cache(_CONFIGS)
+def _config_of(kept: bytes) -> TaskConfig:
+    # Read with every submission and every lease of a task, and hardly ever changed.
+    return config_of(task_pb2.TaskConfig.FromString(kept))
+
+
+BOOL = Codec(lambda value: value, bool)
 TIME = Codec(micros_of, moment_of)
 WEIGHT = Codec(str, int)
-CONFIG = Codec(
-    lambda config: config_message(config).SerializeToString(deterministic=True),
-    lambda kept: config_of(task_pb2.TaskConfig.FromString(kept)),
-)
+CONFIG = Codec(lambda config: config_message(config).SerializeToString(deterministic=True), _config_of)
 ENVELOPE = Codec(
     lambda statement: envelope_message(statement).SerializeToString(deterministic=True),
     lambda kept: envelope(envelope_pb2.Envelope.FromString(kept)),
@@ -73,52 +87,162 @@ DRAWS = Codec(
 FINDING = Codec(lambda finding: json.dumps(dataclasses.asdict(finding)), _finding_of)
 
 
-class RowsOf(Generic[R, W]):
-    """The rows of one kind of record. Building it fails where a field has no column."""
+class RowsOf(Generic[R]):
+    """The rows of one kind of record. Building it fails where a field has no column.
+
+    `key` names the fields that find a row; without any, rows are only ever added. `beside` names columns that no field
+    has, whose values are given with each record. Fields that are left out come last and have defaults.
+    """
 
     def __init__(
-        self, record: type[R], row: type[W], *, left_out: frozenset[str] = frozenset(), **codecs: Codec
+        self,
+        record: type[R],
+        row: type[Table],
+        *,
+        key: Sequence[str] = (),
+        beside: Sequence[str] = (),
+        left_out: frozenset[str] = frozenset(),
+        **codecs: Codec,
     ) -> None:
-        fields = [field.name for field in dataclasses.fields(record)]  # type: ignore[arg-type]
-        self._fields = [name for name in fields if name not in left_out]
-        missing = (set(self._fields) | set(codecs)) - set(row.model_fields)
+        table = row.metadata.tables[str(row.__tablename__)]
+        self.c = table.c
+        names = [field.name for field in dataclasses.fields(record)]  # type: ignore[arg-type]
+        self._names = [name for name in names if name not in left_out]
+        missing = {*self._names, *beside, *codecs} - set(self.c.keys())
         if missing:
             raise TypeError(f"{row.__name__} has no columns {sorted(missing)}")
+        if self._names != names[: len(self._names)]:
+            raise TypeError(f"the fields of {record.__name__} that are left out must be its last")
+        codecs = {name: BOOL for name in self._names if isinstance(self.c[name].type, Boolean)} | codecs
         self._record = record
-        self._row = row
-        self._codecs = codecs
+        self._table, self._key, self._beside = table.name, tuple(key), tuple(beside)
+        self._values = attrgetter(*self._names)
+        self._codecs = [(place, codecs[name]) for place, name in enumerate(self._names) if name in codecs]
+        self._codec_of = codecs
+
+    def values(self, record: R, *beside: Any) -> tuple[Any, ...]:
+        """The values of the columns that are written, in their order."""
+        values = list(self._values(record))
+        for place, codec in self._codecs:
+            values[place] = codec.encode(values[place])
+        return (*values, *beside)
 
     def columns(self, record: R) -> dict[str, Any]:
-        """The values of the columns that hold the record's fields."""
-        return {name: self._encoded(name, getattr(record, name)) for name in self._fields}
+        """The values of the columns that hold the record's fields, by their names."""
+        return dict(zip(self._names, self.values(record), strict=True))
 
-    def row(self, record: R, **more: Any) -> W:
-        """A new row; `more` sets columns that no field has."""
-        return self._row(**self.columns(record), **more)
+    def record(self, row: Sequence[Any]) -> R:
+        """The record that a row holds, whose first columns are those of `query`."""
+        values = list(row[: len(self._names)])
+        for place, codec in self._codecs:
+            values[place] = codec.decode(values[place])
+        return self._record(*values)
 
-    def update(self, row: W, record: R) -> None:
-        """Bring a row that is there up to the record."""
-        for name, value in self.columns(record).items():
-            setattr(row, name, value)
-
-    def record(self, row: W) -> R:
-        """The record that a row holds."""
-        return self._record(**{name: self._decoded(name, getattr(row, name)) for name in self._fields})
-
-    def _encoded(self, name: str, value: Any) -> Any:
-        codec = self._codecs.get(name)
+    def encoded(self, name: str, value: Any) -> Any:
+        """What stands in the column for one field's value."""
+        codec = self._codec_of.get(name)
         return value if codec is None else codec.encode(value)
 
-    def _decoded(self, name: str, value: Any) -> Any:
-        codec = self._codecs.get(name)
-        return value if codec is None else codec.decode(value)
+    def key_of(self, record: R) -> tuple[Any, ...]:
+        """What finds the record's row."""
+        return tuple(self.encoded(name, getattr(record, name)) for name in self._key)
+
+    def query(self, *more: Any) -> Select[Any]:
+        """Rows of this kind, with further columns behind."""
+        return select(*(self.c[name] for name in self._names), *more)
+
+    @cache  # noqa: B019 - there is one of each kind as long as the process lives
+    def reading(self, mark: str) -> str:
+        """The statement that reads one row by its key. `mark` is the driver's placeholder."""
+        return f"SELECT {_listed(self._names)} FROM {self._table} WHERE {self._found(mark)}"  # noqa: S608 - names of columns
+
+    @cache  # noqa: B019
+    def writing(self, mark: str) -> str:
+        """The statement that inserts a row, or replaces the one with its key, given `values`."""
+        names = [*self._names, *self._beside]
+        marks = ", ".join([mark] * len(names))
+        insert = f"INSERT INTO {self._table} ({_listed(names)}) VALUES ({marks})"  # noqa: S608
+        if not self._key:
+            return insert
+        changed = ", ".join(f'"{name}" = excluded."{name}"' for name in names if name not in self._key)
+        return f"{insert} ON CONFLICT ({_listed(self._key)}) DO UPDATE SET {changed}"
+
+    @cache  # noqa: B019
+    def deleting(self, mark: str) -> str:
+        """The statement that deletes one row by its key."""
+        return f"DELETE FROM {self._table} WHERE {self._found(mark)}"  # noqa: S608
+
+    def _found(self, mark: str) -> str:
+        return " AND ".join(f'"{name}" = {mark}' for name in self._key)
 
 
-PARTICIPANTS = RowsOf(records.Participant, tables.ParticipantRow, create_time=TIME)
-ENDORSEMENTS = RowsOf(records.Endorsement, tables.EndorsementRow, left_out=frozenset({"trusted"}), create_time=TIME)
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+COUNTERS_ID = 1
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What grows: the log with its frontier, the ledger's position, the last sequence, the time last alive."""
+
+    id: int = COUNTERS_ID
+    log_size: int = 0
+    log_frontier: bytes = b""
+    ledger_position: int = 0
+    assignment_sequence: int = 0
+    alive_time: int | None = None
+    """Microseconds."""
+
+
+@dataclass(frozen=True)
+class LogNode:
+    """A complete subtree of two leaves or more."""
+
+    level: int
+    index: int
+    hash: bytes
+
+
+@dataclass(frozen=True)
+class KeptVerdict:
+    """A verdict as the bytes of its message."""
+
+    task: str
+    verdict: bytes
+
+
+@dataclass(frozen=True)
+class KeptReceipt:
+    """A draw's receipt as it came."""
+
+    draw: str
+    receipt: bytes
+
+
+@dataclass(frozen=True)
+class KeptHashes:
+    """Hashes of predictions as they were handed in."""
+
+    root: str
+    blocks: int
+    hashes: bytes
+
+
+PARTICIPANTS = RowsOf(records.Participant, tables.ParticipantRow, key=("id",), create_time=TIME)
+ENDORSEMENTS = RowsOf(
+    records.Endorsement,
+    tables.EndorsementRow,
+    key=("subject", "endorser", "field"),
+    left_out=frozenset({"trusted"}),
+    create_time=TIME,
+)
 TASKS = RowsOf(
     records.Task,
     tables.TaskRow,
+    key=("id",),
+    beside=("deadline",),
     config=CONFIG,
     state=_enum(records.TaskState),
     create_time=TIME,
@@ -130,6 +254,7 @@ TASKS = RowsOf(
 MEMBERS = RowsOf(
     records.Member,
     tables.MemberRow,
+    key=("task", "participant"),
     role=_enum(records.Role),
     state=_enum(records.MembershipState),
     statement=ENVELOPE.optional(),
@@ -139,6 +264,7 @@ MEMBERS = RowsOf(
 SUBMISSIONS = RowsOf(
     records.Submission,
     tables.SubmissionRow,
+    key=("task", "number"),
     state=_enum(records.SubmissionState),
     commit_time=TIME,
     deadline=TIME.optional(),
@@ -149,10 +275,17 @@ SUBMISSIONS = RowsOf(
     reveal_time=TIME.optional(),
     end_time=TIME.optional(),
 )
-ROUNDS = RowsOf(records.Round, tables.RoundRow, state=_enum(records.RoundState), deadline=TIME)
+ROUNDS = RowsOf(
+    records.Round,
+    tables.RoundRow,
+    key=("task", "number", "round"),
+    state=_enum(records.RoundState),
+    deadline=TIME,
+)
 ASSIGNMENTS = RowsOf(
     records.Assignment,
     tables.AssignmentRow,
+    key=("task", "number", "round", "validator"),
     state=_enum(records.AssignmentState),
     create_time=TIME,
     update_time=TIME,
@@ -161,6 +294,7 @@ ASSIGNMENTS = RowsOf(
 EVALUATIONS = RowsOf(
     records.Evaluation,
     tables.EvaluationRow,
+    key=("task", "number", "round", "validator"),
     statement=ENVELOPE,
     seal_time=TIME,
     report=ENVELOPE.optional(),
@@ -169,9 +303,23 @@ EVALUATIONS = RowsOf(
     verdict=_enum(records.EvaluationVerdict).optional(),
 )
 VALIDATOR_FAULTS = RowsOf(
-    records.ValidatorFault, tables.ValidatorFaultRow, kind=_enum(records.ValidatorFaultKind), time=TIME
+    records.ValidatorFault,
+    tables.ValidatorFaultRow,
+    beside=("slashed",),
+    kind=_enum(records.ValidatorFaultKind),
+    time=TIME,
 )
-ARTIFACTS = RowsOf(records.Artifact, tables.ArtifactRow, create_time=TIME)
+ARTIFACTS = RowsOf(records.Artifact, tables.ArtifactRow, key=("sha256",), create_time=TIME)
 ARTIFACT_USES = RowsOf(
-    records.ArtifactUse, tables.ArtifactUseRow, purpose=_enum(records.ArtifactPurpose), create_time=TIME
+    records.ArtifactUse,
+    tables.ArtifactUseRow,
+    key=("sha256", "task", "purpose", "number", "owner"),
+    purpose=_enum(records.ArtifactPurpose),
+    create_time=TIME,
 )
+VERDICTS = RowsOf(KeptVerdict, tables.VerdictRow)
+DRAW_RECEIPTS = RowsOf(KeptReceipt, tables.DrawReceiptRow, key=("draw",))
+PREDICTION_HASHES = RowsOf(KeptHashes, tables.PredictionHashesRow, key=("root", "blocks"))
+LEAVES = RowsOf(Leaf, tables.LeafRow, key=("index",))
+NODES = RowsOf(LogNode, tables.NodeRow, key=("level", "index"))
+COUNTERS = RowsOf(Counters, tables.CountersRow, key=("id",))

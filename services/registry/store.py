@@ -1,13 +1,13 @@
 """The registry's store: works of the domain as transactions, states and leaves changed together."""
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import bindparam, insert, update
-from sqlmodel import Session, SQLModel, col, select
+from sqlalchemy import Executable, update
+from sqlmodel import Session
 
 from services.registry import rows
 from services.registry.changes import ChangeBoard
@@ -15,7 +15,7 @@ from services.registry.convert.times import micros_of
 from services.registry.convert.verdicts import verdict_message
 from services.registry.entries import Entry
 from services.registry.leaves import leaf_bytes
-from services.registry.queries import COUNTERS_ID, Counters, SessionReading
+from services.registry.queries import SqlReading
 from services.registry.records import (
     Artifact,
     ArtifactUse,
@@ -32,52 +32,25 @@ from services.registry.records import (
     ValidatorFault,
     Verdict,
 )
-from services.registry.tables import (
-    ArtifactRow,
-    ArtifactUseRow,
-    AssignmentRow,
-    CountersRow,
-    DrawReceiptRow,
-    EndorsementRow,
-    EvaluationRow,
-    LeafRow,
-    NodeRow,
-    PredictionHashesRow,
-    RoundRow,
-    SubmissionRow,
-    TaskRow,
-    ValidatorFaultRow,
-    VerdictRow,
-)
+from services.registry.rows import Counters, RowsOf
+from services.registry.staging import RowStaging
 from services.registry.task_states import deadline_of
 from services.registry.transaction import Leaf, Reading, Writing
-from services.runtime.database import Database
-from tiltyard.transparency import Frontier, Node, leaf_hash
+from services.runtime.database import Database, group_of
+from tiltyard.transparency import Frontier, leaf_hash
 
+R = TypeVar("R")
 T = TypeVar("T")
 
-_TOUCH = (
-    update(RoundRow)
-    .where(
-        col(RoundRow.task) == bindparam("of_task"),
-        col(RoundRow.number) == bindparam("of_number"),
-        col(RoundRow.round) == bindparam("of_round"),
-    )
-    .values(touched=bindparam("sequence"))
-)
 
-
-class SessionWriting(SessionReading):
-    """`transaction.Writing` over a session. `close` puts the counters back: call it when the work is done."""
+class SqlWriting(SqlReading):
+    """`transaction.Writing` of one work, over its group's staging."""
 
     def __init__(self, session: Session, now: datetime) -> None:
-        super().__init__(session)
+        self._staging = group_of(session).staging(RowStaging)
+        super().__init__(self._staging.connection)
+        self._session = session
         self._now = now
-        self._own_counters: Counters | None = None
-        self._new_leaves: list[dict[str, Any]] = []
-        self._new_nodes: list[dict[str, Any]] = []
-        self._own_frontier: Frontier | None = None
-        self._touched: dict[tuple[str, int, int], int] = {}
         self.topics: set[str] = set()
 
     @property
@@ -85,219 +58,152 @@ class SessionWriting(SessionReading):
         return self._now
 
     def append(self, entry: Entry) -> Leaf:
-        frontier = self._frontier()
         data = leaf_bytes(entry, self._now)
-        leaf = Leaf(frontier.size, leaf_hash(data), data)
-        for (level, index), value in frontier.append(leaf.hash)[1:]:
-            self._new_nodes.append({"level": level, "index": index, "hash": value})
-        self._new_leaves.append({"index": leaf.index, "hash": leaf.hash, "entry": data})
+        leaf = Leaf(self._frontier().size, leaf_hash(data), data)
+        self._staging.append(leaf)
         return leaf
 
     def put_participant(self, participant: Participant) -> None:
-        row = self._participant_row(participant.id)
-        if row is None:
-            self._session.add(rows.PARTICIPANTS.row(participant))
-        else:
-            rows.PARTICIPANTS.update(row, participant)
+        self._staging.put(rows.PARTICIPANTS, participant)
 
     def put_endorsement(self, endorsement: Endorsement) -> None:
-        key = (endorsement.subject, endorsement.endorser, endorsement.field)
-        self._put(rows.ENDORSEMENTS, EndorsementRow, key, endorsement)
+        self._staging.put(rows.ENDORSEMENTS, endorsement)
 
     def delete_endorsement(self, endorser: str, subject: str, field: str) -> bool:
-        row = self._session.get(EndorsementRow, (subject, endorser, field))
-        if row is None:
+        key = (subject, endorser, field)
+        if self._load(rows.ENDORSEMENTS, *key) is None:
             return False
-        self._session.delete(row)
+        self._staging.delete(rows.ENDORSEMENTS, key)
         return True
 
     def put_task(self, task: Task) -> Task:
-        row = self._task_row(task.id)
-        deadline = deadline_of(task)
-        due = None if deadline is None else micros_of(deadline)
-        columns = rows.TASKS.columns(task)
-        if row is None:
-            row = TaskRow(**{**columns, "deadline": due})
-            self._session.add(row)
-        else:
+        known = self.task(task.id)
+        if known is not None:
             # The counters are the row's own: the caller's may be from before another member joined.
-            for name in ("revision", "training_nodes", "validators", "submissions"):
-                columns.pop(name)
-            for name, value in columns.items():
-                setattr(row, name, value)
-            row.deadline = due
-        self._bump(row)
-        return rows.TASKS.record(row)
+            task = replace(
+                task,
+                revision=known.revision,
+                training_nodes=known.training_nodes,
+                validators=known.validators,
+                submissions=known.submissions,
+            )
+        return self._bump(task)
 
     def touch_task(self, task: str) -> None:
-        row = self._task_row(task)
-        if row is not None:
-            self._bump(row)
+        known = self.task(task)
+        if known is not None:
+            self._bump(known)
 
-    def _bump(self, row: TaskRow) -> None:
-        row.revision += 1
-        row.update_time = micros_of(self._now)
-        self.topics.add(f"tasks/{row.id}")
+    def _bump(self, task: Task) -> Task:
+        bumped = replace(task, revision=task.revision + 1, update_time=self._now)
+        self._keep_task(bumped)
+        self.topics.add(f"tasks/{task.id}")
+        return bumped
+
+    def _keep_task(self, task: Task) -> None:
+        deadline = deadline_of(task)
+        self._staging.put(rows.TASKS, task, None if deadline is None else micros_of(deadline))
 
     def put_member(self, member: Member) -> None:
-        row = self._member_row(member.task, member.participant)
-        before = None if row is None else rows.MEMBERS.record(row)
-        if row is None:
-            self._session.add(rows.MEMBERS.row(member))
-        else:
-            rows.MEMBERS.update(row, member)
-        task = self._task_row(member.task)
+        before = self.member(member.task, member.participant)
+        self._staging.put(rows.MEMBERS, member)
+        task = self.task(member.task)
         if task is None:
             return
-        for role, column in ((Role.TRAINING_NODE, "training_nodes"), (Role.VALIDATOR, "validators")):
-            change = int(_counts_as(member, role)) - int(_counts_as(before, role))
-            setattr(task, column, getattr(task, column) + change)
-        self._bump(task)
+        nodes, validators = (
+            int(_counts_as(member, role)) - int(_counts_as(before, role))
+            for role in (Role.TRAINING_NODE, Role.VALIDATOR)
+        )
+        self._bump(replace(task, training_nodes=task.training_nodes + nodes, validators=task.validators + validators))
 
     def put_verdict(self, verdict: Verdict) -> None:
         message = verdict_message(verdict).SerializeToString(deterministic=True)
-        self._session.add(VerdictRow(task=verdict.task, verdict=message))
+        self._staging.add(rows.VERDICTS, rows.KeptVerdict(verdict.task, message))
 
     def next_submission_number(self, task: str) -> int:
-        row = self._task_row(task)
-        if row is None:
+        known = self.task(task)
+        if known is None:
             raise LookupError(f"there is no task {task}")
-        row.submissions += 1
-        return row.submissions
+        self._keep_task(replace(known, submissions=known.submissions + 1))
+        return known.submissions + 1
 
     def put_submission(self, submission: Submission) -> None:
-        self._put(rows.SUBMISSIONS, SubmissionRow, (submission.task, submission.number), submission)
+        self._staging.put(rows.SUBMISSIONS, submission)
         self.touch_task(submission.task)
 
     def put_round(self, round_: Round) -> None:
-        self._put(rows.ROUNDS, RoundRow, (round_.task, round_.number, round_.round), round_)
+        self._staging.put(rows.ROUNDS, round_)
         self._touch_round(round_.task, round_.number, round_.round)
 
     def _touch_round(self, task: str, number: int, round_: int) -> int:
         """Tell the background loop that a round is worth a look; the new sequence."""
-        counters = self._counters()
-        counters.assignment_sequence += 1
-        self._touched[task, number, round_] = counters.assignment_sequence
-        return counters.assignment_sequence
+        sequence = self._counters().assignment_sequence + 1
+        self._count(assignment_sequence=sequence)
+        self._staging.touch((task, number, round_), sequence)
+        return sequence
 
     def put_assignment(self, assignment: Assignment) -> Assignment:
-        key = (assignment.task, assignment.number, assignment.round, assignment.validator)
-        row = self._put(rows.ASSIGNMENTS, AssignmentRow, key, assignment)
-        row.sequence = self._touch_round(assignment.task, assignment.number, assignment.round)
-        row.update_time = micros_of(self._now)
+        sequence = self._touch_round(assignment.task, assignment.number, assignment.round)
+        put = replace(assignment, sequence=sequence, update_time=self._now)
+        self._staging.put(rows.ASSIGNMENTS, put)
         self.topics.add(f"validators/{assignment.validator}")
-        return rows.ASSIGNMENTS.record(row)
+        return put
 
     def put_evaluation(self, evaluation: Evaluation) -> None:
-        key = (evaluation.task, evaluation.number, evaluation.round, evaluation.validator)
-        self._put(rows.EVALUATIONS, EvaluationRow, key, evaluation)
+        self._staging.put(rows.EVALUATIONS, evaluation)
         self._touch_round(evaluation.task, evaluation.number, evaluation.round)
 
     def put_prediction_hashes(self, root: str, blocks: int, hashes: bytes) -> None:
-        if self._session.get(PredictionHashesRow, (root, blocks)) is None:
-            self._session.add(PredictionHashesRow(root=root, blocks=blocks, hashes=hashes))
+        if self._load(rows.PREDICTION_HASHES, root, blocks) is None:
+            self._staging.put(rows.PREDICTION_HASHES, rows.KeptHashes(root, blocks, hashes))
 
     def put_validator_fault(self, fault: ValidatorFault, *, costs_stake: bool) -> None:
-        self._session.add(rows.VALIDATOR_FAULTS.row(fault, slashed=False if costs_stake else None))
+        self._staging.add(rows.VALIDATOR_FAULTS, fault, False if costs_stake else None)
 
     def note_slashed(self, position: int) -> None:
-        row = self._session.get(ValidatorFaultRow, position)
-        if row is not None:
-            row.slashed = True
+        faults = rows.VALIDATOR_FAULTS.c
+        self._staging.settle(self._session)
+        self._session.connection().execute(
+            update(faults.slashed.table).where(faults.position == position).values(slashed=True)
+        )
 
     def put_draw_receipt(self, draw: str, receipt: bytes) -> None:
-        row = self._session.get(DrawReceiptRow, draw)
-        if row is None:
-            self._session.add(DrawReceiptRow(draw=draw, receipt=receipt))
-        else:
-            row.receipt = receipt
+        self._staging.put(rows.DRAW_RECEIPTS, rows.KeptReceipt(draw, receipt))
 
     def put_artifact(self, artifact: Artifact) -> None:
-        self._put(rows.ARTIFACTS, ArtifactRow, artifact.sha256, artifact)
+        self._staging.put(rows.ARTIFACTS, artifact)
 
     def put_artifact_use(self, use: ArtifactUse) -> None:
-        key = (use.sha256, use.task, use.purpose.name, use.number, use.owner)
-        self._put(rows.ARTIFACT_USES, ArtifactUseRow, key, use)
+        self._staging.put(rows.ARTIFACT_USES, use)
 
     def delete_artifact(self, sha256: str) -> None:
-        for use in self._session.exec(select(ArtifactUseRow).where(ArtifactUseRow.sha256 == sha256)):
-            self._session.delete(use)
-        row = self._session.get(ArtifactRow, sha256)
-        if row is not None:
-            self._session.delete(row)
+        for use in self.artifact_uses(sha256):
+            self._staging.delete(rows.ARTIFACT_USES, rows.ARTIFACT_USES.key_of(use))
+        self._staging.delete(rows.ARTIFACTS, (sha256,))
 
     def set_ledger_position(self, sequence: int) -> None:
-        self._counters().ledger_position = sequence
+        self._count(ledger_position=sequence)
 
     def set_alive_time(self, time: datetime) -> None:
-        self._counters().alive_time = micros_of(time)
+        self._count(alive_time=micros_of(time))
 
-    def close(self) -> None:
-        """Put back what was kept in memory."""
-        self._insert_log()
-        self._update_touched()
-        if self._own_counters is None:
-            return
-        values = asdict(self._own_counters)
-        stored = values.pop("stored")
-        if self._own_frontier is not None:
-            values |= {"log_size": self._own_frontier.size, "log_frontier": b"".join(self._own_frontier.hashes)}
-        connection = self._session.connection()
-        if stored:
-            connection.execute(update(CountersRow).where(col(CountersRow.id) == COUNTERS_ID).values(values))
-        else:
-            connection.execute(insert(CountersRow).values(id=COUNTERS_ID, **values))
+    def _count(self, **changes: Any) -> None:
+        self._staging.put(rows.COUNTERS, replace(self._counters(), **changes))
 
-    def _insert_log(self) -> None:
-        for table, new in ((LeafRow, self._new_leaves), (NodeRow, self._new_nodes)):
-            if new:
-                self._session.connection().execute(insert(table), new)
-                new.clear()
+    # Questions see what was put off.
 
-    def _update_touched(self) -> None:
-        if not self._touched:
-            return
-        # The rows of new rounds first.
-        self._session.flush()
-        touched = [
-            {"of_task": task, "of_number": number, "of_round": round_, "sequence": sequence}
-            for (task, number, round_), sequence in self._touched.items()
-        ]
-        self._session.connection().execute(_TOUCH, touched)
+    def _load(self, kind: RowsOf[R], *key: Any) -> R | None:
+        return self._staging.load(kind, key)
 
-    def leaves(self, *, start: int, limit: int) -> Sequence[Leaf]:
-        self._insert_log()
-        return super().leaves(start=start, limit=limit)
-
-    def log_node(self, level: int, index: int) -> bytes:
-        self._insert_log()
-        return super().log_node(level, index)
-
-    def log_nodes(self, nodes: Collection[Node]) -> Mapping[Node, bytes]:
-        self._insert_log()
-        return super().log_nodes(nodes)
-
-    def _put(self, kind: Any, table: type[SQLModel], key: Any, record: Any) -> Any:
-        row = self._session.get(table, key)
-        if row is None:
-            row = kind.row(record)
-            self._session.add(row)
-        else:
-            kind.update(row, record)
-        return row
+    def _ask(self, query: Executable) -> Sequence[Any]:
+        self._staging.settle(self._session)
+        return super()._ask(query)
 
     def _counters(self) -> Counters:
-        if self._own_counters is None:
-            self._own_counters = super()._counters()
-        return self._own_counters
+        return self._staging.counters()
 
     def _frontier(self) -> Frontier:
-        if self._own_frontier is None:
-            self._own_frontier = super()._frontier()
-        return self._own_frontier
-
-    def log_size(self) -> int:
-        return self._frontier().size
+        return self._staging.frontier()
 
 
 def _counts_as(member: Member | None, role: Role) -> bool:
@@ -317,9 +223,8 @@ class SqlStore:
         topics: set[str] = set()
 
         def run(session: Session) -> T:
-            writing = SessionWriting(session, self._clock())
+            writing = SqlWriting(session, self._clock())
             result = work(writing)
-            writing.close()
             topics.update(writing.topics)
             return result
 
@@ -330,7 +235,11 @@ class SqlStore:
 
     async def read(self, work: Callable[[Reading], T]) -> T:
         """Run `work` on one consistent snapshot."""
-        return await self._database.read(lambda session: work(SessionReading(session)))
+        return await self._database.read(lambda session: work(SqlReading(session.connection())))
+
+    async def look_up(self, work: Callable[[Reading], T]) -> T:
+        """Run `work`, which reads a few rows by their keys, on one consistent snapshot; see `transaction.Store`."""
+        return await self._database.lookup(lambda connection: work(SqlReading(connection)))
 
     def _announce(self, done: "asyncio.Future[Any]", topics: set[str]) -> None:
         if not done.cancelled() and done.exception() is None:

@@ -229,12 +229,11 @@ class Reading(Protocol):
         """Size and RFC 9162 root of the record log."""
         ...
 
-    def log_node(self, level: int, index: int) -> bytes:
-        """Hash of a complete subtree: the 2**level leaves from index * 2**level on. LookupError where there is none."""
-        ...
-
     def log_nodes(self, nodes: Collection[tuple[int, int]]) -> Mapping[tuple[int, int], bytes]:
-        """Hashes of several complete subtrees by level and index, in one go. LookupError where there is none."""
+        """Hashes of complete subtrees, the 2**level leaves from index * 2**level on, by level and index, in one go.
+
+        LookupError where there is none.
+        """
         ...
 
     def next_deadline(self) -> datetime | None:
@@ -292,6 +291,7 @@ class Writing(Reading, Protocol):
     def delete_artifact(self, sha256: str) -> None:
         """Forget an artifact with all its uses."""
         ...
+
     def set_ledger_position(self, sequence: int) -> None: ...
 
 
@@ -308,6 +308,10 @@ class Store(Protocol):
 
     async def read(self, work: Callable[[Reading], T]) -> T:
         """Run `work` on one consistent snapshot."""
+        ...
+
+    async def look_up(self, work: Callable[[Reading], T]) -> T:
+        """As `read`, cheaper, for a work that reads a few rows by their keys: others wait until it returns."""
         ...
 
 

@@ -48,6 +48,9 @@ class MortalStore:
     async def read(self, work: Callable[[Reading], T]) -> T:
         return await self._store.read(work)
 
+    async def look_up(self, work: Callable[[Reading], T]) -> T:
+        return await self._store.look_up(work)
+
 
 async def story(world: World) -> None:
     """One submission with a decline, a dispute, an outlier and an unopened seal.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from services.registry import docket
-from services.registry.queries import SessionReading
+from services.registry.queries import SqlReading
 from services.registry.records import Assignment, Role, RoundState, SubmissionState, ValidatorFaultKind
 from services.runtime.errors import AlreadyExists, ArenaError, FailedPrecondition, ResourceExhausted
 from tests.registry_fakes import FakeSelection, SettableClock
@@ -276,13 +276,13 @@ async def test_a_turn_looks_only_at_what_has_changed_or_come_due(world: World, m
         await world.submit(NODES[0], model_bytes(str(index)))
     await world.turn()
     looked_at: list[int] = []
-    read_all = SessionReading.assignments
+    read_all = SqlReading.assignments
 
-    def counted(self: SessionReading, task: str, number: int, round_: int | None = None) -> Any:
+    def counted(self: SqlReading, task: str, number: int, round_: int | None = None) -> Any:
         looked_at.append(number)
         return read_all(self, task, number, round_)
 
-    monkeypatch.setattr(SessionReading, "assignments", counted)
+    monkeypatch.setattr(SqlReading, "assignments", counted)
     await world.turn()
     assert looked_at == []
     await world.accept((await world.duties(7))[0])

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, event, text
-from sqlmodel import Session
 
 from services.registry import migrations
-from services.registry.queries import SessionReading
+from services.registry.queries import SqlReading
 from services.registry.records import (
     MembershipState,
     RoundState,
@@ -23,7 +22,7 @@ from tests.registry_fakes import START
 NOW: datetime = START
 
 # Lists that the contract pages through: also their order comes from an index.
-LISTS: dict[str, Callable[[SessionReading], Any]] = {
+LISTS: dict[str, Callable[[SqlReading], Any]] = {
     "ListParticipants": lambda tx: tx.participants(after=5, limit=10),
     "ListTasks": lambda tx: tx.tasks(before=None, limit=10),
     "ListTasks, a later page": lambda tx: tx.tasks(before=5, limit=10),
@@ -44,7 +43,7 @@ LISTS: dict[str, Callable[[SessionReading], Any]] = {
     "WatchAssignments": lambda tx: tx.assignments_of("a", after=5, limit=10),
     "ListEntries": lambda tx: tx.leaves(start=5, limit=10),
 }
-QUESTIONS: dict[str, Callable[[SessionReading], Any]] = {
+QUESTIONS: dict[str, Callable[[SqlReading], Any]] = {
     "GetSubmission": lambda tx: tx.submission("t", 1),
     "the assignments of a submission": lambda tx: tx.assignments("t", 1),
     "what is due of tasks": lambda tx: tx.tasks_due(NOW),
@@ -79,13 +78,13 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     engine.dispose()
 
 
-def prove(tx: SessionReading) -> None:
+def prove(tx: SqlReading) -> None:
     """The two questions of a proof, which find nothing here."""
     with suppress(LookupError):
         tx.log_nodes([(0, 5), (1, 3), (2, 0)])
 
 
-def plans(engine: Engine, ask: Callable[[SessionReading], Any]) -> list[str]:
+def plans(engine: Engine, ask: Callable[[SqlReading], Any]) -> list[str]:
     """The plan of each statement that a question takes."""
     asked: list[tuple[str, Any]] = []
     with engine.connect() as connection:
@@ -94,8 +93,7 @@ def plans(engine: Engine, ask: Callable[[SessionReading], Any]) -> list[str]:
             asked.append((statement, parameters))
 
         event.listen(connection, "before_cursor_execute", note)
-        with Session(bind=connection) as session:
-            ask(SessionReading(session))
+        ask(SqlReading(connection))
         event.remove(connection, "before_cursor_execute", note)
         return [
             row.detail

@@ -303,7 +303,7 @@ async def test_the_log_is_one_tree_over_processes(opened: Opened) -> None:
         path = await store.read(lambda tx, index=index: read_nodes(tx, lambda node: prove(index, 21, node)))
         assert verify_inclusion(leaf=leaves[index].hash, index=index, size=21, path=path, root=root)
     with pytest.raises(LookupError):
-        await store.read(lambda tx: tx.log_node(3, 2))
+        await store.read(lambda tx: tx.log_nodes([(3, 2)]))
     assert [leaf.index for leaf in await store.read(lambda tx: tx.leaves(start=19, limit=99))] == [19, 20]
 
 

@@ -1,0 +1,139 @@
+"""Questions about rounds, assignments and evaluations."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlalchemy import func, select
+
+from services.registry.convert.times import micros_of, moment_of
+from services.registry.queries.asking import Asking
+from services.registry.records import (
+    Assignment,
+    AssignmentState,
+    Evaluation,
+    Round,
+    RoundState,
+    SubmissionState,
+    ValidatorFault,
+)
+from services.registry.rows import (
+    ASSIGNMENTS,
+    DRAW_RECEIPTS,
+    EVALUATIONS,
+    PREDICTION_HASHES,
+    ROUNDS,
+    SUBMISSIONS,
+    TASKS,
+    VALIDATOR_FAULTS,
+)
+
+_R, _A, _E, _F, _S, _T = (kind.c for kind in (ROUNDS, ASSIGNMENTS, EVALUATIONS, VALIDATOR_FAULTS, SUBMISSIONS, TASKS))
+_LEASED = (AssignmentState.OFFERED.name, AssignmentState.ACCEPTED.name)
+_UNENDED = (*_LEASED, AssignmentState.SEALED.name)
+_ENDED = (
+    AssignmentState.OPENED.name,
+    AssignmentState.DECLINED.name,
+    AssignmentState.EXPIRED.name,
+    AssignmentState.RELEASED.name,
+)
+
+
+class JudgingQuestions(Asking):
+    """The part of `transaction.Reading` that is about judging."""
+
+    def round(self, task: str, number: int, round_: int) -> Round | None:
+        return self._load(ROUNDS, task, number, round_)
+
+    def rounds_unconcluded(self) -> Sequence[Round]:
+        query = ROUNDS.query().where(_R.state != RoundState.CONCLUDED.name)
+        return self._records(ROUNDS, query.order_by(_R.deadline, _R.task, _R.number))
+
+    def rounds_touched(self, state: RoundState, *, after: int) -> Sequence[Round]:
+        query = ROUNDS.query().where(_R.state == state.name, _R.touched > after)
+        return self._records(ROUNDS, query.order_by(_R.touched))
+
+    def rounds_due(self, state: RoundState, now: datetime) -> Sequence[Round]:
+        query = ROUNDS.query().where(_R.state == state.name, _R.deadline <= micros_of(now))
+        return self._records(ROUNDS, query.order_by(_R.deadline))
+
+    def rounds_unconcluded_in(self, task: str, round_: int) -> bool:
+        query = select(_R.number).where(_R.task == task, _R.round == round_)
+        return self._one(query.where(_R.state != RoundState.CONCLUDED.name).limit(1)) is not None
+
+    def assignment(self, task: str, number: int, round_: int, validator: str) -> Assignment | None:
+        return self._load(ASSIGNMENTS, task, number, round_, validator)
+
+    def assignments(self, task: str, number: int, round_: int | None = None) -> Sequence[Assignment]:
+        query = ASSIGNMENTS.query().where(_A.task == task, _A.number == number)
+        if round_ is not None:
+            query = query.where(_A.round == round_)
+        return self._records(ASSIGNMENTS, query.order_by(_A.round, _A.position))
+
+    def assignments_of(self, validator: str, *, after: int, limit: int) -> Sequence[Assignment]:
+        query = ASSIGNMENTS.query().where(_A.validator == validator, _A.sequence > after)
+        return self._records(ASSIGNMENTS, query.order_by(_A.sequence).limit(limit))
+
+    def assignments_unended_of(self, validator: str) -> Sequence[Assignment]:
+        query = ASSIGNMENTS.query().where(_A.validator == validator, _A.state.in_(_UNENDED))
+        return self._records(ASSIGNMENTS, query.order_by(_A.sequence))
+
+    def assignments_due(self, now: datetime) -> Sequence[Assignment]:
+        query = ASSIGNMENTS.query().where(_A.state.in_(_LEASED), _A.deadline <= micros_of(now))
+        return self._records(ASSIGNMENTS, query.order_by(_A.deadline, _A.sequence))
+
+    def assignments_running(self, since: datetime) -> Sequence[Assignment]:
+        query = ASSIGNMENTS.query().where(_A.state.in_(_UNENDED), _A.deadline > micros_of(since))
+        return self._records(ASSIGNMENTS, query.order_by(_A.sequence))
+
+    def assignments_unsettled(self, *, task: str | None = None, limit: int | None = None) -> Sequence[Assignment]:
+        query = ASSIGNMENTS.query().where(_A.settled.is_(False), _A.state.in_(_ENDED))
+        if task is not None:
+            query = query.where(_A.task == task)
+        return self._records(ASSIGNMENTS, query.order_by(_A.sequence).limit(limit))
+
+    def evaluation(self, task: str, number: int, round_: int, validator: str) -> Evaluation | None:
+        return self._load(EVALUATIONS, task, number, round_, validator)
+
+    def evaluations(self, task: str, number: int, round_: int | None = None) -> Sequence[Evaluation]:
+        query = EVALUATIONS.query().where(_E.task == task, _E.number == number)
+        if round_ is not None:
+            query = query.where(_E.round == round_)
+        return self._records(EVALUATIONS, query.order_by(_E.round, _E.validator))
+
+    def prediction_hashes(self, root: str, blocks: int) -> bytes:
+        kept = self._load(PREDICTION_HASHES, root, blocks)
+        return b"" if kept is None else kept.hashes
+
+    def validator_faults(
+        self, *, task: str | None, validator: str | None, after: int, limit: int
+    ) -> Sequence[tuple[int, ValidatorFault]]:
+        query = VALIDATOR_FAULTS.query(_F.position).where(_F.position > after)
+        if task is not None:
+            query = query.where(_F.task == task)
+        if validator is not None:
+            query = query.where(_F.validator == validator)
+        return self._placed(VALIDATOR_FAULTS, query.order_by(_F.position).limit(limit))
+
+    def faults_unslashed(self, *, limit: int) -> Sequence[tuple[int, ValidatorFault]]:
+        query = VALIDATOR_FAULTS.query(_F.position).where(_F.slashed.is_(False))
+        return self._placed(VALIDATOR_FAULTS, query.order_by(_F.position).limit(limit))
+
+    def draw_receipt(self, draw: str) -> bytes | None:
+        kept = self._load(DRAW_RECEIPTS, draw)
+        return None if kept is None else kept.receipt
+
+    def next_deadline(self) -> datetime | None:
+        revealed = SubmissionState.REVEALED.name
+        questions = [
+            select(func.min(_T.deadline)),
+            select(func.min(_S.deadline)).where(_S.state == SubmissionState.COMMITTED.name),
+            select(func.min(_S.deadline)).where(_S.state == revealed, _S.structure_checked.is_(False)),
+            # One by one: each is then the first entry of an index.
+            *(
+                select(func.min(_R.deadline)).where(_R.state == state.name)
+                for state in (RoundState.WAITING, RoundState.SEALING, RoundState.OPENING)
+            ),
+            *(select(func.min(_A.deadline)).where(_A.state == state) for state in _LEASED),
+        ]
+        known = [micros for micros in map(self._one, questions) if micros is not None]
+        return moment_of(min(known)) if known else None
