@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from tiltyard.call_tracing import observing_interceptors
 from tiltyard.identity import TokenSource
 from tiltyard.outgoing import DEADLINE_S, outgoing_interceptors
 
@@ -80,7 +81,10 @@ def open_channel(
     The files of `tls` are read again when they change. Raises tiltyard.tls.InvalidPem and OSError when they can't be
     used.
     """
-    interceptors = outgoing_interceptors(address, tokens=tokens, deadline_s=deadline_s)
+    interceptors = [
+        *observing_interceptors(address),
+        *outgoing_interceptors(address, tokens=tokens, deadline_s=deadline_s),
+    ]
     options = channel_options(address, max_message_bytes=max_message_bytes)
     # Nobody listens in on a Unix socket.
     if tls is None or address.startswith("unix:"):

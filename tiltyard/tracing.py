@@ -8,7 +8,7 @@ A trace outlives a call where its context is kept beside the work: `carried()` i
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from enum import IntEnum
@@ -117,9 +117,9 @@ class Span:
         self.start_ns = time.time_ns()
 
     def set(self, **attributes: Value) -> None:
-        """Adds attributes that are known only now."""
+        """Adds attributes that are known only now, each as `tiltyard.{name}`."""
         if self.context is not None and self.context.sampled:
-            self.attributes += tuple(attributes.items())
+            self.attributes += _named(attributes)
 
     def end(self) -> None:
         """Hands the span over, at its first call."""
@@ -160,9 +160,16 @@ def _span_id() -> str:
 
 
 def span(name: str, *, parent: str | None = None, kind: Kind = Kind.INTERNAL, **attributes: Value) -> Span:
-    """A span within the current one, or within the `parent` that was carried here; an empty `parent` begins a trace."""
+    """A span within the current one, or within the `parent` that was carried here; an empty `parent` begins a trace.
+
+    Attributes are told as `tiltyard.{name}`.
+    """
     context = _current.get() if parent is None else parse(parent)
-    return Span(name, kind, context, tuple(attributes.items()))
+    return Span(name, kind, context, _named(attributes))
+
+
+def _named(attributes: Mapping[str, Value]) -> Attributes:
+    return tuple((f"tiltyard.{name}", value) for name, value in attributes.items())
 
 
 @contextmanager

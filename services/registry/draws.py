@@ -31,7 +31,7 @@ from services.registry.rounds import (
 )
 from services.registry.selection import Selection
 from services.registry.transaction import Reading, Store, Writing
-from services.registry.turns import each
+from services.registry.turns import each, traced
 from services.runtime.errors import ArenaError, FailedPrecondition, Unavailable
 from services.runtime.names import format_submission
 from tiltyard.commitments import holdout_anchor
@@ -123,6 +123,10 @@ class Draws:
         return key not in self._refused or now >= round_.deadline
 
     async def _draw_one(self, waiting: _Waiting) -> int:
+        with traced("draw", waiting.round):
+            return await self._ask_for(waiting)
+
+    async def _ask_for(self, waiting: _Waiting) -> int:
         round_, submission = waiting.round, waiting.submission
         now = self._clock()
         overdue = now >= round_.deadline
@@ -165,9 +169,13 @@ class Draws:
             return [_Short(round_, _missing(tx, round_, now), _paused(tx, round_.task)) for round_ in rounds]
 
         short = [found for found in await self._store.read(find) if found.missing > 0]
-        return await each(short, self._extend_one, undone=lambda found: self._short.put_back(found.round))
+        return await each(short, self._call_one, undone=lambda found: self._short.put_back(found.round))
 
-    async def _extend_one(self, short: _Short) -> int:
+    async def _call_one(self, short: _Short) -> int:
+        with traced("call reserves", short.round):
+            return await self._extend(short)
+
+    async def _extend(self, short: _Short) -> int:
         round_ = short.round
         try:
             drawn = await self._selection.extend_draw(
@@ -188,12 +196,13 @@ class Draws:
 
         async def settle_one(owed: tuple[Assignment, str]) -> int:
             assignment, draw = owed
-            try:
-                await self._selection.settle(draw, assignment.validator, refund=assignment.refund)
-            except FailedPrecondition as error:
-                # The selector's book is the truth; asking again would not change it.
-                if error.reason != "ALREADY_SETTLED":
-                    raise
+            with traced("settle", assignment):
+                try:
+                    await self._selection.settle(draw, assignment.validator, refund=assignment.refund)
+                except FailedPrecondition as error:
+                    # The selector's book is the truth; asking again would not change it.
+                    if error.reason != "ALREADY_SETTLED":
+                        raise
             settled.append(assignment)
             return 1
 

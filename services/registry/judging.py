@@ -34,7 +34,7 @@ from services.registry.rounds import (
     task_of,
 )
 from services.registry.transaction import Reading, Store, Writing
-from services.registry.turns import each
+from services.registry.turns import each, traced
 from services.registry.visibility import hides
 from tiltyard import ladder, scoring
 from tiltyard.commitments import SALT_BYTES
@@ -65,13 +65,13 @@ class Judging:
 
     async def open_reports(self) -> int:
         """Rounds with all the seals they want, or no more to come, ask for the reports."""
-        return await self._turn(self._sealing, _ask_to_open)
+        return await self._turn("ask to open", self._sealing, _ask_to_open)
 
     async def conclude(self) -> int:
         """Rounds whose reports have been opened, or whose time to open is over, are concluded."""
-        return await self._turn(self._opening, _conclude)
+        return await self._turn("conclude", self._opening, _conclude)
 
-    async def _turn(self, docket: Docket, work: Callable[[Writing, Round], None]) -> int:
+    async def _turn(self, step: str, docket: Docket, work: Callable[[Writing, Round], None]) -> int:
         now = self._clock()
 
         async def do(seen: Round) -> int:
@@ -82,7 +82,8 @@ class Judging:
                 work(tx, round_)
                 return 1
 
-            return await self._store.write(write)
+            with traced(step, seen):
+                return await self._store.write(write)
 
         due = await self._store.read(lambda tx: docket.look(tx, now))
         return await each(due, do, undone=docket.put_back)

@@ -9,6 +9,7 @@ from services.registry.entries import Genesis, LedgerEventSeen
 from services.registry.selection import Selection
 from services.registry.transaction import Leaf, Reading, Store, Writing
 from services.runtime.errors import OutOfRange
+from tiltyard import metrics, tracing
 from tiltyard.identity import Key
 from tiltyard.transparency import (
     EMPTY_ROOT,
@@ -24,6 +25,9 @@ T = TypeVar("T")
 
 MAX_PAGE_BYTES = 2 * 1024 * 1024
 _EVENTS_A_TURN = 500
+_SIGNED = metrics.Gauge(
+    "tiltyard.log.checkpoint.time", unit="s", description="When the newest checkpoint was signed, in Unix time."
+)
 _LEAVES_A_READ = 100
 
 
@@ -91,7 +95,9 @@ class RecordLog:
         size, root = await self._store.read(lambda tx: tx.log_root())
         checkpoint = Checkpoint(self._origin, size, root)
         note = sign_note(self._key, name=self._origin, body=checkpoint_body(checkpoint))
-        return SignedCheckpoint(checkpoint, note, self._clock())
+        signed = SignedCheckpoint(checkpoint, note, self._clock())
+        _SIGNED.set(signed.sign_time.timestamp())
+        return signed
 
     async def entries(self, *, start: int, limit: int) -> Sequence[Leaf]:
         """Leaves in order; at least one where there is one, and at most 2 MiB otherwise. Raises OutOfRange."""
@@ -142,7 +148,9 @@ class RecordLog:
     async def take_ledger_events(self) -> int:
         """A step of the referee: changes of the selector's state become leaves, each once and in order."""
         position = await self._store.read(lambda tx: tx.ledger_position())
-        events = await self._selection.ledger_events(start=position + 1, limit=_EVENTS_A_TURN)
+        # Asked every second, whether there is anything or not.
+        with tracing.untraced():
+            events = await self._selection.ledger_events(start=position + 1, limit=_EVENTS_A_TURN)
         if not events:
             return 0
 

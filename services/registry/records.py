@@ -369,6 +369,8 @@ class Submission:
     """Draw ids by round."""
     reveal_time: datetime | None = None
     end_time: datetime | None = None
+    trace: str = ""
+    """The trace of its reveal, as `tiltyard.tracing.carried` says it: what follows belongs to it."""
 
 
 @dataclass(frozen=True)
@@ -392,6 +394,8 @@ class Round:
     """Whether the one round of further reserves has been called in."""
     detail: str = ""
     """What it waits for, in one sentence."""
+    trace: str = ""
+    """The submission's."""
 
 
 @dataclass(frozen=True)
@@ -414,6 +418,8 @@ class Assignment:
     """ENDED without the validator's fault and without a report: the use of its quota is given back."""
     sequence: int = 0
     """Set by the store at every put, growing over all assignments: the cursor of WatchAssignments."""
+    trace: str = ""
+    """The submission's."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The background loop: slow work and deadlines, in small steps that may be repeated after any death of the process."""
 
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Protocol
@@ -8,6 +9,7 @@ import structlog
 
 from services.registry.transaction import Store
 from services.runtime.errors import Unavailable
+from tiltyard import metrics
 
 Step = Callable[[], Awaitable[int]]
 """Does what is due and answers with the number of things done. What it raises is retried at the next turn."""
@@ -16,6 +18,19 @@ Step = Callable[[], Awaitable[int]]
 _LONGEST_PAUSE_S = 1.0
 # A deadline that no step can act on yet must not keep a processor busy.
 _SHORTEST_PAUSE_S = 0.05
+
+_TURN = metrics.Histogram(
+    "tiltyard.referee.turn.duration",
+    unit="s",
+    description="Duration of a turn of the background loop.",
+    bounds=metrics.CALL_SECONDS,
+)
+_TURNED = metrics.Gauge(
+    "tiltyard.referee.turn.time", unit="s", description="When the background loop last ended a turn, in Unix time."
+)
+_FAILURES = metrics.Counter(
+    "tiltyard.referee.failures", unit="{step}", description="Steps of the background loop that failed, by step."
+)
 
 _log = structlog.get_logger("tiltyard.referee")
 
@@ -45,12 +60,15 @@ class Referee:
 
     async def turn(self) -> int:
         """Run each step once; one that fails is logged and does not hold up the others."""
+        started = time.perf_counter()
         done = 0
         for step in self._steps:
             try:
                 done += await step()
             except Exception as error:
                 _report(step, error)
+        _TURN.record(time.perf_counter() - started)
+        _TURNED.set(self._clock().timestamp())
         return done
 
     async def _pause_s(self) -> float:
@@ -63,6 +81,7 @@ class Referee:
 
 def _report(step: Step, error: Exception) -> None:
     name = getattr(step, "__qualname__", repr(step))
+    _FAILURES.add(step=name, unavailable=_is_unavailable(error))
     if _is_unavailable(error):
         _log.warning("a peer cannot be reached, the step is tried again", step=name, error=str(error))
     else:

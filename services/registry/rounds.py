@@ -97,6 +97,7 @@ def start_round(tx: Writing, submission: Submission, task: Task, round_: int) ->
         state=RoundState.WAITING,
         deadline=tx.now + task.config.schedule.draw_time,
         wanted=task.config.validators_per_submission,
+        trace=submission.trace,
     )
     tx.put_round(started)
     return started
@@ -135,6 +136,7 @@ def offer(tx: Writing, round_: Round, order: Sequence[str], *, deadline: datetim
             update_time=tx.now,
             deadline=min(deadline, round_.deadline) if needed else None,
             refund=not needed,
+            trace=round_.trace,
         )
         tx.put_assignment(assignment)
         log_assignment(tx, assignment)

@@ -12,6 +12,8 @@ from services.registry.records import RejectionReason, Submission, SubmissionSta
 from services.registry.rounds import FIRST_ROUND, reject, start_round
 from services.registry.transaction import Reading, Store, Writing
 from services.registry.turns import each
+from services.runtime.names import format_submission
+from tiltyard import tracing
 from tiltyard.modelfile import check_model_file
 from tiltyard.modelspec import ModelFault, ModelSpec
 
@@ -51,6 +53,12 @@ class StructureChecks:
         return await each(await self._store.read(_revealed), self._check_one)
 
     async def _check_one(self, revealed: _Revealed) -> int:
+        submission = revealed.submission
+        name = format_submission(submission.task, submission.number)
+        with tracing.span("check structure", parent=submission.trace, submission=name):
+            return await self._check_and_record(revealed)
+
+    async def _check_and_record(self, revealed: _Revealed) -> int:
         submission = revealed.submission
         try:
             finding = await asyncio.to_thread(self._examine, revealed)

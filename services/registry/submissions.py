@@ -30,6 +30,7 @@ from services.runtime.errors import (
     ResourceExhausted,
 )
 from services.runtime.names import format_participant, format_task
+from tiltyard import tracing
 from tiltyard.commitments import matches, submission_commitment
 from tiltyard.identity import Envelope
 from tiltyard.modelspec import Onnx
@@ -123,6 +124,7 @@ class Submissions:
                 salt=reveal.salt,
                 reveal_leaf=leaf.hash,
                 reveal_time=tx.now,
+                trace=tracing.carried(),
                 deadline=tx.now + STRUCTURE_TIME,
             )
             tx.put_submission(submission)

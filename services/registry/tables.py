@@ -130,6 +130,7 @@ class SubmissionRow(Table, table=True):
     draws: str = Field(sa_type=Text)
     reveal_time: int | None = Field(default=None, sa_type=BigInteger)
     end_time: int | None = Field(default=None, sa_type=BigInteger)
+    trace: str
 
 
 class RoundRow(Table, table=True):
@@ -150,6 +151,7 @@ class RoundRow(Table, table=True):
     wanted: int
     disputed: bool
     detail: str
+    trace: str
     touched: int = Field(default=0, sa_type=BigInteger)
     """The sequence of the last change of the round, one of its assignments or evaluations."""
 
@@ -177,6 +179,7 @@ class AssignmentRow(Table, table=True):
     settled: bool
     refund: bool
     sequence: int = Field(sa_type=BigInteger, unique=True)
+    trace: str
 
 
 class EvaluationRow(Table, table=True):

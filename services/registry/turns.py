@@ -6,12 +6,21 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import TypeVar
 
+from services.registry.records import Assignment, Round
 from services.runtime.errors import Unavailable
+from services.runtime.names import format_submission
+from tiltyard import tracing
 
 Item = TypeVar("Item")
 
 # Writes that wait together are committed together.
 _AT_ONCE = 8
+
+
+def traced(step: str, duty: Round | Assignment) -> tracing.Span:
+    """The span of one step for one submission, in the trace that its reveal belongs to."""
+    submission = format_submission(duty.task, duty.number)
+    return tracing.span(step, parent=duty.trace, submission=submission, round=duty.round)
 
 
 def fairly(items: Iterable[Item], *, by: Callable[[Item], object]) -> list[Item]:

@@ -131,6 +131,7 @@ def assignment_message(assignment: Assignment) -> assignment_pb2.Assignment:
         round=assignment.round,
         create_time=timestamp(assignment.create_time),
         update_time=timestamp(assignment.update_time),
+        traceparent=assignment.trace,
     )
 
 

@@ -29,7 +29,7 @@ from tiltyard.type.v1 import model_pb2 as tiltyard_dot_type_dot_v1_dot_model__pb
 from tiltyard.type.v1 import task_pb2 as tiltyard_dot_type_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tiltyard/registry/v1/assignment.proto\x12\x14tiltyard.registry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!tiltyard/type/v1/evaluation.proto\x1a\x1ctiltyard/type/v1/model.proto\x1a\x1btiltyard/type/v1/task.proto\"\xa1\x02\n\nAssignment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tvalidator\x18\x02 \x01(\t\x12\x30\n\x05state\x18\x03 \x01(\x0e\x32!.tiltyard.type.v1.AssignmentState\x12,\n\x08\x64\x65\x61\x64line\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07opening\x18\x05 \x01(\x08\x12\x10\n\x08position\x18\x06 \x01(\x05\x12\r\n\x05round\x18\x07 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf9\x02\n\x0f\x45valuationOrder\x12\x0f\n\x07\x64\x61taset\x18\x01 \x01(\t\x12\x1a\n\x12\x64\x61taset_size_bytes\x18\x02 \x01(\x03\x12\r\n\x05model\x18\x03 \x01(\t\x12\x18\n\x10model_size_bytes\x18\x04 \x01(\x03\x12-\n\x06\x66ormat\x18\x05 \x01(\x0e\x32\x1d.tiltyard.type.v1.ModelFormat\x12)\n\x04spec\x18\x06 \x01(\x0b\x32\x1b.tiltyard.type.v1.ModelSpec\x12/\n\x0cmax_cpu_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10max_memory_bytes\x18\x08 \x01(\x03\x12(\n\x06metric\x18\t \x01(\x0e\x32\x18.tiltyard.type.v1.Metric\x12\r\n\x05top_k\x18\n \x01(\x05\x12\r\n\x05\x62ound\x18\x0b \x01(\x01\x12\x0c\n\x04node\x18\x0c \x01(\t\x12\x15\n\rnode_endpoint\x18\r \x01(\t\")\n\x17WatchAssignmentsRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\"`\n\x18WatchAssignmentsResponse\x12\x34\n\nassignment\x18\x01 \x01(\x0b\x32 .tiltyard.registry.v1.Assignment\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"O\n\x16ListAssignmentsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"i\n\x17ListAssignmentsResponse\x12\x35\n\x0b\x61ssignments\x18\x01 \x03(\x0b\x32 .tiltyard.registry.v1.Assignment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"Q\n\x17\x41\x63\x63\x65ptAssignmentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0clease_holder\x18\x02 \x01(\x0c\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\x9b\x01\n\x18\x41\x63\x63\x65ptAssignmentResponse\x12\x34\n\nassignment\x18\x01 \x01(\x0b\x32 .tiltyard.registry.v1.Assignment\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12\x34\n\x05order\x18\x03 \x01(\x0b\x32%.tiltyard.registry.v1.EvaluationOrder\"O\n\x16RenewAssignmentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"O\n\x17RenewAssignmentResponse\x12\x34\n\nassignment\x18\x01 \x01(\x0b\x32 .tiltyard.registry.v1.Assignment\"a\n\x18\x44\x65\x63lineAssignmentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"Q\n\x19\x44\x65\x63lineAssignmentResponse\x12\x34\n\nassignment\x18\x01 \x01(\x0b\x32 .tiltyard.registry.v1.Assignment2\xd1\x04\n\x11\x41ssignmentService\x12s\n\x10WatchAssignments\x12-.tiltyard.registry.v1.WatchAssignmentsRequest\x1a..tiltyard.registry.v1.WatchAssignmentsResponse0\x01\x12n\n\x0fListAssignments\x12,.tiltyard.registry.v1.ListAssignmentsRequest\x1a-.tiltyard.registry.v1.ListAssignmentsResponse\x12q\n\x10\x41\x63\x63\x65ptAssignment\x12-.tiltyard.registry.v1.AcceptAssignmentRequest\x1a..tiltyard.registry.v1.AcceptAssignmentResponse\x12n\n\x0fRenewAssignment\x12,.tiltyard.registry.v1.RenewAssignmentRequest\x1a-.tiltyard.registry.v1.RenewAssignmentResponse\x12t\n\x11\x44\x65\x63lineAssignment\x12..tiltyard.registry.v1.DeclineAssignmentRequest\x1a/.tiltyard.registry.v1.DeclineAssignmentResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tiltyard/registry/v1/assignment.proto\x12\x14tiltyard.registry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!tiltyard/type/v1/evaluation.proto\x1a\x1ctiltyard/type/v1/model.proto\x1a\x1btiltyard/type/v1/task.proto\"\xb6\x02\n\nAssignment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tvalidator\x18\x02 \x01(\t\x12\x30\n\x05state\x18\x03 \x01(\x0e\x32!.tiltyard.type.v1.AssignmentState\x12,\n\x08\x64\x65\x61\x64line\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07opening\x18\x05 \x01(\x08\x12\x10\n\x08position\x18\x06 \x01(\x05\x12\r\n\x05round\x18\x07 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0btraceparent\x18\n \x01(\t\"\xf9\x02\n\x0f\x45valuationOrder\x12\x0f\n\x07\x64\x61taset\x18\x01 \x01(\t\x12\x1a\n\x12\x64\x61taset_size_bytes\x18\x02 \x01(\x03\x12\r\n\x05model\x18\x03 \x01(\t\x12\x18\n\x10model_size_bytes\x18\x04 \x01(\x03\x12-\n\x06\x66ormat\x18\x05 \x01(\x0e\x32\x1d.tiltyard.type.v1.ModelFormat\x12)\n\x04spec\x18\x06 \x01(\x0b\x32\x1b.tiltyard.type.v1.ModelSpec\x12/\n\x0cmax_cpu_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10max_memory_bytes\x18\x08 \x01(\x03\x12(\n\x06metric\x18\t \x01(\x0e\x32\x18.tiltyard.type.v1.Metric\x12\r\n\x05top_k\x18\n \x01(\x05\x12\r\n\x05\x62ound\x18\x0b \x01(\x01\x12\x0c\n\x04node\x18\x0c \x01(\t\x12\x15\n\rnode_endpoint\x18\r \x01(\t\")\n\x17WatchAssignmentsRequest\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\"`\n\x18WatchAssignmentsResponse\x12\x34\n\nassignment\x18\x01 \x01(\x0b\x32 .tiltyard.registry.v1.Assignment\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"O\n\x16ListAssignmentsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"i\n\x17ListAssignmentsResponse\x12\x35\n\x0b\x61ssignments\x18\x01 \x03(\x0b\x32 .tiltyard.registry.v1.Assignment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"Q\n\x17\x41\x63\x63\x65ptAssignmentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0clease_holder\x18\x02 \x01(\x0c\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\x9b\x01\n\x18\x41\x63\x63\x65ptAssignmentResponse\x12\x34\n\nassignment\x18\x01 \x01(\x0b\x32 .tiltyard.registry.v1.Assignment\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12\x34\n\x05order\x18\x03 \x01(\x0b\x32%.tiltyard.registry.v1.EvaluationOrder\"O\n\x16RenewAssignmentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"O\n\x17RenewAssignmentResponse\x12\x34\n\nassignment\x18\x01 \x01(\x0b\x32 .tiltyard.registry.v1.Assignment\"a\n\x18\x44\x65\x63lineAssignmentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0blease_token\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"Q\n\x19\x44\x65\x63lineAssignmentResponse\x12\x34\n\nassignment\x18\x01 \x01(\x0b\x32 .tiltyard.registry.v1.Assignment2\xd1\x04\n\x11\x41ssignmentService\x12s\n\x10WatchAssignments\x12-.tiltyard.registry.v1.WatchAssignmentsRequest\x1a..tiltyard.registry.v1.WatchAssignmentsResponse0\x01\x12n\n\x0fListAssignments\x12,.tiltyard.registry.v1.ListAssignmentsRequest\x1a-.tiltyard.registry.v1.ListAssignmentsResponse\x12q\n\x10\x41\x63\x63\x65ptAssignment\x12-.tiltyard.registry.v1.AcceptAssignmentRequest\x1a..tiltyard.registry.v1.AcceptAssignmentResponse\x12n\n\x0fRenewAssignment\x12,.tiltyard.registry.v1.RenewAssignmentRequest\x1a-.tiltyard.registry.v1.RenewAssignmentResponse\x12t\n\x11\x44\x65\x63lineAssignment\x12..tiltyard.registry.v1.DeclineAssignmentRequest\x1a/.tiltyard.registry.v1.DeclineAssignmentResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,29 +37,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tiltyard.registry.v1.assign
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ASSIGNMENT']._serialized_start=223
-  _globals['_ASSIGNMENT']._serialized_end=512
-  _globals['_EVALUATIONORDER']._serialized_start=515
-  _globals['_EVALUATIONORDER']._serialized_end=892
-  _globals['_WATCHASSIGNMENTSREQUEST']._serialized_start=894
-  _globals['_WATCHASSIGNMENTSREQUEST']._serialized_end=935
-  _globals['_WATCHASSIGNMENTSRESPONSE']._serialized_start=937
-  _globals['_WATCHASSIGNMENTSRESPONSE']._serialized_end=1033
-  _globals['_LISTASSIGNMENTSREQUEST']._serialized_start=1035
-  _globals['_LISTASSIGNMENTSREQUEST']._serialized_end=1114
-  _globals['_LISTASSIGNMENTSRESPONSE']._serialized_start=1116
-  _globals['_LISTASSIGNMENTSRESPONSE']._serialized_end=1221
-  _globals['_ACCEPTASSIGNMENTREQUEST']._serialized_start=1223
-  _globals['_ACCEPTASSIGNMENTREQUEST']._serialized_end=1304
-  _globals['_ACCEPTASSIGNMENTRESPONSE']._serialized_start=1307
-  _globals['_ACCEPTASSIGNMENTRESPONSE']._serialized_end=1462
-  _globals['_RENEWASSIGNMENTREQUEST']._serialized_start=1464
-  _globals['_RENEWASSIGNMENTREQUEST']._serialized_end=1543
-  _globals['_RENEWASSIGNMENTRESPONSE']._serialized_start=1545
-  _globals['_RENEWASSIGNMENTRESPONSE']._serialized_end=1624
-  _globals['_DECLINEASSIGNMENTREQUEST']._serialized_start=1626
-  _globals['_DECLINEASSIGNMENTREQUEST']._serialized_end=1723
-  _globals['_DECLINEASSIGNMENTRESPONSE']._serialized_start=1725
-  _globals['_DECLINEASSIGNMENTRESPONSE']._serialized_end=1806
-  _globals['_ASSIGNMENTSERVICE']._serialized_start=1809
-  _globals['_ASSIGNMENTSERVICE']._serialized_end=2402
+  _globals['_ASSIGNMENT']._serialized_end=533
+  _globals['_EVALUATIONORDER']._serialized_start=536
+  _globals['_EVALUATIONORDER']._serialized_end=913
+  _globals['_WATCHASSIGNMENTSREQUEST']._serialized_start=915
+  _globals['_WATCHASSIGNMENTSREQUEST']._serialized_end=956
+  _globals['_WATCHASSIGNMENTSRESPONSE']._serialized_start=958
+  _globals['_WATCHASSIGNMENTSRESPONSE']._serialized_end=1054
+  _globals['_LISTASSIGNMENTSREQUEST']._serialized_start=1056
+  _globals['_LISTASSIGNMENTSREQUEST']._serialized_end=1135
+  _globals['_LISTASSIGNMENTSRESPONSE']._serialized_start=1137
+  _globals['_LISTASSIGNMENTSRESPONSE']._serialized_end=1242
+  _globals['_ACCEPTASSIGNMENTREQUEST']._serialized_start=1244
+  _globals['_ACCEPTASSIGNMENTREQUEST']._serialized_end=1325
+  _globals['_ACCEPTASSIGNMENTRESPONSE']._serialized_start=1328
+  _globals['_ACCEPTASSIGNMENTRESPONSE']._serialized_end=1483
+  _globals['_RENEWASSIGNMENTREQUEST']._serialized_start=1485
+  _globals['_RENEWASSIGNMENTREQUEST']._serialized_end=1564
+  _globals['_RENEWASSIGNMENTRESPONSE']._serialized_start=1566
+  _globals['_RENEWASSIGNMENTRESPONSE']._serialized_end=1645
+  _globals['_DECLINEASSIGNMENTREQUEST']._serialized_start=1647
+  _globals['_DECLINEASSIGNMENTREQUEST']._serialized_end=1744
+  _globals['_DECLINEASSIGNMENTRESPONSE']._serialized_start=1746
+  _globals['_DECLINEASSIGNMENTRESPONSE']._serialized_end=1827
+  _globals['_ASSIGNMENTSERVICE']._serialized_start=1830
+  _globals['_ASSIGNMENTSERVICE']._serialized_end=2423
 # @@protoc_insertion_point(module_scope)

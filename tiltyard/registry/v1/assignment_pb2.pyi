@@ -38,6 +38,7 @@ class Assignment(_message.Message):
     ROUND_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name as tasks/{task}/submissions/{n}/assignments/{round}-{participant id}."""
     validator: _builtins.str
@@ -50,6 +51,10 @@ class Assignment(_message.Message):
     """Place in the draw's order."""
     round: _builtins.int
     """Round: 1 on D_eval, 2 on the holdout."""
+    traceparent: _builtins.str
+    """The W3C trace context (a traceparent, 55 characters) that the submission was revealed in; empty without one. It ties
+    what the parties tell their own telemetry together and decides nothing.
+    """
     @_builtins.property
     def deadline(self) -> _timestamp_pb2.Timestamp:
         """When the present state ends by itself; unset when it has none."""
@@ -74,10 +79,11 @@ class Assignment(_message.Message):
         round: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline", b"deadline", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline", b"deadline", "name", b"name", "opening", b"opening", "position", b"position", "round", b"round", "state", b"state", "update_time", b"update_time", "validator", b"validator"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline", b"deadline", "name", b"name", "opening", b"opening", "position", b"position", "round", b"round", "state", b"state", "traceparent", b"traceparent", "update_time", b"update_time", "validator", b"validator"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
