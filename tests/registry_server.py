@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -97,6 +98,8 @@ class RegistryServer:
         self.trusted = Key.generate()
         self.clock = SettableClock()
         self.selection = FakeSelection(self.clock)
+        self.settings: dict[str, Any] = {}
+        """What else the operator sets, from the next start on."""
         self.registry: Registry
         self._clients: dict[str, Client] = {}
         self._running = contextlib.AsyncExitStack()
@@ -108,7 +111,7 @@ class RegistryServer:
             state_dir=self.folder / "state",
             operators=frozenset({self.operator.id}),
             trusted_endorsers=frozenset({self.trusted.id}),
-            max_artifact_bytes=1 << 20,
+            **{"max_artifact_bytes": 1 << 20, **self.settings},
         )
         self.registry = await build(settings, clock=self.clock, selection=self.selection)
         await self.registry.begin()

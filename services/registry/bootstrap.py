@@ -8,6 +8,7 @@ from datetime import datetime
 import structlog
 
 from services.registry import servicers
+from services.registry.artifact_files import ArtifactFiles
 from services.registry.artifacts import Artifacts
 from services.registry.assignments import Assignments
 from services.registry.base_models import BaseModels
@@ -68,6 +69,8 @@ class Registry:
     store: Store
     referee: Referee
     garbage: Garbage
+    files: ArtifactFiles
+    uploads: Uploads
     outages: Outages
     log: RecordLog
     log_key: bytes
@@ -180,6 +183,8 @@ async def build(
         store=store,
         referee=Referee(steps, store, changes, clock),
         garbage=Garbage(store, files, uploads, clock, settings.keeping),
+        files=files,
+        uploads=uploads,
         outages=outages,
         log=log,
         log_key=log_key.public_bytes,

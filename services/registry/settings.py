@@ -27,8 +27,8 @@ class RegistrySettings(ServiceSettings):
     max_artifact_bytes: MaxBytes = 1 << 40
     """Largest dataset or model that is taken, whatever a task allows."""
     artifacts: str = ""
-    """A folder that gets `artifacts` and `uploads` in it, or `s3://BUCKET/PREFIX` (extra `s3`; the AWS_* variables name region, endpoint and credentials).
-    Default: `state_dir`."""
+    """A folder that gets `artifacts` and `uploads` in it, or `s3://BUCKET/PREFIX` (extra `s3`; AWS_* variables name
+    region, endpoint and credentials). Default: `state_dir`."""
     max_open_uploads: Annotated[int, Field(ge=1)] = Quotas.max_open_uploads
     """Most uploads of one participant that have begun and not ended."""
     max_pending_bytes: MaxBytes = Quotas.max_pending_bytes
