@@ -96,6 +96,10 @@ class Authenticator:
             self._checked.popitem(last=False)
         return caller
 
+    def knows(self, authorization: str | None) -> bool:
+        """Whether this header was checked before: all others cost a signature's check."""
+        return authorization in self._checked
+
     def _verify(self, authorization: str, now: float) -> TokenClaims:
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token:

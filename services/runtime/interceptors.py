@@ -1,6 +1,6 @@
-"""What every call passes through, whatever its shape: span, log line, errors, drain, identity, remembered requests.
+"""What every call passes through, whatever its shape: span, log, errors, drain, identity, limits, remembered requests.
 
-All six are one interceptor: each further one would cost every call a wrapper, a coroutine and a handler of its own.
+All of it is one interceptor: each further one would cost every call a wrapper, a coroutine and a handler of its own.
 """
 
 import asyncio
@@ -13,10 +13,12 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
 from services.runtime.auth import AccessPolicy, Authenticator, maybe_caller, set_caller
-from services.runtime.errors import Unavailable, Unimplemented
+from services.runtime.errors import InvalidArgument, Unavailable, Unimplemented
 from services.runtime.idempotency import InFlight, RequestMemory, RequestScope, use_memory
+from services.runtime.limits import CallGate
 from services.runtime.rpc_errors import to_rpc_status
 from tiltyard import metrics
 from tiltyard.call_tracing import ObservedCall, answering, observing
@@ -40,17 +42,66 @@ _REFUSALS = metrics.Counter(
 _log = structlog.get_logger("tiltyard.calls")
 
 
-def _surrounded(handler: Handler, around: Around) -> Handler:
+class _Undecodable:
+    """Stands for bytes that are no message of the method's; gRPC itself would answer them with an internal error."""
+
+
+def _decoding(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if decode is None:
+        return None
+
+    def decoded(raw: bytes) -> Any:
+        try:
+            return decode(raw)
+        except DecodeError:
+            return _Undecodable()
+
+    return decoded
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, _Undecodable):
+        raise InvalidArgument([], reason="NOT_A_MESSAGE", message="the bytes are no message of this method")
+    return request
+
+
+class _InTime:
+    """The messages of a client's stream, each whole within `idle_s` seconds (0: whenever) of the one before.
+
+    No generator: one that its method leaves half read would be closed who knows when.
+    """
+
+    def __init__(self, requests: Any, idle_s: float) -> None:
+        self._requests = requests
+        self._idle_s = idle_s
+
+    def __aiter__(self) -> "_InTime":
+        self._requests = aiter(self._requests)
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            async with asyncio.timeout(self._idle_s or None):
+                return _checked(await anext(self._requests))
+        except TimeoutError:
+            idle_s = f"{self._idle_s:g}"
+            raise Unavailable("STREAM_IDLE", f"no message came for {idle_s} s", idle_s=idle_s) from None
+
+
+def _surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handler:
     """`handler` with every call inside `around(context)`, for all four shapes.
 
     A servicer method may be an async method, an async generator, a coroutine that reads and writes on the context, or
     the plain function that the generated base answers UNIMPLEMENTED with.
     """
 
+    def taken(request: Any) -> Any:
+        return _InTime(request, stream_idle_s) if handler.request_streaming else _checked(request)
+
     def unary(behaviour: Any) -> Any:
         async def call(request: Any, context: Context) -> Any:
             async with around(context):
-                answer = behaviour(request, context)
+                answer = behaviour(taken(request), context)
                 return await answer if inspect.isawaitable(answer) else answer
 
         return call
@@ -58,7 +109,7 @@ def _surrounded(handler: Handler, around: Around) -> Handler:
     def stream(behaviour: Any) -> Any:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             async with around(context):
-                answers = behaviour(request, context)
+                answers = behaviour(taken(request), context)
                 if inspect.isawaitable(answers):
                     await answers
                 elif answers is not None:
@@ -69,7 +120,7 @@ def _surrounded(handler: Handler, around: Around) -> Handler:
         return call
 
     coders = {
-        "request_deserializer": handler.request_deserializer,
+        "request_deserializer": _decoding(handler.request_deserializer),
         "response_serializer": handler.response_serializer,
     }
     if handler.request_streaming and handler.response_streaming:
@@ -84,7 +135,8 @@ def _surrounded(handler: Handler, around: Around) -> Handler:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Surrounds each call; unknown methods pass through to gRPC's own UNIMPLEMENTED.
 
-    Without an `authenticator` no call is asked for a token. `memory` is where `@idempotent` finds earlier answers.
+    Without an `authenticator` no call is asked for a token, and without a `gate` none is limited. `memory` is where
+    `@idempotent` finds earlier answers. A client's stream that is silent for `stream_idle_s` seconds ends (0: never).
     """
 
     def __init__(
@@ -93,8 +145,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         authenticator: Authenticator | None = None,
         policy: AccessPolicy | None = None,
         memory: RequestMemory | None = None,
+        gate: CallGate | None = None,
+        stream_idle_s: float = 0.0,
     ) -> None:
         self._drain = drain
+        self._gate = gate
+        self._stream_idle_s = stream_idle_s
         self._authenticator = authenticator
         self._policy = policy or AccessPolicy()
         self._scope = None if memory is None else RequestScope(memory, InFlight())
@@ -109,7 +165,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         plain, surrounded = self._known.get(method, (None, None))
         if plain is not handler:
-            surrounded = _surrounded(handler, functools.partial(self._around, method))
+            surrounded = _surrounded(handler, functools.partial(self._around, method), self._stream_idle_s)
             self._known[method] = (handler, surrounded)
         return surrounded
 
@@ -120,8 +176,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         headers = context.invocation_metadata() or ()
         observed = _observed(method, headers)
         try:
-            with self._drain.watching(method, context):
-                self._admit(method, headers)
+            with self._drain.watching(method, context), self._admitted(method, headers, context):
                 if self._scope is not None:
                     use_memory(self._scope)
                 yield
@@ -138,15 +193,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if observed is not None:
                 observed.end(code.name)
 
-    def _admit(self, method: str, headers: Headers) -> None:
-        """Names the caller for the call when its token proves one whom the policy admits; raises otherwise."""
-        if self._authenticator is None or self._policy.is_free(method):
+    @contextmanager
+    def _admitted(self, method: str, headers: Headers, context: Context) -> Iterator[None]:
+        """Names the caller for the call when its token proves one whom the policy and the limits admit, or raises."""
+        if self._authenticator is None:
+            yield
             return
         authorization = next((value for key, value in headers if key == "authorization"), None)
+        free = self._policy.is_free(method)
+        if self._gate is not None and (free or not self._authenticator.knows(authorization)):
+            self._gate.admit_stranger(context.peer())
+        if free:
+            yield
+            return
         caller = self._authenticator.authenticate(authorization)
         self._policy.check(method, caller)
         # Each call has its own task and so its own context: nothing to reset.
         set_caller(caller)
+        if self._gate is None:
+            yield
+            return
+        with self._gate.call_of(caller):
+            yield
 
     def _log_call(self, method: str, code: grpc.StatusCode, duration_s: float) -> None:
         """One line a call: at level info when it failed or took long, at debug when there is nothing to learn."""

@@ -18,8 +18,10 @@ from grpc_reflection.v1alpha import reflection
 
 from services.runtime.auth import AccessPolicy, Authenticator, utc_now
 from services.runtime.certificates import ServerTls
+from services.runtime.connections import ConnectionLimits, Doorkeeper, raise_file_limit
 from services.runtime.idempotency import RequestMemory
 from services.runtime.interceptors import CallInterceptor, Drain
+from services.runtime.limits import CallGate, CallLimits
 
 if TYPE_CHECKING:  # a model server has no database: it need not wait for SQLAlchemy's import
     from services.runtime.database import Database
@@ -50,7 +52,8 @@ class ArenaServer:
     """A grpc.aio server that is NOT_SERVING until told otherwise, and that drains before it stops.
 
     Without an `authenticator` no call is asked for a token: for a private Unix socket only. `remembered` is where
-    `@idempotent` methods find earlier answers (the service's Database).
+    `@idempotent` methods find earlier answers (the service's Database). Without `limits` callers have none of their
+    own. A client's stream that is silent for `stream_idle_s` seconds ends with UNAVAILABLE (0: never).
     """
 
     def __init__(
@@ -64,15 +67,21 @@ class ArenaServer:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         max_concurrent_rpcs: int | None = MAX_CONCURRENT_RPCS,
         tls: ServerTls | None = None,
+        limits: CallLimits | None = None,
+        connections: ConnectionLimits = ConnectionLimits(),  # noqa: B008 - frozen
+        stream_idle_s: float = 0.0,
     ) -> None:
         self._listen = listen
         self._mounts = tuple(mounts)
         self._tls = tls
         self._port = 0
         self._drain = Drain()
+        self._connections = connections
+        self._doorkeeper: asyncio.Task[None] | None = None
+        gate = CallGate(limits) if limits else None
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(self._drain, authenticator, policy, remembered)],
-            options=_options(max_message_bytes),
+            interceptors=[CallInterceptor(self._drain, authenticator, policy, remembered, gate, stream_idle_s)],
+            options=[*_options(max_message_bytes), *connections.options()],
             maximum_concurrent_rpcs=max_concurrent_rpcs,
         )
         self._health = health.HealthServicer()
@@ -108,6 +117,9 @@ class ArenaServer:
         if self._listen.startswith("unix:"):
             self._port = 0
         await self._server.start()
+        if self._port and self._connections.per_address:
+            doorkeeper = Doorkeeper(self._port, self._connections.per_address)
+            self._doorkeeper = asyncio.create_task(doorkeeper.run(), name="doorkeeper")
 
     async def set_serving(self, serving: bool) -> None:
         """What health answers, for the server as a whole ("") and for each mounted service."""
@@ -122,6 +134,8 @@ class ArenaServer:
         draining = asyncio.create_task(self._drain.drain())
         await self._server.stop(grace_s)
         draining.cancel()
+        if self._doorkeeper is not None:
+            self._doorkeeper.cancel()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -141,11 +155,6 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
         # Two servers on one port would share its calls at random.
         ("grpc.so_reuseport", 0),
         ("grpc.enable_channelz", 1),
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
 
 
@@ -175,6 +184,7 @@ async def serve(
     A background function that dies is logged and started again after a growing pause; one that returns is done.
     `remembered` is the service's Database: without it, repeated requests are found out only at their first write.
     """
+    raise_file_limit()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -188,6 +198,9 @@ async def serve(
         max_message_bytes=max_message_bytes,
         max_concurrent_rpcs=max_concurrent_rpcs,
         tls=server_tls(settings),
+        limits=settings.call_limits,
+        connections=settings.connection_limits,
+        stream_idle_s=settings.stream_idle_s,
     )
     jobs = list(background)
     if remembered is not None:

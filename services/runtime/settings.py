@@ -10,6 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from services.runtime.auth import Role
+from services.runtime.connections import ConnectionLimits, file_limit
+from services.runtime.limits import CallLimits
 from services.runtime.telemetry import LogFormat, default_format
 from tiltyard.tls import SYSTEM_AUTHORITIES, ChannelTls, InvalidPem, PemFiles
 
@@ -51,6 +54,22 @@ class ServiceSettings(BaseSettings):
     tls_ca: str = ""
     """The authority that peers' certificates come from, as a PEM file, or `system` for those of the operating system.
     Peers are then called by TLS, those at `unix:` addresses aside; left out, they are called in plaintext."""
+    calls_per_second: Annotated[float, Field(ge=0, le=1e6)] = CallLimits.per_second
+    """Calls a second that one participant, or all unproven callers of one address, may start; 0: any number."""
+    calls_burst: Annotated[int, Field(ge=1, le=10**7)] = CallLimits.burst
+    """Calls that may be started at once after a while without any."""
+    calls_in_flight: Annotated[int, Field(ge=0, le=10**6)] = CallLimits.in_flight
+    """Calls of one participant that may run at once, watches included; 0: any number."""
+    calls_unlimited: Annotated[frozenset[Role], NoDecode] = CallLimits.exempt
+    """The roles that have no such limits, comma-separated: operator, service, participant."""
+    connections: Annotated[int, Field(ge=0, le=10**7)] = 0
+    """Connections at once; 0: three quarters of the open files that the system allows this process."""
+    connections_per_address: Annotated[int, Field(ge=0, le=10**7)] = 1000
+    """Connections at once from one address (of IPv6: a network of 64 bits); 0: any number."""
+    connection_age_s: Annotated[float, Field(ge=0, le=1e7)] = ConnectionLimits.age_s
+    """A connection that old is asked to go, and cut ten minutes later; 0: never."""
+    stream_idle_s: Annotated[float, Field(ge=0, le=1e6)] = 60.0
+    """An upload of which no whole message comes for so long ends, and can be resumed; 0: never."""
     plaintext_anywhere: bool = False
     """Lets a server without TLS listen beyond the loopback interface, for networks that encrypt by themselves."""
     listen: str = "127.0.0.1:0"
@@ -131,6 +150,22 @@ class ServiceSettings(BaseSettings):
     def channel_tls(self) -> ChannelTls | None:
         """How peers are called: by TLS, or None for plaintext."""
         return ChannelTls.of(self.tls_ca, self.tls_certificate, self.tls_key)
+
+    @field_validator("calls_unlimited", mode="before")
+    @classmethod
+    def _split_roles(cls, value: object) -> object:
+        return frozenset(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+    @property
+    def call_limits(self) -> CallLimits:
+        """What callers may do."""
+        return CallLimits(self.calls_per_second, self.calls_burst, self.calls_in_flight, self.calls_unlimited)
+
+    @property
+    def connection_limits(self) -> ConnectionLimits:
+        """What connections there may be."""
+        total = self.connections or 3 * file_limit() // 4
+        return ConnectionLimits(total, self.connections_per_address, self.connection_age_s)
 
     @field_validator("listen")
     @classmethod

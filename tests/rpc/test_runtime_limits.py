@@ -1,0 +1,385 @@
+"""What one caller or one address may take of a server: calls, streams, connections, pings, time."""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.wrappers_pb2 import StringValue
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.runtime import connections
+from services.runtime import limits as limits_module
+from services.runtime.auth import Authenticator, Role
+from services.runtime.connections import ConnectionLimits
+from services.runtime.limits import Buckets, CallGate, CallLimits
+from services.runtime.server import ArenaServer, Mount
+from tiltyard.calling import persist
+from tiltyard.channel import open_channel
+from tiltyard.identity import Key, TokenSource, issue_token
+
+AUDIENCE = "tiltyard.local/test"
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+PING = bytes([0, 0, 8, 6, 0, 0, 0, 0, 0]) + b"12345678"
+
+
+class Seconds:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Streams:
+    """A method of each shape; `Watch` lasts until it is cancelled."""
+
+    async def unary(self, request: StringValue, _context: object) -> StringValue:
+        return request
+
+    async def watch(self, request: StringValue, _context: object) -> AsyncIterator[StringValue]:
+        yield request
+        await asyncio.Event().wait()
+
+    async def collect(self, requests: AsyncIterator[StringValue], _context: object) -> StringValue:
+        return StringValue(value="".join([request.value async for request in requests]))
+
+    async def echo(self, requests: AsyncIterator[StringValue], _context: object) -> AsyncIterator[StringValue]:
+        async for request in requests:
+            yield request
+
+
+def mount() -> Mount:
+    streams = Streams()
+    coders = {
+        "request_deserializer": StringValue.FromString,
+        "response_serializer": StringValue.SerializeToString,
+    }
+    handlers = {
+        "Get": grpc.unary_unary_rpc_method_handler(streams.unary, **coders),
+        "Watch": grpc.unary_stream_rpc_method_handler(streams.watch, **coders),
+        "Collect": grpc.stream_unary_rpc_method_handler(streams.collect, **coders),
+        "Echo": grpc.stream_stream_rpc_method_handler(streams.echo, **coders),
+    }
+    return Mount(
+        "test.v1.Streams",
+        lambda server: server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler("test.v1.Streams", handlers)]
+        ),
+    )
+
+
+@asynccontextmanager
+async def serving(**options: Any) -> AsyncIterator[ArenaServer]:
+    options = {"authenticator": Authenticator([AUDIENCE])} | options
+    async with ArenaServer("127.0.0.1:0", [mount()], **options) as server:
+        yield server
+
+
+def signed(server: ArenaServer, key: Key) -> grpc.aio.Channel:
+    return open_channel(server.address, tokens=TokenSource(key, AUDIENCE))
+
+
+async def get(channel: grpc.aio.Channel, **options: Any) -> StringValue:
+    method = channel.unary_unary(
+        "/test.v1.Streams/Get",
+        request_serializer=StringValue.SerializeToString,
+        response_deserializer=StringValue.FromString,
+    )
+    answer: StringValue = await method(StringValue(value="x"), timeout=10, **options)
+    return answer
+
+
+def reason(error: grpc.aio.AioRpcError) -> tuple[str, str, float | None]:
+    """Code, ErrorInfo's reason, and RetryInfo's seconds."""
+    raw: Any = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    info, retry, wait_s = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), None
+    for detail in status_pb2.Status.FromString(raw).details:
+        detail.Unpack(info)
+        if detail.Unpack(retry):
+            wait_s = retry.retry_delay.ToNanoseconds() / 1e9
+    return error.code().name, info.reason, wait_s
+
+
+def test_a_bucket_gives_its_burst_and_then_its_rate() -> None:
+    clock = Seconds()
+    buckets = Buckets(per_second=2, burst=3, clock=clock)
+    assert [buckets.take("a") for _ in range(4)] == [0, 0, 0, 0.5]
+    assert buckets.take("b") == 0
+    clock.now = 0.25
+    assert buckets.take("a") == 0.25
+    clock.now = 0.5
+    assert buckets.take("a") == 0
+    clock.now = 1000
+    assert [buckets.take("a") for _ in range(4)] == [0, 0, 0, 0.5]
+
+
+def test_buckets_are_bounded_and_forget_those_unused_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits_module, "_REMEMBERED", 100)
+    buckets = Buckets(per_second=1, burst=1, clock=Seconds())
+    assert buckets.take("first") == 0
+    for number in range(1000):
+        buckets.take("busy")
+        buckets.take(str(number))
+        assert len(buckets) <= 100
+    assert buckets.take("busy") == 1
+    assert buckets.take("first") == 0
+
+
+async def test_a_caller_above_its_rate_is_told_how_long_to_wait_and_others_are_served() -> None:
+    limits = CallLimits(per_second=0.5, burst=3)
+    async with serving(limits=limits) as server:
+        async with signed(server, Key.generate()) as channel:
+            for _ in range(3):
+                await get(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await get(channel)
+            code, why, wait_s = reason(caught.value)
+            assert (code, why) == ("RESOURCE_EXHAUSTED", "CALL_RATE")
+            assert wait_s is not None
+            assert 1 < wait_s <= 2
+        async with signed(server, Key.generate()) as another:
+            await get(another)
+
+
+async def test_our_client_waits_as_long_as_the_server_says() -> None:
+    async with serving(limits=CallLimits(per_second=5, burst=2)) as server, signed(server, Key.generate()) as channel:
+        started = time.monotonic()
+        for _ in range(4):
+            await persist(lambda: get(channel))
+        assert time.monotonic() - started >= 0.35
+
+
+async def test_operators_and_services_are_exempt_unless_told() -> None:
+    operator, service = Key.generate(), Key.generate()
+    authenticator = Authenticator([AUDIENCE], operators=[operator.id], services=[service.id])
+    async with serving(authenticator=authenticator, limits=CallLimits(per_second=0.01, burst=2)) as server:
+        for key in (operator, service):
+            async with signed(server, key) as channel:
+                for _ in range(5):
+                    await get(channel)
+    strict = CallLimits(per_second=0.01, burst=2, exempt=frozenset({Role.SERVICE}))
+    async with serving(authenticator=authenticator, limits=strict) as server, signed(server, operator) as channel:
+        await get(channel)
+        await get(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await get(channel)
+        assert reason(caught.value)[1] == "CALL_RATE"
+
+
+async def test_one_caller_can_not_hold_all_streams() -> None:
+    async with serving(limits=CallLimits(in_flight=3)) as server, signed(server, Key.generate()) as channel:
+        open_watch = channel.unary_stream(
+            "/test.v1.Streams/Watch",
+            request_serializer=StringValue.SerializeToString,
+            response_deserializer=StringValue.FromString,
+        )
+        watches = [open_watch(StringValue(value="x")) for _ in range(3)]
+        for watch in watches:
+            await watch.read()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await get(channel)
+        assert reason(caught.value)[:2] == ("RESOURCE_EXHAUSTED", "CALLS_IN_FLIGHT")
+        async with signed(server, Key.generate()) as another:
+            await get(another)
+        watches[0].cancel()
+        async with asyncio.timeout(10):
+            while True:  # the server hears of the cancellation a little later
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await get(channel)
+                    break
+
+
+async def test_unproven_callers_of_one_address_share_a_rate() -> None:
+    async with (
+        serving(limits=CallLimits(per_second=0.01, burst=4)) as server,
+        signed(server, Key.generate()) as known,
+        open_channel(server.address) as channel,
+    ):
+        await get(known)
+        for _ in range(3):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await get(channel, metadata=(("authorization", "Bearer forged"),))
+            assert reason(caught.value)[0] == "UNAUTHENTICATED"
+        for authorization in ("Bearer forged", f"Bearer {issue_token(Key.generate(), audience=AUDIENCE)}"):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await get(channel, metadata=(("authorization", authorization),))
+            assert reason(caught.value)[:2] == ("RESOURCE_EXHAUSTED", "CALL_RATE")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        # A token that was checked before costs nothing to know again.
+        await get(known)
+
+
+def test_a_private_socket_has_no_address_to_limit() -> None:
+    gate = CallGate(CallLimits(per_second=0.01, burst=1), Seconds())
+    for _ in range(5):
+        gate.admit_stranger("unix:")
+
+
+@pytest.mark.parametrize("method", ["Collect", "Echo"])
+async def test_a_stream_that_falls_silent_ends(method: str) -> None:
+    async with (
+        serving(authenticator=None, stream_idle_s=0.3) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        call = raw_call(channel, method)(timeout=20)
+        for _ in range(4):
+            # Slower in all than a pause may be, but never silent for long.
+            await call.write(StringValue(value="x").SerializeToString())
+            await asyncio.sleep(0.1)
+            if method == "Echo":
+                await call.read()
+        assert await asyncio.wait_for(call.code(), 10) is grpc.StatusCode.UNAVAILABLE
+        raw: Any = dict(await call.trailing_metadata())["grpc-status-details-bin"]
+        info = error_details_pb2.ErrorInfo()
+        assert status_pb2.Status.FromString(raw).details[0].Unpack(info)
+        assert info.reason == "STREAM_IDLE"
+
+
+def raw_call(channel: grpc.aio.Channel, method: str) -> Any:
+    """A method of Streams that takes and gives bytes."""
+    shapes = {
+        "Get": channel.unary_unary,
+        "Watch": channel.unary_stream,
+        "Collect": channel.stream_unary,
+        "Echo": channel.stream_stream,
+    }
+    return shapes[method](f"/test.v1.Streams/{method}")
+
+
+@pytest.mark.parametrize("method", ["Get", "Watch", "Collect", "Echo"])
+async def test_bytes_that_are_no_message_are_an_invalid_argument(method: str) -> None:
+    async with serving(authenticator=None) as server, grpc.aio.insecure_channel(server.address) as channel:
+        nonsense = b"\xff\xff\xff"
+        call = raw_call(channel, method)
+        if method in ("Get", "Watch"):
+            running = call(nonsense, timeout=10)
+        else:
+            running = call(timeout=10)
+            await running.write(nonsense)
+        assert await running.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def connect(server: ArenaServer, count: int, *, source: str = "127.0.0.1", say: bytes = PREFACE) -> list[socket.socket]:
+    opened = []
+    for _ in range(count):
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=5, source_address=(source, 0))
+        connection.sendall(say)
+        connection.setblocking(False)
+        opened.append(connection)
+    return opened
+
+
+def is_open(connection: socket.socket) -> bool:
+    try:
+        while connection.recv(65536):
+            pass
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+    return False
+
+
+async def until_open(opened: list[socket.socket], count: int) -> None:
+    """Waits until exactly `count` of them are open."""
+    async with asyncio.timeout(20):
+        while sum(map(is_open, opened)) != count:  # noqa: ASYNC110 - the sockets' state is all there is to look at
+            await asyncio.sleep(0.02)
+
+
+@contextlib.contextmanager
+def closing(opened: list[socket.socket]) -> Iterator[list[socket.socket]]:
+    try:
+        yield opened
+    finally:
+        for connection in opened:
+            connection.close()
+
+
+async def test_the_newest_connections_of_a_greedy_address_are_cut_and_others_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = 0
+    look = connections.Doorkeeper.look
+
+    def counted(doorkeeper: connections.Doorkeeper) -> Any:
+        nonlocal looks
+        result = look(doorkeeper)
+        looks += 1
+        return result
+
+    async def another_look() -> None:
+        before = looks
+        async with asyncio.timeout(20):
+            while looks < before + 2:  # noqa: ASYNC110 - the first of them may have begun already
+                await asyncio.sleep(0.02)
+
+    monkeypatch.setattr(connections, "_EVERY_S", 0.1)
+    monkeypatch.setattr(connections.Doorkeeper, "look", counted)
+    async with serving(connections=ConnectionLimits(per_address=20)) as server:
+        with closing(connect(server, 15)) as early, closing(connect(server, 5, source="127.0.0.3")) as other:
+            await another_look()
+            with closing(connect(server, 70)) as late:
+                await until_open(late, 5)
+                assert sum(map(is_open, early)) == 15
+                assert sum(map(is_open, other)) == 5
+                with closing(connect(server, 1, source="127.0.0.2")) as fresh:
+                    await another_look()
+                    assert is_open(fresh[0])
+
+
+async def test_connections_in_all_are_limited() -> None:
+    async with serving(connections=ConnectionLimits(total=20)) as server:
+        with closing(connect(server, 30, say=b"")) as opened:
+            await until_open(opened, 20)
+        async with signed(server, Key.generate()) as channel:
+            await persist(lambda: get(channel))
+
+
+async def test_who_connects_and_says_nothing_is_hung_up_on() -> None:
+    async with serving(connections=ConnectionLimits(handshake_s=0.3)) as server:
+        with closing(connect(server, 5, say=b"")) as opened:
+            await until_open(opened, 0)
+
+
+async def test_who_connects_and_asks_nothing_is_hung_up_on() -> None:
+    async with serving(connections=ConnectionLimits(idle_s=0.5)) as server:
+        with closing(connect(server, 5)) as opened:
+            await until_open(opened, 0)
+
+
+async def test_too_many_pings_end_a_connection() -> None:
+    async with serving() as server:
+        with closing(connect(server, 1)) as (connection,):
+            received = b""
+            async with asyncio.timeout(20):
+                while b"too_many_pings" not in received:
+                    with contextlib.suppress(ConnectionError):
+                        connection.sendall(PING * 5)
+                    with contextlib.suppress(BlockingIOError):
+                        received += connection.recv(65536)
+                    await asyncio.sleep(0.01)
+
+
+async def test_an_old_connection_is_replaced_and_its_calls_end_after_the_grace() -> None:
+    limits = ConnectionLimits(age_s=0.5, age_grace_s=0.5)
+    async with serving(authenticator=None, connections=limits) as server, open_channel(server.address) as channel:
+        watch = channel.unary_stream(
+            "/test.v1.Streams/Watch",
+            request_serializer=StringValue.SerializeToString,
+            response_deserializer=StringValue.FromString,
+        )(StringValue(value="x"), timeout=20)
+        await watch.read()
+        started = time.monotonic()
+        while time.monotonic() - started < 1.5:
+            await get(channel)  # never fails while connections come and go
+            await asyncio.sleep(0.02)
+        assert await watch.code() is grpc.StatusCode.UNAVAILABLE
