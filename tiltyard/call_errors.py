@@ -105,4 +105,15 @@ def _one_line(text: str) -> str:
 
 def is_transient(error: grpc.aio.AioRpcError) -> bool:
     """Whether the same call may well succeed a little later, as after a restart of the server."""
-    return error.code() in _TRANSIENT
+    return pause_before_retry_s(error) is not None
+
+
+def pause_before_retry_s(error: grpc.aio.AioRpcError) -> float | None:
+    """The least seconds to wait before the same call is made again; None where waiting does not help."""
+    if error.code() in _TRANSIENT:
+        return 0.0
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        refused = ClientError.of(error)
+        # Too many calls a second; other quotas fill up in hours.
+        return refused.retry_after_s or 0.0 if refused.reason == "CALL_RATE" else None
+    return None

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from tiltyard.call_errors import is_transient
+from tiltyard.call_errors import pause_before_retry_s
 from tiltyard.outgoing import new_request_id
 
 __all__ = ["PATIENCE_S", "new_request_id", "pages", "persist", "watch"]
@@ -30,10 +30,17 @@ async def persist(call: Callable[[], Awaitable[T]], *, patience_s: float = PATIE
         try:
             return await call()
         except grpc.aio.AioRpcError as error:
-            if not is_transient(error) or time.monotonic() + wait_s > give_up:
-                raise
-        await asyncio.sleep(wait_s)
+            pause_s = _pause_s(error, wait_s, give_up)
+        await asyncio.sleep(pause_s)
         wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+
+def _pause_s(error: grpc.aio.AioRpcError, wait_s: float, give_up: float) -> float:
+    """Seconds until the next attempt: `wait_s`, or more where the server said so. Raises the error when it is over."""
+    least_s = pause_before_retry_s(error)
+    if least_s is None or time.monotonic() + max(wait_s, least_s) > give_up:
+        raise error
+    return max(wait_s, least_s)
 
 
 class _WatchRequest(Protocol):
@@ -67,9 +74,8 @@ async def watch(
                 give_up = time.monotonic() + patience_s
             return
         except grpc.aio.AioRpcError as error:
-            if not is_transient(error) or time.monotonic() + wait_s > give_up:
-                raise
-        await asyncio.sleep(wait_s)
+            pause_s = _pause_s(error, wait_s, give_up)
+        await asyncio.sleep(pause_s)
         wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
 
