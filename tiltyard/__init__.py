@@ -3,12 +3,34 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tiltyard.client import Client, Node
+    from tiltyard.blocking import BlockingClient, BlockingNode
+    from tiltyard.client import Client, ClientError, Node, client_errors, pages, watch
     from tiltyard.identity import Key
+    from tiltyard.submitting import submit_model
+    from tiltyard.transfers import download, upload
 
-__all__ = ["Client", "Key", "Node"]
+__all__ = [
+    "BlockingClient",
+    "BlockingNode",
+    "Client",
+    "ClientError",
+    "Key",
+    "Node",
+    "client_errors",
+    "download",
+    "pages",
+    "submit_model",
+    "upload",
+    "watch",
+]
 
-_HOME = {"Client": "tiltyard.client", "Node": "tiltyard.client", "Key": "tiltyard.identity"}
+_HOME = {
+    **dict.fromkeys(("BlockingClient", "BlockingNode"), "tiltyard.blocking"),
+    **dict.fromkeys(("Client", "ClientError", "Node", "client_errors", "pages", "watch"), "tiltyard.client"),
+    "Key": "tiltyard.identity",
+    "submit_model": "tiltyard.submitting",
+    **dict.fromkeys(("download", "upload"), "tiltyard.transfers"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,7 @@
 """What a call answers instead of a result, taken apart for programs and put in one line for people."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import grpc
@@ -68,6 +70,15 @@ class ClientError(Exception):
             violations=tuple(violations),
             retry_after_s=retry_after_s,
         )
+
+
+@contextlib.contextmanager
+def client_errors() -> Iterator[None]:
+    """Within it a call that fails raises ClientError instead of grpc.aio.AioRpcError."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise ClientError.of(error) from error
 
 
 def _details(error: grpc.aio.AioRpcError) -> status_pb2.Status:

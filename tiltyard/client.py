@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import grpc
 
-from tiltyard.call_errors import ClientError, FieldViolation, explain, is_transient
+from tiltyard.call_errors import ClientError, FieldViolation, client_errors, explain, is_transient
 from tiltyard.calling import PATIENCE_S, new_request_id, pages, persist, watch
 from tiltyard.channel import open_channel
 from tiltyard.identity import Key, TokenSource
@@ -52,6 +52,7 @@ __all__ = [
     "ClientError",
     "FieldViolation",
     "Node",
+    "client_errors",
     "explain",
     "is_transient",
     "new_request_id",
@@ -100,7 +101,7 @@ class Client(_Connections):
 
     Addresses are `HOST:PORT` or `unix:PATH`. Channels open on first use; use it within one event loop. A unary call
     without a deadline of its own gets `deadline_s`. Without `tls` calls go out in plaintext. Calls raise
-    grpc.aio.AioRpcError: see `explain`.
+    grpc.aio.AioRpcError, or ClientError within `client_errors()`.
     """
 
     def __init__(

@@ -1,0 +1,146 @@
+"""The client without await: calls, pages, watches, files and errors, against real servers."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import tiltyard
+from tiltyard.registry.v1 import artifact_pb2, artifact_pb2_grpc, task_pb2, task_pb2_grpc
+
+
+@dataclass
+class SmallTasks(task_pb2_grpc.TaskServiceServicer):
+    """Five tasks in pages of two, and an endless watch that breaks off once."""
+
+    cursors: list[str] = field(default_factory=list)
+    left: threading.Event = field(default_factory=threading.Event)
+
+    def GetTask(self, request: Any, context: Any) -> task_pb2.GetTaskResponse:
+        if request.name == "tasks/none":
+            context.abort(grpc.StatusCode.NOT_FOUND, "there is no such task")
+        return task_pb2.GetTaskResponse(task=task_pb2.Task(name=request.name))
+
+    def ListTasks(self, request: Any, context: Any) -> task_pb2.ListTasksResponse:
+        start = int(request.page_token or 0)
+        end = min(start + 2, 5)
+        tasks = [task_pb2.Task(name=f"tasks/t{n}") for n in range(start, end)]
+        return task_pb2.ListTasksResponse(tasks=tasks, next_page_token=str(end) if end < 5 else "")
+
+    def WatchTask(self, request: Any, context: Any) -> Iterator[task_pb2.WatchTaskResponse]:
+        self.cursors.append(request.cursor)
+        context.add_callback(self.left.set)
+        start = int(request.cursor or 0)
+        for n in range(start + 1, start + 1000):
+            if n == 3 and len(self.cursors) == 1:
+                self.left.clear()
+                context.abort(grpc.StatusCode.UNAVAILABLE, "broken off")
+            yield task_pb2.WatchTaskResponse(task=task_pb2.Task(submissions=n), cursor=str(n))
+
+
+@dataclass
+class OneArtifact(artifact_pb2_grpc.ArtifactServiceServicer):
+    """Keeps what was uploaded last."""
+
+    content: bytes = b""
+
+    def GetUpload(self, request: Any, context: Any) -> artifact_pb2.GetUploadResponse:
+        return artifact_pb2.GetUploadResponse()
+
+    def UploadArtifact(self, requests: Any, context: Any) -> artifact_pb2.UploadArtifactResponse:
+        next(requests)
+        self.content = b"".join(request.chunk for request in requests)
+        return artifact_pb2.UploadArtifactResponse()
+
+    def GetArtifact(self, request: Any, context: Any) -> artifact_pb2.GetArtifactResponse:
+        artifact = artifact_pb2.Artifact(name=request.name, size_bytes=len(self.content))
+        return artifact_pb2.GetArtifactResponse(artifact=artifact)
+
+    def DownloadArtifact(self, request: Any, context: Any) -> Iterator[artifact_pb2.DownloadArtifactResponse]:
+        yield artifact_pb2.DownloadArtifactResponse(chunk=self.content[request.offset :])
+
+
+@pytest.fixture
+def tasks() -> SmallTasks:
+    return SmallTasks()
+
+
+@pytest.fixture
+def client(tasks: SmallTasks) -> Iterator[tiltyard.BlockingClient]:
+    server = grpc.server(ThreadPoolExecutor(4))
+    task_pb2_grpc.add_TaskServiceServicer_to_server(tasks, server)
+    artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(OneArtifact(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    key = tiltyard.Key.generate()
+    with tiltyard.BlockingClient(key, origin="tiltyard.test", registry=f"127.0.0.1:{port}") as client:
+        yield client
+    server.stop(None).wait()
+
+
+def test_a_call_waits_for_its_answer(client: tiltyard.BlockingClient) -> None:
+    answer = client.tasks.GetTask(task_pb2.GetTaskRequest(name="tasks/t"), timeout=10)
+    assert answer.task.name == "tasks/t"
+
+
+def test_a_refusal_is_a_client_error(client: tiltyard.BlockingClient) -> None:
+    with pytest.raises(tiltyard.ClientError) as caught:
+        client.tasks.GetTask(task_pb2.GetTaskRequest(name="tasks/none"))
+    assert (caught.value.code, caught.value.message) == (grpc.StatusCode.NOT_FOUND, "there is no such task")
+
+
+def test_pages_come_in_order(client: tiltyard.BlockingClient) -> None:
+    found = [
+        task.name for page in client.pages(client.tasks.ListTasks, task_pb2.ListTasksRequest()) for task in page.tasks
+    ]
+    assert found == [f"tasks/t{n}" for n in range(5)]
+
+
+def test_a_watch_goes_on_where_it_broke_and_ends_when_it_is_left(
+    client: tiltyard.BlockingClient, tasks: SmallTasks
+) -> None:
+    seen = []
+    for message in client.watch(client.tasks.WatchTask, task_pb2.WatchTaskRequest(name="tasks/t")):
+        seen.append(message.task.submissions)
+        if len(seen) == 5:
+            break
+    assert seen == [1, 2, 3, 4, 5]
+    assert tasks.cursors == ["", "2"]
+    assert tasks.left.wait(10)
+
+
+def test_files_go_up_and_come_down(client: tiltyard.BlockingClient, tmp_path: Path) -> None:
+    model, copy = tmp_path / "model", tmp_path / "copy"
+    model.write_bytes(b"weights" * 100_000)
+    moved: list[int] = []
+    artifact = client.upload(model, submission="tasks/t/submissions/1", progress=lambda done, _: moved.append(done))
+    assert artifact == f"artifacts/{sha256(model.read_bytes()).hexdigest()}"
+    assert moved[-1] == 700_000
+    client.download(artifact, copy)
+    assert copy.read_bytes() == model.read_bytes()
+
+
+def test_several_threads_share_a_client_and_closing_twice_is_harmless(client: tiltyard.BlockingClient) -> None:
+    names = [f"tasks/t{n}" for n in range(20)]
+    with ThreadPoolExecutor(4) as threads:
+        answers = threads.map(lambda name: client.tasks.GetTask(task_pb2.GetTaskRequest(name=name)), names)
+        assert [answer.task.name for answer in answers] == names
+    client.close()
+    client.close()
+
+
+async def test_within_client_errors_an_awaited_call_raises_one_too(tasks: SmallTasks) -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    task_pb2_grpc.add_TaskServiceServicer_to_server(tasks, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    async with tiltyard.Client(tiltyard.Key.generate(), origin="t", registry=f"127.0.0.1:{port}") as client:
+        with pytest.raises(tiltyard.ClientError, match="no such task"), tiltyard.client_errors():
+            await client.tasks.GetTask(task_pb2.GetTaskRequest(name="tasks/none"))
+    server.stop(None).wait()
