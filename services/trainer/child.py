@@ -20,7 +20,7 @@ from services.trainer.config import Executor
 from services.trainer.datareport import DataReport, report_on
 from services.trainer.fulldisk import write_when_there_is_room
 from services.trainer.localdata import class_count, examine, is_large, mark_of
-from services.trainer.runfolder import STOPPED_STATUS, Say
+from services.trainer.runfolder import Say
 from tiltyard.datasets import Dataset
 
 
@@ -61,8 +61,9 @@ def _train(folder: Path, say: Say) -> int:
         say({"event": "broken", "error": f"dataset: {error.message}"})
         return 1
     if order.config.executor is Executor.RAY:
-        # Workers save what they have by the clock only; to end with this process is all that they are told.
-        signal.signal(signal.SIGTERM, lambda _number, _frame: os._exit(STOPPED_STATUS))
+        # Workers save what they have by the clock only; to end with this process is all that they are told. Not by a
+        # handler: Python would run it when Ray's own code comes back, seconds later.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             from services.trainer.ray_workers import train_with_ray
         except ImportError as error:

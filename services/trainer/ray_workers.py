@@ -22,6 +22,12 @@ from services.trainer.runfolder import Say
 from services.trainer.workers import ProcessGroup
 
 _END = None
+# A cluster for one run on one machine: nobody takes it away or asks for figures, and an end is noticed at once.
+_ONE_MACHINE = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+}
 
 
 def train_with_ray(folder: Path, say: Say) -> int:
@@ -36,6 +42,8 @@ def train_with_ray(folder: Path, say: Say) -> int:
         if "RAY_ADDRESS" in os.environ:
             ray.init(log_to_driver=False)
         else:
+            for name, value in _ONE_MACHINE.items():
+                os.environ.setdefault(name, value)
             ray.init(
                 address="local",
                 num_cpus=order.config.workers,

@@ -15,6 +15,7 @@ from services.trainer import runfolder
 from services.trainer.bases import base_model_path
 from services.trainer.datareport import DataReport
 from services.trainer.ends import Broken, Died, End, Note, Trained, Warned
+from services.trainer.leftovers import RUN_VARIABLE, end_processes
 from services.trainer.localdata import DataFolder
 from services.trainer.progress import Progress
 from services.trainer.training import Training
@@ -52,12 +53,14 @@ class ChildProcesses:
             base_model=base_model_path(self._bases, training.base_model) if training.base_model else None,
         )
         await asyncio.to_thread(runfolder.prepare, folder, order)
+        # A service that was killed could not end what its child had started.
+        await asyncio.to_thread(end_processes, folder)
         process = await self._start(folder)
         try:
             return await _listen(process, folder, report, note)
         finally:
             # Also when this task is cancelled, and even if it is cancelled again.
-            await asyncio.shield(_stop(process))
+            await asyncio.shield(_stop(process, folder))
 
     async def clear(self, training: Training) -> None:
         """Keeps the model of a training that has one to show, and nothing of any other."""
@@ -76,7 +79,7 @@ class ChildProcesses:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
-                env=environment | {"OMP_NUM_THREADS": str(self._threads)},
+                env=environment | {"OMP_NUM_THREADS": str(self._threads), RUN_VARIABLE: str(folder)},
                 limit=_MAX_LINE_BYTES,
                 process_group=0,
             )
@@ -120,16 +123,16 @@ def _event(line: bytes) -> dict[str, Any]:
     return event if isinstance(event, dict) else {}
 
 
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    """Ends the whole process group and waits for it."""
+async def _stop(process: asyncio.subprocess.Process, folder: Path) -> None:
+    """Ends the whole process group and waits for it, then whatever of the run has left the group."""
     if process.returncode is None:
         _signal(process, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STOP_GRACE_S):
                 await process.wait()
-    # Whatever the process may have started has the same group.
     _signal(process, signal.SIGKILL)
     await process.wait()
+    await asyncio.to_thread(end_processes, folder)
 
 
 def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
@@ -149,6 +152,7 @@ def _log_tail(folder: Path) -> str:
 
 
 def _clear(folder: Path, *, keep_model: bool) -> None:
+    end_processes(folder)
     shutil.rmtree(runfolder.scratch(folder), ignore_errors=True)
     if keep_model:
         runfolder.clear(folder)

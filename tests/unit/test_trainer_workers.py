@@ -1,29 +1,19 @@
 """Several workers descend as one does with the same batches."""
 
-import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from services.trainer import runfolder
-from services.trainer.config import Executor, LossKind, TrainingConfig
+from services.trainer.config import LossKind, TrainingConfig
 from services.trainer.descent import Descent
-from services.trainer.localdata import mark_of
 from services.trainer.progress import Progress
 from services.trainer.rows import Rows
-from tiltyard.datasets import write_dataset
 from tiltyard.modelspec import Mlp, ModelSpec
 
 DIGITS = load_digits()
@@ -84,36 +74,3 @@ def test_workers_that_share_each_batch_end_where_one_does(size: int) -> None:
         torch.testing.assert_close(workers[0].module.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
         assert torch.equal(workers[-1].module.state_dict()[name], workers[0].module.state_dict()[name])
     assert points[-1].holdout_loss == pytest.approx(alone[-1].holdout_loss, rel=1e-3)
-
-
-def train_in_child(folder: Path, config: TrainingConfig) -> list[dict[str, Any]]:
-    """The events of a real child process."""
-    data = folder.parent / "digits.safetensors"
-    write_dataset(data, X, Y)
-    order = runfolder.Order(data, mark_of(data), SPEC, LossKind.CROSS_ENTROPY, config, "cpu", threads=1)
-    runfolder.prepare(folder, order)
-    command = [sys.executable, "-m", "services.trainer.child", str(folder), str(os.getpid())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_ray_train_with_two_workers_has_the_loss_curve_of_one(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    events = train_in_child(tmp_path / "two", replace(CONFIG, executor=Executor.RAY, workers=2))
-    points = [Progress.from_json(event["point"]) for event in events if event["event"] == "progress"]
-    assert events[-1]["event"] == "trained"
-    one = train_in_child(tmp_path / "one", CONFIG)
-    alone = [Progress.from_json(event["point"]) for event in one if event["event"] == "progress"]
-    # Points come by the clock, and each loss is the mean since the point before: compared is the mean of all steps.
-    assert points[-1].step == alone[-1].step
-    assert mean_loss(points) == pytest.approx(mean_loss(alone), rel=1e-3)
-    assert points[-1].holdout_loss == pytest.approx(alone[-1].holdout_loss, rel=1e-3)
-    first, second = (load_file(tmp_path / name / runfolder.MODEL_FILE) for name in ("two", "one"))
-    for name, tensor in second.items():
-        np.testing.assert_allclose(first[name], tensor, rtol=1e-2, atol=1e-4)
-
-
-def mean_loss(points: list[Progress]) -> float:
-    steps = np.diff([0] + [point.step for point in points])
-    return float(np.average([point.loss for point in points], weights=steps))
