@@ -61,6 +61,12 @@ class ObservedCall:
         self.peer = peer
         self._started = time.perf_counter()
 
+    @property
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """What tells the one who is called of the trace."""
+        context = self.span.context
+        return () if context is None else ((HEADER, context.traceparent),)
+
     def end(self, code: str) -> None:
         """It was answered with this status code, by its name."""
         span = self.span
@@ -99,10 +105,8 @@ class _Observing:
     async def _call(self, continuation: Any, details: Any, request: Any) -> Any:
         method = details.method.decode() if isinstance(details.method, bytes) else details.method
         observed = ObservedCall(Kind.CLIENT, method.lstrip("/"), tracing.current(), peer=self._address)
-        context = observed.span.context
-        if context is not None:
-            metadata = grpc.aio.Metadata(*(details.metadata or ()), (HEADER, context.traceparent))
-            details = details._replace(metadata=metadata)
+        if observed.headers:
+            details = details._replace(metadata=grpc.aio.Metadata(*(details.metadata or ()), *observed.headers))
         try:
             call = await continuation(details, request)
         except BaseException:

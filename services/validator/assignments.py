@@ -31,13 +31,17 @@ ENDED_ASSIGNMENTS = frozenset(
 
 @dataclass(frozen=True)
 class Assignment:
-    """One duty at one moment. `deadline` is when its state ends by itself, None where it has no end."""
+    """One duty at one moment. `deadline` is when its state ends by itself, None where it has no end.
+
+    `trace` is the trace that the submission belongs to, as `tracing.parse` reads it, empty for none.
+    """
 
     name: str
     task: str
     state: AssignmentState
     opening: bool = False
     deadline: datetime | None = None
+    trace: str = ""
 
 
 @dataclass(frozen=True)

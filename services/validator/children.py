@@ -23,6 +23,7 @@ from services.validator.evaluation import CannotEvaluate, Job, ModelFailed, Serv
 from services.validator.pipeline import BatchStream, RequestRefused, StreamBroken, WrongAnswer
 from services.validator.rows import EvaluationRows
 from services.validator.runs import Fault, Finding, Progress
+from tiltyard import tracing
 from tiltyard.counting import Metric, NanOutput, Tally
 from tiltyard.modelspec import ModelFault, Onnx, to_json
 
@@ -72,8 +73,11 @@ class NurseryAttempts:
             if isinstance(job.order.spec.architecture, Onnx) and importlib.util.find_spec("onnxruntime") is None:
                 raise CannotEvaluate("ONNX models need onnxruntime here: pip install 'tiltyard[onnx]'")
             progress.begin(rows.total)
-            async with self._child(job) as child:
-                return await self._stream(child, rows, job, progress)
+            # The child has no network to tell of itself by, and nobody would believe it: this process tells of it.
+            with tracing.span("model server", rows=rows.total) as span:
+                async with self._child(job) as child:
+                    span.set(pid=child.pid)
+                    return await self._stream(child, rows, job, progress)
 
     def close(self) -> None:
         """Ends the threads."""

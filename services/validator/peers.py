@@ -162,6 +162,7 @@ def _assignment(message: assignment_pb2.Assignment) -> Assignment:
         state=AssignmentState(state),
         opening=message.opening,
         deadline=message.deadline.ToDatetime(tzinfo=UTC) if message.HasField("deadline") else None,
+        trace=message.traceparent,
     )
 
 

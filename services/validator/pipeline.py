@@ -12,7 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.validator.rows import EvaluationRows
+from tiltyard import tracing
+from tiltyard.call_tracing import ObservedCall
 from tiltyard.inference.v2 import inference_pb2 as pb
+from tiltyard.tracing import Kind
 
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -57,6 +60,8 @@ class BatchStream:
 
     def __init__(self, address: str, *, model: str, outputs: int, rows_per_batch: int, window: int = WINDOW) -> None:
         self._address = address
+        # Threads have contexts of their own: what surrounds the evaluation is known here.
+        self._trace = tracing.current()
         self._model = model
         self._outputs = outputs
         self._rows_per_batch = rows_per_batch
@@ -76,10 +81,11 @@ class BatchStream:
             method: grpc.StreamStreamMultiCallable[bytes, pb.ModelStreamInferResponse] = channel.stream_stream(
                 METHOD, None, pb.ModelStreamInferResponse.FromString
             )
+            observed = ObservedCall(Kind.CLIENT, METHOD.lstrip("/"), self._trace, peer=self._address)
             with self._lock:
                 if self._stopped.is_set():
                     raise StreamCancelled
-                call = method(self._requests(rows))
+                call = method(self._requests(rows), metadata=observed.headers)
                 self._call = call
             try:
                 self._take_all(call, rows, take)
@@ -87,6 +93,7 @@ class BatchStream:
                 self._raise(error)
             finally:
                 self._stop(call)
+                observed.end(call.code().name)
 
     def cancel(self) -> None:
         """Ends `run` with StreamCancelled."""

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import structlog
 
 from services.runtime.errors import ArenaError, InvalidArgument, OutOfRange
+from services.validator import validator_metrics
 from services.validator.assignments import ENDED_ASSIGNMENTS, Assignment, AssignmentState
 from services.validator.duties import Desk, Duty, Means
 from services.validator.patience import TRANSIENT, Pauses, persist
 from services.validator.runs import ENDED_RUNS, Run
+from tiltyard import tracing
 
 _log = structlog.get_logger("tiltyard.validator")
 
@@ -44,6 +46,7 @@ class Scheduler:
             admit=self._admit, dismiss=self._dismiss, changed=self._announce, draining=lambda: self.draining
         )
         self.draining = False
+        validator_metrics.follow(lambda: [active.duty for active in tuple(self._active.values())])
 
     def duties(self) -> list[Duty]:
         """The duties whose run has not ended, in the order in which they came."""
@@ -127,7 +130,7 @@ class Scheduler:
 
     def _start(self, assignment: Assignment, run: Run | None) -> None:
         duty = Duty(assignment, run, self._means, self._desk)
-        task = asyncio.create_task(duty.perform())
+        task = asyncio.create_task(_perform(duty, assignment))
         self._active[assignment.name] = _Active(duty, task)
         task.add_done_callback(lambda _: self._ended(assignment.name, duty, task))
 
@@ -137,6 +140,7 @@ class Scheduler:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a duty died", assignment=name, exc_info=error)
         if duty.run is not None and duty.run.state in ENDED_RUNS:
+            validator_metrics.note_ended(duty.run)
             self._ended_here += 1
             if self._stop_after and self._ended_here >= self._stop_after and not self.draining:
                 self.drain()
@@ -179,3 +183,8 @@ class Scheduler:
     def _dismiss(self) -> None:
         if self._admission is not None:
             self._admission.release()
+
+
+async def _perform(duty: Duty, assignment: Assignment) -> None:
+    with tracing.span("evaluate", parent=assignment.trace, assignment=assignment.name):
+        await duty.perform()

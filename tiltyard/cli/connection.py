@@ -98,9 +98,13 @@ def connect_node(key: Path, address: str, node: str = "") -> "Node":
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs a command to its end. What went wrong becomes one line on standard error and status 1."""
+    """Runs a command to its end. What went wrong becomes one line on standard error and status 1.
+
+    Where the OTEL_* variables ask for it, all that follows from the command is one trace.
+    """
     import grpc
 
+    from tiltyard import telemetry
     from tiltyard.audit.record import InvalidRecord
     from tiltyard.client import ClientError, explain
     from tiltyard.datasets import DatasetError
@@ -110,7 +114,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     from tiltyard.transparency import InvalidNote
 
     try:
-        return asyncio.run(work)
+        telemetry.start("cli")
+        return asyncio.run(_traced(work))
     except (
         CommandError,
         grpc.aio.AioRpcError,
@@ -126,6 +131,14 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         fail(explain(error))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+async def _traced(work: Coroutine[Any, Any, T]) -> T:
+    from tiltyard import tracing
+
+    # `train.<locals>.work` is what `tiltyard train` does.
+    with tracing.span(f"tiltyard {getattr(work, '__qualname__', '').partition('.')[0]}"):
+        return await work
 
 
 def task_name(text: str) -> str:

@@ -34,6 +34,10 @@ _TETHER = (
 )
 
 
+# What one service is told: each has settings of its own, and a name among the others in their telemetry.
+_NOT_FOR_SERVICES = ("TILTYARD_", "OTEL_SERVICE_NAME")
+
+
 class StartFailed(Exception):
     """A service did not come up; the message holds the end of its log."""
 
@@ -149,7 +153,7 @@ class Supervisor:
             await self._spawn(program)
 
     async def _spawn(self, program: Program) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TILTYARD_")}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_FOR_SERVICES)}
         settings = {"LISTEN": program.address, "STATE_DIR": str(self.folder(program.name)), **program.settings}
         environment |= {f"TILTYARD_{name}": value for name, value in settings.items()}
         log = await asyncio.to_thread(self._open_log, program.name)
