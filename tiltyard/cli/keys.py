@@ -50,6 +50,12 @@ def show(file: Path, json: JsonOption = False) -> None:
     _show(file, json)
 
 
+@app.command("id")
+def id_(file: Path) -> None:
+    """Print the participant id of the key in FILE and nothing else."""
+    print(_load(file).id)
+
+
 def token(
     key: KeyOption,
     audience: Annotated[str, typer.Option(help="registry, selector, or the id of the node that is called.")],
