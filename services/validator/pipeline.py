@@ -22,6 +22,8 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 # What a message may hold beside its tensor.
 ENVELOPE_BYTES = 64 * 1024
 WINDOW = 4
+# No pass is that long. A stalled one is found out much sooner, by its progress.
+LONGEST_PASS_S = 24 * 3600.0
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -85,7 +87,7 @@ class BatchStream:
             with self._lock:
                 if self._stopped.is_set():
                     raise StreamCancelled
-                call = method(self._requests(rows), metadata=observed.headers)
+                call = method(self._requests(rows), timeout=LONGEST_PASS_S, metadata=observed.headers)
                 self._call = call
             try:
                 self._take_all(call, rows, take)

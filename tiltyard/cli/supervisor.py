@@ -23,6 +23,8 @@ _HEALTHY_AFTER_S = 10.0
 # Deaths in a row before its first SERVING after which a service is taken for broken.
 _FALSE_STARTS = 3
 _LOG_TAIL_BYTES = 2000
+# After that a watch of somebody's health begins anew.
+_WATCH_S = 60.0
 
 # The kernel ends the child when we die, however that happens (PR_SET_PDEATHSIG is 1); the setting outlives exec.
 # A preexec_fn would run Python between fork and exec of a process in which gRPC has threads.
@@ -206,10 +208,10 @@ async def _watch_health(address: str) -> None:
         ("grpc.enable_http_proxy", 0),
     ]
     async with grpc.aio.insecure_channel(address, options=options) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub, request = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckRequest()
         while True:
             try:
-                async for answer in stub.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True):
+                async for answer in stub.Watch(request, timeout=_WATCH_S, wait_for_ready=True):
                     if answer.status == health_pb2.HealthCheckResponse.SERVING:
                         return
             except grpc.aio.AioRpcError:

@@ -1,0 +1,301 @@
+"""Our outgoing channels: a deadline and a request id on every call, repeats on a budget, a breaker to dead peers."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import wrappers_pb2
+
+from services.runtime.errors import NotFound, Unavailable
+from services.runtime.server import ArenaServer, Mount
+from tiltyard import breaker as breaker_module
+from tiltyard.breaker import CircuitBreaker
+from tiltyard.channel import open_channel
+from tiltyard.outgoing import DEADLINE_S, STREAM_DEADLINE_S
+from tiltyard.registry.v1 import task_pb2, task_pb2_grpc
+from tiltyard.selector.v1 import stake_pb2, stake_pb2_grpc
+
+StringValue = wrappers_pb2.StringValue
+
+
+class Peer(task_pb2_grpc.TaskServiceServicer, stake_pb2_grpc.StakeServiceServicer):
+    """Notes what it was asked and how long it was given; `fail` decides what goes wrong."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.given_s: list[float | None] = []
+        self.fail: Callable[[Any], None] = lambda context: None
+
+    def _note(self, request: Any, context: Any) -> None:
+        self.asked.append(request)
+        self.given_s.append(context.time_remaining())
+        self.fail(context)
+
+    async def CloseTask(self, request: Any, context: Any) -> task_pb2.CloseTaskResponse:
+        self._note(request, context)
+        return task_pb2.CloseTaskResponse()
+
+    async def WatchTask(self, request: Any, context: Any) -> AsyncIterator[task_pb2.WatchTaskResponse]:
+        self._note(request, context)
+        yield task_pb2.WatchTaskResponse()
+
+    async def GetStake(self, request: Any, context: Any) -> stake_pb2.GetStakeResponse:
+        self._note(request, context)
+        return stake_pb2.GetStakeResponse()
+
+    async def collect(self, requests: AsyncIterator[Any], context: Any) -> StringValue:
+        self._note([request async for request in requests], context)
+        return StringValue()
+
+    async def echo(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        self._note(None, context)
+        async for request in requests:
+            yield request
+
+    def mounts(self) -> list[Mount]:
+        coders = {
+            "request_deserializer": StringValue.FromString,
+            "response_serializer": StringValue.SerializeToString,
+        }
+        streams = {
+            "Collect": grpc.stream_unary_rpc_method_handler(self.collect, **coders),
+            "Echo": grpc.stream_stream_rpc_method_handler(self.echo, **coders),
+        }
+        generic = grpc.method_handlers_generic_handler("test.v1.Streams", streams)
+        return [
+            Mount("tasks", lambda server: task_pb2_grpc.add_TaskServiceServicer_to_server(self, server)),
+            Mount("stakes", lambda server: stake_pb2_grpc.add_StakeServiceServicer_to_server(self, server)),
+            Mount("test.v1.Streams", lambda server: server.add_generic_rpc_handlers([generic])),
+        ]
+
+
+@asynccontextmanager
+async def serving(peer: Peer, listen: str = "127.0.0.1:0") -> AsyncIterator[ArenaServer]:
+    async with ArenaServer(listen, peer.mounts(), authenticator=None) as server:
+        yield server
+
+
+def get_stake(channel: grpc.aio.Channel, **options: Any) -> Any:
+    return stake_pb2_grpc.StakeServiceStub(channel).GetStake(stake_pb2.GetStakeRequest(name="stakes/x"), **options)
+
+
+async def code_of(call: Any) -> grpc.StatusCode:
+    """The code of a call that fails."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code()
+
+
+async def test_a_call_of_every_shape_has_a_deadline() -> None:
+    peer = Peer()
+    async with serving(peer) as server, open_channel(server.address) as channel:
+        coders = {
+            "request_serializer": StringValue.SerializeToString,
+            "response_deserializer": StringValue.FromString,
+        }
+
+        async def requests() -> AsyncIterator[StringValue]:
+            yield StringValue(value="x")
+
+        await get_stake(channel)
+        await anext(aiter(task_pb2_grpc.TaskServiceStub(channel).WatchTask(task_pb2.WatchTaskRequest())))
+        await channel.stream_unary("/test.v1.Streams/Collect", **coders)(requests())
+        async for _ in channel.stream_stream("/test.v1.Streams/Echo", **coders)(requests()):
+            pass
+        await get_stake(channel, timeout=3)
+    limits_s = [DEADLINE_S, STREAM_DEADLINE_S, STREAM_DEADLINE_S, STREAM_DEADLINE_S, 3]
+    assert len(peer.given_s) == len(limits_s)
+    for given_s, limit_s in zip(peer.given_s, limits_s, strict=True):
+        assert given_s is not None
+        # Long deadlines are rounded up on the wire.
+        assert limit_s / 2 < given_s <= limit_s * 1.01
+
+
+async def test_a_change_goes_out_with_a_request_id_that_stays_the_same_through_repeats() -> None:
+    peer = Peer()
+    failures = iter([True, True, False, False, False])
+
+    def fail(_context: object) -> None:
+        if next(failures):
+            raise Unavailable("AWAY", "not now")
+
+    peer.fail = fail
+    async with serving(peer) as server, open_channel(server.address) as channel:
+        tasks = task_pb2_grpc.TaskServiceStub(channel)
+        request = task_pb2.CloseTaskRequest(name="tasks/t")
+        await tasks.CloseTask(request)
+        assert request.request_id == ""
+        await tasks.CloseTask(request)
+        await tasks.CloseTask(task_pb2.CloseTaskRequest(name="tasks/t", request_id="mine"))
+    ids = [asked.request_id for asked in peer.asked]
+    assert len(ids[0]) == 32
+    assert ids[0] == ids[1] == ids[2] != ids[3]
+    assert ids[4] == "mine"
+    assert [asked.name for asked in peer.asked] == ["tasks/t"] * 5
+
+
+async def test_only_unavailable_is_repeated() -> None:
+    peer = Peer()
+
+    def fail(_context: object) -> None:
+        raise NotFound("GONE", "gone")
+
+    peer.fail = fail
+    async with serving(peer) as server, open_channel(server.address) as channel:
+        assert await code_of(get_stake(channel)) is grpc.StatusCode.NOT_FOUND
+    assert len(peer.asked) == 1
+
+
+async def test_repeats_have_a_budget() -> None:
+    peer = Peer()
+
+    def fail(_context: object) -> None:
+        raise Unavailable("AWAY", "not now")
+
+    peer.fail = fail
+    async with serving(peer) as server, open_channel(server.address) as channel:
+        calls = 200
+        codes = await asyncio.gather(*(code_of(get_stake(channel)) for _ in range(calls)))
+    assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
+    # Without a budget there would be 800 attempts; half of the hundred tokens pay for repeats.
+    assert calls < len(peer.asked) <= calls + 60
+
+
+class Seconds:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def admitted(breaker: CircuitBreaker) -> bool:
+    try:
+        breaker.admit()
+    except grpc.aio.AioRpcError as error:
+        return error.code() is not grpc.StatusCode.UNAVAILABLE
+    return True
+
+
+def test_a_breaker_opens_probes_and_closes() -> None:
+    clock = Seconds()
+    breaker = CircuitBreaker("peer:1", failures=3, clock=clock)
+    for _ in range(2):
+        breaker.unanswered()
+    breaker.answered()  # the row starts anew
+    for _ in range(3):
+        assert admitted(breaker)
+        breaker.unanswered()
+    assert not admitted(breaker)
+    pauses = []
+    for _ in range(6):
+        began = clock.now
+        while not admitted(breaker):
+            clock.now += 0.01
+        pauses.append(clock.now - began)
+        # One probe at a time, however many want to call.
+        assert not any(admitted(breaker) for _ in range(100))
+        breaker.unanswered()
+    assert pauses == pytest.approx([0.5, 1, 2, 4, 5, 5], abs=0.02)
+    clock.now += 5
+    assert admitted(breaker)
+    breaker.answered()
+    assert all(admitted(breaker) for _ in range(10))
+
+
+def test_a_probe_that_hangs_does_not_keep_the_breaker_shut() -> None:
+    clock = Seconds()
+    breaker = CircuitBreaker("peer:1", failures=1, clock=clock)
+    breaker.unanswered()
+    clock.now += 10
+    assert admitted(breaker)  # never ends
+    assert not admitted(breaker)
+    clock.now += 10
+    assert admitted(breaker)
+
+
+async def test_calls_to_a_dead_peer_fail_at_once_and_work_again_when_it_is_back() -> None:
+    peer = Peer()
+    async with serving(peer) as server:
+        port = server.port
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        await asyncio.gather(*(code_of(get_stake(channel)) for _ in range(breaker_module.FAILURES)))
+        started = time.monotonic()
+        codes = [await code_of(get_stake(channel)) for _ in range(20)]
+        assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
+        # Each would have made four attempts with pauses of 0.2 s and more in between.
+        assert time.monotonic() - started < 0.5
+        async with serving(peer, f"127.0.0.1:{port}"):
+            async with asyncio.timeout(20):
+                while True:
+                    try:
+                        await get_stake(channel)
+                        break
+                    except grpc.aio.AioRpcError:
+                        await asyncio.sleep(0.05)
+            await asyncio.gather(*(get_stake(channel) for _ in range(20)))
+
+
+async def test_calls_to_a_peer_that_hangs_fail_at_once() -> None:
+    peer = Peer()
+    hang = asyncio.Event()
+
+    async def accept(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await hang.wait()
+        writer.close()
+
+    listener = await asyncio.start_server(accept, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    async with open_channel(f"127.0.0.1:{port}", deadline_s=0.3) as channel:
+        expected = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+        for _ in range(breaker_module.FAILURES):
+            assert await code_of(get_stake(channel)) in expected
+        started = time.monotonic()
+        for _ in range(20):
+            assert await code_of(get_stake(channel)) in expected
+        assert time.monotonic() - started < 2  # 20 deadlines are 6 s
+    hang.set()
+    listener.close()
+    await listener.wait_closed()
+    assert not peer.asked
+
+
+async def test_a_peer_that_says_why_it_can_not_is_not_dead() -> None:
+    peer = Peer()
+
+    def fail(_context: object) -> None:
+        raise Unavailable("SERVER_DRAINING", "stopping")
+
+    peer.fail = fail
+    async with serving(peer) as server, open_channel(server.address) as channel:
+        await asyncio.gather(*(code_of(get_stake(channel)) for _ in range(breaker_module.FAILURES + 1)))
+        before = len(peer.asked)
+        await code_of(get_stake(channel))
+        assert len(peer.asked) > before
+
+
+async def test_a_cancelled_call_is_cancelled_at_the_peer() -> None:
+    peer = Peer()
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    class Slow(Peer):
+        async def GetStake(self, request: Any, context: Any) -> stake_pb2.GetStakeResponse:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+            return stake_pb2.GetStakeResponse()
+
+    peer = Slow()
+    async with serving(peer) as server, open_channel(server.address) as channel:
+        calling = asyncio.ensure_future(get_stake(channel))
+        await asyncio.wait_for(begun.wait(), 10)
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        await asyncio.wait_for(ended.wait(), 10)
