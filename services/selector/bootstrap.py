@@ -47,12 +47,14 @@ class Selector:
     authenticator: Authenticator
     policy: AccessPolicy
     database: Database
+    receipts: ReceiptSigner
     public_key: bytes
     """The BLS key that checks sigmas and receipts, 48 bytes."""
 
     async def close(self) -> None:
         """Commits what is queued."""
         await self.database.close()
+        await self.receipts.close()
 
 
 async def build(settings: SelectorSettings, *, clock: Callable[[], datetime] = utc_now) -> Selector:
@@ -82,4 +84,4 @@ async def build(settings: SelectorSettings, *, clock: Callable[[], datetime] = u
         selector_key=key.public_key,
     )
     authenticator = Authenticator({f"{settings.origin}/selector"}, settings.operators, settings.services)
-    return Selector(mounts, authenticator, POLICY, database, key.public_key)
+    return Selector(mounts, authenticator, POLICY, database, receipts, key.public_key)

@@ -1,24 +1,33 @@
 """Draws: a random order of a pool for one submission and round, recorded before it is answered."""
 
-import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import islice
+from itertools import chain, islice
 from typing import Protocol
 
-from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from services.runtime.errors import (
+    AlreadyExists,
+    ArenaError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
 from services.selector import quotas
+from services.selector.batches import Batches
+from services.selector.picking import Drawing, Picked, pick
 from services.selector.pool_trees import PoolTrees, at_version
 from services.selector.pools import open_pool
-from services.selector.records import Draw, DrawnPlace, PassedOverReason, Pool, Seat, Settlement
+from services.selector.records import Charge, Draw, DrawnPlace, PassedOverReason, Pool, Settlement
+from services.selector.seating import Seating, SeatingMemory
 from services.selector.transaction import Store, Transaction
 from tiltyard.commitments import draw_seed
-from tiltyard.sortition import Place, SumTree, draw, draw_id, drawn_member
+from tiltyard.sortition import Place, SumTree, draw, draw_id
 
 MAX_FURTHER_PICKS = 1000
-MAX_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,19 @@ class DrawOrder:
 class Signer(Protocol):
     """The selector's BLS key."""
 
-    def sign_anchor(self, anchor: bytes) -> bytes:
+    async def sign_anchor(self, anchor: bytes) -> bytes:
         """Sigma: the one signature over an anchor."""
         ...
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An order with what follows from it alone."""
+
+    name: str
+    order: DrawOrder
+    sigma: bytes
+    seed: bytes
 
 
 class Draws:
@@ -51,6 +70,9 @@ class Draws:
         self._trees = trees
         self._signer = signer
         self._clock = clock
+        self._memory = SeatingMemory()
+        # A transaction takes as long as several draws do: those that wait for it are drawn in one.
+        self._batches = Batches(self._draw_together)
 
     async def draw(self, order: DrawOrder) -> Draw:
         """Draws once for each submission and round; asked again it answers with the same draw.
@@ -58,43 +80,9 @@ class Draws:
         Raises NotFound, FailedPrecondition for a closed pool or too few eligible groups, ResourceExhausted when there
         would be enough but for used-up quotas, AlreadyExists when the draw was made with other arguments.
         """
-        # Half a millisecond, outside of the interpreter's lock: the loop answers others meanwhile.
-        sigma = await asyncio.to_thread(self._signer.sign_anchor, order.anchor)
-        name = draw_id(order.submission, order.round)
-
-        def work(transaction: Transaction) -> Draw:
-            known = transaction.draw(name)
-            if known is not None:
-                return _same(known, order)
-            pool = open_pool(transaction, order.task)
-            tree = self._trees.current(transaction, pool)
-            now = self._clock()
-            drawn = Draw(
-                draw=name,
-                task=order.task,
-                submission=order.submission,
-                round=order.round,
-                anchor=order.anchor,
-                sigma=sigma,
-                reveal_salt=order.reveal_salt,
-                seed=draw_seed(sigma=sigma, reveal_salt=order.reveal_salt),
-                pool_root=tree.root(),
-                pool_weight=tree.total,
-                pool_size=len(tree),
-                pool_version=pool.version,
-                curve=pool.policy.curve,
-                assigned=order.validators,
-                submitter=order.submitter,
-                places=(),
-                draw_time=now,
-            )
-            drawn = _go_on(transaction, pool, tree, drawn, wanted=order.validators, paused=order.paused, now=now)
-            if len(drawn.picks) < order.validators:
-                raise _not_enough(drawn, order.validators, pool, now)
-            transaction.add_draw(drawn)
-            return drawn
-
-        return await self._store.write(work)
+        sigma = await self._signer.sign_anchor(order.anchor)
+        seed = draw_seed(sigma=sigma, reveal_salt=order.reveal_salt)
+        return await self._batches.ask(_Asked(draw_id(order.submission, order.round), order, sigma, seed))
 
     async def extend(self, name: str, *, picks: int, paused: frozenset[str]) -> Draw:
         """Goes on in the same order until there are `picks` in all, or no group is left.
@@ -116,16 +104,22 @@ class Draws:
                 tree = self._trees.current(transaction, pool)
             else:
                 tree = at_version(transaction, known.task, known.pool_version)
+            order = draw(known.seed, tree, [place.place.leaf_index for place in known.places])
+            drawing = Drawing(name, pool, known.pool_version, tree, known.seed, order, known.submitter, paused)
             now = self._clock()
-            drawn = _go_on(transaction, pool, tree, known, wanted=picks, paused=paused, now=now)
-            if len(drawn.picks) == len(known.picks):
+            # What draws remember is left alone: their batches read it and keep it without a pause for anybody else.
+            seating = SeatingMemory().at(transaction)
+            picked = pick(seating, drawing, before=known.places, wanted=picks - len(known.picks), now=now)
+            if not picked.charges:
                 raise FailedPrecondition(
                     "ORDER_EXHAUSTED",
                     f"no group is left after {len(known.picks)} picks",
                     picks=str(len(known.picks)),
-                    **_counts(drawn),
+                    **_counts(picked.places),
                 )
+            drawn = replace(known, places=picked.places)
             transaction.put_places(drawn)
+            quotas.charge(transaction, picked.charges, now)
             return drawn
 
         return await self._store.write(work)
@@ -145,106 +139,105 @@ class Draws:
 
         return await self._store.write(work)
 
+    async def _draw_together(self, asked: Sequence[_Asked]) -> Sequence[Draw | ArenaError]:
+        def work(transaction: Transaction) -> tuple[Sequence[Draw | ArenaError], Seating]:
+            batch = _Batch(transaction, self._trees, self._memory.at(transaction), self._clock())
+            return batch.draw(asked), batch.seating
+
+        results, seating = await self._store.write(work)
+        self._memory.keep(seating)
+        return results
+
+
+class _Batch:
+    """The draws of one transaction. Each counts the uses of those before it; one that is refused leaves no trace."""
+
+    def __init__(self, transaction: Transaction, trees: PoolTrees, seating: Seating, now: datetime) -> None:
+        self.seating = seating
+        self._transaction = transaction
+        self._trees = trees
+        self._now = now
+        self._pools: dict[str, tuple[Pool, SumTree]] = {}
+        self._orders: dict[bytes, Iterator[Place]] = {}
+
+    def draw(self, asked: Sequence[_Asked]) -> Sequence[Draw | ArenaError]:
+        """A draw for each, or why there is none."""
+        recorded = dict(self._transaction.draws([each.name for each in asked]))
+        self._look_ahead([each for each in asked if each.name not in recorded])
+        results, made, charges = list[Draw | ArenaError](), list[Draw](), dict[Charge, str]()
+        for each in asked:
+            try:
+                if each.name not in recorded:
+                    drawn, picked = self._draw(each)
+                    recorded[each.name] = drawn
+                    made.append(drawn)
+                    charges.update(picked.charges)
+                results.append(_same(recorded[each.name], each.order))
+            except ArenaError as refusal:
+                results.append(refusal)
+        self._transaction.add_draws(made)
+        quotas.charge(self._transaction, charges, self._now)
+        return results
+
+    def _look_ahead(self, asked: Sequence[_Asked]) -> None:
+        """Reads the seats at once that all draws need when nobody is passed over."""
+        soon: dict[str, set[int]] = {}
+        for each in asked:
+            with suppress(ArenaError):  # told when its turn comes
+                _, tree = self._pool(each.order.task)
+                places = draw(each.seed, tree)
+                first = list(islice(places, each.order.validators))
+                self._orders[each.seed] = chain(first, places)
+                soon.setdefault(each.order.task, set()).update(place.leaf_index for place in first)
+        for task, leaf_indices in soon.items():
+            pool, _ = self._pool(task)
+            window = quotas.window_at(pool, self._now)
+            self.seating.load(task, version=pool.version, window=window, leaf_indices=leaf_indices)
+
+    def _draw(self, asked: _Asked) -> tuple[Draw, Picked]:
+        order = asked.order
+        pool, tree = self._pool(order.task)
+        places = self._orders.pop(asked.seed, None) or draw(asked.seed, tree)
+        drawing = Drawing(asked.name, pool, pool.version, tree, asked.seed, places, order.submitter, order.paused)
+        picked = pick(self.seating, drawing, wanted=order.validators, now=self._now)
+        if len(picked.charges) < order.validators:
+            raise _not_enough(picked, order.validators, pool, self._now)
+        self.seating.use(order.task, quotas.window_at(pool, self._now), picked.charges.values())
+        drawn = Draw(
+            draw=asked.name,
+            task=order.task,
+            submission=order.submission,
+            round=order.round,
+            anchor=order.anchor,
+            sigma=asked.sigma,
+            reveal_salt=order.reveal_salt,
+            seed=asked.seed,
+            pool_root=pool.root,
+            pool_weight=tree.total,
+            pool_size=len(tree),
+            pool_version=pool.version,
+            curve=pool.policy.curve,
+            assigned=order.validators,
+            submitter=order.submitter,
+            places=picked.places,
+            draw_time=self._now,
+        )
+        return drawn, picked
+
+    def _pool(self, task: str) -> tuple[Pool, SumTree]:
+        """An open pool with its tree. Raises NotFound, and FailedPrecondition for a closed one."""
+        if task not in self._pools:
+            pool = open_pool(self._transaction, task)
+            self._pools[task] = pool, self._trees.current(self._transaction, pool)
+        return self._pools[task]
+
 
 def find_draw(transaction: Transaction, name: str) -> Draw:
     """A draw by its id. Raises NotFound."""
-    known = transaction.draw(name)
+    known = transaction.draws([name]).get(name)
     if known is None:
         raise NotFound("DRAW_NOT_FOUND", "there is no such draw", draw=name)
     return known
-
-
-def _go_on(
-    transaction: Transaction,
-    pool: Pool,
-    tree: SumTree,
-    drawn: Draw,
-    *,
-    wanted: int,
-    paused: Set[str],
-    now: datetime,
-) -> Draw:
-    """Takes further places until there are `wanted` picks or no weight is left, and charges each pick."""
-    known = [place.participant for place in drawn.picks]
-    groups = transaction.owner_groups([*known, drawn.submitter, pool.creator])
-    left_out = {
-        groups[drawn.submitter]: PassedOverReason.SUBMITTER,
-        groups[pool.creator]: PassedOverReason.TASK_CREATOR,
-    } | {groups[participant]: PassedOverReason.ALREADY_PICKED for participant in known}
-    places, picked = list(drawn.places), dict[str, str]()
-    order = draw(drawn.seed, tree, [place.place.leaf_index for place in places])
-    # What is asked of the database is asked for many places at once: first for as many as may be enough.
-    batch_size = wanted - len(known)
-    while len(known) + len(picked) < wanted and (batch := list(islice(order, batch_size))):
-        for place, group in _look_up(transaction, pool, drawn, batch, now):
-            came = _judge(pool, tree, drawn, place, group, left_out=left_out, paused=paused)
-            places.append(came)
-            if came.passed_over is None:
-                picked[came.participant] = group.owner_group
-                left_out[group.owner_group] = PassedOverReason.ALREADY_PICKED
-                if len(known) + len(picked) == wanted:
-                    break
-        batch_size = min(2 * batch_size, MAX_BATCH)
-    quotas.charge(transaction, pool, draw=drawn.draw, picked=picked, now=now)
-    return replace(drawn, places=tuple(places))
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Those who can be picked when a leaf comes up: nobody, or members of one owner group."""
-
-    owner_group: str
-    members: tuple[str, ...]
-    used: int
-
-
-def _look_up(
-    transaction: Transaction, pool: Pool, drawn: Draw, places: Sequence[Place], now: datetime
-) -> Iterator[tuple[Place, _Group]]:
-    """The places with what the database knows of their groups now."""
-    window = quotas.window_at(pool, now)
-    indices = [place.leaf_index for place in places]
-    seated: dict[int, list[Seat]] = {index: [] for index in indices}
-    for seat in transaction.seats(pool.task, leaf_indices=indices, version=drawn.pool_version, window=window):
-        seated[seat.leaf_index].append(seat)
-    # Whoever is not alone may share its quota with somebody who has left the pool.
-    shared = {seats[0].owner_group for seats in seated.values() if seats and not seats[0].is_alone}
-    used = transaction.quota_used(pool.task, window=window, owner_groups=shared) if shared else {}
-    for place in places:
-        seats = seated[place.leaf_index]
-        if not seats:
-            yield place, _Group("", (), 0)
-            continue
-        group = seats[0].owner_group
-        yield place, _Group(group, tuple(seat.participant for seat in seats), used.get(group, seats[0].used))
-
-
-def _judge(
-    pool: Pool,
-    tree: SumTree,
-    drawn: Draw,
-    place: Place,
-    group: _Group,
-    *,
-    left_out: Mapping[str, PassedOverReason],
-    paused: Set[str],
-) -> DrawnPlace:
-    """Picks a member of the group whose place came up, or says why it is passed over."""
-    members = tuple(member for member in group.members if member not in paused)
-    reason = None
-    if not group.members:
-        reason = PassedOverReason.LEFT
-    elif group.owner_group in left_out:
-        reason = left_out[group.owner_group]
-    elif not members:
-        reason = PassedOverReason.PAUSED
-    elif group.used >= quotas.limit_of(pool, place.weight):
-        reason = PassedOverReason.QUOTA
-    # The leaf's own id: its group may have become part of another since.
-    leaf, path = tree.identifier(place.leaf_index), tree.path(place.leaf_index)
-    if reason is not None:
-        return DrawnPlace(place, leaf, path, passed_over=reason)
-    return DrawnPlace(place, leaf, path, members, drawn_member(drawn.seed, place.place, members))
 
 
 def _same(known: Draw, order: DrawOrder) -> Draw:
@@ -258,14 +251,14 @@ def _same(known: Draw, order: DrawOrder) -> Draw:
     return known
 
 
-def _counts(drawn: Draw) -> dict[str, str]:
-    passed_over = Counter(place.passed_over for place in drawn.places)
+def _counts(places: Sequence[DrawnPlace]) -> dict[str, str]:
+    passed_over = Counter(place.passed_over for place in places)
     return {reason.value: str(passed_over[reason]) for reason in PassedOverReason if passed_over[reason]}
 
 
-def _not_enough(drawn: Draw, wanted: int, pool: Pool, now: datetime) -> FailedPrecondition | ResourceExhausted:
-    counts = _counts(drawn)
-    eligible, used_up = len(drawn.picks), int(counts.get(PassedOverReason.QUOTA.value, "0"))
+def _not_enough(picked: Picked, wanted: int, pool: Pool, now: datetime) -> FailedPrecondition | ResourceExhausted:
+    counts = _counts(picked.places)
+    eligible, used_up = len(picked.charges), int(counts.get(PassedOverReason.QUOTA.value, "0"))
     described = ", ".join(f"{number} {reason}" for reason, number in counts.items()) or "nobody"
     message = f"{wanted} validators are wanted and {eligible} owner groups are eligible; passed over: {described}"
     metadata = {"eligible": str(eligible), "wanted": str(wanted), **counts}

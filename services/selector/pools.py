@@ -71,7 +71,8 @@ class Pools:
             verdict = entered.verdict if entered else self._eligibility.decide(transaction, applicant, pool.policy)
             if not verdict.eligible:
                 return Admission(verdict, 0, 0, transaction.owner_group(applicant.participant))
-            if owner:
+            if owner and not entered:
+                # Its CANDIDATE_ADDED tells of it: every change of a group is an event.
                 owner_groups.join(transaction, self._trees, applicant.participant, owner, now)
             candidate = entered or self._admit(transaction, verdict, now)
             return Admission(

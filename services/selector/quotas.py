@@ -48,21 +48,20 @@ def quota(transaction: Transaction, pool: Pool, *, owner_group: str, weight: int
     return Quota(used[owner_group], limit_of(pool, weight), refill_time(pool, now))
 
 
-def charge(transaction: Transaction, pool: Pool, *, draw: str, picked: Mapping[str, str], now: datetime) -> None:
-    """Uses the quota of each participant's owner group once. `picked` has the group of each."""
-    window = window_at(pool, now)
-    transaction.add_charges([Charge(draw, participant, pool.task, window) for participant in picked])
+def charge(transaction: Transaction, charges: Mapping[Charge, str], now: datetime) -> None:
+    """Uses quotas once for each charge, whose owner group now is given with it; each is one ledger event, in order."""
+    transaction.add_charges(list(charges))
     transaction.append_events(
         [
             LedgerEvent(
                 EventKind.QUOTA_CHARGED,
                 now,
-                participant=participant,
-                task=pool.task,
-                draw=draw,
+                participant=charge.participant,
+                task=charge.task,
+                draw=charge.draw,
                 owner_group=group,
             )
-            for participant, group in picked.items()
+            for charge, group in charges.items()
         ]
     )
 

@@ -255,18 +255,6 @@ class Draw:
         return tuple(place for place in self.places if place.passed_over is None)
 
 
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """That somebody can be picked by way of a leaf, with the owner group now and its own uses of the group's quota."""
-
-    leaf_index: int
-    participant: str
-    owner_group: str
-    is_alone: bool
-    """Nobody else has ever been in the owner group: its uses are the participant's."""
-    used: int
-
-
 class Settlement(enum.Enum):
     """Who was to blame for the end of an assignment: OPEN while it lasts."""
 

@@ -4,20 +4,18 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, bindparam, func, insert, or_, select, update
+from sqlalchemy import Row, bindparam, func, select, update
 from sqlmodel import Session
 
-from services.selector.columns import connection_of, from_us, table_of, to_us, weight_bytes, weight_of
-from services.selector.records import Charge, Draw, DrawnPlace, PassedOverReason, Seat, Settlement
-from services.selector.rows import ChargeRow, DrawRow, OwnerGroupRow, SeatRow
+from services.selector.columns import connection_of, from_us, insert_rows, table_of, to_us, weight_bytes, weight_of
+from services.selector.records import Charge, Draw, DrawnPlace, PassedOverReason, Settlement
+from services.selector.rows import ChargeRow, DrawRow, OwnerGroupRow
 from tiltyard.sortition import Curve, CurveKind, Place
 
 _CHARGES = table_of(ChargeRow)
 _GROUPS = table_of(OwnerGroupRow)
 _DRAWS = table_of(DrawRow)
-_DRAW = select(_DRAWS).where(_DRAWS.c.draw == bindparam("name"))
-_ADD_DRAW = insert(_DRAWS)
-_CHARGE = insert(_CHARGES)
+_DRAWN = select(_DRAWS).where(_DRAWS.c.draw.in_(bindparam("names", expanding=True)))
 _PUT_PLACES = update(_DRAWS).where(_DRAWS.c.draw == bindparam("name")).values(places=bindparam("further"))
 _IS_CHARGED = (
     _CHARGES.c.task == bindparam("pool"),
@@ -32,29 +30,10 @@ _USES = (
     .where(*_IS_CHARGED, _CHARGES.c.participant.in_(bindparam("names", expanding=True)))
     .group_by(_CHARGES.c.participant)
 )
-_SEATS = table_of(SeatRow)
-_STILL = _SEATS.alias()
-_SEATED = (
-    select(
-        _SEATS.c.leaf_index,
-        _SEATS.c.participant,
-        _GROUPS.c.owner_group,
-        select(func.count())
-        .select_from(_CHARGES)
-        .where(*_IS_CHARGED, _CHARGES.c.participant == _SEATS.c.participant)
-        .scalar_subquery(),
-    )
-    .join(_STILL, (_STILL.c.task == _SEATS.c.task) & (_STILL.c.participant == _SEATS.c.participant))
-    .outerjoin(_GROUPS, _GROUPS.c.participant == _SEATS.c.participant)
-    .where(
-        _SEATS.c.task == bindparam("pool"),
-        _SEATS.c.leaf_index.in_(bindparam("indices", expanding=True)),
-        _SEATS.c.since <= bindparam("version"),
-        or_(_SEATS.c.until.is_(None), _SEATS.c.until > bindparam("version")),
-        _STILL.c.until.is_(None),
-    )
-    .order_by(_SEATS.c.participant)
-)
+
+
+# Made once: json.dumps makes an encoder for each call that asks for other separators.
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class SqlDrawRecords:
@@ -62,34 +41,12 @@ class SqlDrawRecords:
 
     _session: Session
 
-    def draw(self, draw: str) -> Draw | None:
-        row = connection_of(self._session).execute(_DRAW, {"name": draw}).one_or_none()
-        return _draw(row) if row else None
+    def draws(self, names: Collection[str]) -> Mapping[str, Draw]:
+        rows = connection_of(self._session).execute(_DRAWN, {"names": list(names)})
+        return {row.draw: _draw(row) for row in rows}
 
-    def add_draw(self, draw: Draw) -> None:
-        connection_of(self._session).execute(
-            _ADD_DRAW,
-            dict(
-                draw=draw.draw,
-                task=draw.task,
-                submission=draw.submission,
-                round=draw.round,
-                anchor=draw.anchor,
-                sigma=draw.sigma,
-                reveal_salt=draw.reveal_salt,
-                seed=draw.seed,
-                pool_root=draw.pool_root,
-                pool_weight=weight_bytes(draw.pool_weight),
-                pool_size=draw.pool_size,
-                pool_version=draw.pool_version,
-                curve=draw.curve.kind.value,
-                alpha_millis=draw.curve.alpha_millis,
-                assigned=draw.assigned,
-                submitter=draw.submitter,
-                places=_places_json(draw.places),
-                draw_time_us=to_us(draw.draw_time),
-            ),
-        )
+    def add_draws(self, draws: Sequence[Draw]) -> None:
+        insert_rows(self._session, _DRAWS, [_draw_values(draw) for draw in draws])
 
     def put_places(self, draw: Draw) -> None:
         connection_of(self._session).execute(_PUT_PLACES, {"name": draw.draw, "further": _places_json(draw.places)})
@@ -101,8 +58,7 @@ class SqlDrawRecords:
         return Charge(row.draw, row.participant, row.task, row.rate_window, Settlement(row.settlement))
 
     def add_charges(self, charges: Sequence[Charge]) -> None:
-        if charges:
-            connection_of(self._session).execute(_CHARGE, [_charge_values(charge) for charge in charges])
+        insert_rows(self._session, _CHARGES, [_charge_values(charge) for charge in charges])
 
     def put_charge(self, charge: Charge) -> None:
         self._session.merge(ChargeRow(**_charge_values(charge)))
@@ -118,13 +74,28 @@ class SqlDrawRecords:
             used[group_of[participant]] += number
         return used
 
-    def seats(self, task: str, *, leaf_indices: Collection[int], version: int, window: int) -> Sequence[Seat]:
-        question = {"pool": task, "indices": list(leaf_indices), "version": version, "window": window}
-        rows = connection_of(self._session).execute(_SEATED, question)
-        return [
-            Seat(index, participant, group or participant, group is None, used)
-            for index, participant, group, used in rows
-        ]
+
+def _draw_values(draw: Draw) -> dict[str, Any]:
+    return {
+        "draw": draw.draw,
+        "task": draw.task,
+        "submission": draw.submission,
+        "round": draw.round,
+        "anchor": draw.anchor,
+        "sigma": draw.sigma,
+        "reveal_salt": draw.reveal_salt,
+        "seed": draw.seed,
+        "pool_root": draw.pool_root,
+        "pool_weight": weight_bytes(draw.pool_weight),
+        "pool_size": draw.pool_size,
+        "pool_version": draw.pool_version,
+        "curve": draw.curve.kind.value,
+        "alpha_millis": draw.curve.alpha_millis,
+        "assigned": draw.assigned,
+        "submitter": draw.submitter,
+        "places": _places_json(draw.places),
+        "draw_time_us": to_us(draw.draw_time),
+    }
 
 
 def _charge_values(charge: Charge) -> dict[str, Any]:
@@ -160,7 +131,7 @@ def _draw(row: Row[Any]) -> Draw:
 
 
 def _places_json(places: Sequence[DrawnPlace]) -> str:
-    return json.dumps([_place_json(place) for place in places], separators=(",", ":"))
+    return _to_json([_place_json(place) for place in places])
 
 
 def _place_json(drawn: DrawnPlace) -> dict[str, Any]:

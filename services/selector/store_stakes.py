@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import insert
 from sqlmodel import Session, col, func, select
 
-from services.selector.columns import connection_of, from_us, table_of, to_us, weight_bytes, weight_of
+from services.selector.columns import connection_of, from_us, insert_rows, table_of, to_us, weight_bytes, weight_of
 from services.selector.faults import Fault
 from services.selector.records import Accounts, Deposit, EventKind, LedgerEvent, Slash, Unbonding
 from services.selector.rows import AccountsRow, DepositRow, EventRow, SlashRow, UnbondingRow
 
 _EVENTS = table_of(EventRow)
 _LAST_SEQUENCE = select(func.max(_EVENTS.c.sequence))
-_ADD_EVENTS = insert(_EVENTS)
 
 
 class SqlStakeRecords:
@@ -129,7 +127,7 @@ class SqlStakeRecords:
             }
             for sequence, event in enumerate(events, self.last_sequence() + 1)
         ]
-        connection_of(self._session).execute(_ADD_EVENTS, rows)
+        insert_rows(self._session, _EVENTS, rows)
 
     def last_sequence(self) -> int:
         return connection_of(self._session).execute(_LAST_SEQUENCE).scalar() or 0

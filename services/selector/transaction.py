@@ -13,7 +13,6 @@ from services.selector.records import (
     LeafChange,
     LedgerEvent,
     Pool,
-    Seat,
     Slash,
     Unbonding,
 )
@@ -134,9 +133,11 @@ class PoolRecords(Protocol):
 class DrawRecords(Protocol):
     """Draws and the uses of quotas."""
 
-    def draw(self, draw: str) -> Draw | None: ...
+    def draws(self, names: Collection[str]) -> Mapping[str, Draw]:
+        """Those of the names that there are."""
+        ...
 
-    def add_draw(self, draw: Draw) -> None: ...
+    def add_draws(self, draws: Sequence[Draw]) -> None: ...
 
     def put_places(self, draw: Draw) -> None:
         """Changes the places of a draw; nothing else of it ever changes."""
@@ -147,10 +148,6 @@ class DrawRecords(Protocol):
     def add_charges(self, charges: Sequence[Charge]) -> None: ...
 
     def put_charge(self, charge: Charge) -> None: ...
-
-    def seats(self, task: str, *, leaf_indices: Collection[int], version: int, window: int) -> Sequence[Seat]:
-        """All that a draw has to know of some leaves, in one question: `seated`, with groups and uses of quotas."""
-        ...
 
     def quota_used(self, task: str, *, window: int, owner_groups: Collection[str]) -> Mapping[str, int]:
         """Charges in one window, but for refunded ones, of all who are in each group now."""

@@ -145,7 +145,7 @@ async def test_what_is_put_comes_back(selector: Selector) -> None:
     drawn = await selector.draws.draw(selector.order(1))
 
     def look(transaction: Transaction) -> None:
-        assert transaction.draw(drawn.draw) == drawn
+        assert transaction.draws([drawn.draw, "none"]) == {drawn.draw: drawn}
         candidate = transaction.candidate("t", someone(1))
         assert candidate is not None
         assert candidate.verdict.evidence == (Evidence(EvidenceKind.STAKE, True, 250, MINIMUM),)

@@ -1,8 +1,7 @@
 """Receipts of draws: what an outsider needs to check them, under the selector's BLS signature."""
 
-import asyncio
-
 from services.runtime import names
+from services.runtime.groups import GroupThread, Outcome
 from services.selector.convert.pool import CURVE_NUMBERS
 from services.selector.convert.times import timestamp
 from services.selector.records import Draw, DrawnPlace, PassedOverReason
@@ -17,22 +16,34 @@ _REASONS = {reason: types.PassedOverReason.Value(f"PASSED_OVER_REASON_{reason.na
 class ReceiptSigner:
     """The selector's BLS key at work: sigma for a draw's seed, and the signature over its receipt.
 
-    There is one signature for each receipt, so it is made whenever it is asked for and need not be kept.
+    Both go on in threads outside of the interpreter's lock. Receipts that wait are signed together, and no signature is
+    kept: what is signed can be signed again.
     """
 
     def __init__(self, key: BlsKey) -> None:
         self._key = key
+        self._anchors = GroupThread(self._sign_anchors, name="anchor-signer")
+        self._receipts = GroupThread(self._sign_receipts, name="receipt-signer")
 
-    def sign_anchor(self, anchor: bytes) -> bytes:
+    async def sign_anchor(self, anchor: bytes) -> bytes:
         """Sigma."""
-        return self._key.sign(anchor)
+        return await self._anchors.ask(anchor)
 
     async def receipt(self, draw: Draw) -> types.DrawReceipt:
         """The signed receipt of a draw as recorded."""
-        made = unsigned_receipt(draw)
-        # Signing goes on outside of the interpreter's lock: the loop answers others meanwhile.
-        await asyncio.to_thread(sign_receipts, [made], self._key.sign)
-        return made
+        return await self._receipts.ask(unsigned_receipt(draw))
+
+    async def close(self) -> None:
+        """Signs what waits, and ends the threads."""
+        await self._anchors.close()
+        await self._receipts.close()
+
+    def _sign_anchors(self, anchors: list[bytes]) -> list[Outcome[bytes]]:
+        return [(self._key.sign(anchor), None) for anchor in anchors]
+
+    def _sign_receipts(self, receipts: list[types.DrawReceipt]) -> list[Outcome[types.DrawReceipt]]:
+        sign_receipts(receipts, self._key.sign)
+        return [(receipt, None) for receipt in receipts]
 
 
 def unsigned_receipt(draw: Draw) -> types.DrawReceipt:

@@ -1,0 +1,92 @@
+"""Goes on in a draw's order: whose place comes up is picked, or passed over for a reason, until enough are picked."""
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+
+from services.selector import quotas
+from services.selector.records import Charge, DrawnPlace, PassedOverReason, Pool
+from services.selector.seating import SeatedGroup, Seating
+from tiltyard.sortition import Place, SumTree, drawn_member
+
+_MOST_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A draw under way: its order from where it stopped, the tree that it is drawn from, and those it passes over.
+
+    `version` is the pool's when the draw began, `submitter` and `paused` are participant ids.
+    """
+
+    draw: str
+    pool: Pool
+    version: int
+    tree: SumTree
+    seed: bytes
+    order: Iterator[Place]
+    submitter: str
+    paused: Set[str]
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What came of a draw's further places, and the charges of those picked, with the owner group of each."""
+
+    places: tuple[DrawnPlace, ...]
+    charges: Mapping[Charge, str]
+
+
+def pick(
+    seating: Seating, drawing: Drawing, *, before: Sequence[DrawnPlace] = (), wanted: int, now: datetime
+) -> Picked:
+    """Takes further places until there are `wanted` picks more, or no weight is left. Nothing is charged yet."""
+    pool = drawing.pool
+    window = quotas.window_at(pool, now)
+    earlier = [place.participant for place in before if place.passed_over is None]
+    groups = seating.groups([drawing.submitter, pool.creator, *earlier])
+    left_out = {
+        groups[drawing.submitter]: PassedOverReason.SUBMITTER,
+        groups[pool.creator]: PassedOverReason.TASK_CREATOR,
+    } | {groups[participant]: PassedOverReason.ALREADY_PICKED for participant in earlier}
+    places, charges = list[DrawnPlace](), dict[Charge, str]()
+    # The seats of many places are read at once: first of as many as may be enough.
+    at_once = wanted
+    while len(charges) < wanted and (batch := list(islice(drawing.order, at_once))):
+        indices = [place.leaf_index for place in batch]
+        seating.load(pool.task, version=drawing.version, window=window, leaf_indices=indices)
+        for place in batch:
+            group = seating.seated(pool.task, version=drawing.version, leaf_index=place.leaf_index)
+            used = seating.used(pool.task, window, group.owner_group) if group.members else 0
+            came = _judge(drawing, place, group, used=used, left_out=left_out)
+            places.append(came)
+            if came.passed_over is None:
+                charges[Charge(drawing.draw, came.participant, pool.task, window)] = group.owner_group
+                left_out[group.owner_group] = PassedOverReason.ALREADY_PICKED
+                if len(charges) == wanted:
+                    break
+        at_once = min(2 * at_once, _MOST_AT_ONCE)
+    return Picked((*before, *places), charges)
+
+
+def _judge(
+    drawing: Drawing, place: Place, group: SeatedGroup, *, used: int, left_out: Mapping[str, PassedOverReason]
+) -> DrawnPlace:
+    """Picks a member of the group whose place came up, or says why it is passed over."""
+    paused = drawing.paused
+    members = tuple(member for member in group.members if member not in paused) if paused else group.members
+    reason = None
+    if not group.members:
+        reason = PassedOverReason.LEFT
+    elif group.owner_group in left_out:
+        reason = left_out[group.owner_group]
+    elif not members:
+        reason = PassedOverReason.PAUSED
+    elif used >= quotas.limit_of(drawing.pool, place.weight):
+        reason = PassedOverReason.QUOTA
+    # The leaf's own id: its group may have become part of another since.
+    leaf, path = drawing.tree.identifier(place.leaf_index), drawing.tree.path(place.leaf_index)
+    if reason is not None:
+        return DrawnPlace(place, leaf, path, passed_over=reason)
+    return DrawnPlace(place, leaf, path, members, drawn_member(drawing.seed, place.place, members))
