@@ -63,15 +63,19 @@ class BatchQueue:
         """Batches that wait for their turn."""
         return len(self._waiting)
 
+    @property
+    def wait_s(self) -> float:
+        """Seconds until what is here now has been answered, by how fast it went lately."""
+        return max(_SHORTEST_WAIT_S, self._held_bytes * self._s_per_byte)
+
     async def answer(self, model: LoadedModel, batch: Batch) -> Logits:
         """The outputs of a batch. Raises what running it raises, and ResourceExhausted when the queue is full."""
         loop = asyncio.get_running_loop()
         entry = _Entry(model, batch, loop.create_future(), loop.time())
         # An empty queue takes a batch of any size: who waits for nobody delays nobody.
         if self._held_bytes and self._held_bytes + entry.cost > self._max_bytes:
-            wait_s = max(_SHORTEST_WAIT_S, self._held_bytes * self._s_per_byte)
             raise ResourceExhausted(
-                "QUEUE_FULL", f"{self._held_bytes} bytes of batches wait already", retry_after_s=wait_s
+                "QUEUE_FULL", f"{self._held_bytes} bytes of batches wait already", retry_after_s=self.wait_s
             )
         self._held_bytes += entry.cost
         self._waiting.append(entry)

@@ -112,10 +112,10 @@ class Models:
         """
         self._loaded[name] = load(folder, self._device)
 
-    async def load_all(self) -> None:
+    async def load_all(self, *, lazily: bool = False) -> None:
         """Serve every model of the repository: in memory as far as the budget goes, the others at their first batch.
 
-        One that does not load is in the index with its reason.
+        With `lazily` all of them at their first batch. One that does not load is in the index with its reason.
         """
         for name in self._names():
             try:
@@ -123,7 +123,7 @@ class Models:
             except ModelFault as fault:
                 self._failed[name] = str(fault)
                 continue
-            if self.memory_bytes + stored.memory_bytes > self._budget:
+            if lazily or self.memory_bytes + stored.memory_bytes > self._budget:
                 self._resting[name] = stored.spec
                 continue
             try:
@@ -220,7 +220,12 @@ class Models:
             leaving.append(each)
             excess -= self._loaded[each].memory_bytes
         if excess > 0:
-            raise ResourceExhausted("MODELS_IN_USE", f"there is no room for model {name} beside those in use")
+            raise ResourceExhausted(
+                "MODELS_IN_USE",
+                f"there is no room for model {name} beside those in use",
+                retry_after_s=self._queue.wait_s,
+                model=name,
+            )
         for each in leaving:
             self._resting[each] = self._loaded.pop(each).spec
 

@@ -12,6 +12,7 @@ from services.runtime.paging import PageTokens, load_secret
 from services.runtime.server import Background, Mount
 from services.trainer.bases import BaseModels
 from services.trainer.devices import find_devices
+from services.trainer.judges import Judges
 from services.trainer.live import LiveTrainings
 from services.trainer.localdata import DataFolder
 from services.trainer.peers import NoRegistry, RegistryPeer
@@ -27,8 +28,15 @@ from tiltyard.identity import Key
 
 _OPERATOR = frozenset({Role.OPERATOR})
 
-POLICY = AccessPolicy({f"/{training.SERVICE}/*": _OPERATOR, f"/{inference.SERVICE}/*": _OPERATOR})
-"""A node obeys its own key and its operators; its own key is made one of them."""
+POLICY = AccessPolicy(
+    {
+        f"/{training.SERVICE}/*": _OPERATOR,
+        f"/{inference.SERVICE}/*": _OPERATOR,
+        **{f"/{inference.SERVICE}/{method}": frozenset({Role.PARTICIPANT}) for method in inference.FOR_JUDGES},
+    }
+)
+"""A node obeys its own key and its operators; its own key is made one of them. Its models answer validators, too, of
+whom `judges.Judges` lets some through."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,15 @@ async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = ut
         else None
     )
     registry = RegistryPeer(client, runs=folder) if client else NoRegistry()
-    store, live, data = SqlTrainingStore(database), LiveTrainings(), DataFolder(settings.data_dir)
-    models = TrainedModels(runs=folder, device="cpu" if settings.device == "cpu" else "auto")
+    store, live = SqlTrainingStore(database), LiveTrainings()
+    data = DataFolder(settings.data_dir, packed_bytes=settings.packed_bytes)
+    await asyncio.to_thread(data.tidy)
+    models = TrainedModels(
+        runs=folder,
+        device="cpu" if settings.device == "cpu" else "auto",
+        memory_bytes=settings.model_memory_bytes,
+        judges=Judges(store, registry, clock),
+    )
     runs = Runs(
         store=store,
         live=live,

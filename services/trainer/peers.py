@@ -5,17 +5,24 @@ from pathlib import Path
 import grpc
 
 from services.runtime.errors import FailedPrecondition, Unavailable
-from services.runtime.names import format_artifact, format_member, format_task, parse_artifact
+from services.runtime.names import (
+    format_artifact,
+    format_member,
+    format_participant,
+    format_task,
+    parse_artifact,
+    parse_submission,
+)
 from services.runtime.rpc_errors import from_rpc_error
 from services.trainer import runfolder
 from services.trainer.convert import loss_from_proto
 from services.trainer.training import Training
 from services.trainer.trainings import TaskFacts
 from tiltyard.client import Client, pages
-from tiltyard.registry.v1 import membership_pb2, task_pb2
+from tiltyard.registry.v1 import assignment_pb2, membership_pb2, task_pb2
 from tiltyard.submitting import JournalMismatch, submit_model
 from tiltyard.transfers import DigestMismatch, download
-from tiltyard.type.v1 import participation_pb2
+from tiltyard.type.v1 import evaluation_pb2, participation_pb2
 from tiltyard.type.v1 import task_pb2 as task_types_pb2
 from tiltyard.wire import model_spec_from_proto
 
@@ -64,6 +71,26 @@ class RegistryPeer:
             "NOT_A_TRAINING_NODE", f"this node is not a training node of {format_task(task)}", task=task
         )
 
+    async def is_judging(self, validator: str, submission: str) -> bool:
+        """Whether a participant holds a lease on a submission of a task that lets nodes' endpoints be asked.
+
+        Raises Unavailable when the registry cannot be asked.
+        """
+        task = format_task(parse_submission(submission)[0])
+        request = assignment_pb2.ListAssignmentsRequest(parent=submission, page_size=1000)
+        try:
+            config = (await self._client.tasks.GetTask(task_pb2.GetTaskRequest(name=task))).task.config
+            if not config.allow_node_endpoint:
+                return False
+            async for page in pages(self._client.assignments.ListAssignments, request):
+                for each in page.assignments:
+                    leased = each.state == evaluation_pb2.ASSIGNMENT_STATE_ACCEPTED
+                    if leased and each.validator == format_participant(validator):
+                        return True
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        return False
+
     async def submit(self, training: Training) -> str:
         """Commits, uploads and reveals the model, or goes on where that stopped; the submission's name."""
         folder = self._runs / training.id
@@ -104,6 +131,10 @@ class NoRegistry:
     async def check_membership(self, task: str) -> None:
         """Raises FailedPrecondition."""
         await self.task(task)
+
+    async def is_judging(self, validator: str, submission: str) -> bool:
+        """False: nobody was drawn."""
+        return False
 
     async def submit(self, training: Training) -> str:
         """Raises Unavailable: the training was started when the node knew a registry."""

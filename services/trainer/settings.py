@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, model_validator
 
 from services.runtime.settings import ServiceSettings
+from services.trainer.localdata import DEFAULT_PACKED_BYTES
 
 
 class TrainerSettings(ServiceSettings):
@@ -19,10 +20,15 @@ class TrainerSettings(ServiceSettings):
     """Address of the registry; empty for a node that trains outside of tasks only."""
     data_dir: Path = Path()
     """The folder of local datasets. Default: `{state_dir}/data`."""
+    packed_bytes: Annotated[int, Field(ge=0)] = DEFAULT_PACKED_BYTES
+    """Most bytes of copies below `{data_dir}/.packed`, which datasets of other kinds than safetensors are packed into.
+    The least recently used go first, and are made again where they are needed."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,3})$")] = "auto"
     """`cuda` is every CUDA device, `auto` the same where there is one and `cpu` elsewhere."""
     max_runs: Annotated[int, Field(ge=1, le=1000)] = 1
     """Trainings at once on each device."""
+    model_memory_bytes: Annotated[int, Field(ge=0)] = 0
+    """Most bytes of served weights in memory, 0 for half of the device's: the least recently used model makes room."""
     training_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Cores that one training is spread over; 0 means all."""
 

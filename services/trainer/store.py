@@ -101,6 +101,15 @@ class SqlTrainingStore:
 
         return await self._database.read(work)
 
+    async def submitted(self, model_digest: bytes) -> list[Training]:
+        """The trainings whose model of this SHA-256 was handed in."""
+
+        def work(session: Session) -> list[Training]:
+            query = select(TrainingRow).where(TrainingRow.model_digest == model_digest, TrainingRow.submission != "")
+            return [_training(session, row) for row in session.exec(query)]
+
+        return await self._database.read(work)
+
     async def change(self, training: str, change: Callable[[Training], Training], *, answers: bool = False) -> Training:
         """Replaces a training by what `change` makes of it and returns that. Raises NotFound."""
 

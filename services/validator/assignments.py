@@ -45,8 +45,19 @@ class Assignment:
 
 
 @dataclass(frozen=True)
+class Node:
+    """The training node of a submission: its participant id, and its own endpoint as it registered it."""
+
+    id: str
+    endpoint: str
+
+
+@dataclass(frozen=True)
 class Order:
-    """What is to be evaluated; digests are SHA-256 in 64 hex digits, `metric` None for one that is not counted yet."""
+    """What is to be evaluated; digests are SHA-256 in 64 hex digits, `metric` None for one that is not counted yet.
+
+    `node` is set where the task lets its own endpoint be asked.
+    """
 
     dataset_digest: str
     dataset_bytes: int
@@ -58,6 +69,7 @@ class Order:
     metric: Metric | None = Metric.ACCURACY
     top_k: int = 1
     bound: float = 0.0
+    node: Node | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from services.validator.duties import Means
 from services.validator.endpoints import EndpointAttempts
 from services.validator.fleet import parse_servers
 from services.validator.leavings import Leavings
+from services.validator.nodes import NodeEndpoints, parse_reach
 from services.validator.peers import RegistryPeer
 from services.validator.scheduler import Scheduler
 from services.validator.servicers.validation import SERVICE, mount
@@ -60,6 +61,12 @@ async def build(settings: ValidatorSettings, *, on_drained: Callable[[], None]) 
     channel = open_peer(settings.registry, key=key, audience=f"{settings.origin}/registry", tls=settings.channel_tls)
     attempts, start_attempts, close_attempts = _attempts(settings, key)
     registry = RegistryPeer(channel, clock=utc_now)
+    nodes = NodeEndpoints(
+        parse_reach(settings.node_endpoints),
+        key=key,
+        concurrency=settings.concurrency,
+        tls=settings.channel_tls,
+    )
     cache = Cache(settings.state_dir / "cache", max_bytes=settings.cache_bytes)
     means = Means(
         registry=registry,
@@ -67,6 +74,7 @@ async def build(settings: ValidatorSettings, *, on_drained: Callable[[], None]) 
         store=store,
         cache=cache,
         attempts=attempts,
+        nodes=nodes,
         leases=FairSlots(_LEASES_PER_SLOT * settings.concurrency),
         evaluations=FairSlots(settings.concurrency),
         lease_holder=load_secret(settings.state_dir / "lease_holder"),
@@ -77,6 +85,7 @@ async def build(settings: ValidatorSettings, *, on_drained: Callable[[], None]) 
 
     async def close() -> None:
         await close_attempts()
+        nodes.close()
         await channel.close()
         await database.close()
         os.close(lock)
@@ -105,6 +114,7 @@ def _attempts(
             template=settings.model_template,
             key=key,
             concurrency=settings.concurrency,
+            tls=settings.channel_tls,
         )
 
         async def close_elsewhere() -> None:

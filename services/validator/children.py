@@ -66,10 +66,7 @@ class NurseryAttempts:
     async def attempt(self, job: Job, progress: Progress) -> Finding:
         """The counts. Raises ModelFailed, ServerLost and CannotEvaluate; leaves no process behind."""
         with EvaluationRows.open(job.dataset) as rows:
-            if rows.row_shape != job.order.spec.input_shape:
-                raise CannotEvaluate(
-                    f"rows of the dataset have shape {rows.row_shape}, the model's input {job.order.spec.input_shape}"
-                )
+            rows.check_shape(job.order.spec.input_shape)
             if isinstance(job.order.spec.architecture, Onnx) and importlib.util.find_spec("onnxruntime") is None:
                 raise CannotEvaluate("ONNX models need onnxruntime here: pip install 'tiltyard[onnx]'")
             progress.begin(rows.total)

@@ -81,6 +81,7 @@ def run_message(view: RunView) -> pb.EvaluationRun:
         )
     if run.finding is not None and run.finding.fault is not None:
         message.fault = FAULT_NUMBER[run.finding.fault]
+    message.node_endpoint = run.finding is not None and run.finding.node_endpoint
     return message
 
 

@@ -22,7 +22,7 @@ from services.validator.assignments import (
     Registry,
 )
 from services.validator.cache import Cache, CacheTooSmall
-from services.validator.evaluation import Attempts, CannotEvaluate, Job, find
+from services.validator.evaluation import Attempts, CannotEvaluate, Job, NodeServers, find
 from services.validator.patience import persist
 from services.validator.runs import Finding, Progress, Run, RunState, RunStore, SealedReport
 from services.validator.slots import FairSlots
@@ -49,6 +49,7 @@ class Means:
     store: RunStore
     cache: Cache
     attempts: Attempts
+    nodes: NodeServers
     leases: FairSlots
     evaluations: FairSlots
     lease_holder: bytes
@@ -184,14 +185,29 @@ class Duty:
 
             return cache.hold(digest, size_bytes, fetch)
 
-        async with (
-            fetched(order.dataset_digest, order.dataset_bytes) as dataset,
-            fetched(order.model_digest, order.model_bytes) as model,
-        ):
-            assert self.run is not None
-            self.run = replace(self.run, state=RunState.EVALUATING)
-            self._desk.changed()
-            return await find(Job(order, dataset, model), self._means.attempts, self.progress)
+        async with fetched(order.dataset_digest, order.dataset_bytes) as dataset:
+            try:
+                async with fetched(order.model_digest, order.model_bytes) as model:
+                    self._evaluating()
+                    return await find(Job(order, dataset, model), self._means.attempts, self.progress)
+            except (CannotEvaluate, CacheTooSmall) as error:
+                if not self._means.nodes.may_ask(order):
+                    raise
+                return await self._ask_node(order, dataset, str(error))
+
+    async def _ask_node(self, order: Order, dataset: Path, reason: str) -> Finding:
+        """What the training node's own server answers, since the model cannot be evaluated here for `reason`."""
+        self._evaluating()
+        try:
+            finding = await self._means.nodes.evaluate(order, dataset, self.progress)
+        except CannotEvaluate as error:
+            raise CannotEvaluate(f"{reason}; {error}") from error
+        return replace(finding, detail=f"by the node's own endpoint, since here {reason}")
+
+    def _evaluating(self) -> None:
+        assert self.run is not None
+        self.run = replace(self.run, state=RunState.EVALUATING)
+        self._desk.changed()
 
     async def _keep(self, lease: Lease) -> NoReturn:
         """Renews the lease at each third of it, until cancelled."""

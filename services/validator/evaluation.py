@@ -59,6 +59,18 @@ class Attempts(Protocol):
         ...
 
 
+class NodeServers(Protocol):
+    """The training nodes' own servers, asked where a model cannot be evaluated here."""
+
+    def may_ask(self, order: Order) -> bool:
+        """Whether task, node and this validator's operator agree to it."""
+        ...
+
+    async def evaluate(self, order: Order, dataset: Path, progress: Progress) -> Finding:
+        """The counts, marked as the node's own. Raises CannotEvaluate."""
+        ...
+
+
 async def find(job: Job, attempts: Attempts, progress: Progress) -> Finding:
     """What is to be said of the job's model.
 

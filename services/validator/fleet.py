@@ -15,6 +15,8 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from services.runtime.errors import ResourceExhausted
+from services.runtime.rpc_errors import from_rpc_error
 from services.validator.pipeline import (
     RequestRefused,
     StreamBroken,
@@ -34,6 +36,7 @@ ANSWER_TIMEOUT_S = 120.0
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
 _ADDRESS = re.compile(r"unix:/[^,\s]+\Z|[^\s:/@]+:[0-9]{1,5}\Z|\[[0-9a-fA-F:.]+\]:[0-9]{1,5}\Z")
+_TLS_OF_SCHEME = {"grpc://": False, "grpcs://": True}
 _KEY_ID = re.compile(r"[0-9a-f]{40}\Z")
 
 # The server is there and says no: another server would say the same.
@@ -49,22 +52,32 @@ Metadata = Callable[[], tuple[tuple[str, str | bytes], ...]]
 
 @dataclass(frozen=True)
 class ModelServer:
-    """A server of the operator's: a name for the log, an address, and the id of its key where it wants a token."""
+    """A server of the operator's: a name for the log, an address, and the id of its key where it wants a token.
+
+    `tls` is None where it is as for all peers.
+    """
 
     name: str
     address: str
     key_id: str = ""
+    tls: bool | None = None
 
 
 def parse_servers(text: str) -> tuple[ModelServer, ...]:
-    """`NAME=ADDRESS[@PARTICIPANT_ID]`, comma-separated. Raises ValueError naming the entry."""
+    """`NAME=[grpc://|grpcs://]ADDRESS[@PARTICIPANT_ID]`, comma-separated. Raises ValueError naming the entry."""
     servers = []
     for entry in filter(None, (part.strip() for part in text.split(","))):
         name, equals, target = entry.partition("=")
-        address, at, key_id = target.partition("@")
+        scheme, separator, rest = target.rpartition("://")
+        tls = _TLS_OF_SCHEME.get(scheme + separator)
+        address, at, key_id = (rest if tls is not None else target).partition("@")
         if not equals or not _NAME.match(name) or not _ADDRESS.match(address) or (at and not _KEY_ID.match(key_id)):
-            raise ValueError(f"{entry!r} is not NAME=HOST:PORT, NAME=unix:/PATH, or either with @ and a participant id")
-        servers.append(ModelServer(name, address, key_id))
+            raise ValueError(
+                f"{entry!r} is not NAME=HOST:PORT, NAME=grpc://HOST:PORT, NAME=grpcs://HOST:PORT or NAME=unix:/PATH, "
+                "each perhaps with @ and a participant id"
+            )
+        # Nobody listens in on a Unix socket.
+        servers.append(ModelServer(name, address, key_id, False if address.startswith("unix:") else tls))
     if len({server.name for server in servers}) != len(servers):
         raise ValueError("two servers have one name")
     return tuple(servers)
@@ -155,6 +168,12 @@ class Fleet:
 
     def _serve(self, endpoint: Endpoint, rows: EvaluationRows) -> None:
         """One server's thread: keeps its window full until no batch is left anywhere."""
+        while (wait_s := self._serve_until_refused(endpoint, rows)) is not None:
+            with self._changed:
+                self._changed.wait_for(lambda: self._over or self._failure is not None, wait_s)
+
+    def _serve_until_refused(self, endpoint: Endpoint, rows: EvaluationRows) -> float | None:
+        """The seconds after which a server that has too much to do wants more; None when this one is through."""
         method: grpc.UnaryUnaryMultiCallable[bytes, pb.ModelInferResponse] = endpoint.channel.unary_unary(
             METHOD, None, pb.ModelInferResponse.FromString
         )
@@ -171,9 +190,9 @@ class Fleet:
                     with self._changed:
                         self._calls.add(call)
                         if self._over:
-                            return
+                            return None
                 if not in_flight:
-                    return
+                    return None
                 start, call = in_flight[0]
                 answer = call.result()
                 logits = read_logits(answer, (self._stop(start) - start, self._outputs))
@@ -183,13 +202,21 @@ class Fleet:
                     self._answered[start] = logits
                     self._changed.notify_all()
         except grpc.RpcError as error:
-            self._end_of(endpoint, error, [start for start, _ in in_flight])
+            left = [start for start, _ in in_flight]
+            wait_s = wanted_wait_s(error)
+            if wait_s is None:
+                self._end_of(endpoint, error, left)
+            else:
+                with self._changed:
+                    self._leave(left)
+            return wait_s
         except grpc.FutureCancelledError:
-            return  # cancelled by us
+            return None  # cancelled by us
         except Exception as error:
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
+            return None
         finally:
             for _, call in in_flight:
                 call.cancel()
@@ -218,6 +245,19 @@ class Fleet:
                 self._failure = RequestRefused(f"{endpoint.name}: {detail}")
             else:
                 self._lost[endpoint.name] = detail
-                # The oldest first: the count waits for them.
-                self._waiting = deque(sorted((*left, *self._waiting)))
+                self._leave(left)
             self._changed.notify_all()
+
+    def _leave(self, left: Sequence[int]) -> None:
+        """Batches that another server, or the same one later, is to answer. The lock is held."""
+        # The oldest first: the count waits for them.
+        self._waiting = deque(sorted((*left, *self._waiting)))
+        self._changed.notify_all()
+
+
+def wanted_wait_s(error: grpc.RpcError) -> float | None:
+    """How long a server that has too much to do asks to be left alone; None for every other error."""
+    if not isinstance(error, grpc.Call) or error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return None
+    refused = from_rpc_error(error)
+    return refused.retry_after_s if isinstance(refused, ResourceExhausted) else None

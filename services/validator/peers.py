@@ -7,9 +7,9 @@ from pathlib import Path
 
 import grpc
 
-from services.runtime.names import format_artifact, format_task, parse_artifact, parse_assignment
+from services.runtime.names import format_artifact, format_task, parse_artifact, parse_assignment, parse_participant
 from services.runtime.rpc_errors import from_rpc_error
-from services.validator.assignments import Assignment, AssignmentState, DigestMismatch, Lease, Order
+from services.validator.assignments import Assignment, AssignmentState, DigestMismatch, Lease, Node, Order
 from services.validator.leavings import TaskDatasets
 from tiltyard.client import new_request_id
 from tiltyard.counting import Metric
@@ -187,6 +187,9 @@ def _order(message: assignment_pb2.EvaluationOrder) -> tuple[Order | None, str]:
             metric=_METRIC_OF.get(message.metric),
             top_k=message.top_k or 1,
             bound=message.bound,
+            node=Node(parse_participant(message.node, "order.node"), message.node_endpoint)
+            if message.node_endpoint
+            else None,
         ),
         "",
     )

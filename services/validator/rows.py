@@ -73,6 +73,11 @@ class EvaluationRows:
             _label_values=math.prod(y.shape[1:]),
         )
 
+    def check_shape(self, input_shape: tuple[int, ...]) -> None:
+        """Raises CannotEvaluate when the rows are not what a model of this input takes."""
+        if self.row_shape != input_shape:
+            raise CannotEvaluate(f"rows of the dataset have shape {self.row_shape}, the model's input {input_shape}")
+
     def features(self, start: int, stop: int) -> bytes:
         """Rows `start` to `stop` of x, raw and little-endian."""
         return self._read(self._features_start + start * self.row_bytes, (stop - start) * self.row_bytes)

@@ -40,12 +40,16 @@ class Fault(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What an evaluation found: counts with the digests of the predictions, or a fault with a sentence on it."""
+    """What an evaluation found: counts with the digests of the predictions, or a fault with a sentence on it.
+
+    `node_endpoint`: the training node's own server answered, and nothing ties that to the committed weights.
+    """
 
     counts: Counts | None = None
     prediction_blocks: tuple[bytes, ...] = ()
     fault: Fault | None = None
     detail: str = ""
+    node_endpoint: bool = False
 
 
 @dataclass(frozen=True)

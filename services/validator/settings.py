@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from services.runtime.settings import ServiceSettings
 from services.validator.fleet import parse_servers
+from services.validator.nodes import parse_reach
 
 GIB = 1024**3
 
@@ -26,14 +27,25 @@ class ValidatorSettings(ServiceSettings):
     cache_bytes: Annotated[int, Field(ge=1)] = 20 * GIB
     """Most bytes of datasets and models kept."""
     device: Literal["cpu", "auto", "cuda"] = "auto"
-    """Where models run."""
+    """Where models run: `auto` is the CPU, too, and `cuda` stops the start with the reason."""
     model_servers: str = ""
     """Open Inference Protocol servers to use instead of own children: `NAME=ADDRESS` or `NAME=ADDRESS@PARTICIPANT_ID`,
-    comma-separated. The id is that of a server's key, which then gets a token signed by the validator's."""
+    comma-separated. The id is that of a server's key, which then gets a token signed by the validator's. With grpcs://
+    before it an address is called by TLS, with grpc:// in plaintext, else as TILTYARD_TLS_CA says for all peers."""
     model_share: Path | None = None
     """The folder that those servers load models from; needed with `model_servers`."""
     model_template: Path | None = None
     """A folder whose files are put into each model's folder, `${MODEL}` in them replaced by the model's name."""
+
+    node_endpoints: str = ""
+    """Where training nodes' own endpoints may lead, which are asked for a model that this validator cannot evaluate
+    itself, in tasks that allow it: `public` for the public internet, networks as 10.0.0.0/8; empty for nowhere."""
+
+    @field_validator("node_endpoints")
+    @classmethod
+    def _reachable(cls, value: str) -> str:
+        parse_reach(value)
+        return value
 
     @field_validator("model_servers")
     @classmethod
@@ -51,5 +63,8 @@ class ValidatorSettings(ServiceSettings):
     @classmethod
     def _on_the_cpu(cls, value: str) -> str:
         if value == "cuda":
-            raise ValueError("confined model servers run on the CPU; cuda is not built yet")
+            raise ValueError(
+                "own model servers run on the CPU alone: a GPU's memory and driver cannot be confined, and the CPU is the "
+                "reference of disputes; name a model server on a GPU in TILTYARD_MODEL_SERVERS instead"
+            )
         return value

@@ -35,6 +35,7 @@ class KeyNotary:
             dataset_digest=bytes.fromhex(order.dataset_digest),
             model_digest=bytes.fromhex(order.model_digest),
             detail=finding.detail[:_MAX_DETAIL_CHARS],
+            node_endpoint=finding.node_endpoint,
         )
         if finding.counts is not None:
             report.counts.CopyFrom(

@@ -27,6 +27,7 @@ class RunRow(SQLModel, table=True):
     detail: str = ""
     finding_detail: str = ""
     fault: str | None = None
+    node_endpoint: bool = False
     correct: int | None = Field(default=None, sa_column=Column(BigInteger))
     total: int | None = Field(default=None, sa_column=Column(BigInteger))
     ambiguous: int | None = Field(default=None, sa_column=Column(BigInteger))
@@ -124,6 +125,7 @@ def _fill(row: RunRow, run: Run) -> None:
     if finding is not None:
         row.finding_detail = finding.detail
         row.fault = finding.fault
+        row.node_endpoint = finding.node_endpoint
         counts = finding.counts
         row.correct = None if counts is None else counts.correct
         row.total = None if counts is None else counts.total
@@ -150,10 +152,14 @@ def _run(row: RunRow) -> Run:
 
 def _finding(row: RunRow) -> Finding | None:
     if row.fault is not None:
-        return Finding(fault=Fault(row.fault), detail=row.finding_detail)
+        return Finding(fault=Fault(row.fault), detail=row.finding_detail, node_endpoint=row.node_endpoint)
     if row.correct is None or row.total is None or row.ambiguous is None or row.loss_sum_micros is None:
         return None
-    return Finding(counts=Counts(row.correct, row.total, row.ambiguous, row.loss_sum_micros), detail=row.finding_detail)
+    return Finding(
+        counts=Counts(row.correct, row.total, row.ambiguous, row.loss_sum_micros),
+        detail=row.finding_detail,
+        node_endpoint=row.node_endpoint,
+    )
 
 
 def _sealed(row: RunRow) -> SealedReport | None:

@@ -6,19 +6,22 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import pytest_asyncio
 from safetensors.numpy import save_file
 
-from services.modelserver.spawn import Nursery
+from services.modelserver.spawn import READY_TIMEOUT_S, Child, Limits, Nursery
 from services.validator import children
 from services.validator.assignments import Order
 from services.validator.children import NurseryAttempts
 from services.validator.evaluation import CannotEvaluate, Job, find
 from services.validator.runs import Fault, Finding, Progress
+from tests.wiretap import Tap, labels_in
 from tiltyard.modelspec import Mlp, ModelSpec, tensor_shapes
 
 # Wide enough to be caught in the middle.
@@ -26,12 +29,20 @@ SPEC = ModelSpec((8, 8), 10, Mlp((512, 512, 512)), input_scale=1 / 255)
 ROWS = 60_000
 
 
-@pytest.fixture
-async def attempts(tmp_path: Path) -> AsyncIterator[NurseryAttempts]:
-    async with Nursery() as nursery:
-        made = NurseryAttempts(nursery, folder=tmp_path / "children", threads=0, concurrency=1)
-        yield made
-        made.close()
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def nursery() -> AsyncIterator[Nursery]:
+    async with Nursery() as started:
+        yield started
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def attempts(nursery: Nursery, tmp_path: Path) -> AsyncIterator[NurseryAttempts]:
+    made = NurseryAttempts(nursery, folder=tmp_path / "children", threads=0, concurrency=1)
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -100,3 +111,40 @@ async def test_model_servers_that_are_killed_again_and_again_are_the_platforms_t
 ) -> None:
     with pytest.raises(CannotEvaluate, match="no model server stays alive"):
         await find_while(job, attempts, signal.SIGKILL, times=3)
+
+
+class TappedNursery(Nursery):
+    """Children behind a tap: what goes to them and comes back is kept."""
+
+    def __init__(self, nursery: Nursery) -> None:
+        self._inner = nursery
+        self.taps: list[Tap] = []
+
+    async def spawn(self, folder: Path, limits: Limits, *, timeout_s: float = READY_TIMEOUT_S) -> Child:
+        child = await self._inner.spawn(folder, limits, timeout_s=timeout_s)
+        self.taps.append(Tap(child.address, f"{child.address}.tap"))
+        return replace(child, address=self.taps[-1].address)
+
+
+async def test_no_label_is_on_the_wire_to_a_model_server(tmp_path: Path, nursery: Nursery) -> None:
+    rng = np.random.default_rng(0)
+    spec = ModelSpec((8,), 50_000, Mlp((2,)))
+    x, y = rng.normal(size=(1000, 8)).astype(np.float32), rng.permutation(np.arange(10_000, 50_000))[:1000]
+    save_file({"x": x, "y": y}, tmp_path / "d")
+    save_file({n: rng.normal(size=s).astype(np.float32) for n, s in tensor_shapes(spec).items()}, tmp_path / "m")
+    order = Order("", 0, "", 0, spec, max_cpu_s=60, max_memory_bytes=1 << 30)
+    tapped = TappedNursery(nursery)
+    attempts = NurseryAttempts(tapped, folder=tmp_path / "children", threads=0, concurrency=1)
+    found = await attempts.attempt(Job(order, tmp_path / "d", tmp_path / "m"), Progress())
+    attempts.close()
+    assert found.counts is not None
+    (tap,) = tapped.taps
+    wire = tap.sent
+    tap.close()
+    # The tap saw the features, whole rows of them, and the outputs.
+    assert sum(row.tobytes() in wire for row in x[::50]) == 20
+    assert len(tap.received) > 4 * 50_000 * len(x)
+    labels = y.tolist()
+    assert labels_in(wire, labels) == []
+    for encoded in (y[4:8].astype("<i4").tobytes(), ",".join(map(str, labels[:9])).encode()):
+        assert labels_in(wire[:1000] + encoded + wire[1000:2000], labels)

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import grpc
 import numpy as np
 import psutil
 import pytest
+import pytest_asyncio
 import torch
 
 from services.modelserver.spawn import MODEL_NAME, Child, ChildEnded, ExitKind, Limits, Nursery, NurseryDown
@@ -31,7 +31,10 @@ BUSY = ModelSpec((64, 64), 2, Convnet((64, 64), kernel_size=11))
 ROOMY = Limits(memory_bytes=1 << 30, cpu_seconds=60)
 OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the nursery stands on Linux's process controls")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the nursery stands on Linux's process controls"),
+    pytest.mark.asyncio(loop_scope="module"),
+]
 
 
 def put(folder: Path, spec: ModelSpec) -> Path:
@@ -66,10 +69,20 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return put(tmp_path_factory.mktemp("models") / "digits", SPEC)
 
 
-@pytest.fixture
-async def nursery() -> AsyncIterator[Nursery]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def warm() -> AsyncIterator[Nursery]:
+    # Importing torch takes a zygote seconds; what a test leaves behind is ended below.
     async with Nursery() as started:
         yield started
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def nursery(warm: Nursery) -> AsyncIterator[Nursery]:
+    yield warm
+    left = children_of(warm)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    await gone(*left)
 
 
 def children_of(nursery: Nursery) -> list[int]:
@@ -124,11 +137,12 @@ async def test_a_child_has_no_network_and_its_limits(nursery: Nursery, digits: P
     await child.kill()
 
 
-def test_the_filter_leaves_unix_sockets_and_takes_the_rest() -> None:
+async def test_the_filter_leaves_unix_sockets_and_takes_the_rest() -> None:
     # A process of its own, since what is given up does not come back.
-    tried = subprocess.run(
-        [sys.executable, "-c", CONFINED], capture_output=True, text=True, check=True, timeout=60
-    ).stdout.split()
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", CONFINED, stdout=asyncio.subprocess.PIPE)
+    answered, _ = await process.communicate()
+    assert process.returncode == 0
+    tried = answered.decode().split()
     network, outcome = tried[0], tried[1:]
     if network == "open":
         pytest.skip("this kernel lets nothing be taken away")
@@ -236,7 +250,7 @@ async def test_a_dead_zygote_takes_its_children_along_and_another_starts(nursery
 async def test_closing_ends_all_and_refuses_more(digits: Path) -> None:
     async with Nursery() as nursery:
         child = await nursery.spawn(digits, ROOMY)
-        zygote = zygote_of(nursery)
+        zygote = psutil.Process(child.pid).ppid()
     assert (await child.wait()).kind is ExitKind.KILLED
     await gone(child.pid, zygote)
     with pytest.raises(NurseryDown):

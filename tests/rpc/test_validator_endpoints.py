@@ -13,13 +13,14 @@ from safetensors.numpy import load_file
 from test_validator import LONG_S, SPEC, ValidatorProcess
 from validator_registry import DECLINED, OPENED, FakeRegistry, dataset_bytes, model_bytes, random_dataset
 
+from tiltyard.authority import Authority
 from tiltyard.identity import Key
 from tiltyard.type.v1 import evaluation_pb2 as types_pb2
 
 
 @asynccontextmanager
-async def model_server(folder: Path, share: Path, operator: str):
-    """`python -m services.modelserver` behind a token; yields what to write into the settings, and the process."""
+async def model_server(folder: Path, share: Path, operator: str, **more: Path):
+    """`python -m services.modelserver` behind a token; yields its address, its key's id, and the process."""
     key = Key.load_or_create(folder / "key.pem")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TILTYARD_")}
     settings = {
@@ -29,6 +30,7 @@ async def model_server(folder: Path, share: Path, operator: str):
         "TILTYARD_OPERATORS": operator,
         "TILTYARD_THREADS": "1",
         "TILTYARD_LOG_FORMAT": "json",
+        **{f"TILTYARD_{name.upper()}": str(value) for name, value in more.items()},
     }
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "services.modelserver", env={**inherited, **settings}, stderr=asyncio.subprocess.PIPE
@@ -38,7 +40,7 @@ async def model_server(folder: Path, share: Path, operator: str):
             while b'"serving"' not in (line := await process.stderr.readline()):
                 assert line, "the model server did not start"
         address = line.decode().partition('"address": "')[2].partition('"')[0]
-        yield f"{folder.name}={address}@{key.id}", process
+        yield address, key.id, process
     finally:
         if process.returncode is None:
             process.kill()
@@ -49,6 +51,8 @@ async def model_server(folder: Path, share: Path, operator: str):
 async def registry(tmp_path):
     key = Key.load_or_create(tmp_path / "state" / "key.pem")
     fake = FakeRegistry(key.id)
+    # Peers at other addresses are called by TLS here.
+    fake.address = f"unix:{tmp_path}/r.sock"
     await fake.start()
     yield fake
     await fake.stop()
@@ -63,18 +67,27 @@ def right_ones(content: bytes, x, y, tmp_path) -> int:
     return int((logits.argmax(axis=1) == y).sum())
 
 
-async def test_two_servers_share_evaluations_and_one_alone_goes_on(registry, tmp_path):
+async def test_two_servers_one_by_mutual_tls_share_evaluations_and_one_alone_goes_on(registry, tmp_path):
     share = tmp_path / "share"
     share.mkdir()
     x, y = random_dataset(9000, (8, 8), 10)
     model = model_bytes(SPEC)
     operator = Key.load_or_create(tmp_path / "state" / "key.pem").id
+    authority = Authority.open(tmp_path / "authority")
+    ours, theirs = (authority.issue(name, ["127.0.0.1"]) for name in ("validator", "two"))
+    tls = {"tls_certificate": theirs.certificate, "tls_key": theirs.key, "tls_client_ca": authority.certificate}
     async with (
-        model_server(tmp_path / "one", share, operator) as (one, first),
-        model_server(tmp_path / "two", share, operator) as (two, _),
+        model_server(tmp_path / "one", share, operator) as (one, one_id, first),
+        model_server(tmp_path / "two", share, operator, **tls) as (two, two_id, _),
     ):
         validator = ValidatorProcess(
-            tmp_path / "state", registry.address, model_servers=f"{one},{two}", model_share=share
+            tmp_path / "state",
+            registry.address,
+            model_servers=f"one=grpc://{one}@{one_id},two={two}@{two_id}",
+            model_share=share,
+            tls_ca=authority.certificate,
+            tls_certificate=ours.certificate,
+            tls_key=ours.key,
         )
         await validator.start()
         try:

@@ -1,6 +1,7 @@
 """One evaluation over several servers: all of them work, and one that fails costs only what it had in flight."""
 
 import threading
+import time
 from concurrent import futures
 from contextlib import ExitStack, contextmanager
 
@@ -9,14 +10,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from services.validator.fleet import Endpoint, Fleet, ModelServer, parse_servers
+from services.runtime.errors import ResourceExhausted
+from services.runtime.rpc_errors import to_rpc_status
+from services.validator.fleet import WINDOW, Endpoint, Fleet, ModelServer, parse_servers
 from services.validator.pipeline import RequestRefused, StreamBroken, StreamCancelled, WrongAnswer
 from services.validator.rows import EvaluationRows
+from tests.wiretap import labels_in, tapped
 from tiltyard.inference.v2 import inference_pb2 as pb
 from tiltyard.inference.v2 import inference_pb2_grpc as rpc
 
 ROWS, WIDTH, STEP = 2000, 5, 10
-LABEL = 0x1122334455667788
+LABELS = np.random.default_rng(1).permutation(np.arange(10_000, 60_000))[:ROWS]
 
 
 class Server(rpc.GRPCInferenceServiceServicer):
@@ -52,7 +56,8 @@ def serving(*servers):
             port = running.add_insecure_port("127.0.0.1:0")
             running.start()
             stack.callback(lambda running=running: running.stop(0).wait())
-            channel = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}"))
+            server.tap = stack.enter_context(tapped(f"127.0.0.1:{port}"))
+            channel = stack.enter_context(grpc.insecure_channel(server.tap.address))
             endpoints.append(Endpoint(f"s{index}", channel, lambda: (("authorization", "Bearer t"),)))
         yield endpoints
 
@@ -60,7 +65,7 @@ def serving(*servers):
 @pytest.fixture
 def rows(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (ROWS, WIDTH), dtype=np.uint8)
-    save_file({"x": x, "y": np.full(ROWS, LABEL)}, tmp_path / "d")
+    save_file({"x": x, "y": LABELS}, tmp_path / "d")
     with EvaluationRows.open(tmp_path / "d") as opened:
         yield opened
 
@@ -85,7 +90,7 @@ def fleet_of(endpoints, **options):
     return Fleet(endpoints, model="m", outputs=2, rows_per_batch=STEP, **options)
 
 
-def test_servers_share_an_evaluation_and_no_label_leaves(rows):
+def test_servers_share_an_evaluation_and_no_label_is_on_the_wire(rows):
     servers = [Server(), Server(typed=True), Server()]
     with serving(*servers) as endpoints:
         fleet = fleet_of(endpoints)
@@ -93,8 +98,9 @@ def test_servers_share_an_evaluation_and_no_label_leaves(rows):
     assert fleet.lost() == {}
     assert all(server.requests for server in servers)
     assert sum(len(server.requests) for server in servers) == ROWS // STEP
-    wire = b"".join(request.SerializeToString() for server in servers for request in server.requests)
-    assert LABEL.to_bytes(8, "little") not in wire
+    wire = b"".join(server.tap.sent for server in servers)
+    assert rows.features(0, STEP) in wire
+    assert labels_in(wire, LABELS.tolist()) == []
 
 
 def die_after(count):
@@ -123,6 +129,37 @@ def test_when_all_have_died_it_says_how_each_did(rows):
         pytest.raises(StreamBroken, match=r"s\d: the machine is gone; s\d: the machine is gone"),
     ):
         evaluated(rows, fleet_of(endpoints))
+
+
+def busy(every, wait_s):
+    def spoil(answer, context, served):
+        if served % every == 0:
+            error = ResourceExhausted("QUEUE_FULL", "enough waits already", retry_after_s=wait_s)
+            context.set_trailing_metadata(to_rpc_status(error).trailing_metadata)
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "enough waits already")
+
+    return spoil
+
+
+def test_a_server_that_has_too_much_to_do_is_left_alone_as_long_as_it_asks_and_is_not_lost(rows):
+    server = Server(busy(every=20, wait_s=0.05))
+    began = time.monotonic()
+    with serving(server) as endpoints:
+        fleet = fleet_of(endpoints)
+        assert np.array_equal(evaluated(rows, fleet), expected(rows))
+    assert fleet.lost() == {}
+    refusals = len(server.requests) // 20
+    assert refusals >= 10
+    # Several in flight may be refused for one pause.
+    assert time.monotonic() - began >= 0.05 * refusals / WINDOW
+
+
+def test_one_that_is_full_for_good_leaves_its_batches_to_the_others(rows):
+    with serving(Server(busy(every=1, wait_s=30)), Server()) as endpoints:
+        fleet = fleet_of(endpoints)
+        began = time.monotonic()
+        assert np.array_equal(evaluated(rows, fleet), expected(rows))
+    assert time.monotonic() - began < 20
 
 
 def refuse(answer, context, served):
@@ -184,13 +221,19 @@ def test_servers_are_named_in_the_settings():
     key = "a" * 40
     assert parse_servers(f" gpu=10.0.0.5:7405@{key}, local=unix:/run/model.sock,six=[::1]:80 ") == (
         ModelServer("gpu", "10.0.0.5:7405", key),
-        ModelServer("local", "unix:/run/model.sock"),
+        ModelServer("local", "unix:/run/model.sock", tls=False),
         ModelServer("six", "[::1]:80"),
+    )
+    assert parse_servers(f"a=grpcs://gpu.example:7405@{key}, b=grpc://10.0.0.5:1") == (
+        ModelServer("a", "gpu.example:7405", key, tls=True),
+        ModelServer("b", "10.0.0.5:1", tls=False),
     )
     assert parse_servers("") == ()
 
 
-@pytest.mark.parametrize("text", ["10.0.0.5:7405", "gpu=host", "gpu=h:1@short", "=h:1", "a=h:1,a=h:2", "g=http://h:1"])
+@pytest.mark.parametrize(
+    "text", ["10.0.0.5:7405", "gpu=host", "gpu=h:1@short", "=h:1", "a=h:1,a=h:2", "g=http://h:1", "g=grpcs://h"]
+)
 def test_a_server_that_is_badly_named_is_refused(text):
     with pytest.raises(ValueError, match=r"is not NAME=|one name"):
         parse_servers(text)

@@ -157,9 +157,26 @@ class Attempts:
         return FOUND
 
 
+class Nodes:
+    """The nodes' own servers; without a finding nobody may ask them."""
+
+    def __init__(self):
+        self.finding = None
+        self.asked = []
+
+    def may_ask(self, order):
+        return self.finding is not None
+
+    async def evaluate(self, order, dataset, progress):
+        self.asked.append(order)
+        if isinstance(self.finding, Exception):
+            raise self.finding
+        return self.finding
+
+
 class Arena:
     def __init__(self, folder, *runs, stop_after=0, concurrency=1, leases=8):
-        self.registry, self.store, self.attempts = Registry(), MemoryStore(*runs), Attempts()
+        self.registry, self.store, self.attempts, self.nodes = Registry(), MemoryStore(*runs), Attempts(), Nodes()
         self.drained = asyncio.Event()
         self.now = NOW
         self.means = Means(
@@ -168,6 +185,7 @@ class Arena:
             store=self.store,
             cache=Cache(folder, max_bytes=1 << 20),
             attempts=self.attempts,
+            nodes=self.nodes,
             leases=FairSlots(leases),
             evaluations=FairSlots(concurrency),
             lease_holder=bytes(32),
@@ -313,6 +331,42 @@ async def test_own_trouble_is_declined_with_its_reason_and_no_report(tmp_path, w
         arena.attempts.error, arena.registry.order = None, ORDER
         arena.registry.offer("b")
         assert (await arena.store.until("b", *ENDED_RUNS)).state is RunState.OPENED
+
+
+@pytest.mark.parametrize("where", ["attempt", "cache"])
+async def test_what_cannot_be_evaluated_here_is_asked_of_the_nodes_own_server_where_that_is_allowed(tmp_path, where):
+    async with Arena(tmp_path) as arena:
+        arena.nodes.finding = replace(FOUND, node_endpoint=True)
+        if where == "attempt":
+            arena.attempts.error = CannotEvaluate("no onnxruntime")
+        else:
+            arena.registry.order = replace(ORDER, model_bytes=1 << 20)
+        arena.registry.offer("a")
+        ended = await arena.store.until("a", *ENDED_RUNS)
+        assert (ended.state, ended.finding.node_endpoint) == (RunState.OPENED, True)
+        assert ended.finding.counts == FOUND.counts
+        assert ("no onnxruntime" if where == "attempt" else "bytes are needed") in ended.finding.detail
+        assert arena.nodes.asked == [arena.registry.order]
+        # Its model was never fetched where it has no room.
+        assert [digest for _, digest in arena.calls("fetch")].count(ORDER.model_digest) == (where == "attempt")
+
+
+async def test_a_model_that_can_be_evaluated_here_is_never_asked_of_the_node(tmp_path):
+    async with Arena(tmp_path) as arena:
+        arena.nodes.finding = replace(FOUND, node_endpoint=True)
+        arena.registry.offer("a")
+        ended = await arena.store.until("a", *ENDED_RUNS)
+    assert (ended.state, ended.finding, arena.nodes.asked) == (RunState.OPENED, FOUND, [])
+
+
+async def test_when_the_nodes_server_fails_too_both_reasons_are_given_back(tmp_path):
+    async with Arena(tmp_path) as arena:
+        arena.attempts.error = CannotEvaluate("no onnxruntime")
+        arena.nodes.finding = CannotEvaluate("the node's own endpoint: refused")
+        arena.registry.offer("a")
+        assert (await arena.store.until("a", *ENDED_RUNS)).state is RunState.FAILED
+        ((_, _, reason),) = arena.calls("decline")
+    assert reason == "no onnxruntime; the node's own endpoint: refused"
 
 
 async def test_an_error_nobody_thought_of_ends_its_run_and_no_other(tmp_path):

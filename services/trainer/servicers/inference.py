@@ -1,4 +1,7 @@
-"""The node's trained models behind the Open Inference Protocol; torch is loaded with the first call, not before."""
+"""The node's trained models behind the Open Inference Protocol; torch is loaded with the first call, not before.
+
+The owner asks a model by its training's id; a validator that judges a submitted one, by the hex digits of its digest.
+"""
 
 import asyncio
 import importlib
@@ -7,8 +10,10 @@ from typing import Any, Protocol, cast
 
 import structlog
 
+from services.runtime.auth import Role, current_caller
 from services.runtime.errors import ArenaError
 from services.runtime.server import Mount
+from services.trainer.judges import Judges
 from services.trainer.training import Training
 from tiltyard.inference.v2 import inference_pb2_grpc as rpc
 
@@ -19,14 +24,16 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 _UNARY = (
     "ServerLive",
     "ServerReady",
-    "ModelReady",
     "ServerMetadata",
-    "ModelMetadata",
-    "ModelInfer",
     "RepositoryIndex",
     "RepositoryModelLoad",
     "RepositoryModelUnload",
 )
+# The field of each method's request that names the model.
+_NAMED_BY = {"ModelReady": "name", "ModelMetadata": "name", "ModelInfer": "model_name"}
+_STREAM = "ModelStreamInfer"
+FOR_JUDGES = (*_NAMED_BY, _STREAM)
+"""The methods that a validator may call."""
 
 
 class _Models(Protocol):
@@ -34,17 +41,19 @@ class _Models(Protocol):
 
     async def load(self, name: str) -> None: ...
 
-    async def load_all(self) -> None: ...
+    async def load_all(self, *, lazily: bool = False) -> None: ...
 
     def close(self) -> None: ...
 
 
 class TrainedModels:
-    """Serves each model of the runs' folder under its training's id."""
+    """Serves each model of the runs' folder under its training's id, at most `memory_bytes` of weights at once."""
 
-    def __init__(self, *, runs: Path, device: str) -> None:
+    def __init__(self, *, runs: Path, device: str, memory_bytes: int, judges: Judges) -> None:
         self._runs = runs
         self._device = device
+        self._memory_bytes = memory_bytes
+        self._judges = judges
         self._models: _Models | None = None
         self._servicer: Any = None
         self._opening = asyncio.Lock()
@@ -65,14 +74,21 @@ class TrainedModels:
             _log.warning("a trained model cannot be served", training=training.id, error=str(error))
 
     async def servicer(self) -> Any:
-        """The model server's own servicer, with every model loaded."""
+        """The model server's own servicer."""
         async with self._opening:
             if self._servicer is None:
                 models, servicers = await asyncio.to_thread(_import)
-                opened = models.Models(repository=self._runs, device=self._device)
-                await opened.load_all()
+                opened = models.Models(repository=self._runs, device=self._device, memory_bytes=self._memory_bytes)
+                await opened.load_all(lazily=True)
                 self._models, self._servicer = opened, servicers.InferenceServicer(opened)
         return self._servicer
+
+    async def name_for_caller(self, model: str) -> str:
+        """The name under which a model is served, for a caller who may ask it. Raises PermissionDenied, Unavailable."""
+        caller = current_caller()
+        if Role.OPERATOR in caller.roles:
+            return model
+        return await self._judges.training_for(caller.id, model)
 
     async def close(self) -> None:
         """Ends the threads that run models."""
@@ -93,20 +109,29 @@ class _LazyServicer:
     def __init__(self, models: TrainedModels) -> None:
         for name in _UNARY:
             setattr(self, name, _unary(models, name))
-        self.ModelStreamInfer = _stream(models, "ModelStreamInfer")
+        for name, field in _NAMED_BY.items():
+            setattr(self, name, _unary(models, name, named_by=field))
+        self.ModelStreamInfer = _stream(models, _STREAM)
 
 
-def _unary(models: TrainedModels, name: str) -> Any:
+def _unary(models: TrainedModels, name: str, *, named_by: str = "") -> Any:
     async def method(request: Any, context: Any) -> Any:
+        if named_by:
+            setattr(request, named_by, await models.name_for_caller(getattr(request, named_by)))
         return await getattr(await models.servicer(), name)(request, context)
 
     return method
 
 
 def _stream(models: TrainedModels, name: str) -> Any:
+    async def named(requests: Any) -> Any:
+        async for request in requests:
+            request.model_name = await models.name_for_caller(request.model_name)
+            yield request
+
     async def method(requests: Any, context: Any) -> Any:
         servicer = await models.servicer()
-        async for answer in getattr(servicer, name)(requests, context):
+        async for answer in getattr(servicer, name)(named(requests), context):
             yield answer
 
     return method
