@@ -19,7 +19,7 @@ from services.trainer import runfolder
 from services.trainer.config import Executor
 from services.trainer.datareport import DataReport, report_on
 from services.trainer.fulldisk import write_when_there_is_room
-from services.trainer.localdata import class_count, examine, is_large, mark_of
+from services.trainer.localdata import class_count, examine, is_large
 from services.trainer.runfolder import Say
 from tiltyard.datasets import Dataset
 
@@ -49,9 +49,6 @@ def main() -> None:
 
 def _train(folder: Path, say: Say) -> int:
     order = runfolder.read_order(folder)
-    if mark_of(order.dataset) != order.dataset_mark:
-        say({"event": "broken", "error": "the dataset has changed since the training was started"})
-        return 1
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda _number, _frame: stopped.set())
     dataset = Dataset.open(order.dataset)

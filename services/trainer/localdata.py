@@ -1,52 +1,74 @@
 """The node's data folder: finds a dataset below it and looks through it before the first step."""
 
 import asyncio
-import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from services.runtime.errors import FieldViolation, InvalidArgument, NotFound
+from services.runtime.errors import FieldViolation, InvalidArgument, NotFound, ResourceExhausted
 from services.trainer.config import LossKind
-from tiltyard.datasets import Dataset, DatasetError, header_violations, pack, scan
+from services.trainer.fulldisk import is_full
+from services.trainer.packed import FOLDER, PackedCopies, files_of, mark_of
+from tiltyard.datasets import Dataset, DatasetError, header_violations, scan
 from tiltyard.modelspec import ModelSpec, Transformer
 
 _MAX_PATH_CHARS = 1024
-# Sources of other kinds are packed once into this folder beside them.
-_PACKED_FOLDER = ".packed"
-_PACKED_SUFFIX = ".safetensors"
+_SAFETENSORS = ".safetensors"
 LARGE_BYTES = 256 * 1024 * 1024
+DEFAULT_PACKED_BYTES = 4 * 1024**3
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """The file that a training reads, and a mark that changes when the dataset does."""
+
+    path: Path
+    mark: str
 
 
 @dataclass(frozen=True)
 class LocalDataset:
-    """A dataset that was looked through: its file, its rows, and a mark that changes when the file does."""
+    """A dataset that was looked through: its rows, and a mark that changes when it does."""
 
-    path: Path
     rows: int
     mark: str
 
 
 class DataFolder:
-    """The datasets that this node may train on. They never leave it."""
+    """The datasets that this node may train on. They never leave it.
 
-    def __init__(self, folder: Path) -> None:
+    Those of other kinds than safetensors are packed into copies of at most `packed_bytes`.
+    """
+
+    def __init__(self, folder: Path, *, packed_bytes: int = DEFAULT_PACKED_BYTES) -> None:
         self._folder = folder
+        self._packed = PackedCopies(folder, max_bytes=packed_bytes)
 
-    def file(self, dataset: str, loss: LossKind) -> Path:
-        """The safetensors file that a training reads: the dataset's own, or the one that it was packed into.
+    def tidy(self) -> None:
+        """Removes packed copies that are of no use any more."""
+        self._packed.tidy()
 
-        Raises as `path` does, and NotFound where a dataset of another kind was not packed as it is now.
+    def locate(self, dataset: str, loss: LossKind) -> LocalFile:
+        """The safetensors file that a training reads: the dataset's own, or the one that it is packed into.
+
+        Raises as `path` does, OSError, and InvalidArgument for what is no dataset.
         """
         source = self.path(dataset)
-        if source.suffix == _PACKED_SUFFIX:
-            return source
-        packed = self._packed(source, loss)
-        if not packed.is_file():
-            raise NotFound("DATASET_CHANGED", f"the dataset {dataset!r} has changed since the training was started")
-        return packed
+        if source.suffix == _SAFETENSORS:
+            return LocalFile(source, mark_of(source))
+        size = source.stat().st_size if source.is_file() else sum(each.stat().st_size for each in files_of(source))
+        if size > LARGE_BYTES:
+            raise InvalidArgument.field(
+                "dataset",
+                f"has {size} bytes, over {LARGE_BYTES} it must be a safetensors file: tiltyard dataset pack makes one",
+                reason="BAD_DATASET",
+            )
+        try:
+            copy = self._packed.copy(source, loss)
+        except DatasetError as error:
+            raise InvalidArgument.field("dataset", f"is not a dataset: {error}", reason="BAD_DATASET") from error
+        return LocalFile(copy, copy.stem)
 
     def path(self, dataset: str) -> Path:
         """The file or folder of a dataset, given as a path below the folder.
@@ -57,7 +79,7 @@ class DataFolder:
             raise InvalidArgument.field("dataset", "is required, as a path below the node's data folder")
         relative = PurePosixPath(dataset)
         bad = len(dataset) > _MAX_PATH_CHARS or not dataset.isprintable()
-        if bad or relative.is_absolute() or ".." in relative.parts:
+        if bad or relative.is_absolute() or ".." in relative.parts or FOLDER in relative.parts[:1]:
             raise InvalidArgument.field(
                 "dataset", "must be a relative path below the node's data folder, without '..'", reason="INVALID_PATH"
             )
@@ -77,53 +99,14 @@ class DataFolder:
         return await asyncio.to_thread(self._check, dataset, spec, loss)
 
     def _check(self, dataset: str, spec: ModelSpec, loss: LossKind) -> LocalDataset:
-        path = self.path(dataset)
-        if path.suffix != _PACKED_SUFFIX:
-            self._pack(path, loss)
-            path = self.file(dataset, loss)
-        return examine(path, spec, loss, whole=not is_large(path))
-
-    def _packed(self, source: Path, loss: LossKind) -> Path:
-        """Where a source of another kind lies as safetensors: another place when the source changes."""
-        facts = f"{source}/{mark_of(source)}/{_regression(loss)}"
-        return self._folder / _PACKED_FOLDER / (hashlib.sha256(facts.encode()).hexdigest()[:32] + _PACKED_SUFFIX)
-
-    def _pack(self, source: Path, loss: LossKind) -> None:
-        packed = self._packed(source, loss)
-        if packed.exists():
-            return
-        size = source.stat().st_size if source.is_file() else sum(each.stat().st_size for each in _files(source))
-        if size > LARGE_BYTES:
-            raise InvalidArgument.field(
-                "dataset",
-                f"has {size} bytes, over {LARGE_BYTES} it must be a safetensors file: tiltyard dataset pack makes one",
-                reason="BAD_DATASET",
-            )
-        packed.parent.mkdir(mode=0o700, exist_ok=True)
         try:
-            pack(source, packed, regression=_regression(loss))
-        except (DatasetError, OSError) as error:
-            raise InvalidArgument.field("dataset", f"is not a dataset: {error}", reason="BAD_DATASET") from error
-
-
-def mark_of(path: Path) -> str:
-    """Changes when the file, or a file of the folder, is replaced or written to."""
-    if path.is_dir():
-        marks = "".join(f"{each.relative_to(path)}\0{mark_of(each)}\0" for each in _files(path))
-        return hashlib.sha256(marks.encode()).hexdigest()
-    status = os.stat(path)
-    return f"{status.st_size}-{status.st_mtime_ns}"
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(each for each in folder.rglob("*") if each.is_file())
-
-
-def _regression(loss: LossKind) -> bool | None:
-    """Whether numbers are targets; None leaves it to what they look like."""
-    if loss is LossKind.BINARY_CROSS_ENTROPY:
-        return None
-    return not loss.takes_labels()
+            found = self.locate(dataset, loss)
+            rows = examine(found.path, spec, loss, whole=not is_large(found.path))
+        except OSError as error:
+            if is_full(error):
+                raise ResourceExhausted("DISK_FULL", "the node's disk is full: the dataset cannot be packed") from error
+            raise InvalidArgument.field("dataset", f"cannot be read: {error}", reason="BAD_DATASET") from error
+        return LocalDataset(rows=rows, mark=found.mark)
 
 
 def is_large(path: Path) -> bool:
@@ -137,12 +120,11 @@ def class_count(dataset: Dataset, spec: ModelSpec, loss: LossKind) -> int | None
     return max(2, spec.outputs) if labelled else None
 
 
-def examine(path: Path, spec: ModelSpec, loss: LossKind, *, whole: bool = True) -> LocalDataset:
-    """Looks through a dataset, or at its header alone. Raises InvalidArgument."""
-    mark = mark_of(path)
+def examine(path: Path, spec: ModelSpec, loss: LossKind, *, whole: bool = True) -> int:
+    """Looks through a dataset, or at its header alone; how many rows it has. Raises InvalidArgument, OSError."""
     try:
         dataset = Dataset.open(path)
-    except (DatasetError, OSError) as error:
+    except DatasetError as error:
         raise InvalidArgument.field("dataset", f"is not a dataset: {error}", reason="BAD_DATASET") from error
     classes = class_count(dataset, spec, loss)
     scanned = scan(dataset, spec.input_shape, classes) if whole else header_violations(dataset, spec.input_shape)
@@ -151,7 +133,7 @@ def examine(path: Path, spec: ModelSpec, loss: LossKind, *, whole: bool = True) 
         found = _fits(dataset, spec, loss, labelled=classes is not None)
     if found:
         raise InvalidArgument(found, reason="BAD_DATASET")
-    return LocalDataset(path=path, rows=len(dataset), mark=mark)
+    return len(dataset)
 
 
 def _fits(dataset: Dataset, spec: ModelSpec, loss: LossKind, *, labelled: bool) -> list[FieldViolation]:

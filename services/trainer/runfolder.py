@@ -37,7 +37,6 @@ class Order:
     """
 
     dataset: Path
-    dataset_mark: str
     spec: ModelSpec
     loss: LossKind
     config: TrainingConfig
@@ -55,7 +54,6 @@ def prepare(folder: Path, order: Order) -> None:
         folder / _ORDER_FILE,
         {
             "dataset": str(order.dataset),
-            "dataset_mark": order.dataset_mark,
             "spec": modelspec.to_json(order.spec),
             "loss": order.loss,
             "config": order.config.to_json(),
@@ -71,7 +69,6 @@ def read_order(folder: Path) -> Order:
     raw = json.loads((folder / _ORDER_FILE).read_text())
     return Order(
         dataset=Path(raw["dataset"]),
-        dataset_mark=raw["dataset_mark"],
         spec=modelspec.from_json(raw["spec"]),
         loss=LossKind(raw["loss"]),
         config=TrainingConfig.from_json(raw["config"]),

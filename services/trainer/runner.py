@@ -42,9 +42,11 @@ class ChildProcesses:
     ) -> End:
         """Starts or resumes the training's process and waits for its end. When cancelled, the process is gone."""
         folder = self._folder / training.id
+        dataset = await asyncio.to_thread(self._data.locate, training.dataset, training.loss)
+        if dataset.mark != training.dataset_mark:
+            return Broken("the dataset has changed since the training was started")
         order = runfolder.Order(
-            dataset=await asyncio.to_thread(self._data.file, training.dataset, training.loss),
-            dataset_mark=training.dataset_mark,
+            dataset=dataset.path,
             spec=training.spec,
             loss=training.loss,
             config=training.config,

@@ -19,7 +19,8 @@ from services.trainer.config import Executor, LossKind, TrainingConfig
 from services.trainer.descent import Descent
 from services.trainer.ends import Note, Trained
 from services.trainer.leftovers import RUN_VARIABLE
-from services.trainer.localdata import DataFolder, mark_of
+from services.trainer.localdata import DataFolder
+from services.trainer.packed import mark_of
 from services.trainer.progress import Progress
 from services.trainer.rows import Rows
 from services.trainer.runner import ChildProcesses

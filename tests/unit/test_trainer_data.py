@@ -1,13 +1,14 @@
 """What is found in a dataset before the first step, and a disk that is full for a while."""
 
 import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from services.runtime.errors import InvalidArgument, NotFound
+from services.runtime.errors import InvalidArgument, ResourceExhausted
 from services.trainer.config import LossKind
 from services.trainer.datareport import DataReport, report_on
 from services.trainer.fulldisk import write_when_there_is_room
@@ -57,7 +58,7 @@ def test_of_a_large_dataset_a_caller_waits_for_the_header_alone(tmp_path: Path) 
     x = np.full((4, 2), np.nan, np.float32)
     dataset(tmp_path, x, np.array([0, 1, 0, 1]))
     path, spec = tmp_path / "d.safetensors", ModelSpec((2,), 2, Linear())
-    assert examine(path, spec, LossKind.CROSS_ENTROPY, whole=False).rows == 4
+    assert examine(path, spec, LossKind.CROSS_ENTROPY, whole=False) == 4
     with pytest.raises(InvalidArgument, match="NaN"):
         examine(path, spec, LossKind.CROSS_ENTROPY)
     with pytest.raises(InvalidArgument, match="shape"):
@@ -102,19 +103,83 @@ def test_other_trouble_with_a_disk_is_not_waited_for() -> None:
         write_when_there_is_room(disk.write, warn=lambda _: None, wait=disk.wait)
 
 
+def copies(folder: Path) -> set[str]:
+    """What lies in the folder of packed copies, by path."""
+    found = (path.relative_to(folder / ".packed") for path in (folder / ".packed").rglob("*") if path.is_file())
+    return {str(path) for path in found if path.name != ".lock"}
+
+
 async def test_other_kinds_of_data_are_packed_once_and_again_when_they_change(tmp_path: Path) -> None:
     folder, spec = DataFolder(tmp_path), ModelSpec((2,), 2, Linear())
     source = tmp_path / "d.csv"
     source.write_text("a,b,y\n1,2,cat\n3,4,dog\n5,6,cat\n")
     found = await folder.check("d.csv", spec=spec, loss=LossKind.CROSS_ENTROPY)
     assert found.rows == 3
-    assert folder.file("d.csv", LossKind.CROSS_ENTROPY) == found.path
-    assert Dataset.open(found.path).labels == ("cat", "dog")
+    located = folder.locate("d.csv", LossKind.CROSS_ENTROPY)
+    assert located.mark == found.mark
+    assert Dataset.open(located.path).labels == ("cat", "dog")
+    inode = located.path.stat().st_ino
     assert (await folder.check("d.csv", spec=spec, loss=LossKind.CROSS_ENTROPY)).mark == found.mark
+    assert located.path.stat().st_ino == inode
     source.write_text("a,b,y\n1,2,cat\n3,4,dog\n")
-    with pytest.raises(NotFound, match="has changed"):
-        folder.file("d.csv", LossKind.CROSS_ENTROPY)
-    assert (await folder.check("d.csv", spec=spec, loss=LossKind.CROSS_ENTROPY)).rows == 2
+    changed = folder.locate("d.csv", LossKind.CROSS_ENTROPY)
+    assert changed.mark != found.mark
+    assert len(Dataset.open(changed.path)) == 2
+    # What the source was before is of no use to anybody.
+    assert len(copies(tmp_path)) == 1
+
+
+def test_packed_copies_are_bounded_and_made_again_with_the_same_mark(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    names = ["a.csv", "sub/b.csv", "c.csv"]
+    for name in names:
+        (tmp_path / name).write_text("a,b,y\n" + "1,2,cat\n3,4,dog\n" * 100)
+    unbounded = DataFolder(tmp_path)
+    first = {name: unbounded.locate(name, LossKind.CROSS_ENTROPY) for name in names}
+    size = first["a.csv"].path.stat().st_size
+    for age, name in enumerate(["sub/b.csv", "a.csv", "c.csv"]):
+        os.utime(first[name].path, (age, age))
+    (tmp_path / "d.csv").write_text("a,b,y\n" + "1,2,cat\n3,4,dog\n" * 100)
+    bounded = DataFolder(tmp_path, packed_bytes=2 * size)
+    bounded.locate("a.csv", LossKind.CROSS_ENTROPY)  # used again, so c.csv is the next to go
+    bounded.locate("d.csv", LossKind.CROSS_ENTROPY)
+    assert {path.split("/")[0] for path in copies(tmp_path)} == {"a.csv", "d.csv"}
+    again = bounded.locate("sub/b.csv", LossKind.CROSS_ENTROPY)
+    assert again == first["sub/b.csv"]
+    assert again.path.stat().st_size == size
+    assert len(copies(tmp_path)) == 2
+
+
+def test_what_a_crash_or_a_deleted_source_leaves_is_removed(tmp_path: Path) -> None:
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("a,b,y\n1,2,cat\n3,4,dog\n")
+    folder = DataFolder(tmp_path)
+    kept, gone = (folder.locate(name, LossKind.CROSS_ENTROPY).path for name in ("a.csv", "b.csv"))
+    (kept.parent / f".{kept.name}.x1y2z3").write_bytes(b"half a copy")
+    (tmp_path / ".packed" / f"{'0' * 32}.safetensors").write_bytes(b"of an older layout")
+    (tmp_path / "b.csv").unlink()
+    DataFolder(tmp_path).tidy()
+    assert copies(tmp_path) == {str(kept.relative_to(tmp_path / ".packed"))}
+    assert not gone.parent.exists()
+
+
+async def test_a_packed_copy_is_no_dataset_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,b,y\n1,2,cat\n3,4,dog\n")
+    folder = DataFolder(tmp_path)
+    copy = folder.locate("a.csv", LossKind.CROSS_ENTROPY).path
+    with pytest.raises(InvalidArgument, match="relative path"):
+        folder.locate(str(copy.relative_to(tmp_path)), LossKind.CROSS_ENTROPY)
+
+
+async def test_a_disk_that_is_too_full_to_pack_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.csv").write_text("a,b,y\n1,2,cat\n3,4,dog\n")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("services.trainer.packed.pack", full)
+    with pytest.raises(ResourceExhausted, match="disk is full"):
+        await DataFolder(tmp_path).check("a.csv", spec=ModelSpec((2,), 2, Linear()), loss=LossKind.CROSS_ENTROPY)
 
 
 async def test_a_folder_of_images_is_a_dataset(tmp_path: Path) -> None:

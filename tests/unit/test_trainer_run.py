@@ -13,7 +13,6 @@ from sklearn.datasets import load_digits
 
 from services.trainer import runfolder
 from services.trainer.config import LossKind, TrainingConfig
-from services.trainer.localdata import mark_of
 from services.trainer.run import train
 from tiltyard.datasets import write_dataset
 from tiltyard.models import build, save_weights
@@ -40,7 +39,7 @@ def ordered(folder: Path, *, config: TrainingConfig = CONFIG, base_model: Path |
     data = folder.parent / "digits.safetensors"
     if not data.exists():
         write_dataset(data, digits.images[:300].astype(np.uint8), digits.target[:300].astype(np.int64))
-    order = runfolder.Order(data, mark_of(data), SPEC, LossKind.CROSS_ENTROPY, config, "cpu", 1, base_model)
+    order = runfolder.Order(data, SPEC, LossKind.CROSS_ENTROPY, config, "cpu", 1, base_model)
     runfolder.prepare(folder, order)
     return folder
 
