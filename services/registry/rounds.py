@@ -79,8 +79,10 @@ def submission_of(tx: Reading, round_: Round) -> Submission:
 def standing(tx: Reading, round_: Round) -> Standing:
     """Read where the duties of a round stand. Reports of a node's own endpoint have no vote, so they are left out."""
     assignments = tx.assignments(round_.task, round_.number, round_.round)
-    found = {e.validator: e for e in tx.evaluations(round_.task, round_.number, round_.round)}
-    opened = [found[a.validator] for a in assignments if a.state is AssignmentState.OPENED]
+    opened: list[Evaluation] = []
+    if any(a.state is AssignmentState.OPENED for a in assignments):
+        found = {e.validator: e for e in tx.evaluations(round_.task, round_.number, round_.round)}
+        opened = [found[a.validator] for a in assignments if a.state is AssignmentState.OPENED]
     return Standing(
         pending=[a for a in assignments if a.state in PENDING],
         sealed=[a for a in assignments if a.state is AssignmentState.SEALED],

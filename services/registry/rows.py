@@ -157,6 +157,12 @@ class RowsOf(Generic[R]):
         return f"SELECT {_listed(self._names)} FROM {self._table} WHERE {self._found(mark)}"  # noqa: S608 - names of columns
 
     @cache  # noqa: B019
+    def listing(self, mark: str, where: tuple[str, ...], order: tuple[str, ...]) -> str:
+        """The statement that reads all rows with these columns' values, in order of those."""
+        found = " AND ".join(f'"{name}" = {mark}' for name in where)
+        return f"SELECT {_listed(self._names)} FROM {self._table} WHERE {found} ORDER BY {_listed(order)}"  # noqa: S608
+
+    @cache  # noqa: B019
     def writing(self, mark: str) -> str:
         """The statement that inserts a row, or replaces the one with its key, given `values`."""
         names = [*self._names, *self._beside]

@@ -195,6 +195,10 @@ class SqlWriting(SqlReading):
     def _load(self, kind: RowsOf[R], *key: Any) -> R | None:
         return self._staging.load(kind, key)
 
+    def _execute(self, statement: str, values: tuple[Any, ...]) -> Sequence[Any]:
+        self._staging.settle(self._session)
+        return super()._execute(statement, values)
+
     def _ask(self, query: Executable) -> Sequence[Any]:
         self._staging.settle(self._session)
         return super()._ask(query)

@@ -149,7 +149,7 @@ class Submissions:
 
     async def get(self, task: str, number: int) -> SubmissionView:
         """One submission."""
-        return await self._store.read(lambda tx: _view(tx, _find_task(tx, task), _find(tx, task, number)))
+        return await self._store.look_up(lambda tx: _view(tx, _find_task(tx, task), _find(tx, task, number)))
 
     async def page(
         self, task: str, *, after: int, limit: int, state: SubmissionState | None, participant: str | None

@@ -20,8 +20,16 @@ class Asking:
 
     def _load(self, kind: RowsOf[R], *key: Any) -> R | None:
         """The record with this key."""
-        row = self._connection.exec_driver_sql(kind.reading(placeholder(self._connection)), key).first()
-        return None if row is None else kind.record(row)
+        rows = self._execute(kind.reading(placeholder(self._connection)), key)
+        return kind.record(rows[0]) if rows else None
+
+    def _all(self, kind: RowsOf[R], *, order: tuple[str, ...], **where: Any) -> list[R]:
+        """All records with these values in these columns: for lists that are read with every other call."""
+        statement = kind.listing(placeholder(self._connection), tuple(where), order)
+        return [kind.record(row) for row in self._execute(statement, tuple(where.values()))]
+
+    def _execute(self, statement: str, values: tuple[Any, ...]) -> Sequence[Any]:
+        return self._connection.exec_driver_sql(statement, values).all()
 
     def _ask(self, query: Executable) -> Sequence[Any]:
         """The rows that a query finds."""

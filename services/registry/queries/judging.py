@@ -64,10 +64,7 @@ class JudgingQuestions(Asking):
         return self._load(ASSIGNMENTS, task, number, round_, validator)
 
     def assignments(self, task: str, number: int, round_: int | None = None) -> Sequence[Assignment]:
-        query = ASSIGNMENTS.query().where(_A.task == task, _A.number == number)
-        if round_ is not None:
-            query = query.where(_A.round == round_)
-        return self._records(ASSIGNMENTS, query.order_by(_A.round, _A.position))
+        return self._all(ASSIGNMENTS, order=("round", "position"), task=task, number=number, **_of_round(round_))
 
     def assignments_of(self, validator: str, *, after: int, limit: int) -> Sequence[Assignment]:
         query = ASSIGNMENTS.query().where(_A.validator == validator, _A.sequence > after)
@@ -95,10 +92,7 @@ class JudgingQuestions(Asking):
         return self._load(EVALUATIONS, task, number, round_, validator)
 
     def evaluations(self, task: str, number: int, round_: int | None = None) -> Sequence[Evaluation]:
-        query = EVALUATIONS.query().where(_E.task == task, _E.number == number)
-        if round_ is not None:
-            query = query.where(_E.round == round_)
-        return self._records(EVALUATIONS, query.order_by(_E.round, _E.validator))
+        return self._all(EVALUATIONS, order=("round", "validator"), task=task, number=number, **_of_round(round_))
 
     def prediction_hashes(self, root: str, blocks: int) -> bytes:
         kept = self._load(PREDICTION_HASHES, root, blocks)
@@ -137,3 +131,7 @@ class JudgingQuestions(Asking):
         ]
         known = [micros for micros in map(self._one, questions) if micros is not None]
         return moment_of(min(known)) if known else None
+
+
+def _of_round(round_: int | None) -> dict[str, int]:
+    return {} if round_ is None else {"round": round_}
