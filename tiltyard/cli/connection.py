@@ -1,6 +1,7 @@
 """What commands share to reach an arena: the options that say where and who, and one way to run and to fail."""
 
 import asyncio
+import getpass
 import os
 import sys
 from collections.abc import Coroutine
@@ -12,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from tiltyard.client import Client, Node
     from tiltyard.identity import Key
+    from tiltyard.keyfiles import KeyLock
     from tiltyard.tls import ChannelTls
 
 T = TypeVar("T")
@@ -52,12 +54,32 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def load_key(path: Path) -> "Key":
-    """The key in a file. Raises CommandError that says how to make one."""
-    from tiltyard.identity import Key
+def key_lock() -> "KeyLock":
+    """How keys lie on disk by TILTYARD_KEY_PASSPHRASE_FILE and TILTYARD_KEY_ENCRYPTION_REQUIRED, as for a service."""
+    from tiltyard.keyfiles import KeyLock
 
+    file = os.environ.get("TILTYARD_KEY_PASSPHRASE_FILE", "")
+    required = os.environ.get("TILTYARD_KEY_ENCRYPTION_REQUIRED", "").lower() in ("1", "true", "yes", "on")
     try:
-        return Key.load(path)
+        return KeyLock.read(Path(file) if file else None, required=required)
+    except (ValueError, OSError) as error:
+        raise CommandError(f"TILTYARD_KEY_PASSPHRASE_FILE: {error}") from None
+
+
+def load_key(path: Path) -> "Key":
+    """The key in a file; asks for its passphrase on a terminal. Raises CommandError that says how to make one."""
+    from tiltyard.identity import Key, LockedKey
+    from tiltyard.keyfiles import KeyLock
+
+    lock = key_lock()
+    try:
+        try:
+            return Key.load(path, lock)
+        except LockedKey as locked:
+            if not sys.stdin.isatty():
+                raise CommandError(f"{locked}: name a file in TILTYARD_KEY_PASSPHRASE_FILE") from None
+            passphrase = getpass.getpass(f"passphrase of {path}: ").encode()
+            return Key.load(path, KeyLock(passphrase, lock.required))
     except FileNotFoundError:
         raise CommandError(f"there is no key in {path}; `tiltyard key new {path}` makes one") from None
     except (OSError, ValueError) as error:
@@ -137,7 +159,8 @@ async def _traced(work: Coroutine[Any, Any, T]) -> T:
     from tiltyard import tracing
 
     # `train.<locals>.work` is what `tiltyard train` does.
-    with tracing.span(f"tiltyard {getattr(work, '__qualname__', '').partition('.')[0]}"):
+    command = getattr(work, "__qualname__", "").partition(".")[0].strip("_").lower()
+    with tracing.span(f"tiltyard {command}"):
         return await work
 
 

@@ -1,0 +1,68 @@
+"""Counters, gauges and histograms, before anybody exports them."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tiltyard import metrics
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(metrics, "_declared", {})
+    metrics.collect(True)
+    yield
+    metrics.collect(False)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_counters_add_up_by_attributes() -> None:
+    counter = metrics.Counter("c", unit="{x}", description="")
+    counter.add(state="a")
+    counter.add(2, state="a")
+    counter.add(5, state="b")
+    assert counter.sums() == {(("state", "a"),): 3, (("state", "b"),): 5}
+    metrics.collect(False)
+    counter.add(state="a")
+    assert counter.sums()[("state", "a"),] == 3
+
+
+@pytest.mark.usefixtures("fresh")
+def test_gauges_are_set_or_asked() -> None:
+    gauge = metrics.Gauge("g", unit="{x}", description="")
+    gauge.set(3, state="a")
+    gauge.set(2, state="a")
+    gauge.follow(lambda: {(("state", "a"),): 1, (("state", "b"),): 7})
+    assert gauge.values() == {(("state", "a"),): 3, (("state", "b"),): 7}
+    metrics.collect(False)
+    gauge.follow(lambda: {(): 1})
+    assert () not in gauge.values()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_histograms_count_by_upper_bound() -> None:
+    histogram = metrics.Histogram("h", unit="s", description="", bounds=(1, 2))
+    for value in (0.5, 1, 1.5, 2, 9):
+        histogram.record(value)
+    (found,) = histogram.distributions().values()
+    assert found.counts == [2, 2, 1]
+    assert (found.count, found.total, found.lowest, found.highest) == (5, 14, 0.5, 9)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_further_combinations_of_attributes_are_counted_together() -> None:
+    counter = metrics.Counter("c", unit="{x}", description="")
+    histogram = metrics.Histogram("h", unit="s", description="", bounds=(1,))
+    for number in range(metrics.MAX_SERIES + 10):
+        counter.add(number=number)
+        histogram.record(0, number=number)
+    assert counter.sums()[metrics.OVERFLOW] == 10
+    assert len(counter.sums()) == len(histogram.distributions()) == metrics.MAX_SERIES + 1
+    assert histogram.distributions()[metrics.OVERFLOW].count == 10
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_name_is_declared_once() -> None:
+    metrics.Counter("c", unit="{x}", description="")
+    with pytest.raises(ValueError, match="declared twice"):
+        metrics.Gauge("c", unit="{x}", description="")
