@@ -1,6 +1,6 @@
-"""Real peers (MLServer, Triton's client) in environments of their own, made once and kept below .venv-peers/.
+"""Real peers (MLServer, Triton's client, Lightning) in environments of their own, made once, kept below .venv-peers/.
 
-They need another protobuf than ours, so they can share no process with us.
+They need other packages than ours (another protobuf, say), so they share no process with us.
 """
 
 import fcntl
@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parents[1] / ".venv-peers"
 INSTALL_TIMEOUT_S = 600
 
 MLSERVER = ("mlserver", ("mlserver>=1.7,<2",))
+LIGHTNING = ("lightning", ("lightning>=2.5,<3",))
 TRITON = ("triton", ("tritonclient[grpc]>=2.50",))
 
 
@@ -20,10 +21,11 @@ class PeerUnavailable(Exception):
     """The peer could not be installed; the text says why."""
 
 
-def python_of(peer: tuple[str, tuple[str, ...]], *, ours_too: bool = False) -> Path:
+def python_of(peer: tuple[str, tuple[str, ...]], *, ours_too: bool = False, ours_first: bool = False) -> Path:
     """The interpreter of a peer's environment, made at its first use. Raises PeerUnavailable.
 
-    With `ours_too` it finds the packages of this environment after its own: torch need not be installed twice.
+    With `ours_too` it finds the packages of this environment after its own: torch need not be installed twice. With
+    `ours_first` it is installed upon them, and brings only what is not here.
     """
     name, requirements = peer
     environment = FOLDER / name
@@ -35,12 +37,18 @@ def python_of(peer: tuple[str, tuple[str, ...]], *, ours_too: bool = False) -> P
         wanted = "\n".join([sys.version, *requirements])
         if not done.exists() or done.read_text() != wanted:
             _run([sys.executable, "-m", "venv", "--clear", str(environment)])
+            if ours_first:
+                _see_ours(environment)
             _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements])
             done.write_text(wanted)
-        ours = Path(sysconfig.get_path("purelib", vars={"base": str(environment)})) / "ours.pth"
         if ours_too:
-            ours.write_text(sysconfig.get_path("purelib") + "\n")
+            _see_ours(environment)
     return python
+
+
+def _see_ours(environment: Path) -> None:
+    path = Path(sysconfig.get_path("purelib", vars={"base": str(environment)})) / "ours.pth"
+    path.write_text(sysconfig.get_path("purelib") + "\n")
 
 
 def _run(command: list[str]) -> None:
