@@ -5,15 +5,19 @@ before the message is fixed.
 Source: draft-irtf-cfrg-bls-signature, message augmentation scheme, as implemented by chia_rs.
 """
 
-import os
+import contextlib
 import secrets
 from pathlib import Path
 
 from chia_rs import AugSchemeMPL, G1Element, G2Element, PrivateKey
 
+from tiltyard.keyfiles import KeyLock, decrypt_pem, encrypt_pem, is_encrypted, read_secret, write_secret
+
 PUBLIC_KEY_BYTES = 48
 SIGNATURE_BYTES = 96
 SEED_BYTES = 32
+_LABEL = "ENCRYPTED BLS SEED"
+_SEED_MARK = b"tiltyard/bls-seed/v1\n"
 
 # The point at infinity as a compressed public key: its signatures hold for any message under the basic scheme.
 _INFINITY = bytes([0xC0]) + bytes(PUBLIC_KEY_BYTES - 1)
@@ -31,19 +35,19 @@ class BlsKey:
         self.public_key: bytes = self._point.to_bytes()
 
     @classmethod
-    def load_or_create(cls, path: Path) -> "BlsKey":
-        """Reads the key's seed (64 hex digits), or makes one that only the owner of the file may read.
+    def load_or_create(cls, path: Path, lock: KeyLock = KeyLock()) -> "BlsKey":  # noqa: B008 - frozen
+        """Reads the key's seed, or makes one that only the owner of the file may read.
 
-        Raises ValueError for a file that holds no seed.
+        The file is 64 hex digits, or an encrypted seed where `lock` has a passphrase. Raises ValueError for a file that
+        holds no seed, that is encrypted under another passphrase, or that is not encrypted where it must be.
         """
         try:
-            text = path.read_text().strip()
+            content, closed = read_secret(path)
         except FileNotFoundError:
-            text = _create(path)
-        try:
-            return cls(bytes.fromhex(text))
-        except ValueError as error:
-            raise ValueError(f"{path} holds no BLS key seed of {2 * SEED_BYTES} hex digits") from error
+            with contextlib.suppress(FileExistsError):
+                write_secret(path, _sealed(secrets.token_bytes(SEED_BYTES), lock))
+            content, closed = read_secret(path)
+        return cls(_opened(content, lock, closed, path))
 
     def sign(self, message: bytes) -> bytes:
         """The one signature over `message`, 96 bytes."""
@@ -72,25 +76,33 @@ def verify(public_key: bytes, message: bytes, signature: bytes) -> bool:
         return False
 
 
-def _create(path: Path) -> str:
-    """Writes a fresh seed beside `path` and links it there: a crash leaves no half key, and a race has one winner."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+def _sealed(seed: bytes, lock: KeyLock) -> bytes:
+    """The content of a file that holds `seed`."""
+    if lock.passphrase is not None:
+        return encrypt_pem(_SEED_MARK + seed, lock.passphrase, label=_LABEL)
+    if lock.required:
+        raise ValueError("keys must be encrypted here, and no passphrase is given")
+    return seed.hex().encode() + b"\n"
+
+
+def _opened(content: bytes, lock: KeyLock, closed: bool, path: Path) -> bytes:
+    """The seed in such a file."""
+    if is_encrypted(content, label=_LABEL):
+        if lock.passphrase is None:
+            raise ValueError(f"{path} is encrypted, and no passphrase is given")
+        marked = decrypt_pem(content, lock.passphrase, label=_LABEL)
+        # A wrong passphrase that happened to leave good padding leaves no mark.
+        if not marked.startswith(_SEED_MARK) or len(marked) != len(_SEED_MARK) + SEED_BYTES:
+            raise ValueError(f"{path} is encrypted under another passphrase")
+        return marked.removeprefix(_SEED_MARK)
+    if lock.required:
+        raise ValueError(f"{path} is not encrypted, as keys must be here")
     try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(SEED_BYTES) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(fresh, path)
-        except FileExistsError:
-            return path.read_text().strip()
-    finally:
-        fresh.unlink()
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return path.read_text().strip()
+        seed = bytes.fromhex(content.decode())
+    except ValueError as error:
+        raise ValueError(f"{path} holds no BLS key seed of {2 * SEED_BYTES} hex digits") from error
+    if len(seed) != SEED_BYTES:
+        raise ValueError(f"{path} holds no BLS key seed of {2 * SEED_BYTES} hex digits")
+    if not closed:
+        raise ValueError(f"{path} may be read by others: chmod 600 {path}")
+    return seed

@@ -2,11 +2,10 @@
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import json
 import math
-import os
-import secrets
 import threading
 import time
 from collections.abc import Collection
@@ -15,8 +14,11 @@ from pathlib import Path
 
 import jwt
 from cryptography.exceptions import InvalidSignature as _BadSignature
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from tiltyard.keyfiles import KeyLock, encrypt_pem, is_encrypted, read_secret, write_secret
 
 PUBLIC_KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -32,6 +34,10 @@ class InvalidToken(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class LockedKey(ValueError):
+    """A key file that is encrypted, where no passphrase is given."""
 
 
 class InvalidSignature(Exception):
@@ -60,47 +66,60 @@ class Key:
         return cls(Ed25519PrivateKey.generate())
 
     @classmethod
-    def load(cls, path: Path) -> "Key":
-        """The key in a PKCS #8 PEM file.
+    def load(cls, path: Path, lock: KeyLock = KeyLock()) -> "Key":  # noqa: B008 - frozen
+        """The key in a PKCS #8 PEM file, encrypted or not.
 
-        Raises FileNotFoundError, or ValueError naming the file when it holds no unencrypted Ed25519 key.
+        Raises FileNotFoundError, or ValueError naming the file: no Ed25519 key, another passphrase, an unencrypted file
+        that others may read or that `lock` does not allow.
         """
-        data = path.read_bytes()
-        try:
-            private_key = serialization.load_pem_private_key(data, password=None)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} holds no unencrypted PEM key") from error
-        if not isinstance(private_key, Ed25519PrivateKey):
-            raise ValueError(f"{path} holds a key of another kind than Ed25519")
-        return cls(private_key)
-
-    def save(self, path: Path) -> None:
-        """Writes the key as PKCS #8 PEM with mode 0600, whole or not at all; FileExistsError where a file is."""
-        pem = self._private_key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(pem)
-                file.flush()
-                os.fsync(file.fileno())
-            # A link, unlike a rename, fails where a file is there already.
-            os.link(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        pem, closed = read_secret(path)
+        encrypted = is_encrypted(pem)
+        if encrypted and lock.passphrase is None:
+            raise LockedKey(f"{path} is encrypted, and no passphrase is given")
+        if not encrypted and lock.required:
+            raise ValueError(f"{path} is not encrypted, as keys must be here")
+        key = cls.from_pem(pem, lock.passphrase if encrypted else None, source=str(path))
+        if not encrypted and not closed:
+            raise ValueError(f"{path} may be read by others: chmod 600 {path}")
+        return key
 
     @classmethod
-    def load_or_create(cls, path: Path) -> "Key":
+    def from_pem(cls, pem: bytes, passphrase: bytes | None = None, *, source: str = "this") -> "Key":
+        """The key in PKCS #8 PEM. Raises ValueError, naming its `source`."""
+        try:
+            private_key = serialization.load_pem_private_key(pem, password=passphrase)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            what = "key that this passphrase opens" if passphrase is not None else "unencrypted PEM key"
+            raise ValueError(f"{source} holds no {what}") from error
+        if not isinstance(private_key, Ed25519PrivateKey):
+            raise ValueError(f"{source} holds a key of another kind than Ed25519")
+        return cls(private_key)
+
+    def to_pem(self, passphrase: bytes | None = None) -> bytes:
+        """PKCS #8 PEM, encrypted under a passphrase where one is given."""
+        plain = serialization.NoEncryption()
+        if passphrase is None:
+            encoding = serialization.Encoding.PEM
+            return self._private_key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, plain)
+        der = self._private_key.private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, plain)
+        return encrypt_pem(der, passphrase)
+
+    def save(self, path: Path, lock: KeyLock = KeyLock()) -> None:  # noqa: B008 - frozen
+        """Writes the key as PKCS #8 PEM with mode 0600, whole or not at all; FileExistsError where a file is.
+
+        Encrypted where `lock` has a passphrase. Raises ValueError where it needs one and has none.
+        """
+        if lock.required and lock.passphrase is None:
+            raise ValueError(f"{path}: keys must be encrypted here, and no passphrase is given")
+        write_secret(path, self.to_pem(lock.passphrase))
+
+    @classmethod
+    def load_or_create(cls, path: Path, lock: KeyLock = KeyLock()) -> "Key":  # noqa: B008 - frozen
         """The key in `path`, made on the first call; two processes that start at once end up with one key."""
         if not path.exists():
-            try:
-                cls.generate().save(path)
-            except FileExistsError:
-                return cls.load(path)
-        return cls.load(path)
+            with contextlib.suppress(FileExistsError):
+                cls.generate().save(path, lock)
+        return cls.load(path, lock)
 
     def sign(self, message: bytes) -> bytes:
         """The 64-byte Ed25519 signature of `message`."""

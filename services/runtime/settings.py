@@ -14,6 +14,7 @@ from services.runtime.auth import Role
 from services.runtime.connections import ConnectionLimits, file_limit
 from services.runtime.limits import CallLimits
 from services.runtime.telemetry import LogFormat, default_format
+from tiltyard.keyfiles import KeyLock
 from tiltyard.tls import SYSTEM_AUTHORITIES, ChannelTls, InvalidPem, PemFiles
 
 PREFIX = "TILTYARD_"
@@ -42,6 +43,10 @@ class ServiceSettings(BaseSettings):
     """Default: `sqlite:///{state_dir}/{service}.db`."""
     key_file: Path = Path()
     """Default: `{state_dir}/key.pem`, created at the first start."""
+    key_passphrase_file: Path | None = None
+    """A file whose first line is the passphrase of this process's keys: new ones are encrypted under it."""
+    key_encryption_required: bool = False
+    """Refuses keys that lie on disk unencrypted."""
     operators: ParticipantIds = frozenset()
     services: ParticipantIds = frozenset()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -145,6 +150,19 @@ class ServiceSettings(BaseSettings):
         except (InvalidPem, OSError) as error:
             raise ValueError(f"TILTYARD_TLS_*: {error}") from error
         return self
+
+    @model_validator(mode="after")
+    def _passphrase(self) -> Self:
+        try:
+            _ = self.key_lock
+        except (ValueError, OSError) as error:
+            raise ValueError(f"TILTYARD_KEY_PASSPHRASE_FILE: {error}") from error
+        return self
+
+    @property
+    def key_lock(self) -> KeyLock:
+        """How this process's keys lie on disk."""
+        return KeyLock.read(self.key_passphrase_file, required=self.key_encryption_required)
 
     @property
     def channel_tls(self) -> ChannelTls | None:

@@ -1,18 +1,37 @@
 """`tiltyard key`, `token` and `sign`: keys, and what they prove to a server or to everyone."""
 
+import getpass
+import hashlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tiltyard.cli.connection import DEFAULT_ORIGIN, CommandError, JsonOption, KeyOption, OriginOption, fail, load_key
+from tiltyard.cli.connection import (
+    DEFAULT_ORIGIN,
+    CommandError,
+    JsonOption,
+    KeyOption,
+    OriginOption,
+    fail,
+    key_lock,
+    load_key,
+)
 from tiltyard.cli.output import as_json, print_json
 
 if TYPE_CHECKING:
     from tiltyard.identity import Key
 
-app = typer.Typer(help="Make and show keys.", no_args_is_help=True)
+PassphraseOption = Annotated[
+    Path | None, typer.Option(help="A file whose first line is the passphrase, instead of typing it.")
+]
+
+_COPY_TITLE = "Tiltyard key, encrypted copy"
+_COPY_ID = "id "
+_COPY_SUM = "sha256 of what follows "
+
+app = typer.Typer(help="Make, show and copy keys.", no_args_is_help=True)
 
 
 def _load(path: Path) -> "Key":
@@ -22,38 +41,150 @@ def _load(path: Path) -> "Key":
         fail(str(error))
 
 
-def _show(path: Path, json: bool) -> None:
-    key = _load(path)
+def _print(key: "Key", path: Path, json: bool) -> None:
     if json:
         print_json({"id": key.id, "public_key": key.public_bytes.hex(), "file": str(path)})
     else:
         print(f"id          {key.id}\npublic key  {key.public_bytes.hex()}")
 
 
+def _new_passphrase(file: Path | None, what: str) -> bytes:
+    """A passphrase to encrypt with: the first line of `file`, or typed twice on a terminal."""
+    from tiltyard.keyfiles import KeyLock
+
+    if file is not None:
+        passphrase = KeyLock.read(file).passphrase
+        assert passphrase is not None  # a file always holds one
+        return passphrase
+    if not sys.stdin.isatty():
+        raise CommandError(f"{what} needs a passphrase: name a file that holds it with --passphrase-file")
+    passphrase = getpass.getpass(f"passphrase for {what}: ").encode()
+    if not passphrase:
+        raise CommandError("an empty passphrase protects nothing")
+    if getpass.getpass("the same again: ").encode() != passphrase:
+        raise CommandError("the two are not the same")
+    return passphrase
+
+
 @app.command("new")
-def new(file: Path, json: JsonOption = False) -> None:
-    """Make a new Ed25519 key in FILE (PKCS #8 PEM, readable by you alone); never overwrites."""
+def new(
+    file: Path,
+    encrypt: Annotated[bool, typer.Option("--encrypt", help="Encrypt it under a passphrase.")] = False,
+    passphrase_file: PassphraseOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a new Ed25519 key in FILE (PKCS #8 PEM, readable by you alone); never overwrites.
+
+    It is encrypted with --encrypt, with --passphrase-file, and where TILTYARD_KEY_PASSPHRASE_FILE is set.
+    """
     from tiltyard.identity import Key
+    from tiltyard.keyfiles import KeyLock
 
     try:
-        Key.generate().save(file)
+        lock = key_lock()
+        if encrypt or passphrase_file is not None:
+            lock = KeyLock(_new_passphrase(passphrase_file, str(file)), lock.required)
+        key = Key.generate()
+        key.save(file, lock)
     except FileExistsError:
         fail(f"{file} is there already")
-    except OSError as error:
+    except (OSError, ValueError, CommandError) as error:
         fail(str(error))
-    _show(file, json)
-
-
-@app.command("show")
-def show(file: Path, json: JsonOption = False) -> None:
-    """Print the participant id and the public key of the key in FILE."""
-    _show(file, json)
+    _print(key, file, json)
 
 
 @app.command("id")
 def id_(file: Path) -> None:
     """Print the participant id of the key in FILE and nothing else."""
     print(_load(file).id)
+
+
+@app.command("show")
+def show(file: Path, json: JsonOption = False) -> None:
+    """Print the participant id and the public key of the key in FILE."""
+    _print(_load(file), file, json)
+
+
+@app.command("export")
+def export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The key.")],
+    copy: Annotated[Path, typer.Argument(metavar="COPY", help="Where the copy goes; never overwritten.")],
+    passphrase_file: PassphraseOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write a copy of the key in FILE for safe keeping: encrypted, with its id and a checksum in clear text.
+
+    The passphrase is asked for, or read from a file. The copy is read again and compared before its id is printed.
+    """
+    from tiltyard.keyfiles import write_secret
+
+    try:
+        key = load_key(file)
+        passphrase = _new_passphrase(passphrase_file, str(copy))
+        write_secret(copy, key_copy(key, passphrase))
+        if read_key_copy(copy, passphrase).public_bytes != key.public_bytes:
+            raise CommandError(f"{copy} does not hold the key that was written: is the disk sound?")
+    except FileExistsError:
+        fail(f"{copy} is there already")
+    except (OSError, ValueError, CommandError) as error:
+        fail(str(error))
+    _print(key, copy, json)
+
+
+@app.command("import")
+def import_(
+    copy: Annotated[Path, typer.Argument(metavar="COPY", help="What `tiltyard key export` wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where the key goes; never overwritten.")],
+    passphrase_file: PassphraseOption = None,
+    plaintext: Annotated[bool, typer.Option("--plaintext", help="Write FILE unencrypted, with mode 0600.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Make FILE from a copy, after its checksum, passphrase and id have been checked; prints the id.
+
+    FILE is encrypted under the passphrase in TILTYARD_KEY_PASSPHRASE_FILE, or else the copy's own.
+    """
+    from tiltyard.keyfiles import KeyLock
+
+    try:
+        lock = key_lock()
+        if passphrase_file is not None:
+            passphrase = KeyLock.read(passphrase_file).passphrase
+        elif sys.stdin.isatty():
+            passphrase = getpass.getpass(f"passphrase of {copy}: ").encode()
+        else:
+            raise CommandError(f"{copy} is encrypted: name a file that holds its passphrase with --passphrase-file")
+        key = read_key_copy(copy, passphrase or b"")
+        key.save(file, KeyLock(None if plaintext else lock.passphrase or passphrase, lock.required))
+    except FileExistsError:
+        fail(f"{file} is there already")
+    except (OSError, ValueError, CommandError) as error:
+        fail(str(error))
+    _print(key, file, json)
+
+
+def key_copy(key: "Key", passphrase: bytes) -> bytes:
+    """A copy for safe keeping: an encrypted PEM key below lines that say whose it is and what it must hash to."""
+    pem = key.to_pem(passphrase)
+    head = f"{_COPY_TITLE}\n{_COPY_ID}{key.id}\n{_COPY_SUM}{hashlib.sha256(pem).hexdigest()}\n"
+    return head.encode() + pem
+
+
+def read_key_copy(path: Path, passphrase: bytes) -> "Key":
+    """The key in such a copy. Raises CommandError when it is none, is damaged, or holds another key than it says."""
+    from tiltyard.identity import Key
+
+    content = path.read_bytes()
+    title, _, rest = content.partition(b"\n")
+    named, _, rest = rest.partition(b"\n")
+    checksum, _, pem = rest.partition(b"\n")
+    if title.decode(errors="replace") != _COPY_TITLE:
+        raise CommandError(f"{path} is no copy that `tiltyard key export` wrote")
+    if checksum.decode(errors="replace") != _COPY_SUM + hashlib.sha256(pem).hexdigest():
+        raise CommandError(f"{path} is damaged: its checksum is another")
+    key = Key.from_pem(pem, passphrase, source=str(path))
+    if named.decode(errors="replace") != _COPY_ID + key.id:
+        raise CommandError(f"{path} holds the key of {key.id}, not the one that it names")
+    return key
 
 
 def token(

@@ -9,25 +9,33 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tiltyard.cli.connection import DEFAULT_ORIGIN, CommandError, OriginOption, run
+from tiltyard.cli.connection import DEFAULT_ORIGIN, CommandError, OriginOption, key_lock, run
 
 if TYPE_CHECKING:
     from tiltyard.cli.supervisor import Program, Supervisor
+    from tiltyard.keyfiles import KeyLock
 
 SERVICES = ("registry", "selector", "trainer", "validator")
 DATA_FOLDER = "data"
 
 
 def arena_programs(
-    supervisor: "Supervisor", *, registry_port: int, selector_port: int, operator: str, origin: str
+    supervisor: "Supervisor",
+    *,
+    registry_port: int,
+    selector_port: int,
+    operator: str,
+    origin: str,
+    lock: "KeyLock | None" = None,
+    settings: "dict[str, str] | None" = None,
 ) -> "list[Program]":
     """Registry and selector that know each other by address and key; `operator` is a participant id."""
     from tiltyard.cli.supervisor import Program
     from tiltyard.identity import Key
+    from tiltyard.keyfiles import KeyLock
 
-    registry_key = Key.load_or_create(supervisor.folder("registry") / "key.pem")
-    Key.load_or_create(supervisor.folder("selector") / "key.pem")
-    shared = {"ORIGIN": origin, "OPERATORS": operator}
+    registry_key = Key.load_or_create(supervisor.folder("registry") / "key.pem", lock or KeyLock())
+    shared = {"ORIGIN": origin, "OPERATORS": operator, **(settings or {})}
     selector = Program("selector", "services.selector", selector_port, {**shared, "SERVICES": registry_key.id})
     registry = Program("registry", "services.registry", registry_port, {**shared, "SELECTOR": selector.address})
     return [registry, selector]
@@ -42,14 +50,16 @@ def node_program(
     registry: str,
     operator: str,
     origin: str,
+    lock: "KeyLock | None" = None,
     settings: "dict[str, str] | None" = None,
 ) -> "Program":
     """A trainer or validator (`kind`) with a key of its own."""
     from tiltyard.cli.supervisor import Program
     from tiltyard.identity import Key
+    from tiltyard.keyfiles import KeyLock
 
     folder = supervisor.folder(name)
-    Key.load_or_create(folder / "key.pem")
+    Key.load_or_create(folder / "key.pem", lock or KeyLock())
     known = {"ORIGIN": origin, "OPERATORS": operator, "REGISTRY": registry, **(settings or {})}
     if kind == "trainer":
         data = folder / DATA_FOLDER
@@ -83,10 +93,17 @@ async def _up(state: Path, port_base: int, origin: str) -> None:
     taken = [port for port in ports if not is_free(port)]
     if taken:
         raise CommandError(f"port {taken[0]} is taken; choose another --port-base, or 0 for free ports")
-    operator = await asyncio.to_thread(Key.load_or_create, state / "operator.pem")
+    lock, settings = key_lock(), _lock_settings()
+    operator = await asyncio.to_thread(Key.load_or_create, state / "operator.pem", lock)
     async with Supervisor(state, report=_report) as supervisor:
         registry, selector = arena_programs(
-            supervisor, registry_port=ports[0], selector_port=ports[1], operator=operator.id, origin=origin
+            supervisor,
+            registry_port=ports[0],
+            selector_port=ports[1],
+            operator=operator.id,
+            origin=origin,
+            lock=lock,
+            settings=settings,
         )
         nodes = [
             node_program(
@@ -97,6 +114,8 @@ async def _up(state: Path, port_base: int, origin: str) -> None:
                 registry=registry.address,
                 operator=operator.id,
                 origin=origin,
+                lock=lock,
+                settings=settings,
             )
             for kind, port in zip(("trainer", "validator"), ports[2:], strict=True)
         ]
@@ -117,6 +136,16 @@ async def _up(state: Path, port_base: int, origin: str) -> None:
             serving.cancel()
             stopped.cancel()
         _report("draining")
+
+
+def _lock_settings() -> dict[str, str]:
+    """What the services are told of their keys' encryption: the same as this command."""
+    told = {}
+    if file := os.environ.get("TILTYARD_KEY_PASSPHRASE_FILE"):
+        told["KEY_PASSPHRASE_FILE"] = os.path.abspath(file)
+    if required := os.environ.get("TILTYARD_KEY_ENCRYPTION_REQUIRED"):
+        told["KEY_ENCRYPTION_REQUIRED"] = required
+    return told
 
 
 def _report(line: str) -> None:
