@@ -29,7 +29,7 @@ async def _serve(settings: ModelServerSettings) -> None:
     if settings.listen.startswith("unix:"):
         _private(Path(settings.listen.removeprefix("unix:")).parent)
     else:
-        key = Key.load_or_create(settings.key_file)
+        key = Key.load_or_create(settings.key_file, settings.key_lock)
         authenticator = Authenticator(
             audiences={key.id},
             operators=settings.operators | {key.id},

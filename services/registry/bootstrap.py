@@ -108,7 +108,7 @@ async def build(
     `clock` is the record's; tokens go by the machine's, as their issuers' do.
     """
     settings.state_dir.mkdir(parents=True, exist_ok=True)
-    log_key = Key.load_or_create(settings.state_dir / "log.pem")
+    log_key = Key.load_or_create(settings.state_dir / "log.pem", settings.key_lock)
     tokens = PageTokens(load_secret(settings.state_dir / "pages.key"))
     files = await asyncio.to_thread(open_artifacts, settings.artifacts, state_dir=settings.state_dir)
     database = await asyncio.to_thread(
@@ -116,7 +116,7 @@ async def build(
     )
     closing: list[Callable[[], Awaitable[None]]] = [database.close]
     if selection is None:
-        key = Key.load_or_create(settings.key_file)
+        key = Key.load_or_create(settings.key_file, settings.key_lock)
         channel = open_peer(
             settings.selector, key=key, audience=f"{settings.origin}/selector", tls=settings.channel_tls
         )

@@ -59,7 +59,7 @@ async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = ut
     folder = settings.state_dir / "trainings"
     folder.mkdir(mode=0o700, exist_ok=True)
     bases = settings.state_dir / "bases"
-    key = Key.load_or_create(settings.key_file)
+    key = Key.load_or_create(settings.key_file, settings.key_lock)
     migrations = "services.trainer.migrations"
     database = await asyncio.to_thread(Database.open, settings.database_url, migrations=migrations, clock=clock)
     client = (

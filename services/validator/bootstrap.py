@@ -55,7 +55,7 @@ async def build(settings: ValidatorSettings, *, on_drained: Callable[[], None]) 
     Exits with status 2 when another process has the state folder.
     """
     lock = _own(settings.state_dir)
-    key = Key.load_or_create(settings.key_file)
+    key = Key.load_or_create(settings.key_file, settings.key_lock)
     database = Database.open(settings.database_url, migrations=migrations)
     store = DatabaseRunStore(database)
     channel = open_peer(settings.registry, key=key, audience=f"{settings.origin}/registry", tls=settings.channel_tls)
