@@ -35,6 +35,7 @@ def arena_programs(
     from tiltyard.keyfiles import KeyLock
 
     registry_key = Key.load_or_create(supervisor.folder("registry") / "key.pem", lock or KeyLock())
+    Key.load_or_create(supervisor.folder("selector") / "key.pem", lock or KeyLock())
     shared = {"ORIGIN": origin, "OPERATORS": operator, **(settings or {})}
     selector = Program("selector", "services.selector", selector_port, {**shared, "SERVICES": registry_key.id})
     registry = Program("registry", "services.registry", registry_port, {**shared, "SELECTOR": selector.address})
