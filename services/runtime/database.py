@@ -36,6 +36,7 @@ T = TypeVar("T")
 S = TypeVar("S", bound="Staging")
 
 _READERS = 4
+_GROUP = "tiltyard.group"
 _SERIALIZATION_ATTEMPTS = 8
 
 _log = structlog.get_logger("tiltyard.database")
@@ -58,10 +59,15 @@ class Staging(Protocol):
 
 
 class Group:
-    """The works that are committed together. What a work asks of the `connection` itself needs no savepoint."""
+    """The works that are committed together, one after the other.
+
+    Each has the `session` to itself, which opens a savepoint with its first statement. What a work asks of the
+    `connection` itself needs none.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self.session = Session(bind=connection, join_transaction_mode="create_savepoint", info={_GROUP: self})
         self._stagings: dict[Any, Staging] = {}
 
     def staging(self, make: Callable[["Group"], S]) -> S:
@@ -88,9 +94,6 @@ class Group:
 def group_of(session: Session) -> Group:
     """The group in which a work of `Database.write` runs with this session."""
     return cast(Group, session.info[_GROUP])
-
-
-_GROUP = "tiltyard.group"
 
 
 @dataclass(frozen=True)
@@ -268,18 +271,17 @@ class Database:
             answer = answers.find(pending)
             if answer is not None:
                 raise Replayed(answer)
-        well = False
+        session, well = group.session, False
         try:
-            # The session has a savepoint of its own from its first statement on: an exception rolls back to it. Where
-            # that fails too (the disk is full and SQLite has given the whole transaction up), so does the commit.
-            with Session(
-                bind=group.connection, join_transaction_mode="create_savepoint", info={_GROUP: group}
-            ) as session:
-                result = item.work(session)
-                answer = pending.encode(result) if pending is not None and item.final else None
+            result = item.work(session)
+            answer = pending.encode(result) if pending is not None and item.final else None
+            if session.in_transaction():
                 session.commit()
             well = True
         finally:
+            # An exception rolls back to the savepoint. Where that fails too (the disk is full and SQLite has given the
+            # whole transaction up), so does the commit.
+            session.close()
             group.ended(well=well)
         if pending is not None and answer is not None:
             answers.add(pending, answer, now_s=int(self._clock().timestamp()))
