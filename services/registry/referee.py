@@ -1,5 +1,6 @@
 """The background loop: slow work and deadlines, in small steps that may be repeated after any death of the process."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
@@ -18,6 +19,7 @@ Step = Callable[[], Awaitable[int]]
 _LONGEST_PAUSE_S = 1.0
 # A deadline that no step can act on yet must not keep a processor busy.
 _SHORTEST_PAUSE_S = 0.05
+_LONGEST_REST_S = 0.05
 
 _TURN = metrics.Histogram(
     "tiltyard.referee.turn.duration",
@@ -55,7 +57,12 @@ class Referee:
     async def run(self) -> None:
         """Turn after turn, without end."""
         while True:
-            await self.turn()
+            started = time.perf_counter()
+            done = await self.turn()
+            # Calls and turns share a processor, and under load there is always a wake-up: a turn is followed by a rest
+            # as long as itself, a longer one where it found nothing to do.
+            took_s = time.perf_counter() - started
+            await asyncio.sleep(min(_LONGEST_REST_S, took_s if done else 3 * took_s))
             await self._alarm.wait_for_referee(await self._pause_s())
 
     async def turn(self) -> int:
