@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at draws of validators, and check them.", no_args_is_help=True)
 
-DrawArgument = Annotated[str, typer.Argument(metavar="DRAW", help="draws/{draw}, or the last part of it.")]
+DrawArgument = Annotated[str, typer.Argument(metavar="DRAW", help="draws/{draw}, or tasks/{task}/submissions/{n}.")]
 
 
 def print_draw(receipt: "draw_pb2.DrawReceipt") -> None:
@@ -235,7 +235,11 @@ _REASONS = {
 
 async def _receipt(client: "Client", draw: str) -> "draw_pb2.DrawReceipt":
     from tiltyard.selector.v1 import draw_pb2
+    from tiltyard.sortition import draw_id
 
+    if draw.startswith("tasks/"):
+        # Round 1 is on the evaluation dataset; a holdout's draw goes by its own name.
+        draw = draw_id(draw, 1)
     name = draw if draw.startswith("draws/") else f"draws/{draw}"
     return (await client.draws.GetDraw(draw_pb2.GetDrawRequest(name=name))).receipt
 

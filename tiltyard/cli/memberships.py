@@ -135,3 +135,51 @@ def join(
         print_message(answer.member, as_document=json)
 
     run(work())
+
+
+def pause(
+    task: TaskArgument, key: KeyOption, origin: OriginOption = DEFAULT_ORIGIN, registry: RegistryOption = REGISTRY
+) -> None:
+    """Be left out of new draws; duties that you have stay."""
+    from tiltyard.client import new_request_id
+    from tiltyard.registry.v1 import membership_pb2
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            name = f"{task_name(task)}/members/{client.key.id}"
+            request = membership_pb2.PauseMembershipRequest(name=name, request_id=new_request_id())
+            print_message((await client.memberships.PauseMembership(request)).member, as_document=False)
+
+    run(work())
+
+
+def resume(
+    task: TaskArgument, key: KeyOption, origin: OriginOption = DEFAULT_ORIGIN, registry: RegistryOption = REGISTRY
+) -> None:
+    """Take part in new draws again."""
+    from tiltyard.client import new_request_id
+    from tiltyard.registry.v1 import membership_pb2
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            name = f"{task_name(task)}/members/{client.key.id}"
+            request = membership_pb2.ResumeMembershipRequest(name=name, request_id=new_request_id())
+            print_message((await client.memberships.ResumeMembership(request)).member, as_document=False)
+
+    run(work())
+
+
+def leave(
+    task: TaskArgument, key: KeyOption, origin: OriginOption = DEFAULT_ORIGIN, registry: RegistryOption = REGISTRY
+) -> None:
+    """End your part in a task; the stake is free once your last duty in it has ended."""
+    from tiltyard.client import new_request_id
+    from tiltyard.registry.v1 import membership_pb2
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            name = f"{task_name(task)}/members/{client.key.id}"
+            request = membership_pb2.LeaveTaskRequest(name=name, request_id=new_request_id())
+            print_message((await client.memberships.LeaveTask(request)).member, as_document=False)
+
+    run(work())

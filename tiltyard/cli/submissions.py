@@ -1,4 +1,4 @@
-"""`tiltyard submit`: hand in a model by commit, upload and reveal, and wait for its score."""
+"""`tiltyard submit` and `submission`: hand in a model by commit, upload and reveal, and see what became of it."""
 
 import asyncio
 from pathlib import Path
@@ -14,15 +14,18 @@ from tiltyard.cli.connection import (
     KeyOption,
     OriginOption,
     RegistryOption,
+    TaskArgument,
     TaskOption,
     connect,
     run,
     task_name,
 )
-from tiltyard.cli.output import ProgressLine, accuracy, enum_word, print_message
+from tiltyard.cli.output import ProgressLine, accuracy, as_json, enum_word, print_json, print_message, print_table
 
 if TYPE_CHECKING:
     from tiltyard.registry.v1 import submission_pb2
+
+app = typer.Typer(help="See what became of submissions.", no_args_is_help=True)
 
 _POLL_S = 1.0
 FORMATS = {".safetensors": "MODEL_FORMAT_SAFETENSORS", ".onnx": "MODEL_FORMAT_ONNX"}
@@ -87,5 +90,53 @@ def submit(
         print_message(found, as_document=True) if json else print(describe(found))
         if watch and found.state == evaluation_pb2.SUBMISSION_STATE_REJECTED:
             raise CommandError(f"{name} was rejected")
+
+    run(work())
+
+
+@app.command("list")
+def list_submissions(
+    task: TaskArgument,
+    key: KeyOption,
+    filter: Annotated[str, typer.Option(help='Terms "field = value" joined by AND over state and participant.')] = "",
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """List a task's submissions."""
+    from tiltyard.client import pages
+    from tiltyard.registry.v1 import submission_pb2
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            request = submission_pb2.ListSubmissionsRequest(parent=task_name(task), page_size=1000, filter=filter)
+            listed = pages(client.submissions.ListSubmissions, request)
+            found = [each async for page in listed for each in page.submissions]
+        if json:
+            print_json({"submissions": [as_json(each) for each in found]})
+        else:
+            print_table(
+                ("submission", "participant", ""),
+                ((each.name, each.participant, describe(each).removeprefix(f"{each.name} ")) for each in found),
+            )
+
+    run(work())
+
+
+@app.command("show")
+def show(
+    submission: Annotated[str, typer.Argument(metavar="SUBMISSION", help="tasks/{task}/submissions/{n}")],
+    key: KeyOption,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """Show one submission: its state and why, its draws, its score."""
+    from tiltyard.registry.v1 import submission_pb2
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            request = submission_pb2.GetSubmissionRequest(name=submission)
+            print_message((await client.submissions.GetSubmission(request)).submission, as_document=json)
 
     run(work())

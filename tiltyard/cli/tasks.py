@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tiltyard.cli import memberships
+from tiltyard.cli import memberships, task_steps
 from tiltyard.cli.connection import (
     DEFAULT_ORIGIN,
     REGISTRY,
@@ -22,16 +22,23 @@ from tiltyard.cli.connection import (
     task_name,
 )
 from tiltyard.cli.output import ProgressLine, as_json, enum_word, print_json, print_message, print_table
+from tiltyard.cli.task_steps import describe
 
 if TYPE_CHECKING:
     from tiltyard.client import Client
-    from tiltyard.registry.v1 import task_pb2
     from tiltyard.type.v1 import task_pb2 as task_type_pb2
 
 app = typer.Typer(help="Create, follow, join and close tasks.", no_args_is_help=True)
 app.command("members")(memberships.members)
 app.command("verdicts")(memberships.verdicts)
 app.command("join")(memberships.join)
+app.command("pause")(memberships.pause)
+app.command("resume")(memberships.resume)
+app.command("leave")(memberships.leave)
+app.command("amend")(task_steps.amend)
+app.command("close")(task_steps.close)
+app.command("cancel")(task_steps.cancel)
+app.command("holdout")(task_steps.holdout)
 
 
 def _read_config(path: Path) -> "task_type_pb2.TaskConfig":
@@ -50,18 +57,6 @@ def _fix_digest(digest: "task_type_pb2.DatasetDigest", file: Path) -> None:
 
     digest.sha256 = file_digest(file)
     digest.size_bytes = file.stat().st_size
-
-
-def describe(task: "task_pb2.Task") -> str:
-    """One line on where a task stands."""
-    from tiltyard.type.v1 import task_pb2 as task_type_pb2
-
-    state = enum_word(task_type_pb2.TaskState.Name(task.state), "TASK_STATE_")
-    line = (
-        f"{task.name} {state}: {task.training_nodes} training nodes, {task.validators} validators, "
-        f"{task.submissions} submissions"
-    )
-    return f"{line} ({task.state_reason})" if task.state_reason else line
 
 
 @app.command("create")
@@ -183,49 +178,6 @@ def watch_task(
         async with connect(key, origin, registry) as client:
             async for seen in watch(client.tasks.WatchTask, task_pb2.WatchTaskRequest(name=task_name(task))):
                 print(json_module.dumps(as_json(seen.task)) if json else describe(seen.task), flush=True)
-
-    run(work())
-
-
-@app.command("close")
-def close(
-    task: TaskArgument,
-    key: KeyOption,
-    origin: OriginOption = DEFAULT_ORIGIN,
-    registry: RegistryOption = REGISTRY,
-    json: JsonOption = False,
-) -> None:
-    """Take no more submissions. For the creator."""
-    from tiltyard.client import new_request_id
-    from tiltyard.registry.v1 import task_pb2
-
-    async def work() -> None:
-        async with connect(key, origin, registry) as client:
-            request = task_pb2.CloseTaskRequest(name=task_name(task), request_id=new_request_id())
-            answer = await client.tasks.CloseTask(request)
-        print_message(answer.task, as_document=True) if json else print(describe(answer.task))
-
-    run(work())
-
-
-@app.command("cancel")
-def cancel(
-    task: TaskArgument,
-    key: KeyOption,
-    reason: Annotated[str, typer.Option(help="Why, up to 500 characters.")] = "",
-    origin: OriginOption = DEFAULT_ORIGIN,
-    registry: RegistryOption = REGISTRY,
-    json: JsonOption = False,
-) -> None:
-    """End a task without a result. For the creator and operators."""
-    from tiltyard.client import new_request_id
-    from tiltyard.registry.v1 import task_pb2
-
-    async def work() -> None:
-        async with connect(key, origin, registry) as client:
-            request = task_pb2.CancelTaskRequest(name=task_name(task), reason=reason, request_id=new_request_id())
-            answer = await client.tasks.CancelTask(request)
-        print_message(answer.task, as_document=True) if json else print(describe(answer.task))
 
     run(work())
 

@@ -1,0 +1,100 @@
+"""Every command block of README and tutorial is run as it stands, and every link of the docs leads somewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.test_up import running
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("clients/*/README.md")])
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
+_UP = "tiltyard up\n"
+PORTS = {"registry": 7401, "selector": 7402, "trainer": 7403, "validator": 7404}
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The page's fenced blocks in these languages, in order."""
+    return [text for language, text in _FENCE.findall(page.read_text()) if language in languages]
+
+
+def addressed(text: str, addresses: dict[str, str]) -> str:
+    """The text with the arena's real addresses in the place of the default ones."""
+    for service, port in PORTS.items():
+        text = text.replace(f"127.0.0.1:{port}", addresses[service])
+    return text
+
+
+def shell(folder: Path, script: str, addresses: dict[str, str]) -> str:
+    """Runs a script as a reader would type it; returns what it printed."""
+    programs = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        **{f"TILTYARD_{service.upper()}": address for service, address in addresses.items()},
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "no_proxy": "*",
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", addressed(script, addresses)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """What `tiltyard up` in the folder starts, on free ports."""
+    with running(tmp_path / "tiltyard-state", "--port-base", "0") as (_, addresses):
+        yield addresses
+
+
+def test_the_tutorial_runs_from_its_first_block_to_its_last(tmp_path: Path, arena: dict[str, str]) -> None:
+    first, *rest = blocks(ROOT / "docs" / "tutorial.md", "sh")
+    assert first == _UP
+    said = shell(tmp_path, "".join(rest), arena)
+    assert "tasks/digits/submissions/1 scored" in said
+    assert (tmp_path / "results" / "submission-1.safetensors").is_file()
+
+
+def test_the_commands_of_the_readme_run(tmp_path: Path, arena: dict[str, str]) -> None:
+    page = ROOT / "README.md"
+    commands = blocks(page, "sh")
+    made = [block for block in commands if block.startswith("make ")]
+    assert commands.count(_UP) == 1
+    shell(tmp_path, "".join(block for block in commands if block not in (_UP, *made)), arena)
+    (program,) = blocks(page, "python")
+    (tmp_path / "program.py").write_text(addressed(program, arena))
+    assert "NOT_FOUND" in shell(tmp_path, "python3 program.py", arena)
+
+
+def test_what_the_readme_makes_can_be_made() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    lines = [line for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
+    asked = {line.split()[1] for line in lines if line.startswith("make ")}
+    assert {"demo", "test"} <= asked <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    text = _FENCE.sub("", page.read_text())
+    for target, anchor in _LINK.findall(text):
+        if target.startswith(("http://", "https://")):
+            continue
+        there = (page.parent / target).resolve() if target else page
+        assert there.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{page.name} links to {target}#{anchor}"
