@@ -76,7 +76,7 @@ def settle(transaction: Transaction, *, draw: str, participant: str, settlement:
         raise NotFound("PICK_NOT_FOUND", "the participant has no pick in this draw", draw=draw)
     group = transaction.owner_group(participant)
     if known.settlement is Settlement.OPEN:
-        transaction.put_charge(replace(known, settlement=settlement))
+        transaction.settle_charge(replace(known, settlement=settlement))
         if settlement is Settlement.REFUNDED:
             event = LedgerEvent(
                 EventKind.QUOTA_REFUNDED,

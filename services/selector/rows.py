@@ -1,6 +1,6 @@
 """The selector's tables. Times are microseconds since 1970, weights 16 bytes big-endian; rows never leave the store."""
 
-from sqlalchemy import BigInteger, Column, LargeBinary, MetaData
+from sqlalchemy import BigInteger, Column, Integer, LargeBinary, MetaData
 from sqlmodel import Field, SQLModel
 
 
@@ -70,7 +70,10 @@ class EventRow(SelectorRow, table=True):
 
     __tablename__ = "ledger_events"
 
-    sequence: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
+    # SQLite orders a table by a key that is called INTEGER, and keeps any other beside it.
+    sequence: int = Field(
+        sa_column=Column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False)
+    )
     kind: str
     time_us: int = Field(sa_column=_large())
     participant: str
@@ -201,3 +204,14 @@ class ChargeRow(SelectorRow, table=True):
     task: str
     rate_window: int = Field(sa_column=_large())
     settlement: str
+
+
+class QuotaUseRow(SelectorRow, table=True):
+    """How many charges of a participant in one rate window stand."""
+
+    __tablename__ = "quota_uses"
+
+    task: str = Field(primary_key=True)
+    rate_window: int = Field(sa_column=Column(BigInteger, primary_key=True, autoincrement=False))
+    participant: str = Field(primary_key=True)
+    used: int = Field(sa_column=_large())

@@ -1,15 +1,18 @@
 """Draws and charges in SQL."""
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Row, bindparam, func, select, update
+from sqlalchemy import Row, bindparam, select, update
 from sqlmodel import Session
 
+from services.runtime.engines import placeholder
 from services.selector.columns import connection_of, from_us, insert_rows, table_of, to_us, weight_bytes, weight_of
 from services.selector.records import Charge, Draw, DrawnPlace, PassedOverReason, Settlement
-from services.selector.rows import ChargeRow, DrawRow, OwnerGroupRow
+from services.selector.rows import ChargeRow, DrawRow, OwnerGroupRow, QuotaUseRow
 from tiltyard.sortition import Curve, CurveKind, Place
 
 _CHARGES = table_of(ChargeRow)
@@ -17,18 +20,23 @@ _GROUPS = table_of(OwnerGroupRow)
 _DRAWS = table_of(DrawRow)
 _DRAWN = select(_DRAWS).where(_DRAWS.c.draw.in_(bindparam("names", expanding=True)))
 _PUT_PLACES = update(_DRAWS).where(_DRAWS.c.draw == bindparam("name")).values(places=bindparam("further"))
-_IS_CHARGED = (
-    _CHARGES.c.task == bindparam("pool"),
-    _CHARGES.c.rate_window == bindparam("window"),
-    _CHARGES.c.settlement != Settlement.REFUNDED.value,
-)
 _MEMBERS = select(_GROUPS.c.participant, _GROUPS.c.owner_group).where(
     _GROUPS.c.owner_group.in_(bindparam("names", expanding=True))
 )
-_USES = (
-    select(_CHARGES.c.participant, func.count())
-    .where(*_IS_CHARGED, _CHARGES.c.participant.in_(bindparam("names", expanding=True)))
-    .group_by(_CHARGES.c.participant)
+_QUOTA_USES = table_of(QuotaUseRow)
+_REFUND = (
+    update(_QUOTA_USES)
+    .where(
+        _QUOTA_USES.c.task == bindparam("pool"),
+        _QUOTA_USES.c.rate_window == bindparam("window"),
+        _QUOTA_USES.c.participant == bindparam("name"),
+    )
+    .values(used=_QUOTA_USES.c.used - 1)
+)
+_USES = select(_QUOTA_USES.c.participant, _QUOTA_USES.c.used).where(
+    _QUOTA_USES.c.task == bindparam("pool"),
+    _QUOTA_USES.c.rate_window == bindparam("window"),
+    _QUOTA_USES.c.participant.in_(bindparam("names", expanding=True)),
 )
 
 
@@ -59,9 +67,16 @@ class SqlDrawRecords:
 
     def add_charges(self, charges: Sequence[Charge]) -> None:
         insert_rows(self._session, _CHARGES, [_charge_values(charge) for charge in charges])
+        used = Counter((charge.task, charge.window, charge.participant) for charge in charges)
+        if used:
+            connection = connection_of(self._session)
+            connection.exec_driver_sql(_use_quota(placeholder(connection)), [(*key, used[key]) for key in used])
 
-    def put_charge(self, charge: Charge) -> None:
+    def settle_charge(self, charge: Charge) -> None:
         self._session.merge(ChargeRow(**_charge_values(charge)))
+        if charge.settlement is Settlement.REFUNDED:
+            use = {"pool": charge.task, "window": charge.window, "name": charge.participant}
+            connection_of(self._session).execute(_REFUND, use)
 
     def quota_used(self, task: str, *, window: int, owner_groups: Collection[str]) -> Mapping[str, int]:
         connection = connection_of(self._session)
@@ -73,6 +88,14 @@ class SqlDrawRecords:
         for participant, number in connection.execute(_USES, span):
             used[group_of[participant]] += number
         return used
+
+
+@cache
+def _use_quota(mark: str) -> str:
+    return (
+        f"INSERT INTO quota_uses (task, rate_window, participant, used) VALUES ({', '.join([mark] * 4)}) "  # noqa: S608 - placeholders alone
+        "ON CONFLICT (task, rate_window, participant) DO UPDATE SET used = quota_uses.used + excluded.used"
+    )
 
 
 def _draw_values(draw: Draw) -> dict[str, Any]:

@@ -147,7 +147,9 @@ class DrawRecords(Protocol):
 
     def add_charges(self, charges: Sequence[Charge]) -> None: ...
 
-    def put_charge(self, charge: Charge) -> None: ...
+    def settle_charge(self, charge: Charge) -> None:
+        """Records what became of a charge that was open. A refunded one is no use of a quota any more."""
+        ...
 
     def quota_used(self, task: str, *, window: int, owner_groups: Collection[str]) -> Mapping[str, int]:
         """Charges in one window, but for refunded ones, of all who are in each group now."""
