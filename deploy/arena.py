@@ -1,0 +1,196 @@
+"""`make up`: makes an arena's keys, passwords and settings once, builds its images, starts it and waits for its health.
+
+Everything it makes lies in one folder: settings.env, secrets/ (owned by the user of the images), ids/ (the participant
+id of each service and node), and operator.pem. What is there already stays, so that a second run changes only what the
+environment says: each TILTYARD_ variable that a compose file names is taken from there and kept in settings.env.
+"""
+
+import argparse
+import functools
+import http.server
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tiltyard.identity import Key
+
+HERE = Path(__file__).resolve().parent
+IMAGE_USER = "10001:10001"
+DATABASES = ("registry", "selector")
+KEYS = ("registry", "selector", "trainer", "validator-1", "validator-2", "validator-3")
+WHEELS_PORT = 7490
+HEALTHY_AFTER_S = 240.0
+PORTS = {"registry": 7401, "selector": 7402, "trainer": 7403}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Set up and start an arena of containers.")
+    parser.add_argument("folder", type=Path, help="where its keys and settings lie")
+    parser.add_argument("--overlay", action="append", default=[], help="gpu, observability ...: compose.NAME.yaml too")
+    parser.add_argument(
+        "--wheels", type=Path, help="take packages from this folder alone, for an engine without an index"
+    )
+    arguments = parser.parse_args()
+    arena = Arena(
+        arguments.folder.absolute(), ["compose.yaml", *(f"compose.{each}.yaml" for each in arguments.overlay)]
+    )
+    arena.prepare()
+    with served(arguments.wheels) as building:
+        arena.compose("build", environment=building)
+    arena.own_secrets()
+    arena.compose("up", "--detach", "--no-build", "--remove-orphans")
+    arena.until_healthy(HEALTHY_AFTER_S)
+    bind = arena.settings.get("TILTYARD_BIND", "127.0.0.1")
+    ports = ((name, arena.settings.get(f"TILTYARD_{name.upper()}_PORT", port)) for name, port in PORTS.items())
+    say("ready", *(f"{name}={bind}:{port}" for name, port in ports))
+
+
+class Arena:
+    """One arena's folder, and docker compose with the settings in it."""
+
+    def __init__(self, folder: Path, files: Sequence[str]) -> None:
+        self._folder = folder
+        self._files = [HERE / name for name in files]
+        for file in self._files:
+            if not file.is_file():
+                raise SystemExit(f"there is no {file}")
+        self.settings: dict[str, str] = {}
+
+    def prepare(self) -> None:
+        """Makes what is not there yet. Interrupted at any point, the next run goes on."""
+        ids = self._folder / "ids"
+        ids.mkdir(parents=True, exist_ok=True)
+        self._secrets.mkdir(exist_ok=True)
+        # A container's root without capabilities passes through, and nobody lists it.
+        self._secrets.chmod(0o711)
+        for name in KEYS:
+            if not (ids / name).exists():
+                write(ids / name, Key.load_or_create(self._secrets / f"{name}_key").id + "\n")
+        write(ids / "operator", Key.load_or_create(self._folder / "operator.pem").id + "\n")
+        for name in DATABASES:
+            # The file that libpq reads, and the password in it for the database's first start.
+            if not (self._secrets / f"{name}_pgpass").exists():
+                password = secrets.token_hex(24)
+                write(self._secrets / f"{name}_password", password, mode=0o600)
+                write(self._secrets / f"{name}_pgpass", f"database:5432:{name}:{name}:{password}\n", mode=0o600)
+        self.settings = self._settings(ids)
+        write(self._folder / "settings.env", "".join(f"{name}={value}\n" for name, value in self.settings.items()))
+
+    def compose(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+        """Runs docker compose; ends this process when it fails."""
+        self._run([str(HERE / "arena"), *arguments], environment or {})
+
+    def own_secrets(self) -> None:
+        """Gives the secrets to the user of the images, who alone may then read them."""
+        image = f"tiltyard/registry:{self.settings.get('TILTYARD_VERSION', '0.1.0')}"
+        names = sorted(f"/secrets/{path.name}" for path in self._secrets.iterdir() if not path.name.startswith("."))
+        confined = ["--network", "none", "--read-only", "--user", "0:0", "--cap-drop", "ALL", "--cap-add", "CHOWN"]
+        mount = ["--volume", f"{self._secrets}:/secrets"]
+        self._run(["docker", "run", "--rm", *confined, *mount, image, "chown", IMAGE_USER, *names], {})
+
+    def until_healthy(self, timeout_s: float) -> None:
+        """Waits until every container says that it is healthy; ends this process, telling the states, if one does not."""
+        until = time.monotonic() + timeout_s
+        while True:
+            states = self._states()
+            if states and all(state in ("healthy", "running") for state in states.values()):
+                return
+            if time.monotonic() > until:
+                raise SystemExit(f"not healthy after {timeout_s:g} s (deploy/arena logs tells why): {states}")
+            time.sleep(1)
+
+    @property
+    def _secrets(self) -> Path:
+        return self._folder / "secrets"
+
+    def _settings(self, ids: Path) -> dict[str, str]:
+        file = self._folder / "settings.env"
+        kept = dict(line.split("=", 1) for line in file.read_text().splitlines()) if file.exists() else {}
+        named = {name for path in self._files for name in re.findall(r"\$\{(TILTYARD_[A-Z_]+)", path.read_text())}
+        # Where packages came from is a matter of one build.
+        given = {name: os.environ[name] for name in named if name in os.environ and "_PIP_" not in name}
+        made = {
+            "COMPOSE_FILE": os.pathsep.join(map(str, self._files)),
+            "TILTYARD_SECRETS": str(self._secrets),
+            "TILTYARD_OPERATORS": (ids / "operator").read_text().strip(),
+            "TILTYARD_REGISTRY_ID": (ids / "registry").read_text().strip(),
+        }
+        project = os.environ.get("COMPOSE_PROJECT_NAME") or kept.get("COMPOSE_PROJECT_NAME", "tiltyard")
+        return kept | {"COMPOSE_PROJECT_NAME": project} | made | given
+
+    def _states(self) -> dict[str, str]:
+        listed = subprocess.run(
+            [str(HERE / "arena"), "ps", "--all", "--quiet"], env=self._environment({}), capture_output=True, text=True
+        )
+        containers = listed.stdout.split()
+        if listed.returncode or not containers:
+            raise SystemExit(f"docker compose lists no container: {listed.stderr.strip()}")
+        shown = subprocess.run(["docker", "inspect", *containers], capture_output=True, check=True, text=True)
+        return {each["Name"].lstrip("/"): _state(each["State"]) for each in json.loads(shown.stdout)}
+
+    def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
+        return {**os.environ, "ARENA": str(self._folder), **more}
+
+    def _run(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        ended = subprocess.run(command, env=self._environment(environment), check=False)
+        if ended.returncode:
+            raise SystemExit(ended.returncode)
+
+
+def _state(state: Mapping[str, object]) -> str:
+    health = state.get("Health")
+    return str(health["Status"] if isinstance(health, dict) else state["Status"])
+
+
+@contextmanager
+def served(wheels: Path | None) -> Iterator[dict[str, str]]:
+    """Serves the wheels in a folder on loopback while images are built; yields the settings that have pip use them."""
+    if wheels is None:
+        yield {}
+        return
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Says nothing: pip does."""
+
+    # The port is fixed, since a layer is known by the arguments that it was built with.
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", WHEELS_PORT), functools.partial(Quiet, directory=str(wheels))
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield {
+            "TILTYARD_BUILD_NETWORK": "host",
+            "TILTYARD_PIP_FIND_LINKS": f"http://127.0.0.1:{WHEELS_PORT}/",
+            "TILTYARD_PIP_NO_INDEX": "1",
+            "TILTYARD_PIP_EXTRA_INDEX_URL": "",
+        }
+        server.shutdown()
+
+
+def write(path: Path, text: str, *, mode: int = 0o644) -> None:
+    """Writes a file whole or not at all."""
+    draft = path.with_name(f".{path.name}.new")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def say(*words: str) -> None:
+    """Prints one line."""
+    sys.stdout.write(" ".join(words) + "\n")
+
+
+if __name__ == "__main__":
+    main()
