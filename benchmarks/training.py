@@ -1,16 +1,19 @@
-"""Training steps a second: the trainer's loop with progress streaming and checkpoints, against the bare PyTorch loop.
+"""Training steps a second: the trainer's loop with progress streaming and checkpoints, against others' loops in turns.
 
-Both train the same model on the same rows with the same optimiser, learning rates, label smoothing and threads, in one
-process and in turns. The bare loop shuffles, descends, and does nothing else: it holds no rows out, reports nothing,
-and would not notice a loss that is not finite.
+All train the same model on the same rows with the same optimiser, learning rates, label smoothing and threads. The bare
+PyTorch loop shuffles, descends, and does nothing else: it holds no rows out, reports nothing, and would not notice a
+loss that is not finite. PyTorch Lightning runs in a process of its own, with all that it does beside training off.
 """
 
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +22,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
+from benchmarks import _peers
 from services.trainer.checkpoints import save_checkpoint
 from services.trainer.config import LossKind, TrainingConfig
 from services.trainer.descent import Descent
@@ -34,43 +38,96 @@ MLP = ModelSpec((8, 8), 10, Mlp((64,)), 1 / 16)
 CONVNET = ModelSpec((8, 8), 10, Convnet((16, 32)), 1 / 16)
 
 
+class Work:
+    """One model, the digits, and how both sides train it."""
+
+    def __init__(self, spec: ModelSpec, *, steps: int) -> None:
+        digits = load_digits()
+        self.spec = spec
+        self.x, self.y = digits.images.astype(np.uint8), digits.target.astype(np.int64)
+        self.rows = Rows(self.x, self.y, loss=LossKind.CROSS_ENTROPY, outputs=10, device="cpu")
+        config = TrainingConfig(label_smoothing=DEFAULT_LABEL_SMOOTHING)
+        self.trained_rows = len(self.y) - int(config.holdout_share * len(self.y))
+        per_epoch = Plan(rows=self.trained_rows, config=config).steps_per_epoch
+        self.config = replace(config, epochs=-(-steps // per_epoch))
+        self.plan = Plan(rows=self.trained_rows, config=self.config)
+
+
 def run() -> list[dict[str, Any]]:
     """The digits' mlp, where the cost of a step that is not torch's shows most, and a convnet."""
-    return [
-        _compared("training: digits mlp", MLP, rounds=41, steps=400, goal=0.97),
-        _compared("training: digits convnet", CONVNET, rounds=21, steps=80, goal=0.99),
-    ]
-
-
-def _compared(name: str, spec: ModelSpec, *, rounds: int, steps: int, goal: float) -> dict[str, Any]:
-    digits = load_digits()
-    x, y = digits.images.astype(np.uint8), digits.target.astype(np.int64)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    rows = Rows(x, y, loss=LossKind.CROSS_ENTROPY, outputs=10, device="cpu")
-    config = TrainingConfig(label_smoothing=DEFAULT_LABEL_SMOOTHING)
-    trained_rows = len(y) - int(config.holdout_share * len(y))
-    config = replace(config, epochs=-(-steps // Plan(rows=trained_rows, config=config).steps_per_epoch))
+    mlp, convnet = Work(MLP, steps=400), Work(CONVNET, steps=80)
+    bare = {"against": "bare PyTorch loop"}
+    results = [
+        {"name": "training: digits mlp", "goal": 0.97} | bare | _compared(mlp, lambda: _bare(mlp), rounds=41),
+        {"name": "training: digits convnet", "goal": 0.99}
+        | bare
+        | _compared(convnet, lambda: _bare(convnet), rounds=21),
+    ]
+    name = {"name": "training: digits mlp", "against": "PyTorch Lightning", "goal": 1.5}
+    try:
+        with _lightning(mlp) as theirs:
+            results.append(name | _compared(mlp, theirs, rounds=7))
+    except _peers.PeerUnavailable as error:
+        print(f"skipped, PyTorch Lightning cannot be installed: {error}", file=sys.stderr)
+    return results
+
+
+def _compared(work: Work, theirs: Callable[[], float], *, rounds: int) -> dict[str, Any]:
     pairs: list[tuple[float, float]] = []
     for turn in range(rounds + 1):
         # The one that goes first meets colder caches: they take turns at that, too.
         if turn % 2:
-            ours, theirs = _ours(spec, rows, config), _bare(spec, x, y, config)
+            pair = (_ours(work), theirs())
         else:
-            theirs, ours = _bare(spec, x, y, config), _ours(spec, rows, config)
+            later = theirs()
+            pair = (_ours(work), later)
         if turn:  # the first turn warms torch up
-            pairs.append((ours, theirs))
+            pairs.append(pair)
     return {
-        "name": name,
         "ours": median(ours for ours, _ in pairs),
         "unit": "steps/s",
-        "against": "bare PyTorch loop",
         "theirs": median(theirs for _, theirs in pairs),
         "ratio": median(ours / theirs for ours, theirs in pairs),
-        "goal": goal,
     }
 
 
-def _ours(spec: ModelSpec, rows: Rows, config: TrainingConfig) -> float:
+@contextmanager
+def _lightning(work: Work) -> Iterator[Callable[[], float]]:
+    """Steps a second of one training by Lightning at each call. Raises PeerUnavailable."""
+    python = _peers.python_of(_peers.LIGHTNING, ours_first=True)
+    config = asdict(work.config) | {"steps": work.plan.total_steps, "threads": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "digits.npz"
+        np.savez(data, x=work.x[: work.trained_rows], y=work.y[: work.trained_rows])
+        script = Path(__file__).with_name("_lightning.py")
+        with subprocess.Popen(
+            [str(python), str(script), str(data), json.dumps(config)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=folder,
+        ) as process:
+            assert process.stdin is not None  # both are pipes
+            assert process.stdout is not None
+            asked, answers = process.stdin, process.stdout
+
+            def train() -> float:
+                asked.write("train\n")
+                asked.flush()
+                line = answers.readline()
+                if not line:
+                    raise _peers.PeerUnavailable(f"it ended with status {process.wait()}")
+                return float(line)
+
+            try:
+                yield train
+            finally:
+                process.kill()
+
+
+def _ours(work: Work) -> float:
     """Steps a second of the child's loop, progress going through a pipe to a process that reads it."""
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -83,19 +140,18 @@ def _ours(spec: ModelSpec, rows: Rows, config: TrainingConfig) -> float:
             lines.write(json.dumps({"event": "progress", "point": point.to_json()}) + "\n")
             lines.flush()
 
-        descent = Descent(spec=spec, loss=LossKind.CROSS_ENTROPY, config=config, rows=rows)
+        descent = Descent(spec=work.spec, loss=LossKind.CROSS_ENTROPY, config=work.config, rows=work.rows)
         checkpoint = Path(folder) / "checkpoint.safetensors"
         begun = time.perf_counter()
         descent.run(report=report, checkpoint=lambda: save_checkpoint(checkpoint, descent.state()))
         return descent.step / (time.perf_counter() - begun)
 
 
-def _bare(spec: ModelSpec, x: np.ndarray, y: np.ndarray, config: TrainingConfig) -> float:
+def _bare(work: Work) -> float:
     """Steps a second of what one writes by hand."""
-    images, labels = torch.from_numpy(x), torch.from_numpy(y)
-    plan = Plan(rows=len(y) - int(config.holdout_share * len(y)), config=config)
-    images, labels = images[: plan.rows], labels[: plan.rows]
-    module = build(spec, seed=config.seed).train()
+    config, plan = work.config, work.plan
+    images, labels = torch.from_numpy(work.x[: plan.rows]), torch.from_numpy(work.y[: plan.rows])
+    module = build(work.spec, seed=config.seed).train()
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
