@@ -36,10 +36,12 @@ def python_of(peer: tuple[str, tuple[str, ...]], *, ours_too: bool = False, ours
         done = environment / "installed"
         wanted = "\n".join([sys.version, *requirements])
         if not done.exists() or done.read_text() != wanted:
-            _run([sys.executable, "-m", "venv", "--clear", str(environment)])
+            # Our own pip installs into it, and what is never imported need not be compiled: a fifth of the time.
+            _run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(environment)])
+            pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-compile"]
             if ours_first:
                 _see_ours(environment)
-            _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements])
+            _run([*pip, "--disable-pip-version-check", *requirements])
             done.write_text(wanted)
         if ours_too:
             _see_ours(environment)
