@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Databases under test sync every commit to disk; a file system in memory, where there is a large one, takes that wait away.
 ROOMY := $(shell df --output=avail -k /dev/shm 2>/dev/null | awk 'NR == 2 && $$1 > 4000000 {print "/dev/shm"}')
 
-.PHONY: install demo test soak bench check lint types protos protos-check clean
+.PHONY: install demo test soak bench check lint types protos docs protos-check clean
 
 install: .venv/installed
 
@@ -36,8 +36,12 @@ protos: install
 	find tiltyard -path '*/v[12]' -type d -exec touch {}/__init__.py \;
 	for d in type registry selector trainer validator inference; do touch tiltyard/$$d/__init__.py; done
 
-protos-check: protos
-	git diff --exit-code --stat -- tiltyard
+# The reference, from the comments of the protos.
+docs: install
+	$(BIN)/python docs/reference.py
+
+protos-check: protos docs
+	git diff --exit-code --stat -- tiltyard docs/reference
 	test -z "$$(git ls-files --others --exclude-standard tiltyard)"
 
 lint: install

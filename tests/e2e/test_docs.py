@@ -64,7 +64,7 @@ def test_the_tutorial_runs_from_its_first_block_to_its_last(tmp_path: Path, aren
     first, *rest = blocks(ROOT / "docs" / "tutorial.md", "sh")
     assert first == _UP
     said = shell(tmp_path, "".join(rest), arena)
-    assert "tasks/digits/submissions/1 scored" in said
+    assert re.search(r"tasks/digits/submissions/1 +participants/\w+ +scored 4\d\d/500", said), said
     assert (tmp_path / "results" / "submission-1.safetensors").is_file()
 
 
