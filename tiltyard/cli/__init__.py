@@ -1,5 +1,7 @@
 """The `tiltyard` command: everything that a participant, an operator or an onlooker does from a shell."""
 
+import os
+
 import typer
 
 from tiltyard.cli import (
@@ -21,6 +23,9 @@ from tiltyard.cli import (
     up,
     validators,
 )
+
+# gRPC's core, once it is imported, would add lines of its own to what a command prints on a refused connection.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 app = typer.Typer(
     name="tiltyard",
