@@ -75,7 +75,14 @@ async def submit_model(
         begun = replace(begun, submission=submission)
         await asyncio.to_thread(_write, journal, begun)
     if not begun.revealed:
-        await upload(client.artifacts, model, submission=begun.submission, progress=progress, patience_s=patience_s)
+        await upload(
+            client.artifacts,
+            model,
+            submission=begun.submission,
+            digest=digest,
+            progress=progress,
+            patience_s=patience_s,
+        )
         await _reveal(client, begun, patience_s)
         await asyncio.to_thread(_write, journal, replace(begun, revealed=True))
     return begun.submission

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import os
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import TYPE_CHECKING
 import grpc
 
 from tiltyard.client import PATIENCE_S, ClientError, is_transient, persist
+from tiltyard.growingfile import GrowingFile
 from tiltyard.registry.v1 import artifact_pb2
+from tiltyard.writebehind import WriteBehind
 
 if TYPE_CHECKING:
     from tiltyard.registry.v1.artifact_pb2_grpc import ArtifactServiceAsyncStub
 
-CHUNK_BYTES = 512 * 1024
-_READ_BYTES = 4 * 1024 * 1024
+CHUNK_BYTES = 1024 * 1024
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 2.0
 
@@ -46,6 +46,7 @@ async def upload(
     *,
     task: str | None = None,
     submission: str | None = None,
+    digest: bytes | None = None,
     progress: Progress | None = None,
     patience_s: float = PATIENCE_S,
 ) -> str:
@@ -53,12 +54,12 @@ async def upload(
 
     At most one of `task` and `submission` is a resource name; without either it is a base model for a task to name. A
     broken stream goes on where the server says that it is, as long as no more than `patience_s` pass without a further
-    byte; a complete artifact is not sent again.
+    byte; a complete artifact is not sent again. `digest` is the file's SHA-256 where it is known already.
     Raises grpc.aio.AioRpcError for what the server refuses.
     """
     if task is not None and submission is not None:
         raise ValueError("a file is for a task or for a submission")
-    artifact = artifact_name(await asyncio.to_thread(file_digest, path))
+    artifact = artifact_name(await asyncio.to_thread(file_digest, path) if digest is None else digest)
     size_bytes = await asyncio.to_thread(_size, path)
     patience = _Patience(patience_s)
     asked = artifact_pb2.GetUploadRequest(artifact=artifact)
@@ -109,13 +110,20 @@ async def _messages(
 ) -> AsyncIterator[artifact_pb2.UploadArtifactRequest]:
     yield artifact_pb2.UploadArtifactRequest(header=header)
     position = header.offset
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         file.seek(position)
-        while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
-            yield artifact_pb2.UploadArtifactRequest(chunk=chunk)
-            position += len(chunk)
-            if progress:
-                progress(position, header.size_bytes)
+        ahead = asyncio.ensure_future(asyncio.to_thread(file.read, CHUNK_BYTES))
+        try:
+            while chunk := await asyncio.shield(ahead):
+                # Read while the one before is on its way.
+                ahead = asyncio.ensure_future(asyncio.to_thread(file.read, CHUNK_BYTES))
+                yield artifact_pb2.UploadArtifactRequest(chunk=chunk)
+                position += len(chunk)
+                if progress:
+                    progress(position, header.size_bytes)
+        finally:
+            # Before the file is closed under it.
+            await asyncio.wait((ahead,))
 
 
 async def download(
@@ -134,70 +142,81 @@ async def download(
     refuses or when no byte comes for `patience_s`.
     """
     wanted = bytes.fromhex(artifact.removeprefix("artifacts/"))
-    part = destination.with_name(destination.name + ".part")
-    await asyncio.to_thread(_touch, part)
     if size_bytes is None:
         request = artifact_pb2.GetArtifactRequest(name=artifact)
         known = await persist(lambda: artifacts.GetArtifact(request), patience_s=patience_s)
         size_bytes = known.artifact.size_bytes
-    patience = _Patience(patience_s)
-    while (offset := _bytes_so_far(part, size_bytes)) < size_bytes:
-        patience.moved_to(offset)
+    part = destination.with_name(destination.name + ".part")
+    file = await asyncio.to_thread(_open_part, part, size_bytes)
+    try:
+        await _fetch_all(artifacts, artifact, file, size_bytes, progress, _Patience(patience_s))
+        if file.digest() != wanted:
+            raise DigestMismatch(f"the bytes received are not those of {artifact}")
+        await asyncio.to_thread(_move_into_place, file, part, destination)
+    except DigestMismatch:
+        await asyncio.to_thread(part.unlink)
+        raise
+    finally:
+        file.close()
+
+
+def _open_part(part: Path, size_bytes: int) -> GrowingFile:
+    part.parent.mkdir(parents=True, exist_ok=True)
+    if part.exists() and part.stat().st_size > size_bytes:
+        # More than there can be: the part of another artifact.
+        part.unlink()
+    return GrowingFile(part)
+
+
+async def _fetch_all(
+    artifacts: "ArtifactServiceAsyncStub",
+    artifact: str,
+    file: GrowingFile,
+    size_bytes: int,
+    progress: Progress | None,
+    patience: "_Patience",
+) -> None:
+    while file.size < size_bytes:
+        patience.moved_to(file.size)
         try:
-            await _fetch(artifacts, artifact, part, offset, size_bytes, progress)
+            await _fetch(artifacts, artifact, file, size_bytes, progress)
         except grpc.aio.AioRpcError as error:
             if not is_transient(error) or patience.is_over():
                 raise
         else:
-            if _bytes_so_far(part, size_bytes) < size_bytes and patience.is_over():
-                raise DigestMismatch(f"{artifact} ends after {offset} of {size_bytes} bytes")
-        if _bytes_so_far(part, size_bytes) < size_bytes:
+            if file.size < size_bytes and patience.is_over():
+                raise DigestMismatch(f"{artifact} ends after {file.size} of {size_bytes} bytes")
+        if file.size < size_bytes:
             await patience.pause()
-    if await asyncio.to_thread(file_digest, part) != wanted:
-        part.unlink()
-        raise DigestMismatch(f"the bytes received are not those of {artifact}")
-    await asyncio.to_thread(_move_into_place, part, destination)
-
-
-def _touch(part: Path) -> None:
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
-
-
-def _bytes_so_far(part: Path, size_bytes: int) -> int:
-    size = part.stat().st_size
-    if size > size_bytes:
-        # More than there can be: the part of another artifact.
-        os.truncate(part, 0)
-        return 0
-    return size
 
 
 async def _fetch(
     artifacts: "ArtifactServiceAsyncStub",
     artifact: str,
-    part: Path,
-    offset: int,
+    file: GrowingFile,
     size_bytes: int,
     progress: Progress | None,
 ) -> None:
-    request = artifact_pb2.DownloadArtifactRequest(name=artifact, offset=offset)
-    with part.open("ab") as file:
-        call = artifacts.DownloadArtifact(request)
+    offset = file.size
+    call = artifacts.DownloadArtifact(artifact_pb2.DownloadArtifactRequest(name=artifact, offset=offset))
+    behind = WriteBehind(file.append)
+    try:
         async for message in call:
-            offset += len(message.chunk)
+            chunk = message.chunk
+            offset += len(chunk)
             if offset > size_bytes:
                 call.cancel()
-                await asyncio.to_thread(part.unlink)
                 raise DigestMismatch(f"{artifact} is longer than its {size_bytes} bytes")
-            await asyncio.to_thread(file.write, message.chunk)
+            await behind.put(chunk)
             if progress:
                 progress(offset, size_bytes)
+    finally:
+        # Also what came before a break.
+        await behind.flush()
 
 
-def _move_into_place(part: Path, destination: Path) -> None:
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
+def _move_into_place(file: GrowingFile, part: Path, destination: Path) -> None:
+    file.sync()
     part.replace(destination)
 
 

@@ -12,10 +12,11 @@ from services.registry.records import Artifact
 from services.registry.transaction import Reading, Store, Writing
 from services.registry.uploads import Uploads
 from services.runtime.errors import DataLoss, InvalidArgument, OutOfRange, Unavailable
+from tiltyard.writebehind import WriteBehind
 
 T = TypeVar("T")
 
-DOWNLOAD_CHUNK_BYTES = 512 * 1024
+DOWNLOAD_CHUNK_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ class Artifacts:
             try:
                 if partial.size != upload.offset:
                     raise _wrong_offset(partial.size)
-                await _receive(partial, upload, chunks)
+                try:
+                    await _receive(partial, upload, chunks)
+                except OSError as error:
+                    raise _storage_failed(error) from error
                 async with self._uploads.placing(upload.sha256):
                     if not await _stored(partial.finish):
                         raise InvalidArgument.field(
@@ -117,12 +121,19 @@ class Artifacts:
 
 
 async def _receive(partial: Partial, upload: Upload, chunks: AsyncIterator[bytes]) -> None:
-    async for chunk in chunks:
-        if partial.size + len(chunk) > upload.size_bytes:
-            raise size_mismatch(f"more than the {upload.size_bytes} bytes announced were sent")
-        await _stored(lambda chunk=chunk: partial.append([chunk]))  # type: ignore[misc]
-    if partial.size < upload.size_bytes:
-        raise size_mismatch(f"ends after {partial.size} of {upload.size_bytes} bytes; resume from there")
+    behind = WriteBehind(partial.append)
+    received = partial.size
+    try:
+        async for chunk in chunks:
+            received += len(chunk)
+            if received > upload.size_bytes:
+                raise size_mismatch(f"more than the {upload.size_bytes} bytes announced were sent")
+            await behind.put(chunk)
+    finally:
+        # Also what came before a break.
+        await behind.flush()
+    if received < upload.size_bytes:
+        raise size_mismatch(f"ends after {received} of {upload.size_bytes} bytes; resume from there")
 
 
 def _wrong_offset(right: int) -> OutOfRange:
@@ -138,7 +149,11 @@ async def _stored(work: Callable[[], T]) -> T:
         await asyncio.wait((running,))
         raise
     except OSError as error:
-        raise Unavailable("STORAGE_FAILED", f"the bytes cannot be kept or read now: {error.strerror}") from error
+        raise _storage_failed(error) from error
+
+
+def _storage_failed(error: OSError) -> Unavailable:
+    return Unavailable("STORAGE_FAILED", f"the bytes cannot be kept or read now: {error.strerror}")
 
 
 def _own(tx: Reading, caller: str, sha256: str) -> Artifact | None:

@@ -1,15 +1,14 @@
 """Artifacts as files in a directory, named by their digest: whole, or not there at all."""
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from services.registry.artifact_files import OpenUpload, Partial, Stored
+from tiltyard.growingfile import GrowingFile
 
-_READ_BYTES = 1 << 20
 _PLACED = ".placed"
 
 
@@ -21,34 +20,27 @@ class PartialFile:
         self._marker = marker
         self._sha256 = sha256
         self._place = place
-        self._hash = hashlib.sha256()
-        self._file = partial.open("ab+", buffering=0)
-        self._file.seek(0)
-        while block := self._file.read(_READ_BYTES):
-            self._hash.update(block)
-        self.size = self._file.tell()
+        self._file = GrowingFile(partial)
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self._file.size
 
     def append(self, chunks: Sequence[bytes]) -> None:
         """The next bytes, out of this process at once: they survive its death."""
-        for chunk in chunks:
-            view = memoryview(chunk)
-            while view:
-                written = self._file.write(view)
-                self._hash.update(view[:written])
-                self.size += written
-                view = view[written:]
+        self._file.append(chunks)
 
     def finish(self) -> bool:
         """Put the whole file in its place, durably. False where the digest is another: then nothing is kept."""
-        if self._hash.hexdigest() != self._sha256:
+        if self._file.digest().hex() != self._sha256:
             self.close()
             self._partial.unlink()
             return False
-        os.fsync(self._file.fileno())
+        self._file.sync()
         self.close()
         # From here on the upload counts as complete, wherever its bytes lie.
         self._marker.touch()
-        sync_directory(self._marker.parent)
         self._place(self._partial, self._sha256)
         return True
 
@@ -199,13 +191,13 @@ class DirectoryFiles(UploadFolder):
         final = self._path(sha256)
         final.parent.mkdir(parents=True, exist_ok=True)
         partial.replace(final)
-        sync_directory(final.parent)
+        _sync_directory(final.parent)
 
     def _path(self, sha256: str) -> Path:
         return self._artifacts / sha256[:2] / sha256
 
 
-def sync_directory(folder: Path) -> None:
+def _sync_directory(folder: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -182,12 +182,26 @@ async def test_an_upload_that_gets_nowhere_is_given_up(model: Path) -> None:
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_an_upload_has_exactly_one_purpose(model: Path) -> None:
+async def test_an_upload_has_one_purpose_at_most(model: Path) -> None:
     async with serving(SmallRegistry()) as client:
-        with pytest.raises(ValueError, match="exactly one"):
-            await upload(client.artifacts, model)
-        with pytest.raises(ValueError, match="exactly one"):
+        with pytest.raises(ValueError, match="for a task or for a submission"):
             await upload(client.artifacts, model, task=TASK, submission=f"{TASK}/submissions/1")
+
+
+async def test_an_upload_without_a_task_is_a_base_model(model: Path) -> None:
+    registry = SmallRegistry()
+    async with serving(registry) as client:
+        await upload(client.artifacts, model)
+    assert registry.claims == [("base_model", "")]
+
+
+async def test_a_digest_that_is_known_is_taken_for_true(model: Path) -> None:
+    registry = SmallRegistry()
+    digest = file_digest(model)
+    async with serving(registry) as client:
+        assert await upload(client.artifacts, model, task=TASK, digest=digest) == artifact_name(digest)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await upload(client.artifacts, model, task=TASK, digest=bytes(32), patience_s=0.2)
 
 
 def stored(content: bytes) -> tuple[str, SmallRegistry]:

@@ -1,0 +1,46 @@
+"""A file that grows by what arrives, and knows the SHA-256 of all that it holds."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+_READ_BYTES = 1024 * 1024
+
+
+class GrowingFile:
+    """Opened at its end, made when it isn't there; what it holds already is hashed first. All methods block.
+
+    What has been appended survives the death of the process, and after `sync` that of the machine. One thread at a time
+    uses it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._hash = hashlib.sha256()
+        self._file = path.open("ab+", buffering=0)
+        self._file.seek(0)
+        while block := self._file.read(_READ_BYTES):
+            self._hash.update(block)
+        self.size = self._file.tell()
+
+    def append(self, chunks: Sequence[bytes]) -> None:
+        """The next bytes. Raises OSError; then what was written counts, and no more."""
+        for chunk in chunks:
+            rest = memoryview(chunk)
+            while rest:
+                written = self._file.write(rest)
+                self._hash.update(rest[:written])
+                self.size += written
+                rest = rest[written:]
+
+    def digest(self) -> bytes:
+        """SHA-256 of all of it, 32 bytes."""
+        return self._hash.digest()
+
+    def sync(self) -> None:
+        """Wait until it is on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let go of it; once more does nothing."""
+        self._file.close()
