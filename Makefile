@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Databases under test sync every commit to disk; a file system in memory, where there is a large one, takes that wait away.
 ROOMY := $(shell df --output=avail -k /dev/shm 2>/dev/null | awk 'NR == 2 && $$1 > 4000000 {print "/dev/shm"}')
 
-.PHONY: install demo test soak bench check lint types protos docs protos-check clean
+.PHONY: install demo test soak bench check lint types protos docs protos-check typescript clean
 
 install: .venv/installed
 
@@ -55,6 +55,10 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+# The TypeScript client: its types, the shared vectors, and a whole task against an arena. Needs Node 20 and npm.
+typescript: install
+	cd clients/typescript && npm ci --no-audit --no-fund && npm test
 
 check: install protos-check lint types test
 
