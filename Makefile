@@ -8,6 +8,9 @@ export OMP_WAIT_POLICY := PASSIVE
 # Databases under test sync every commit to disk; a file system in memory, where there is a large one, takes that wait away.
 ROOMY := $(shell df --output=avail -k /dev/shm 2>/dev/null | awk 'NR == 2 && $$1 > 4000000 {print "/dev/shm"}')
 
+# How many tests run at a time.
+WORKERS ?= 2
+
 .PHONY: install demo test soak bench check lint types protos docs protos-check typescript clean
 
 install: .venv/installed
@@ -21,7 +24,7 @@ demo: install
 	$(BIN)/tiltyard demo
 
 test: install
-	$(if $(ROOMY),PYTEST_DEBUG_TEMPROOT=$(ROOMY)) $(BIN)/python -m pytest -m "not soak" --durations 15
+	$(if $(ROOMY),PYTEST_DEBUG_TEMPROOT=$(ROOMY)) $(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --dist loadfile --durations 15
 
 soak: install
 	$(BIN)/python -m pytest -m soak --timeout 7200
