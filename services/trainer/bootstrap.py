@@ -53,7 +53,8 @@ class Trainer:
 
 
 async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = utc_now) -> Trainer:
-    """Opens the state and puts everything together."""
+    """Opens the state and puts everything together. Raises NoSuchDevice for a device that is not here."""
+    devices = await find_devices(settings.device)
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     folder = settings.state_dir / "trainings"
@@ -83,7 +84,7 @@ async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = ut
         children=ChildProcesses(folder=folder, bases=bases, data=data, threads=settings.threads),
         submitter=registry,
         bases=BaseModels(bases, registry),
-        devices=lambda: find_devices(settings.device),
+        devices=devices,
         runs_per_device=settings.max_runs,
         on_model=models.add,
         clock=clock,

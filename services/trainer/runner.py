@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,7 @@ class ChildProcesses:
         try:
             return await _listen(process, folder, report, note)
         finally:
-            # Also when this task is cancelled, and even if it is cancelled again.
-            await asyncio.shield(_stop(process, folder))
+            await _to_its_end(_stop(process, folder))
 
     async def clear(self, training: Training) -> None:
         """Keeps the model of a training that has one to show, and nothing of any other."""
@@ -123,6 +122,20 @@ def _event(line: bytes) -> dict[str, Any]:
     except ValueError:
         return {}  # the last line of a process that was killed while it wrote
     return event if isinstance(event, dict) else {}
+
+
+async def _to_its_end(work: Coroutine[None, None, None]) -> None:
+    """Waits for work that must be done also when this task is cancelled, and when it is cancelled again meanwhile."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 async def _stop(process: asyncio.subprocess.Process, folder: Path) -> None:

@@ -77,7 +77,7 @@ class Runs:
         children: Children,
         submitter: Submitter,
         bases: Bases,
-        devices: Callable[[], Awaitable[Sequence[str]]],
+        devices: Sequence[str],
         runs_per_device: int,
         on_model: Callable[[Training], Awaitable[None]],
         clock: Callable[[], datetime],
@@ -110,7 +110,7 @@ class Runs:
 
     async def run(self) -> None:
         """Works until it is cancelled; then every process is gone and every state is written down."""
-        free = list(itertools.chain.from_iterable([device] * self._runs_per_device for device in await self._devices()))
+        free = list(itertools.chain.from_iterable([device] * self._runs_per_device for device in self._devices))
         try:
             await self._recover()
             while True:
@@ -251,8 +251,8 @@ class Runs:
         await self._end(training, lambda each: each.failed(error=error, progress=point, now=self._clock()))
 
     async def _end(self, training: str, change: Callable[[Training], Training]) -> None:
-        await self._keep_history(training)
-        ended = await self._change(training, change)
+        await self._persist(training, lambda: self._write_history(training))
+        ended = await self._change(training, lambda each: change(self._noted(each)))
         if ended.ended:
             training_metrics.ENDED.add(state=ended.state.value)
             await self._children.clear(ended)
@@ -294,12 +294,19 @@ class Runs:
 
     async def _keep_history(self, training: str) -> None:
         """Writes down how far it is; what cannot be written now is written with the next point."""
-        points, current = self._live.history(training), self._live.get(training)
         try:
-            if points:
-                await self._store.keep_history(training, points)
-            if current is not None and (current.warnings or current.data):
-                noted = current
-                await self._store.change(training, lambda each: replace(each, warnings=noted.warnings, data=noted.data))
+            await self._write_history(training)
         except Unavailable as error:
             _log.warning("a training's history was not kept", training=training, error=error.message)
+
+    async def _write_history(self, training: str) -> None:
+        if points := self._live.history(training):
+            await self._store.keep_history(training, points)
+        current = self._live.get(training)
+        if current is not None and (current.warnings or current.data):
+            await self._store.change(training, self._noted)
+
+    def _noted(self, training: Training) -> Training:
+        """A training with what has been noted of it since it was written down."""
+        current = self._live.get(training.id)
+        return training if current is None else replace(training, warnings=current.warnings, data=current.data)
