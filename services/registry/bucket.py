@@ -70,10 +70,7 @@ class BucketFiles(UploadFolder):
 
     def __init__(self, url: str, spool: Path) -> None:
         self._store = S3Store.from_url(url, retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=20)})
-        self._scratch = spool / "scratch"
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        for left_over in self._scratch.iterdir():
-            left_over.unlink()
+        self._spool = spool
         super().__init__(spool / "uploads", place=self._put, placed_size=lambda sha256: self.open(sha256).size)
 
     def open(self, sha256: str) -> BucketObject:
@@ -83,12 +80,13 @@ class BucketFiles(UploadFolder):
     @contextlib.contextmanager
     def local(self, sha256: str) -> Iterator[Path]:
         """A copy on this machine."""
-        with tempfile.NamedTemporaryFile(dir=self._scratch) as file:
+        # Without a name: nothing is left over, however the process ends.
+        with tempfile.TemporaryFile(dir=self._spool) as file:
             with _os_errors():
                 for block in obstore.get(self._store, _key(sha256)).stream(min_chunk_size=_BLOCK_BYTES):
                     file.write(block)
             file.flush()
-            yield Path(file.name)
+            yield Path(f"/dev/fd/{file.fileno()}")
 
     def stored(self, prefix: str) -> Sequence[Stored]:
         """Complete files whose digests begin with these two hex digits."""
