@@ -134,6 +134,8 @@ def quota_limit(weight: int, *, reference_weight: int, limit: int) -> int:
 
 def _uniform(stream: bytes, bound: int) -> int:
     """An integer in [0, bound): the first bits of SHA-256 over the stream and a counter, drawn again when too large."""
+    if bound == 1:
+        return 0  # of no bits
     bits = (bound - 1).bit_length()
     attempt = 0
     while True:

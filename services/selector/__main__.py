@@ -1,13 +1,20 @@
 """`python -m services.selector`: the selector in a process of its own."""
 
+import sys
+
 from services.runtime.server import run, serve
 from services.runtime.telemetry import configure_telemetry
 from services.selector.bootstrap import build
 from services.selector.settings import SelectorSettings
 
+# Draws go from the loop to the signer, to the writer and back. Whoever comes back from signing or syncing waits for the
+# interpreter's lock as long as this, where the default of 5 ms is the time of several draws.
+_SWITCH_INTERVAL_S = 0.0005
+
 
 async def main() -> None:
     """Serves until SIGTERM or SIGINT."""
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     settings = SelectorSettings.load()
     configure_telemetry(settings.service, settings.log_level, settings.log_format)
     selector = await build(settings)

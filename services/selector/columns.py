@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from operator import itemgetter
 from typing import Any, cast
 
 from sqlalchemy import Connection, Table
@@ -17,7 +18,8 @@ _CONNECTION = "connection"
 
 def to_us(time: datetime) -> int:
     """Microseconds since 1970."""
-    return (time - _EPOCH) // timedelta(microseconds=1)
+    since = time - _EPOCH
+    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
 def from_us(microseconds: int) -> datetime:
@@ -46,7 +48,7 @@ def insert_rows(session: Session, table: Table, rows: Sequence[Mapping[str, Any]
         names = tuple(table.c.keys())
         connection = connection_of(session)
         statement = _insertion(table.name, names, placeholder(connection))
-        connection.exec_driver_sql(statement, [tuple(row[name] for name in names) for row in rows])
+        connection.exec_driver_sql(statement, list(map(itemgetter(*names), rows)))
 
 
 @cache

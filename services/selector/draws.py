@@ -181,18 +181,18 @@ class _Batch:
 
     def _look_ahead(self, asked: Sequence[_Asked]) -> None:
         """Reads the seats at once that all draws need when nobody is passed over."""
-        soon: dict[str, set[int]] = {}
+        soon: dict[str, list[int]] = {}
         for each in asked:
             with suppress(ArenaError):  # told when its turn comes
                 _, tree = self._pool(each.order.task)
                 places = draw(each.seed, tree)
                 first = list(islice(places, each.order.validators))
                 self._orders[each.seed] = chain(first, places)
-                soon.setdefault(each.order.task, set()).update(place.leaf_index for place in first)
+                soon.setdefault(each.order.task, []).extend(place.leaf_index for place in first)
         for task, leaf_indices in soon.items():
             pool, _ = self._pool(task)
             window = quotas.window_at(pool, self._now)
-            self.seating.load(task, version=pool.version, window=window, leaf_indices=leaf_indices)
+            self.seating.look(task, version=pool.version, window=window, leaf_indices=leaf_indices)
 
     def _draw(self, asked: _Asked) -> tuple[Draw, Picked]:
         order = asked.order

@@ -55,10 +55,8 @@ def pick(
     at_once = wanted
     while len(charges) < wanted and (batch := list(islice(drawing.order, at_once))):
         indices = [place.leaf_index for place in batch]
-        seating.load(pool.task, version=drawing.version, window=window, leaf_indices=indices)
-        for place in batch:
-            group = seating.seated(pool.task, version=drawing.version, leaf_index=place.leaf_index)
-            used = seating.used(pool.task, window, group.owner_group) if group.members else 0
+        seats = seating.look(pool.task, version=drawing.version, window=window, leaf_indices=indices)
+        for place, (group, used) in zip(batch, seats, strict=True):
             came = _judge(drawing, place, group, used=used, left_out=left_out)
             places.append(came)
             if came.passed_over is None:

@@ -1,6 +1,6 @@
 """What draws have to know of a pool's leaves: who can be picked by way of them, and what is used of their quotas."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.selector.transaction import Transaction
@@ -37,20 +37,26 @@ class Seating:
         self._fresh = _Known()
         self._sequence = sequence
 
-    def load(self, task: str, *, version: int, window: int, leaf_indices: Collection[int]) -> None:
-        """Reads what is missing of these leaves, in as many questions for many of them as for one."""
-        missing = {index for index in leaf_indices if self._seats(task, version, index) is None}
+    def look(
+        self, task: str, *, version: int, window: int, leaf_indices: Sequence[int]
+    ) -> Sequence[tuple[SeatedGroup, int]]:
+        """Who can be picked by way of each leaf, and the uses of their quota; 0 for nobody.
+
+        What is missing is read in as many questions for many leaves as for one.
+        """
+        known, fresh = self._known.seats, self._fresh.seats
+        missing = {
+            index
+            for index in leaf_indices
+            if (task, version, index) not in known and (task, version, index) not in fresh
+        }
         if missing:
             seated = self._transaction.seated(task, leaf_indices=missing, version=version)
             groups = self.groups({member for members in seated.values() for member in members})
             for index, members in seated.items():
-                seats = SeatedGroup(groups[members[0]] if members else "", tuple(members))
-                self._fresh.seats[task, version, index] = seats
-        owner_groups = {self.seated(task, version=version, leaf_index=index).owner_group for index in leaf_indices}
-        unknown = [group for group in owner_groups if group and self._used(task, window, group) is None]
-        if unknown:
-            for group, used in self._transaction.quota_used(task, window=window, owner_groups=unknown).items():
-                self._fresh.used[task, window, group] = used
+                fresh[task, version, index] = SeatedGroup(groups[members[0]] if members else "", tuple(members))
+        found = [known.get((task, version, index)) or fresh[task, version, index] for index in leaf_indices]
+        return [(seats, self._used(task, window, seats.owner_group, found)) for seats in found]
 
     def groups(self, participants: Iterable[str]) -> Mapping[str, str]:
         """The owner group of each."""
@@ -60,22 +66,10 @@ class Seating:
             self._fresh.groups.update(self._transaction.owner_groups(unknown))
         return {one: group or self._fresh.groups[one] for one, group in found.items()}
 
-    def seated(self, task: str, *, version: int, leaf_index: int) -> SeatedGroup:
-        """Who can be picked by way of a leaf that was loaded."""
-        seats = self._seats(task, version, leaf_index)
-        assert seats is not None
-        return seats
-
-    def used(self, task: str, window: int, owner_group: str) -> int:
-        """Uses of a group's quota; the group is one of those loaded for this window."""
-        used = self._used(task, window, owner_group)
-        assert used is not None
-        return used
-
     def use(self, task: str, window: int, owner_groups: Collection[str]) -> None:
         """Counts one use more of each group's quota, which the transaction records as one ledger event each."""
         for group in owner_groups:
-            self._fresh.used[task, window, group] = self.used(task, window, group) + 1
+            self._fresh.used[task, window, group] = self._used(task, window, group) + 1
         self._sequence += len(owner_groups)
 
     def remembered(self) -> tuple[_Known, int]:
@@ -88,14 +82,19 @@ class Seating:
         known.used.update(fresh.used)
         return known, self._sequence
 
-    def _seats(self, task: str, version: int, leaf_index: int) -> SeatedGroup | None:
-        key = (task, version, leaf_index)
-        return self._known.seats.get(key) or self._fresh.seats.get(key)
-
-    def _used(self, task: str, window: int, owner_group: str) -> int | None:
+    def _used(self, task: str, window: int, owner_group: str, beside: Iterable[SeatedGroup] = ()) -> int:
+        """Uses of one group's quota. Where they are not known, those of the groups beside it are read, too."""
+        if not owner_group:
+            return 0
         key = (task, window, owner_group)
-        used = self._fresh.used.get(key)
-        return self._known.used.get(key) if used is None else used
+        used = self._fresh.used.get(key, self._known.used.get(key))
+        if used is None:
+            groups = {seats.owner_group for seats in beside if seats.owner_group} | {owner_group}
+            unknown = [one for one in groups if (task, window, one) not in self._fresh.used]
+            read = self._transaction.quota_used(task, window=window, owner_groups=unknown)
+            self._fresh.used.update({(task, window, group): number for group, number in read.items()})
+            used = read[owner_group]
+        return used
 
 
 class SeatingMemory:

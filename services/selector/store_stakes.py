@@ -18,6 +18,8 @@ class SqlStakeRecords:
     """Implements StakeRecords."""
 
     _session: Session
+    _sequence: int | None = None
+    """The last event's number, once it is known: nobody else appends to a transaction's snapshot."""
 
     def accounts(self, participant: str) -> Accounts:
         row = self._session.get(AccountsRow, participant)
@@ -128,9 +130,12 @@ class SqlStakeRecords:
             for sequence, event in enumerate(events, self.last_sequence() + 1)
         ]
         insert_rows(self._session, _EVENTS, rows)
+        self._sequence = self.last_sequence() + len(rows)
 
     def last_sequence(self) -> int:
-        return connection_of(self._session).execute(_LAST_SEQUENCE).scalar() or 0
+        if self._sequence is None:
+            self._sequence = connection_of(self._session).execute(_LAST_SEQUENCE).scalar() or 0
+        return self._sequence
 
     def list_events(self, *, start: int, limit: int) -> Sequence[LedgerEvent]:
         query = select(EventRow).where(EventRow.sequence >= start).order_by(col(EventRow.sequence)).limit(limit)

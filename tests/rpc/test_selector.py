@@ -66,6 +66,7 @@ class Arena:
     def __init__(self, folder: Path, **settings: Any) -> None:
         # With the same key and anchors the draws of a test are the same in every run.
         (folder / "bls.key").write_text("07" * bls.SEED_BYTES)
+        (folder / "bls.key").chmod(0o600)
         self.clock = Clock()
         self.keys = {name: Key.generate() for name in ("operator", "service", "alice")}
         self._settings: Callable[[], SelectorSettings] = lambda: SelectorSettings(
