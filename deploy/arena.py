@@ -98,7 +98,7 @@ class Arena:
         self._run(["docker", "run", "--rm", *confined, *mount, image, "chown", IMAGE_USER, *names], {})
 
     def until_healthy(self, timeout_s: float) -> None:
-        """Waits until every container says that it is healthy; ends this process, telling the states, if one does not."""
+        """Waits until every container says that it is healthy; ends this process with the states otherwise."""
         until = time.monotonic() + timeout_s
         while True:
             states = self._states()
