@@ -12,6 +12,7 @@ from itertools import islice
 
 import pytest
 
+from tiltyard.collusion import capture
 from tiltyard.scoring import Conclusion, Counts, NeedMore, Outcome, Report, conclude, quorum
 from tiltyard.sortition import draw
 from tiltyard.sumtree import SumTree
@@ -124,6 +125,28 @@ def test_wherever_honest_validators_are_the_majority_the_score_is_within_toleran
         assert without > 0
     else:
         assert without <= expected + 4 * spread
+
+
+def test_what_is_told_of_capture_is_this_bound() -> None:
+    told = capture(K, pool=VALIDATORS, colluding=DISHONEST)
+    assert math.isclose(told.lost, chance_without_honest_majority(), rel_tol=1e-12)
+    judged = [judge(number, "constant") for number in range(SUBMISSIONS)]
+    for chance, outcome in ((told.decided, Outcome.SCORED), (told.blocked, Outcome.AMBIGUOUS)):
+        found = sum(
+            each.result is not None and each.result.outcome is outcome and not each.honest_majority for each in judged
+        )
+        assert abs(found - chance * SUBMISSIONS) < 4 * math.sqrt(chance * SUBMISSIONS), (outcome, found)
+
+
+def test_more_judges_leave_colluders_less() -> None:
+    lost = [capture(k, pool=30, colluding=10).lost for k in (1, 3, 5, 7, 9)]
+    assert lost == sorted(lost, reverse=True)
+    # From seven on, a dispute calls in so many that ten are never half of them.
+    assert capture(7, pool=30, colluding=10).lost < 0.001
+    assert capture(3, pool=3, colluding=2).decided == 1.0
+    assert capture(1, pool=5, colluding=0).lost == 0.0
+    with pytest.raises(ValueError, match="is no draw"):
+        capture(3, pool=2, colluding=1)
 
 
 def test_the_draws_are_hypergeometric() -> None:

@@ -33,6 +33,7 @@ app = typer.Typer(help="Compare what validators found, sample by sample.", no_ar
 
 _EVALUATION = "tasks/{task}/submissions/{n}/evaluations/{round}-{participant id}"
 _MAX_LISTED = 1000
+_MOST_JUDGES = 21
 
 
 async def _read(client: "Client", name: str) -> "evaluation_pb2.Evaluation":
@@ -155,3 +156,27 @@ def predict(
     if done.returncode:
         fail(f"the predictions could not be computed, exit status {done.returncode}")
     print(f"{done.stdout.decode().strip()} predictions in {out}")
+
+
+@app.command("capture")
+def capture_command(
+    pool: Annotated[int, typer.Option(min=1, max=100_000, help="Validators in the pool, of equal weight.")] = 30,
+    colluding: Annotated[int, typer.Option(min=0, help="How many of them collude.")] = 10,
+    json: JsonOption = False,
+) -> None:
+    """How often colluding validators take a score away from honest ones, for each number of validators per submission.
+
+    No server is asked: the chances follow from the draw and the rules of consensus.
+    """
+    from tiltyard.collusion import capture
+
+    if colluding > pool:
+        raise typer.BadParameter(f"{colluding} is more than the pool has", param_hint="--colluding")
+    found = [(k, capture(k, pool=pool, colluding=colluding)) for k in range(1, min(pool, _MOST_JUDGES) + 1, 2)]
+    if json:
+        print_json({"chances": [{"k": k, "decided": each.decided, "blocked": each.blocked} for k, each in found]})
+    else:
+        print_table(
+            ("k", "colluders decide", "no score", "honest decide"),
+            ((k, f"{each.decided:.3%}", f"{each.blocked:.3%}", f"{1 - each.lost:.3%}") for k, each in found),
+        )
