@@ -15,14 +15,12 @@ from tiltyard.tracing import Attributes, Kind, Span, TraceContext
 
 HEADER = "traceparent"
 
-_DURATION = {
-    Kind.SERVER: metrics.Histogram(
-        "rpc.server.call.duration", unit="s", description="Duration of calls answered.", bounds=metrics.CALL_SECONDS
-    ),
-    Kind.CLIENT: metrics.Histogram(
-        "rpc.client.call.duration", unit="s", description="Duration of calls made.", bounds=metrics.CALL_SECONDS
-    ),
-}
+_ANSWERED = metrics.Histogram(
+    "rpc.server.call.duration", unit="s", description="Duration of calls answered.", bounds=metrics.CALL_SECONDS
+)
+_MADE = metrics.Histogram(
+    "rpc.client.call.duration", unit="s", description="Duration of calls made.", bounds=metrics.CALL_SECONDS
+)
 # A server's span is in error where the server is to blame, by the conventions for gRPC.
 _SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 
@@ -51,29 +49,29 @@ def _attributes(kind: Kind, method: str, code: str, peer: str) -> tuple[Attribut
     return tuple(attributes.items()), error
 
 
-class ObservedCall:
-    """One call from its first moment to `end`. `method` is `package.Service/Method`, `peer` the address called."""
+class ObservedCall(Span):
+    """One call from its first moment to `answered`. `name` is `package.Service/Method`, `peer` the address called."""
 
-    __slots__ = ("_started", "peer", "span")
+    __slots__ = ("_started", "peer")
 
-    def __init__(self, kind: Kind, method: str, parent: TraceContext | None, *, peer: str = "") -> None:
-        self.span = Span(method, kind, parent, ())
+    def __init__(self, kind: Kind, name: str, parent: TraceContext | None, *, peer: str = "") -> None:
+        super().__init__(name, kind, parent, ())
         self.peer = peer
         self._started = time.perf_counter()
 
     @property
     def headers(self) -> tuple[tuple[str, str], ...]:
         """What tells the one who is called of the trace."""
-        context = self.span.context
+        context = self.context
         return () if context is None else ((HEADER, context.traceparent),)
 
-    def end(self, code: str) -> None:
+    def answered(self, code: str) -> None:
         """It was answered with this status code, by its name."""
-        span = self.span
-        span.attributes, span.error = _attributes(span.kind, span.name, code, self.peer)
-        span.end()
+        self.attributes, self.error = _attributes(self.kind, self.name, code, self.peer)
+        self.end()
         if metrics.collecting():
-            _DURATION[span.kind].record_under(span.attributes, time.perf_counter() - self._started)
+            durations = _ANSWERED if self.kind is Kind.SERVER else _MADE
+            durations.record_under(self.attributes, time.perf_counter() - self._started)
 
 
 def answering(method: str, headers: Sequence[tuple[str, str | bytes]]) -> ObservedCall:
@@ -83,7 +81,7 @@ def answering(method: str, headers: Sequence[tuple[str, str | bytes]]) -> Observ
         if name == HEADER:
             parent = tracing.parse(value) if isinstance(value, str) else None
             break
-    return ObservedCall(Kind.SERVER, method.lstrip("/"), parent)
+    return ObservedCall(Kind.SERVER, method[1:], parent)
 
 
 def _code_of(call: Any) -> str:
@@ -110,9 +108,9 @@ class _Observing:
         try:
             call = await continuation(details, request)
         except BaseException:
-            observed.end(grpc.StatusCode.CANCELLED.name)
+            observed.answered(grpc.StatusCode.CANCELLED.name)
             raise
-        call.add_done_callback(lambda ended: observed.end(_code_of(ended)))
+        call.add_done_callback(lambda ended: observed.answered(_code_of(ended)))
         return call
 
 

@@ -191,7 +191,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             code = code or _code(context)
             self._log_call(method, code, time.monotonic() - started)
             if observed is not None:
-                observed.end(code.name)
+                observed.answered(code.name)
 
     @contextmanager
     def _admitted(self, method: str, headers: Headers, context: Context) -> Iterator[None]:
@@ -236,7 +236,7 @@ def _observed(method: str, headers: Headers) -> ObservedCall | None:
         return None
     observed = answering(method, headers)
     # Each call has its own task and so its own context: nothing to reset.
-    observed.span.enter()
+    observed.enter()
     return observed
 
 

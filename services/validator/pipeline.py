@@ -95,7 +95,7 @@ class BatchStream:
                 self._raise(error)
             finally:
                 self._stop(call)
-                observed.end(call.code().name)
+                observed.answered(call.code().name)
 
     def cancel(self) -> None:
         """Ends `run` with StreamCancelled."""
