@@ -27,6 +27,41 @@ def pack(
     _show(out, json)
 
 
+@app.command("digits")
+def digits(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go.")],
+    shards: Annotated[int, typer.Option(min=1, max=50, help="Training nodes to divide the rest among.")] = 1,
+) -> None:
+    """Write the 1,797 handwritten digits that scikit-learn ships, as `tiltyard demo` divides them.
+
+    DIR gets evaluation.safetensors with 30 % of them, a shard-N.safetensors for each training node, and task.json.
+    """
+    import json
+
+    from tiltyard.cli.connection import CommandError
+    from tiltyard.cli.demo.data import load_digits, models_for, split
+    from tiltyard.cli.output import as_json
+    from tiltyard.datasets import write_dataset
+    from tiltyard.type.v1 import task_pb2
+
+    try:
+        divided = split(load_digits(), shards=shards)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = {"evaluation": divided.evaluation, **{f"shard-{n}": part for n, part in enumerate(divided.shards, 1)}}
+        for name, part in rows.items():
+            write_dataset(folder / f"{name}.safetensors", part.x, part.y, labels=part.labels)
+            print(f"{folder / name}.safetensors: {len(part.y)} rows")
+        config = task_pb2.TaskConfig(
+            display_name="Handwritten digits",
+            models=[model.spec for model in models_for(divided)],
+            class_names=divided.evaluation.labels,
+        )
+        (folder / "task.json").write_text(json.dumps(as_json(config), indent=2) + "\n")
+        print(f"{folder / 'task.json'}: models {', '.join(model.name for model in models_for(divided))}")
+    except (CommandError, OSError) as error:
+        fail(str(error))
+
+
 @app.command("show")
 def show(file: Path, json: JsonOption = False) -> None:
     """Show rows, shape, type, classes and digest of a dataset."""
