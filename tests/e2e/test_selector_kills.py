@@ -25,6 +25,7 @@ from tiltyard.type.v1 import stake_pb2 as stake_types
 PICKS = 3
 VALIDATORS = 12
 PATIENCE_S = 60
+_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 class Process:
@@ -91,7 +92,8 @@ async def persist(call: Any, message: Any) -> Any:
         try:
             return await call(message, wait_for_ready=True)
         except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > end:
+            # A selector that takes long to come back is waited for in vain by a call, and asked again by the next.
+            if error.code() not in _LOST or time.monotonic() > end:
                 raise
 
 

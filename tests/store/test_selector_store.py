@@ -1,16 +1,19 @@
 """The selector's domain over a real database: what survives, what is rolled back, and what the events add up to."""
 
 import random
+import shutil
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from math import isqrt
+from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, inspect
+from sqlalchemy import LargeBinary, MetaData, String, create_engine, inspect
 
 from services.runtime.database import Database
 from services.runtime.errors import ArenaError
+from services.selector import migrations
 from services.selector.convert.receipts import ReceiptSigner
 from services.selector.draws import DrawOrder, Draws
 from services.selector.eligibility import Applicant, Eligibility, Facts
@@ -135,6 +138,53 @@ def test_the_migrations_make_the_tables_of_the_rows(database_url: str, database:
         made = {name: (kind.replace("TEXT", "VARCHAR"), *rest) for name, (kind, *rest) in made.items()}
         assert made == wanted, table.name
     engine.dispose()
+
+
+async def test_what_the_first_tables_held_is_there_after_the_migrations(database_url: str, tmp_path: Path) -> None:
+    (tmp_path / "first/versions").mkdir(parents=True)
+    (first,) = (Path(migrations.__path__[0]) / "versions").glob("0001_*.py")
+    shutil.copy(first, tmp_path / "first/versions")
+    await Database.open(database_url, migrations=tmp_path / "first").close()
+    engine = create_engine(database_url)
+    with engine.begin() as connection:
+        tables = MetaData()
+        tables.reflect(connection)
+        for number, settlement in enumerate(("open", "charged", "refunded", "open")):
+            draw = {
+                column.name: b"\0" * 16 if isinstance(column.type, LargeBinary) else 500
+                for column in tables.tables["draws"].columns
+                if not isinstance(column.type, String)
+            }
+            texts = {
+                "draw": str(number),
+                "task": "t",
+                "submission": str(number),
+                "curve": "power",
+                "submitter": SUBMITTER,
+            }
+            connection.execute(tables.tables["draws"].insert().values(**draw, **texts, places="[]"))
+            charge = {"draw": str(number), "participant": someone(number % 3), "task": "t", "rate_window": 4}
+            connection.execute(tables.tables["charges"].insert().values(**charge, settlement=settlement))
+            event = dict.fromkeys(
+                ("participant", "task", "draw", "owner_group", "reference", "funding_account", "fault"), ""
+            )
+            numbers = {"sequence": number + 1, "time_us": 0, "amount_micros": 0, "weight": b"\0" * 16}
+            connection.execute(tables.tables["ledger_events"].insert().values(**event, **numbers, kind="quota_charged"))
+    engine.dispose()
+    database = Database.open(database_url, migrations="services.selector.migrations")
+
+    def look(transaction: Transaction) -> None:
+        used = transaction.quota_used("t", window=4, owner_groups=[someone(number) for number in range(4)])
+        assert [used[someone(number)] for number in range(4)] == [2, 1, 0, 0]
+        assert transaction.quota_used("t", window=3, owner_groups=[someone(0)]) == {someone(0): 0}
+        charge = transaction.charge("2", someone(2))
+        assert charge is not None
+        assert charge.settlement is Settlement.REFUNDED
+        assert list(transaction.draws([str(number) for number in range(9)])) == ["0", "1", "2", "3"]
+        assert [event.sequence for event in transaction.list_events(start=1, limit=9)] == [1, 2, 3, 4]
+
+    await SqlStore(database).read(look)
+    await database.close()
 
 
 async def test_what_is_put_comes_back(selector: Selector) -> None:
