@@ -157,6 +157,9 @@ class Duty:
             if lease.order is None:
                 raise CannotEvaluate(lease.refusal)
             async with self._means.evaluations.hold(self._latest.task):
+                if self._desk.draining():
+                    # It waited with many others: whoever wants to stop does not work them all off first.
+                    raise CannotEvaluate("the validator takes no further assignments")
                 finding = await self._find(lease.order)
             report = self._means.notary.report(name, lease.order, finding)
         except (CannotEvaluate, CacheTooSmall, DigestMismatch, OSError, ArenaError) as error:

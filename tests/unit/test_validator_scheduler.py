@@ -457,6 +457,21 @@ async def test_a_drain_ends_what_runs_and_gives_back_what_waits(tmp_path):
     assert {call[1] for call in arena.calls("decline")} == {"b", "c", "d"}
 
 
+async def test_a_drain_gives_back_what_is_leased_and_has_not_begun(tmp_path):
+    async with Arena(tmp_path) as arena:
+        arena.attempts.hold = asyncio.Event()
+        arena.registry.offer("a")
+        await asyncio.wait_for(arena.attempts.began.wait(), 10)
+        arena.registry.offer("b")
+        await arena.registry.until_called("accept", times=2)
+        arena.scheduler.drain()
+        arena.attempts.hold.set()
+        await asyncio.wait_for(arena.drained.wait(), 10)
+        assert (await arena.store.until("a", *ENDED_RUNS)).state is RunState.OPENED
+        assert [name for _, name, _ in arena.calls("decline")] == ["b"]
+        assert (await arena.store.until("b", *ENDED_RUNS)).detail == "the validator takes no further assignments"
+
+
 async def test_an_idle_drain_is_over_at_once(tmp_path):
     async with Arena(tmp_path) as arena:
         arena.scheduler.drain()
