@@ -1,11 +1,12 @@
 """The judging half of a registry behind a real server, with real tokens, and what its tests ask of it."""
 
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from services.runtime.auth import AccessPolicy, Authenticator
 from services.runtime.channels import open_peer
@@ -35,27 +36,41 @@ class Arena:
     def __init__(self, world: World, server: ArenaServer) -> None:
         self.world = world
         self.server = server
-        self._channels: list[grpc.aio.Channel] = []
+        self._peers: dict[str, tuple[grpc.aio.Channel, Peer]] = {}
 
     def peer(self, key: Key) -> Peer:
         """Stubs that call as `key`'s holder."""
-        channel = open_peer(self.server.address, key=key, audience=AUDIENCE)
-        self._channels.append(channel)
-        return Peer(channel)
+        if key.id not in self._peers:
+            channel = open_peer(self.server.address, key=key, audience=AUDIENCE)
+            self._peers[key.id] = channel, Peer(channel)
+        return self._peers[key.id][1]
 
     async def close(self) -> None:
         """Stop serving."""
-        for channel in self._channels:
+        for channel, _ in self._peers.values():
             await channel.close()
         await self.server.stop(grace_s=0)
 
 
+class CalledWorld(World):
+    """A world whose participants call a real server; `arena` is set once it is served."""
+
+    arena: Arena
+
+    async def call(self, key: Key, method: Callable[[Any, Any], Awaitable[Any]], request: Message) -> Any:
+        """One call as `key`'s holder, over the wire."""
+        peer = self.arena.peer(key)
+        stubs = (peer.submissions, peer.assignments, peer.evaluations)
+        (stub,) = [getattr(each, method.__name__) for each in stubs if hasattr(each, method.__name__)]
+        return await stub(request)
+
+
 @asynccontextmanager
-async def served(folder: Path) -> AsyncIterator[Arena]:
-    """A registry over a fresh database in `folder`."""
-    clock = SettableClock()
+async def served(folder: Path, *, clock: SettableClock | None = None, selection: Any = None) -> AsyncIterator[Arena]:
+    """A registry over a fresh database in `folder`, with a selector in memory or the one given."""
+    clock = clock or SettableClock()
     database = open_database(folder, clock)
-    world = World(database, clock, FakeSelection(clock), MemoryFiles())
+    world = CalledWorld(database, clock, selection or FakeSelection(clock), MemoryFiles())
     mounts = [
         Mount(
             f"tiltyard.registry.v1.{name}Service",
@@ -76,7 +91,7 @@ async def served(folder: Path) -> AsyncIterator[Arena]:
     )
     await server.start()
     await server.set_serving(True)
-    arena = Arena(world, server)
+    arena = world.arena = Arena(world, server)
     try:
         yield arena
     finally:

@@ -204,7 +204,7 @@ class Arena:
         config.limits.max_cpu_time.FromTimedelta(timedelta(seconds=1))
         config.limits.daily_submissions = 1_000_000
         config.selection.rate.limit = 100_000
-        config.schedule.reveal_time.FromTimedelta(timedelta(seconds=30))
+        config.schedule.reveal_time.FromTimedelta(timedelta(seconds=20))
         request = task_pb2.CreateTaskRequest(task_id="faults", config=config, request_id=new_request_id())
         task = (await persist(lambda: self.creator.tasks.CreateTask(request))).task.name
         await upload(self.creator.artifacts, path, task=task)

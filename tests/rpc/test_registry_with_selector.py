@@ -4,79 +4,32 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
 
-import grpc
 import pytest
 
-from services.registry.peers import SelectorPeer
 from services.registry.records import AssignmentState, MembershipState, Role, SubmissionState
-from services.runtime.channels import open_peer
-from services.runtime.server import ArenaServer
-from services.selector.bootstrap import build
-from services.selector.settings import SelectorSettings
 from tests.registry_fakes import FakeSelection, SettableClock
 from tests.registry_world import (
-    CREATOR,
     NODES,
     TASK,
     VALIDATORS,
     MemoryFiles,
     World,
-    key_of,
     model_bytes,
     open_database,
 )
-from tiltyard.identity import Key
-from tiltyard.selector.v1 import stake_pb2, stake_pb2_grpc
+from tests.selector_server import selecting
 from tiltyard.type.v1 import draw_pb2
 from tiltyard.type.v1 import stake_pb2 as stake_types_pb2
-
-AUDIENCE = "tiltyard.local/selector"
-OPERATOR, REGISTRY = key_of("operator"), key_of("registry")
 
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     clock = SettableClock()
-    settings = SelectorSettings(
-        state_dir=tmp_path / "selector",
-        listen="127.0.0.1:0",
-        operators=frozenset({OPERATOR.id}),
-        services=frozenset({REGISTRY.id}),
-        validator_min_stake_micros=100,
-        training_node_min_stake_micros=10,
-        task_creator_min_stake_micros=100,
-    )
-    selector = await build(settings, clock=clock)
-    server = ArenaServer(
-        settings.listen,
-        selector.mounts,
-        authenticator=selector.authenticator,
-        policy=selector.policy,
-        remembered=selector.database,
-    )
-    await server.start()
-    await server.set_serving(True)
-
-    def channel(key: Key) -> grpc.aio.Channel:
-        return open_peer(server.address, key=key, audience=AUDIENCE)
-
-    channels = [channel(OPERATOR), channel(REGISTRY)]
-    stakes = stake_pb2_grpc.StakeServiceStub(channels[0])
-    for index, key in enumerate([CREATOR, *NODES, *VALIDATORS]):
-        name = f"participants/{key.id}"
-        await stakes.Deposit(
-            stake_pb2.DepositRequest(
-                participant=name, amount_micros=1000, reference=f"deposit {index}", funding_account=f"account {index}"
-            )
-        )
-    database = open_database(tmp_path, clock)
-    # The world asks of a selection what the Protocol says, and both fulfil it.
-    yield World(database, clock, cast(FakeSelection, SelectorPeer(channels[1])), MemoryFiles())
-    await database.close()
-    for opened in channels:
-        await opened.close()
-    await server.stop(grace_s=0)
-    await selector.close()
+    async with selecting(tmp_path, clock) as selector:
+        database = open_database(tmp_path, clock)
+        # The world asks of a selection what the Protocol says, and both fulfil it.
+        yield World(database, clock, cast(FakeSelection, selector), MemoryFiles())
+        await database.close()
 
 
 async def receipt(world: World, number: int) -> draw_pb2.DrawReceipt:
