@@ -11,7 +11,7 @@ ROOMY := $(shell df --output=avail -k /dev/shm 2>/dev/null | awk 'NR == 2 && $$1
 # How many tests run at a time.
 WORKERS ?= 2
 
-.PHONY: install demo test soak bench check lint types protos docs protos-check typescript clean
+.PHONY: install demo test soak compose-test up down bench check lint types protos docs protos-check typescript clean
 
 install: .venv/installed
 
@@ -24,10 +24,25 @@ demo: install
 	$(BIN)/tiltyard demo
 
 test: install
-	$(if $(ROOMY),PYTEST_DEBUG_TEMPROOT=$(ROOMY)) $(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --dist loadfile --durations 15
+	$(if $(ROOMY),PYTEST_DEBUG_TEMPROOT=$(ROOMY)) $(BIN)/python -m pytest -m "not soak and not compose" -n $(WORKERS) --dist loadfile --durations 15
 
 soak: install
 	$(BIN)/python -m pytest -m soak --timeout 7200
+
+# The folder of an arena of containers, what it has beside compose.yaml (OVERLAYS="observability gpu"), and a folder of
+# wheels for an engine that reaches no index.
+ARENA ?= deploy/state
+OVERLAYS ?=
+WHEELS ?=
+
+up: install
+	$(BIN)/python -m deploy.arena $(ARENA) $(OVERLAYS:%=--overlay %) $(WHEELS:%=--wheels %)
+
+down:
+	ARENA=$(abspath $(ARENA)) deploy/arena down
+
+compose-test: install
+	$(BIN)/python -m pytest -m compose tests/compose -rs -x
 
 bench: install
 	$(BIN)/python -m benchmarks $(NAME)
