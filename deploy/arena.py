@@ -1,8 +1,9 @@
 """`make up`: makes an arena's keys, passwords and settings once, builds its images, starts it and waits for its health.
 
 Everything it makes lies in one folder: settings.env, secrets/ (owned by the user of the images), ids/ (the participant
-id of each service and node), and operator.pem. What is there already stays, so that a second run changes only what the
-environment says: each TILTYARD_ variable that a compose file names is taken from there and kept in settings.env.
+id of each service and node), operator.pem, and with the overlay `tls` an authority and its certificates. What is there
+already stays, so that a second run changes only what the environment says: each TILTYARD_ variable that a compose file
+names is taken from there and kept in settings.env.
 """
 
 import argparse
@@ -18,8 +19,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from cryptography import x509
+
+from tiltyard.authority import Authority
 from tiltyard.identity import Key
 
 HERE = Path(__file__).resolve().parent
@@ -28,6 +33,7 @@ DATABASES = ("registry", "selector")
 KEYS = ("registry", "selector", "trainer", "validator-1", "validator-2", "validator-3")
 WHEELS_PORT = 7490
 HEALTHY_AFTER_S = 240.0
+RENEW_BEFORE = timedelta(days=45)
 PORTS = {"registry": 7401, "selector": 7402, "trainer": 7403}
 
 
@@ -35,7 +41,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Set up and start an arena of containers.")
     parser.add_argument("folder", type=Path, help="where its keys and settings lie")
-    parser.add_argument("--overlay", action="append", default=[], help="gpu, observability ...: compose.NAME.yaml too")
+    parser.add_argument("--overlay", action="append", default=[], help="tls, gpu ...: compose.NAME.yaml too")
     parser.add_argument(
         "--wheels", type=Path, help="take packages from this folder alone, for an engine without an index"
     )
@@ -86,6 +92,8 @@ class Arena:
         if not (self._secrets / "grafana_password").exists():
             write(self._folder / "grafana_password", secrets.token_hex(12), mode=0o600)
             write(self._secrets / "grafana_password", (self._folder / "grafana_password").read_text(), mode=0o600)
+        if HERE / "compose.tls.yaml" in self._files:
+            self._certify()
         self.settings = self._settings(ids)
         write(self._folder / "settings.env", "".join(f"{name}={value}\n" for name, value in self.settings.items()))
 
@@ -96,9 +104,10 @@ class Arena:
     def own_secrets(self) -> None:
         """Gives the secrets to the user of the images, who alone may then read them."""
         image = f"tiltyard/registry:{self.settings.get('TILTYARD_VERSION', '0.1.0')}"
-        names = sorted(f"/secrets/{path.name}" for path in self._secrets.iterdir() if not path.name.startswith("."))
+        secret = [*self._secrets.iterdir(), *self._certificates.glob("*/key.pem")]
+        names = sorted(f"/arena/{path.relative_to(self._folder)}" for path in secret if not path.name.startswith("."))
         confined = ["--network", "none", "--read-only", "--user", "0:0", "--cap-drop", "ALL", "--cap-add", "CHOWN"]
-        mount = ["--volume", f"{self._secrets}:/secrets"]
+        mount = ["--volume", f"{self._folder}:/arena"]
         self._run(["docker", "run", "--rm", *confined, *mount, image, "chown", IMAGE_USER, *names], {})
 
     def until_healthy(self, timeout_s: float) -> None:
@@ -116,6 +125,27 @@ class Arena:
     def _secrets(self) -> Path:
         return self._folder / "secrets"
 
+    @property
+    def _certificates(self) -> Path:
+        return self._folder / "certificates"
+
+    def _certify(self) -> None:
+        """Issues each service a certificate, and another before it ends; services that run follow the files."""
+        authority = Authority.open(self._folder / "authority")
+        for name in KEYS:
+            folder = self._certificates / name
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / "certificate.pem"
+            if file.exists():
+                ends = x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc
+                if ends - datetime.now(UTC) > RENEW_BEFORE:
+                    continue
+            issued = authority.issue(name, [name, "localhost", "127.0.0.1"])
+            write(folder / "ca.pem", authority.certificate.read_text())
+            write(folder / "key.pem", issued.key.read_text(), mode=0o600)
+            write(file, issued.certificate.read_text())
+            issued.key.unlink()
+
     def _settings(self, ids: Path) -> dict[str, str]:
         file = self._folder / "settings.env"
         kept = dict(line.split("=", 1) for line in file.read_text().splitlines()) if file.exists() else {}
@@ -125,6 +155,7 @@ class Arena:
         made = {
             "COMPOSE_FILE": os.pathsep.join(map(str, self._files)),
             "TILTYARD_SECRETS": str(self._secrets),
+            "TILTYARD_CERTIFICATES": str(self._certificates),
             "TILTYARD_OPERATORS": (ids / "operator").read_text().strip(),
             "TILTYARD_REGISTRY_ID": (ids / "registry").read_text().strip(),
         }

@@ -227,15 +227,20 @@ def upgrade(arena: Composition) -> None:
     assert arena.inspect("registry")["Config"]["Labels"]["org.opencontainers.image.version"] == NEXT
 
 
-def test_services_end_when_they_are_told_to_and_keep_everything(arena: Composition) -> None:
+def test_services_end_when_told_to_and_have_kept_everything_when_they_come_back_with_tls(arena: Composition) -> None:
     before = [arena.document(f"tiltyard leaderboard {task}") for task in ("digits", "storm")]
     arena.shell("deploy/arena stop")
     codes = {service: stopped(arena, service)["ExitCode"] for service in SERVICES}
     assert codes == dict.fromkeys(SERVICES, 0)
-    arena.shell("make up", timeout_s=BUILD_TIMEOUT_S)
+    arena.shell("make up OVERLAYS=tls", timeout_s=BUILD_TIMEOUT_S)
     # `make up` has brought the registry back to the version of the settings, over the same database.
     assert arena.inspect("registry")["Config"]["Labels"]["org.opencontainers.image.version"] == VERSION
+    arena.shell("! timeout 30 tiltyard leaderboard digits")
+    arena.environment["TILTYARD_TLS_CA"] = str(arena.folder / "arena" / "authority" / "ca.pem")
     assert [arena.document(f"tiltyard leaderboard {task}") for task in ("digits", "storm")] == before
+    # The registry calls the selector for both of these, and a node the registry for the second.
+    arena.shell("tiltyard task create digits/task.json --dataset digits/evaluation.safetensors --task-id sealed")
+    arena.inside("validator-1", "tiltyard validate join sealed")
 
 
 def stopped(arena: Composition, service: str) -> Any:

@@ -20,7 +20,7 @@ from services.validator.settings import ValidatorSettings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 MANIFESTS = DEPLOY / "kubernetes"
-OVERLAYS = ("gpu",)
+OVERLAYS = ("gpu", "tls")
 SETTINGS = {
     each.service: each
     for each in (RegistrySettings, SelectorSettings, TrainerSettings, ValidatorSettings, ModelServerSettings)
@@ -71,6 +71,15 @@ def test_the_gpu_overlay_changes_the_trainer_alone() -> None:
     said = composition("gpu")["services"]
     assert said.keys() == {"trainer"}
     assert unknown_settings("trainer", set(said["trainer"]["environment"])) == set()
+
+
+def test_with_tls_every_service_has_a_certificate_of_its_own_and_speaks_nothing_else() -> None:
+    said = composition("tls")["services"]
+    assert said.keys() == composition()["services"].keys() - {"database"} == set(KEYS)
+    for name, service in said.items():
+        assert unknown_settings(re.sub(r"-\d+$", "", name), set(service["environment"])) == set()
+        assert service["environment"]["TILTYARD_PLAINTEXT_ANYWHERE"] == "false"
+        assert service["volumes"] == [f"${{TILTYARD_CERTIFICATES}}/{name}:/run/tls:ro"]
 
 
 def test_every_secret_is_made_and_every_volume_declared() -> None:
