@@ -1,5 +1,6 @@
 """Commits, reveals, draws, seals, reports and scores, each held against what must come before it."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tiltyard.audit.scores import ScoreMismatch, check_opened_score, check_score
@@ -32,6 +33,13 @@ _JUDGED = (
     evaluation_pb2.REJECTION_REASON_OUT_OF_MEMORY,
     evaluation_pb2.REJECTION_REASON_CRASHED,
     evaluation_pb2.REJECTION_REASON_AMBIGUOUS,
+)
+# Found by a look at the file, or by validators.
+_STRUCTURE = (
+    evaluation_pb2.REJECTION_REASON_BAD_FORMAT,
+    evaluation_pb2.REJECTION_REASON_SHAPE_MISMATCH,
+    evaluation_pb2.REJECTION_REASON_TOO_LARGE,
+    evaluation_pb2.REJECTION_REASON_DIGEST_MISMATCH,
 )
 _ACTIVE_NODE = (participation_pb2.ROLE_TRAINING_NODE, participation_pb2.MEMBERSHIP_STATE_ACTIVE)
 
@@ -98,6 +106,8 @@ def changed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.Submission
     else:
         raise Wrong(Claim.HISTORY, f"{name} goes to a state that only its submitter brings about")
     submission.state = entry.state
+    if entry.state == _REJECTED:
+        submission.reason, submission.end_index = entry.reason, index
     replay.counts[Claim.HISTORY] += 1
 
 
@@ -116,9 +126,14 @@ def _check_rejection(story: Story, submission: Submission, entry: log_pb2.Submis
             and original.reveal.model_digest == submission.reveal.model_digest
         )
         demand(right, Claim.HISTORY, f"{name} is no copy of {entry.original or 'anything'}")
-    elif reason in _JUDGED and not submission.hidden:
+    elif _was_judged(story, submission, reason) and not submission.hidden:
         score = submission.scores.get(FIRST_ROUND)
         demand(score is not None and _gives(score, reason), Claim.SCORES, f"{name} is rejected for what nobody found")
+
+
+def _was_judged(story: Story, submission: Submission, reason: "evaluation_pb2.RejectionReason.ValueType") -> bool:
+    """Whether a rejection for this reason must rest on a score: a look at the file comes before any draw."""
+    return reason in _JUDGED or (reason in _STRUCTURE and (submission.name, FIRST_ROUND) in story.draws)
 
 
 def _gives(score: evaluation_pb2.Score, reason: "evaluation_pb2.RejectionReason.ValueType") -> bool:
@@ -242,8 +257,29 @@ def concluded(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.ScoreCon
     except ScoreMismatch as error:
         raise Wrong(Claim.SCORES, str(error)) from error
     demand(score.round not in submission.hidden, Claim.SCORES, f"the score of {submission.name} is shown unsalted")
+    if entry.salt:
+        _check_conclusion(story, submission, score)
     submission.scores[score.round] = score
     replay.counts[Claim.SCORES] += 1
+
+
+def _check_conclusion(story: Story, submission: Submission, score: evaluation_pb2.Score) -> None:
+    """Whether a score that was kept back is what its submission's state was concluded from."""
+    name = submission.name
+    if submission.state == _SCORED:
+        scored = score.outcome == evaluation_pb2.SCORE_OUTCOME_SCORED
+        demand(scored, Claim.SCORES, f"{name} is scored, and the score that was kept back says otherwise")
+    elif _was_judged(story, submission, submission.reason):
+        right = _gives(score, submission.reason)
+        demand(right, Claim.SCORES, f"{name} is rejected for another reason than the score that was kept back gives")
+
+
+def cancelled_without_its_task(story: Story) -> Iterator[tuple[int, str]]:
+    """Submissions that were rejected with a task which was never cancelled: the leaf, and what is wrong with it."""
+    for submission in story.submissions.values():
+        ended_with_task = submission.reason == evaluation_pb2.REJECTION_REASON_TASK_CANCELLED
+        if ended_with_task and submission.task.state != task_pb2.TASK_STATE_CANCELLED:
+            yield submission.end_index, f"{submission.name} is rejected as cancelled, and {submission.task.name} is not"
 
 
 def faulted(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.ValidatorFault) -> None:

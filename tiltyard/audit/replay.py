@@ -45,7 +45,9 @@ class Replay:
             step(self, index, leaf, getattr(entry, kind))
 
     def settle(self) -> Iterator[tuple[int, Wrong]]:
-        """What can be said only when all of the ledger is known."""
+        """What can be said only when all leaves, and all of the ledger, are known."""
+        for index, reason in judging.cancelled_without_its_task(self.story):
+            yield index, Wrong(Claim.HISTORY, reason)
         for waiting in self.story.verdicts:
             amounts = memberships.stakes_weighed(waiting.verdict)
             if all(self._ledger.had(waiting.verdict.participant, amount) for amount in amounts):

@@ -47,6 +47,10 @@ class Submission:
     reveal_leaf: bytes = b""
     scores: dict[int, evaluation_pb2.Score] = field(default_factory=dict)
     hidden: dict[int, bytes] = field(default_factory=dict)
+    reason: "evaluation_pb2.RejectionReason.ValueType" = evaluation_pb2.REJECTION_REASON_UNSPECIFIED
+    """Why it was rejected."""
+    end_index: int = -1
+    """The leaf that rejected it."""
 
     @property
     def number(self) -> int:
