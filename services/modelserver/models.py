@@ -129,7 +129,7 @@ class Models:
             try:
                 await self.load(name)
             except (FailedPrecondition, ResourceExhausted) as error:
-                self._failed[name] = error.message
+                self._failed[name] = str(error)
 
     def add(self, name: str, network: Network) -> None:
         """Serve a module that the process already has."""
