@@ -75,16 +75,17 @@ class Doorkeeper:
         self._known: set[_Peer] = set()
 
     async def run(self) -> None:
-        """Looks until cancelled; returns where open files can't be listed."""
-        try:
-            while True:
-                await asyncio.sleep(_EVERY_S)
+        """Looks until cancelled."""
+        while True:
+            await asyncio.sleep(_EVERY_S)
+            try:
                 if len(os.listdir(_OPEN_FILES)) > self._per_address:
                     cut = await asyncio.to_thread(self.look)
                     if cut:
                         _log.warning("cut connections above the limit of their address", connections=dict(cut))
-        except FileNotFoundError:
-            _log.warning("open files can't be listed here: connections of one address are not counted")
+            except OSError as error:
+                # Listing takes an open file, too, and there may be none left just now; or this system lists none.
+                _log.warning("connections could not be counted", error=str(error))
 
     def look(self) -> Counter[str]:
         """One look through the sockets; how many were cut, by address."""
@@ -111,9 +112,14 @@ class Doorkeeper:
         for name in os.listdir(_OPEN_FILES):
             try:
                 # A duplicate can't become another file while it is looked at.
-                connection = socket.socket(fileno=os.dup(int(name)))
+                duplicate = os.dup(int(name))
             except OSError:
-                continue  # closed by now, or no socket
+                continue  # closed by now
+            try:
+                connection = socket.socket(fileno=duplicate)
+            except OSError:
+                os.close(duplicate)
+                continue  # no socket
             with closing(connection):
                 if connection.family not in (socket.AF_INET, socket.AF_INET6):
                     continue
