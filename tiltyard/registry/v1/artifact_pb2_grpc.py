@@ -76,7 +76,8 @@ class ArtifactServiceServicer:
         the digest has been checked.
         Errors: INVALID_ARGUMENT (DIGEST_MISMATCH: the upload starts anew; SIZE_MISMATCH; CHUNK_TOO_LARGE); OUT_OF_RANGE (WRONG_OFFSET, with the
         right one in the metadata); FAILED_PRECONDITION (UPLOAD_NOT_EXPECTED) when neither a task nor a submission of the caller awaits it;
-        RESOURCE_EXHAUSTED (TOO_LARGE).
+        RESOURCE_EXHAUSTED (TOO_LARGE; UPLOAD_QUOTA, with the quota's name, what is used and the limit in the metadata); UNAVAILABLE
+        (STORAGE_FAILED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,7 +45,8 @@ class ArtifactServiceStub:
     the digest has been checked.
     Errors: INVALID_ARGUMENT (DIGEST_MISMATCH: the upload starts anew; SIZE_MISMATCH; CHUNK_TOO_LARGE); OUT_OF_RANGE (WRONG_OFFSET, with the
     right one in the metadata); FAILED_PRECONDITION (UPLOAD_NOT_EXPECTED) when neither a task nor a submission of the caller awaits it;
-    RESOURCE_EXHAUSTED (TOO_LARGE).
+    RESOURCE_EXHAUSTED (TOO_LARGE; UPLOAD_QUOTA, with the quota's name, what is used and the limit in the metadata); UNAVAILABLE
+    (STORAGE_FAILED).
     """
     GetUpload: _grpc.UnaryUnaryMultiCallable[_artifact_pb2.GetUploadRequest, _artifact_pb2.GetUploadResponse]
     """GetUpload says how far the caller's upload of one artifact is."""
@@ -74,7 +75,8 @@ class ArtifactServiceAsyncStub(ArtifactServiceStub):
     the digest has been checked.
     Errors: INVALID_ARGUMENT (DIGEST_MISMATCH: the upload starts anew; SIZE_MISMATCH; CHUNK_TOO_LARGE); OUT_OF_RANGE (WRONG_OFFSET, with the
     right one in the metadata); FAILED_PRECONDITION (UPLOAD_NOT_EXPECTED) when neither a task nor a submission of the caller awaits it;
-    RESOURCE_EXHAUSTED (TOO_LARGE).
+    RESOURCE_EXHAUSTED (TOO_LARGE; UPLOAD_QUOTA, with the quota's name, what is used and the limit in the metadata); UNAVAILABLE
+    (STORAGE_FAILED).
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_artifact_pb2.GetUploadRequest, _artifact_pb2.GetUploadResponse]  # type: ignore[assignment]
     """GetUpload says how far the caller's upload of one artifact is."""
@@ -106,7 +108,8 @@ class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
         the digest has been checked.
         Errors: INVALID_ARGUMENT (DIGEST_MISMATCH: the upload starts anew; SIZE_MISMATCH; CHUNK_TOO_LARGE); OUT_OF_RANGE (WRONG_OFFSET, with the
         right one in the metadata); FAILED_PRECONDITION (UPLOAD_NOT_EXPECTED) when neither a task nor a submission of the caller awaits it;
-        RESOURCE_EXHAUSTED (TOO_LARGE).
+        RESOURCE_EXHAUSTED (TOO_LARGE; UPLOAD_QUOTA, with the quota's name, what is used and the limit in the metadata); UNAVAILABLE
+        (STORAGE_FAILED).
         """
 
     @_abc_1.abstractmethod
