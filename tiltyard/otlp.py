@@ -30,6 +30,10 @@ from tiltyard.tracing import Attributes, Kind, Span, TraceContext
 
 _SCOPE = "tiltyard"
 _LONGEST_CLOSE_S = 0.5
+_COMPLAIN_EVERY_S = 60.0
+_DROPPED = metrics.Counter(
+    "tiltyard.telemetry.spans.dropped", unit="{span}", description="Spans dropped since the collector did not keep up."
+)
 
 _log = logging.getLogger("tiltyard.telemetry")
 
@@ -75,6 +79,7 @@ class Export:
         self._parent_based = isinstance(self._sampler, ParentBased)
         self._queue: deque[Span] = deque()
         self._dropped = 0
+        self._next_complaint = 0.0
         self._wake = threading.Event()
         self._closing = False
         self._began_ns = time.time_ns()
@@ -156,8 +161,10 @@ class Export:
                 self._spans.send(batch)
             except Exception as error:
                 _log.warning("%d spans were not sent: %s", len(batch), error)
-        if self._dropped:
+        if self._dropped and (self._closing or time.monotonic() >= self._next_complaint):
+            self._next_complaint = time.monotonic() + _COMPLAIN_EVERY_S
             dropped, self._dropped = self._dropped, 0
+            _DROPPED.add(dropped)
             _log.warning("%d spans were dropped: the collector is away, or slower than they come", dropped)
 
     def _send_metrics(self) -> None:

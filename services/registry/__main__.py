@@ -1,6 +1,7 @@
 """`python -m services.registry`: the registry in a process of its own."""
 
 from services.registry.bootstrap import build
+from services.registry.queue_lengths import QueueLengths
 from services.registry.settings import RegistrySettings
 from services.runtime.server import run, serve
 from services.runtime.standby import ActiveRole
@@ -22,7 +23,7 @@ async def main() -> None:
             authenticator=registry.authenticator,
             policy=registry.policy,
             remembered=registry.database,
-            background=[registry.referee.run, registry.garbage.run],
+            background=[registry.referee.run, registry.garbage.run, QueueLengths(registry.database).run],
             on_close=[registry.close],
         )
 

@@ -31,6 +31,7 @@ from services.runtime.groups import GroupThread, Outcome
 from services.runtime.idempotency import PendingRequest, Replayed, pending_request
 
 __all__ = ["Database", "Group", "Staging", "create_remembered_requests", "group_of"]
+from tiltyard import metrics
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Staging")
@@ -38,6 +39,13 @@ S = TypeVar("S", bound="Staging")
 _READERS = 4
 _GROUP = "tiltyard.group"
 _SERIALIZATION_ATTEMPTS = 8
+
+_GROUP_SIZES = metrics.Histogram(
+    "tiltyard.database.group.size",
+    unit="{write}",
+    description="Writes that are committed together.",
+    bounds=(1, 2, 4, 8, 16, 32, 64),
+)
 
 _log = structlog.get_logger("tiltyard.database")
 
@@ -244,6 +252,7 @@ class Database:
             return [(None, failure)]
 
     def _commit(self, items: list[_Write]) -> list[Outcome[Any]]:
+        _GROUP_SIZES.record(len(items))
         outcomes: list[Outcome[Any]] = []
         with self._write_engine.connect() as connection, connection.begin():
             group = Group(connection)

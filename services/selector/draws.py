@@ -24,10 +24,12 @@ from services.selector.pools import open_pool
 from services.selector.records import Charge, Draw, DrawnPlace, PassedOverReason, Pool, Settlement
 from services.selector.seating import Seating, SeatingMemory
 from services.selector.transaction import Store, Transaction
+from tiltyard import metrics
 from tiltyard.commitments import draw_seed
 from tiltyard.sortition import Place, SumTree, draw, draw_id
 
 MAX_FURTHER_PICKS = 1000
+_DRAWS = metrics.Counter("tiltyard.draws", unit="{draw}", description="Draws answered, those asked again too.")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class Draws:
         """
         sigma = await self._signer.sign_anchor(order.anchor)
         seed = draw_seed(sigma=sigma, reveal_salt=order.reveal_salt)
-        return await self._batches.ask(_Asked(draw_id(order.submission, order.round), order, sigma, seed))
+        drawn = await self._batches.ask(_Asked(draw_id(order.submission, order.round), order, sigma, seed))
+        _DRAWS.add()
+        return drawn
 
     async def extend(self, name: str, *, picks: int, paused: frozenset[str]) -> Draw:
         """Goes on in the same order until there are `picks` in all, or no group is left.

@@ -8,7 +8,11 @@ from services.registry.artifacts import Artifacts
 from services.registry.convert import artifacts as convert
 from services.runtime.auth import current_caller
 from services.runtime.names import parse_artifact
+from tiltyard import metrics
 from tiltyard.registry.v1 import artifact_pb2, artifact_pb2_grpc
+
+_RECEIVED = metrics.Counter("tiltyard.artifact.received", unit="By", description="Sizes of artifacts that are whole.")
+_SENT = metrics.Counter("tiltyard.artifact.sent", unit="By", description="Bytes of artifacts sent to readers.")
 
 
 class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
@@ -24,6 +28,7 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
         messages = aiter(request_iterator)
         upload = await convert.upload_of(messages, max_bytes=self._max_bytes)
         artifact = await self._artifacts.upload(current_caller().id, upload, convert.chunks_of(messages))
+        _RECEIVED.add(artifact.size_bytes)
         return artifact_pb2.UploadArtifactResponse(artifact=convert.artifact_message(artifact))
 
     async def GetUpload(self, request: artifact_pb2.GetUploadRequest, context: Any) -> artifact_pb2.GetUploadResponse:
@@ -39,6 +44,7 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
         # Closed with the call, whoever ends it.
         async with aclosing(download) as chunks:
             async for chunk in chunks:
+                _SENT.add(len(chunk))
                 yield artifact_pb2.DownloadArtifactResponse(chunk=chunk)
 
     async def GetArtifact(
