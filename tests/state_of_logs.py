@@ -127,11 +127,11 @@ def selector_differences(events: Sequence[stake_pb2.LedgerEvent], database: Path
     ledger = Ledger(selection)
     for event in events:
         ledger.take(event)
-    told = {
+    balances = {
         _last(participant): [account.available, sum(account.locked.values()), account.unbonding]
         for participant, account in ledger._accounts.items()
-        if account.available or account.locked or account.unbonding
     }
+    told = {participant: amounts for participant, amounts in balances.items() if any(amounts)}
     # A pool that nobody has joined has no root yet.
     roots = {task: (bytes(row[3]) or SumTree().root(), int(row[4])) for task, row in pools.items()}
     expected = {}
