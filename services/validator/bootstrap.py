@@ -32,8 +32,8 @@ from services.validator.store import DatabaseRunStore
 from services.validator.validation import Validation
 from tiltyard.identity import Key
 
-# Leases held for each evaluation slot. An offer that waits for its turn expires after a minute and is held against us; a
-# lease that waits costs a renewal now and then. Whose turn it is, is decided where evaluations begin.
+# Leases held for each evaluation slot. An offer that waits for its turn expires after a minute and is held against us;
+# a lease that waits costs a renewal now and then. Whose turn it is, is decided where evaluations begin.
 _LEASES_PER_SLOT = 1024
 
 

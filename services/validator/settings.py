@@ -64,7 +64,7 @@ class ValidatorSettings(ServiceSettings):
     def _on_the_cpu(cls, value: str) -> str:
         if value == "cuda":
             raise ValueError(
-                "own model servers run on the CPU alone: a GPU's memory and driver cannot be confined, and the CPU is the "
-                "reference of disputes; name a model server on a GPU in TILTYARD_MODEL_SERVERS instead"
+                "own model servers run on the CPU alone: a GPU's memory and driver cannot be confined, and the CPU is "
+                "the reference of disputes; name a model server on a GPU in TILTYARD_MODEL_SERVERS instead"
             )
         return value
