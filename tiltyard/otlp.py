@@ -89,7 +89,7 @@ class Export:
     @classmethod
     def from_environment(cls, service: str, *, traces: bool, metrics: bool) -> "Export":
         """As the OTEL_* variables say. Raises ValueError naming a variable that makes no sense."""
-        own = {"service.name": service, "service.namespace": "tiltyard", "service.instance.id": str(uuid4())}
+        own = {"service.name": service, "service.instance.id": str(uuid4())}
         # The environment's words win over ours.
         resource = Resource.create(own).merge(OTELResourceDetector().detect())
         return cls(

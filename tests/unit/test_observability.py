@@ -1,0 +1,87 @@
+"""Alerts, runbook and dashboard: each alert is told what to do about, and each metric that is asked for exists."""
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+OBSERVABILITY = ROOT / "deploy/observability"
+ALERTS = yaml.safe_load((OBSERVABILITY / "alerts.yaml").read_text())["groups"][0]["rules"]
+PANELS = json.loads((OBSERVABILITY / "grafana/dashboards/tiltyard.json").read_text())["panels"]
+QUERIES = [rule["expr"] for rule in ALERTS] + [target["expr"] for panel in PANELS for target in panel["targets"]]
+
+UNITS = {"s": "_seconds", "By": "_bytes", "/s": "_per_second", "": ""}
+SUFFIXES = {"Counter": ("_total",), "Gauge": ("",), "Histogram": ("_bucket", "_sum", "_count")}
+
+
+def declared() -> Iterator[tuple[str, str, str]]:
+    """Kind, name and unit of every instrument in the code."""
+    for package in ("services", "tiltyard"):
+        for module in (ROOT / package).rglob("*.py"):
+            text = module.read_text()
+            if "metrics." not in text:
+                continue
+            for call in ast.walk(ast.parse(text)):
+                if (
+                    isinstance(call, ast.Call)
+                    and isinstance(call.func, ast.Attribute)
+                    and call.func.attr in SUFFIXES
+                    and isinstance(call.func.value, ast.Name)
+                    and call.func.value.id == "metrics"
+                ):
+                    unit = next(word.value for word in call.keywords if word.arg == "unit")
+                    yield call.func.attr, ast.literal_eval(call.args[0]), ast.literal_eval(unit)
+
+
+def in_prometheus() -> set[str]:
+    """What the collector's Prometheus exporter calls them."""
+    return {
+        name.replace(".", "_") + UNITS[re.sub(r"\{.*?\}", "", unit)] + suffix
+        for kind, name, unit in declared()
+        for suffix in SUFFIXES[kind]
+    }
+
+
+def asked_for(query: str) -> set[str]:
+    return set(re.findall(r"\b(?:tiltyard|rpc|process)_[a-z_]+(?=[\[{) ]|$)", re.sub(r"\{.*?\}", "", query))) - set(
+        re.findall(r"[a-z_]+", " ".join(re.findall(r"by \((.*?)\)", query)))
+    )
+
+
+def test_each_alert_has_a_section_in_the_runbook_and_no_other() -> None:
+    sections = re.findall(r"^## (.+)$", (ROOT / "docs/runbook.md").read_text(), flags=re.MULTILINE)
+    assert sections == [rule["alert"] for rule in ALERTS]
+    assert len(set(sections)) == len(sections)
+
+
+def test_each_alert_says_how_urgent_it_is_and_what_is_the_matter() -> None:
+    for rule in ALERTS:
+        assert rule["labels"]["severity"] in ("page", "ticket")
+        assert rule["annotations"]["summary"].endswith(".")
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_each_metric_that_is_asked_for_exists(query: str) -> None:
+    wanted = asked_for(query)
+    assert wanted
+    assert wanted <= in_prometheus()
+
+
+def test_a_metric_that_nobody_declares_would_be_found_out() -> None:
+    assert not asked_for("sum(rate(tiltyard_nonsense_total[5m]))") <= in_prometheus()
+
+
+def test_the_collector_takes_both_signals() -> None:
+    config = yaml.safe_load((OBSERVABILITY / "collector.yaml").read_text())
+    pipelines = config["service"]["pipelines"]
+    for pipeline in pipelines.values():
+        for part in ("receivers", "processors", "exporters"):
+            assert set(pipeline[part]) <= set(config[part])
+    assert set(pipelines) == {"traces", "metrics"}
+    scraped = yaml.safe_load((OBSERVABILITY / "prometheus.yaml").read_text())["scrape_configs"][0]
+    assert scraped["static_configs"][0]["targets"][0].endswith(config["exporters"]["prometheus"]["endpoint"][-5:])
