@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 
 from services.registry.docket import Docket, RoundKey, key_of
 from services.registry.entries import DrawMade, SubmissionChanged
+from services.registry.listing import Condition, Listing
 from services.registry.records import (
     Assignment,
     Draw,
@@ -40,6 +41,9 @@ from tiltyard.commitments import holdout_anchor
 RETRY_AFTER = timedelta(seconds=3)
 _LONGEST_RETRY = timedelta(minutes=1)
 _SETTLED_A_TURN = 200
+_INACTIVE_VALIDATORS = Listing(
+    (Condition("role", "=", Role.VALIDATOR), Condition("state", "!=", MembershipState.ACTIVE))
+)
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,8 @@ def _without_holdout_round(tx: Reading) -> list[tuple[Task, Submission]]:
 def _paused(tx: Reading, task: str) -> frozenset[str]:
     # Who has left stays in the selector's pool until the last duty has ended, but takes no new ones.
     away = (MembershipState.PAUSED, MembershipState.LEFT)
-    return frozenset(m.participant for m in tx.all_members(task) if m.role is Role.VALIDATOR and m.state in away)
+    inactive = tx.members(task, _INACTIVE_VALIDATORS)
+    return frozenset(member.participant for _, member in inactive if member.state in away)
 
 
 def _waiting(tx: Reading, rounds: Sequence[Round]) -> list[_Waiting]:

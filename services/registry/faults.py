@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from services.registry.listing import Listing, Place
 from services.registry.records import ValidatorFault
 from services.registry.selection import Selection
 from services.registry.transaction import Store, Writing
@@ -19,12 +20,10 @@ class ValidatorFaults:
         self._selection = selection
 
     async def page(
-        self, *, task: str | None, validator: str | None, after: int, limit: int
-    ) -> Sequence[tuple[int, ValidatorFault]]:
-        """Those in one task, or of one validator: oldest first, each with its position; those above `after`."""
-        return await self._store.read(
-            lambda tx: tx.validator_faults(task=task, validator=validator, after=after, limit=limit)
-        )
+        self, listing: Listing, *, task: str | None, validator: str | None
+    ) -> Sequence[tuple[Place, ValidatorFault]]:
+        """Those in one task, or of one validator."""
+        return await self._store.read(lambda tx: tx.validator_faults(listing, task=task, validator=validator))
 
     async def slash(self) -> int:
         """A step of the referee: every fault that costs stake is told to the selector, which takes it once."""

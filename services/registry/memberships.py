@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 
 from services.registry.eligibility_facts import facts_of
 from services.registry.entries import MembershipChanged
+from services.registry.listing import Listing, Place
 from services.registry.participants import registered
 from services.registry.records import (
     Member,
@@ -93,12 +94,12 @@ class Memberships:
         """End the caller's membership; its stake is unlocked once its last duty has ended."""
         return await self._change(caller, task, participant, MembershipState.LEFT)
 
-    async def members(self, task: str, *, after: int | None, limit: int) -> Sequence[tuple[int, Member]]:
-        """Members in order of joining, those beyond a position. Raises NotFound."""
+    async def members(self, task: str, listing: Listing) -> Sequence[tuple[Place, Member]]:
+        """Members, each with its place. Raises NotFound."""
 
-        def read(tx: Reading) -> Sequence[tuple[int, Member]]:
+        def read(tx: Reading) -> Sequence[tuple[Place, Member]]:
             known_task(tx, task)
-            return tx.members(task, after=after or 0, limit=limit)
+            return tx.members(task, listing)
 
         return await self._store.read(read)
 

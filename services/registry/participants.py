@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from services.registry.entries import EndorsementChanged, OwnerBound, ParticipantRegistered
+from services.registry.listing import Listing, Place
 from services.registry.records import Endorsement, Participant
 from services.registry.transaction import Reading, Store, Writing
 from services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound
@@ -49,12 +50,11 @@ class Participants:
         """One participant. Raises NotFound."""
         return await self._store.read(lambda tx: self._profile(tx, _known(tx, participant)))
 
-    async def page(self, *, after: int | None, limit: int) -> Sequence[tuple[int, Profile]]:
-        """Participants in order of registration, those beyond a position."""
+    async def page(self, listing: Listing) -> Sequence[tuple[Place, Profile]]:
+        """Participants, each with its place."""
 
-        def read(tx: Reading) -> Sequence[tuple[int, Profile]]:
-            found = tx.participants(after=after or 0, limit=limit)
-            return [(position, self._profile(tx, participant)) for position, participant in found]
+        def read(tx: Reading) -> Sequence[tuple[Place, Profile]]:
+            return [(place, self._profile(tx, participant)) for place, participant in tx.participants(listing)]
 
         return await self._store.read(read)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from services.registry.entries import SubmissionCommitted, SubmissionRevealed
+from services.registry.listing import Listing, Place
 from services.registry.records import (
     Artifact,
     ArtifactPurpose,
@@ -151,15 +152,13 @@ class Submissions:
         """One submission."""
         return await self._store.look_up(lambda tx: _view(tx, _find_task(tx, task), _find(tx, task, number)))
 
-    async def page(
-        self, task: str, *, after: int, limit: int, state: SubmissionState | None, participant: str | None
-    ) -> Sequence[SubmissionView]:
-        """Submissions of a task by number, those above `after`, at most `limit`."""
+    async def page(self, task: str, listing: Listing) -> Sequence[tuple[Place, SubmissionView]]:
+        """Submissions of a task, each with its place."""
 
-        def read(tx: Reading) -> Sequence[SubmissionView]:
+        def read(tx: Reading) -> Sequence[tuple[Place, SubmissionView]]:
             found = _find_task(tx, task)
-            rows = tx.submissions(task, after=after, limit=limit, state=state, participant=participant)
-            return [_view(tx, found, submission) for submission in rows]
+            listed = tx.submissions_listed(task, listing)
+            return [(place, _view(tx, found, submission)) for place, submission in listed]
 
         return await self._store.read(read)
 

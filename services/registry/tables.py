@@ -22,12 +22,18 @@ def _position() -> int | None:
 
 class ParticipantRow(Table, table=True):
     __tablename__ = "participants"
+    __table_args__ = (
+        Index("ix_participants_create_time", "create_time", "position"),
+        Index("ix_participants_display_name", "display_name", "position"),
+        Index("ix_participants_named", "display_name", "create_time", "position"),
+        Index("ix_participants_owner_create_time", "owner", "create_time", "position"),
+    )
 
     position: int | None = _position()
     id: str = Field(unique=True)
     display_name: str
     public_key: bytes = Field(sa_type=LargeBinary)
-    owner: str | None = Field(default=None, index=True)
+    owner: str | None = None
     create_time: int = Field(sa_type=BigInteger)
     endpoint: str
 
@@ -43,12 +49,18 @@ class EndorsementRow(Table, table=True):
 
 class TaskRow(Table, table=True):
     __tablename__ = "tasks"
+    __table_args__ = (
+        Index("ix_tasks_create_time", "create_time", "position"),
+        Index("ix_tasks_update_time", "update_time", "position"),
+        Index("ix_tasks_state_create_time", "state", "create_time", "position"),
+        Index("ix_tasks_creator_create_time", "creator", "create_time", "position"),
+    )
 
     position: int | None = _position()
     id: str = Field(unique=True)
-    creator: str = Field(index=True)
+    creator: str
     config: bytes = Field(sa_type=LargeBinary)
-    state: str = Field(index=True)
+    state: str
     state_reason: str
     create_time: int = Field(sa_type=BigInteger)
     update_time: int = Field(sa_type=BigInteger)
@@ -71,7 +83,7 @@ class MemberRow(Table, table=True):
     __tablename__ = "members"
     __table_args__ = (
         Index("ix_members_task_participant", "task", "participant", unique=True),
-        Index("ix_members_task_position", "task", "position"),
+        Index("ix_members_task_create_time", "task", "create_time", "position"),
         Index("ix_members_state_removed", "state", "removed"),
     )
 
@@ -100,6 +112,8 @@ class SubmissionRow(Table, table=True):
     __tablename__ = "submissions"
     __table_args__ = (
         Index("ix_submissions_state_commit_time", "state", "commit_time"),
+        Index("ix_submissions_task_commit_time", "task", "commit_time", "number"),
+        Index("ix_submissions_task_size_bytes", "task", "size_bytes", "number"),
         Index("ix_submissions_participant_commit_time", "participant", "commit_time"),
         Index("ix_submissions_task_model_digest", "task", "model_digest"),
         Index("ix_submissions_state_deadline", "state", "deadline"),
@@ -214,8 +228,8 @@ class PredictionHashesRow(Table, table=True):
 class ValidatorFaultRow(Table, table=True):
     __tablename__ = "validator_faults"
     __table_args__ = (
-        Index("ix_validator_faults_task_position", "task", "position"),
-        Index("ix_validator_faults_validator_position", "validator", "position"),
+        Index("ix_validator_faults_task_time", "task", "time", "position"),
+        Index("ix_validator_faults_validator_time", "validator", "time", "position"),
         Index("ix_validator_faults_slashed_position", "slashed", "position"),
     )
 

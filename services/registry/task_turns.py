@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from services.registry.entries import HoldoutChanged, TaskChanged
+from services.registry.listing import Listing
 from services.registry.records import (
     ArtifactPurpose,
     HoldoutState,
@@ -181,7 +182,7 @@ class TaskTurns:
             found = tx.task(task.id)
             if found is None or not found.pool_open:
                 return 0
-            for member in tx.all_members(task.id):
+            for _, member in tx.members(task.id, Listing()):
                 tx.put_member(replace(member, locked_micros=0, removed=True))
             tx.put_task(replace(found, pool_open=False))
             return 1

@@ -10,6 +10,7 @@ from datetime import datetime
 from services.registry.base_models import BaseModels, demand_base_model
 from services.registry.eligibility_facts import facts_of
 from services.registry.entries import TaskChanged, TaskCreated, VerdictGiven
+from services.registry.listing import Listing, Place
 from services.registry.participants import registered
 from services.registry.records import (
     ArtifactPurpose,
@@ -104,11 +105,9 @@ class Tasks:
         """One task. Raises NotFound."""
         return await self._store.read(lambda tx: known_task(tx, task))
 
-    async def page(
-        self, *, before: int | None, limit: int, state: TaskState | None, creator: str | None
-    ) -> Sequence[tuple[int, Task]]:
-        """Tasks, newest first, those before a position."""
-        return await self._store.read(lambda tx: tx.tasks(before=before, limit=limit, state=state, creator=creator))
+    async def page(self, listing: Listing) -> Sequence[tuple[Place, Task]]:
+        """Tasks, each with its place."""
+        return await self._store.read(lambda tx: tx.tasks(listing))
 
     async def watch(self, task: str, *, after: int | None) -> AsyncIterator[Task]:
         """The task now, unless its revision is still `after`, and again after each change until it has ended."""

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Protocol, TypeVar
 
 from services.registry.entries import Entry
+from services.registry.listing import Listing, Place
 from services.registry.records import (
     Artifact,
     ArtifactUse,
@@ -42,21 +43,15 @@ class Leaf:
 
 
 class Reading(Protocol):
-    """Questions; all lists are in the stated order and at most `limit` long."""
+    """Questions; all lists are in the stated order, or that of a `listing`, and at most `limit` long."""
 
     def participant(self, participant: str) -> Participant | None: ...
-    def participants(self, *, after: int, limit: int) -> Sequence[tuple[int, Participant]]:
-        """In order of registration, each with its position; those with a position above `after`."""
-        ...
+    def participants(self, listing: Listing) -> Sequence[tuple[Place, Participant]]: ...
 
     def endorsements(self, subject: str) -> Sequence[Endorsement]: ...
 
     def task(self, task: str) -> Task | None: ...
-    def tasks(
-        self, *, before: int | None, limit: int, state: TaskState | None = None, creator: str | None = None
-    ) -> Sequence[tuple[int, Task]]:
-        """Newest first, each with its position; those with a position below `before`."""
-        ...
+    def tasks(self, listing: Listing) -> Sequence[tuple[Place, Task]]: ...
 
     def tasks_in(self, *states: TaskState) -> Sequence[Task]:
         """All tasks in one of the states; for the background loop."""
@@ -75,8 +70,7 @@ class Reading(Protocol):
         ...
 
     def member(self, task: str, participant: str) -> Member | None: ...
-    def members(self, task: str, *, after: int, limit: int) -> Sequence[tuple[int, Member]]: ...
-    def all_members(self, task: str) -> Sequence[Member]: ...
+    def members(self, task: str, listing: Listing) -> Sequence[tuple[Place, Member]]: ...
     def members_in(self, state: MembershipState, *, removed: bool) -> Sequence[Member]:
         """Members of all tasks in one state, in order of joining; for the background loop."""
         ...
@@ -88,13 +82,14 @@ class Reading(Protocol):
         self,
         task: str,
         *,
-        after: int = 0,
         limit: int | None = None,
         state: SubmissionState | None = None,
         participant: str | None = None,
     ) -> Sequence[Submission]:
-        """By number, those above `after`."""
+        """By number."""
         ...
+
+    def submissions_listed(self, task: str, listing: Listing) -> Sequence[tuple[Place, Submission]]: ...
 
     def submissions_in(self, *states: SubmissionState) -> Sequence[Submission]:
         """All submissions of all tasks in one of the states, by commit time; for the background loop."""
@@ -194,9 +189,9 @@ class Reading(Protocol):
         ...
 
     def validator_faults(
-        self, *, task: str | None, validator: str | None, after: int, limit: int
-    ) -> Sequence[tuple[int, ValidatorFault]]:
-        """In one task, or of one validator: oldest first, each with its position; those above `after`."""
+        self, listing: Listing, *, task: str | None = None, validator: str | None = None
+    ) -> Sequence[tuple[Place, ValidatorFault]]:
+        """In one task, or of one validator."""
         ...
 
     def faults_unslashed(self, *, limit: int) -> Sequence[tuple[int, ValidatorFault]]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from services.registry.listing import Listing
 from services.registry.records import RoundState, SubmissionState
 from services.runtime.names import AssignmentId
 from tests.registry_fakes import FakeSelection, SettableClock
@@ -79,7 +80,7 @@ async def test_dishonest_validators_change_no_score_that_honest_ones_decide_and_
         lying = {v for v in score.evaluations if LIARS.get(v) in ("constant", "random")}
         assert set(score.outliers) == lying
         named |= {(submission.number, validator) for validator in lying}
-    faults = await world.store.read(lambda tx: tx.validator_faults(task=TASK, validator=None, after=0, limit=10_000))
+    faults = await world.store.read(lambda tx: tx.validator_faults(Listing(), task=TASK))
     by_kind: dict[str, set[tuple[int, str]]] = {}
     for _, fault in faults:
         by_kind.setdefault(fault.kind.name, set()).add((fault.number, fault.validator))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from services.registry import docket
+from services.registry.listing import Listing
 from services.registry.queries import SqlReading
 from services.registry.records import Assignment, Role, RoundState, SubmissionState, ValidatorFaultKind
 from services.runtime.errors import AlreadyExists, ArenaError, FailedPrecondition, ResourceExhausted
@@ -36,7 +37,7 @@ async def evaluating(world: World) -> int:
 
 
 async def faults(world: World) -> list[tuple[str, str]]:
-    found = await world.store.read(lambda tx: tx.validator_faults(task=TASK, validator=None, after=0, limit=99))
+    found = await world.store.read(lambda tx: tx.validator_faults(Listing(), task=TASK))
     return [(fault.validator, fault.kind.name) for _, fault in found]
 
 

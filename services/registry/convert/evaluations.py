@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from services.registry.convert.enums import EVALUATION_VERDICT, VALIDATOR_FAULT_KIND
 from services.registry.convert.envelopes import envelope, envelope_message, open_own_statement
-from services.registry.convert.pages import Page, close_page, open_page
+from services.registry.convert.listings import ListedPage
 from services.registry.convert.times import timestamp
 from services.registry.evaluations import EvaluationView, Report
+from services.registry.listing import Place
 from services.registry.records import Counts, Evaluation, Finding, ValidatorFault
 from services.runtime import names
 from services.runtime.fields import FieldChecks
@@ -172,31 +173,18 @@ def viewed_message(view: EvaluationView) -> evaluation_pb2.GetEvaluationResponse
     return evaluation_pb2.GetEvaluationResponse(evaluation=message)
 
 
-@dataclass(frozen=True)
-class FaultQuery:
-    """One page of ListValidatorFaults: either of a task or of a validator."""
-
-    task: str | None
-    validator: str | None
-    page: Page
-
-
-def faults_query_of(request: evaluation_pb2.ListValidatorFaultsRequest, tokens: PageTokens) -> FaultQuery:
-    """The page that is asked for."""
-    of_validator = request.parent.startswith("participants/")
-    page = open_page(f"ListValidatorFaults {request.parent}", tokens, size=request.page_size, token=request.page_token)
-    return FaultQuery(
-        task=None if of_validator else names.parse_task(request.parent, "parent"),
-        validator=names.parse_participant(request.parent, "parent") if of_validator else None,
-        page=page,
-    )
+def faults_of(request: evaluation_pb2.ListValidatorFaultsRequest) -> tuple[str | None, str | None]:
+    """Of which task, or of which validator."""
+    if request.parent.startswith("participants/"):
+        return None, names.parse_participant(request.parent, "parent")
+    return names.parse_task(request.parent, "parent"), None
 
 
 def faults_message(
-    query: FaultQuery, found: Sequence[tuple[int, ValidatorFault]], tokens: PageTokens
+    page: ListedPage, found: Sequence[tuple[Place, ValidatorFault]], tokens: PageTokens
 ) -> evaluation_pb2.ListValidatorFaultsResponse:
     """The page, and where the next one begins."""
-    faults, token = close_page(query.page, tokens, found)
+    faults, token = page.close(tokens, found)
     return evaluation_pb2.ListValidatorFaultsResponse(
         faults=[_fault_message(fault) for fault in faults], next_page_token=token
     )

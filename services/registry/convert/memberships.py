@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 from services.registry.convert.enums import MEMBERSHIP_STATE, ROLE
 from services.registry.convert.envelopes import envelope, open_own_statement
+from services.registry.convert.listings import ListedPage
 from services.registry.convert.pages import Page, close_page
 from services.registry.convert.times import timestamp
 from services.registry.convert.verdicts import verdict_message
+from services.registry.listing import Place
 from services.registry.memberships import Joined
 from services.registry.records import Member, Role, Verdict
 from services.runtime import names
@@ -68,10 +70,10 @@ def left_message(member: Member) -> membership_pb2.LeaveTaskResponse:
 
 
 def members_message(
-    page: Page, found: Sequence[tuple[int, Member]], tokens: PageTokens
+    page: ListedPage, found: Sequence[tuple[Place, Member]], tokens: PageTokens
 ) -> membership_pb2.ListMembersResponse:
     """One page of ListMembers."""
-    members, token = close_page(page, tokens, found)
+    members, token = page.close(tokens, found)
     return membership_pb2.ListMembersResponse(
         members=[member_message(member) for member in members], next_page_token=token
     )

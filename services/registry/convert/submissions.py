@@ -1,39 +1,21 @@
 """Submissions in the contract's words, and the statements that make them checked field by field."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from services.registry.convert.enums import MODEL_FORMAT, REJECTION_REASON, SUBMISSION_STATE
 from services.registry.convert.envelopes import envelope, open_own_statement
+from services.registry.convert.listings import ListedPage
 from services.registry.convert.scores import score_message
 from services.registry.convert.times import timestamp
+from services.registry.listing import Place
 from services.registry.records import SubmissionState
 from services.registry.submissions import Reveal, SubmissionView
 from services.runtime import names
-from services.runtime.errors import InvalidArgument
 from services.runtime.fields import FieldChecks
-from services.runtime.filters import parse_filter
-from services.runtime.paging import PageTokens, page_size
+from services.runtime.paging import PageTokens
 from tiltyard.identity import Envelope
 from tiltyard.registry.v1 import submission_pb2
 from tiltyard.type.v1 import envelope_pb2
-
-
-@dataclass(frozen=True)
-class SubmissionQuery:
-    """One page of ListSubmissions: those of a number above `after`, `size` and one more to know whether there are."""
-
-    task: str
-    state: SubmissionState | None
-    participant: str | None
-    after: int
-    size: int
-    query: str
-
-    @property
-    def limit(self) -> int:
-        """How many to read."""
-        return self.size + 1
 
 
 def commit_of(
@@ -70,30 +52,13 @@ def reveal_of(request: submission_pb2.RevealSubmissionRequest, *, origin: str, c
     return reveal, envelope(request.statement)
 
 
-def query_of(request: submission_pb2.ListSubmissionsRequest, tokens: PageTokens) -> SubmissionQuery:
-    """The page that is asked for."""
-    task = names.parse_task(request.parent, "parent")
-    terms = parse_filter(request.filter, ("state", "participant"))
-    state = participant = None
-    if "state" in terms:
-        state = SUBMISSION_STATE.named(terms["state"])
-        if state is None:
-            raise InvalidArgument.field("filter", f"{terms['state']} is no state of a submission")
-    if "participant" in terms:
-        participant = names.parse_participant(terms["participant"], "filter")
-    query = f"ListSubmissions {task} {state and state.name} {participant}"
-    cursor = tokens.decode(request.page_token, query)
-    return SubmissionQuery(task, state, participant, int(cursor or 0), page_size(request.page_size), query)
-
-
 def page_message(
-    query: SubmissionQuery, found: Sequence[SubmissionView], tokens: PageTokens
+    page: ListedPage, found: Sequence[tuple[Place, SubmissionView]], tokens: PageTokens
 ) -> submission_pb2.ListSubmissionsResponse:
     """The page, and where the next one begins."""
-    page = found[: query.size]
-    cursor = str(page[-1].submission.number) if len(found) > query.size else ""
+    views, token = page.close(tokens, found)
     return submission_pb2.ListSubmissionsResponse(
-        submissions=[submission_message(view) for view in page], next_page_token=tokens.encode(query.query, cursor)
+        submissions=[submission_message(view) for view in views], next_page_token=token
     )
 
 

@@ -1,36 +1,25 @@
 """Tasks in the contract's words."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from services.registry.convert.configs import config_message
 from services.registry.convert.drafts import description_of, time_of
 from services.registry.convert.enums import TASK_STATE
-from services.registry.convert.pages import Page, close_page, open_page
+from services.registry.convert.listings import ListedPage
 from services.registry.convert.participants import MAX_NAME_CHARS
 from services.registry.convert.times import timestamp
 from services.registry.convert.verdicts import verdict_message
+from services.registry.listing import Place
 from services.registry.records import Task, TaskState
 from services.registry.task_states import deadline_of
 from services.registry.tasks import Amendment, CreatedTask
 from services.runtime import names
-from services.runtime.errors import InvalidArgument
 from services.runtime.fields import FieldChecks
-from services.runtime.filters import parse_filter
 from services.runtime.paging import PageTokens
 from tiltyard.registry.v1 import task_pb2
 
 _MAX_REASON_CHARS = 500
 _AMENDABLE = ("config.display_name", "config.description", "config.schedule.close_time")
-
-
-@dataclass(frozen=True)
-class TaskQuery:
-    """One page of ListTasks."""
-
-    page: Page
-    state: TaskState | None
-    creator: str | None
 
 
 def task_id_of(request: task_pb2.CreateTaskRequest) -> str:
@@ -68,23 +57,11 @@ def cancel_of(request: task_pb2.CancelTaskRequest) -> tuple[str, str]:
     return names.parse_task(request.name), request.reason
 
 
-def query_of(request: task_pb2.ListTasksRequest, tokens: PageTokens) -> TaskQuery:
-    """The page that is asked for."""
-    terms = parse_filter(request.filter, ("state", "creator"))
-    state = creator = None
-    if "state" in terms:
-        state = TASK_STATE.named(terms["state"])
-        if state is None:
-            raise InvalidArgument.field("filter", f"{terms['state']} is no state of a task")
-    if "creator" in terms:
-        creator = names.parse_participant(terms["creator"], "filter")
-    query = f"ListTasks {state and state.name} {creator}"
-    return TaskQuery(open_page(query, tokens, size=request.page_size, token=request.page_token), state, creator)
-
-
-def page_message(query: TaskQuery, found: Sequence[tuple[int, Task]], tokens: PageTokens) -> task_pb2.ListTasksResponse:
+def page_message(
+    page: ListedPage, found: Sequence[tuple[Place, Task]], tokens: PageTokens
+) -> task_pb2.ListTasksResponse:
     """The page, and where the next one begins."""
-    tasks, token = close_page(query.page, tokens, found)
+    tasks, token = page.close(tokens, found)
     return task_pb2.ListTasksResponse(tasks=[task_message(task) for task in tasks], next_page_token=token)
 
 

@@ -1,15 +1,19 @@
 """How questions are asked: one record by its key, or a list in SQL, on one connection."""
 
 from collections.abc import Sequence
+from operator import eq, ge, gt, le, lt
 from typing import Any, TypeVar
 
-from sqlalchemy import Executable, Select
+from sqlalchemy import ColumnElement, Executable, Select, tuple_
 from sqlalchemy.engine import Connection
 
+from services.registry.listing import Condition, Listing, Place
 from services.registry.rows import RowsOf
 from services.runtime.engines import placeholder
 
 R = TypeVar("R")
+
+_COMPARISONS = {"=": eq, "<": lt, "<=": le, ">": gt, ">=": ge}
 
 
 class Asking:
@@ -47,3 +51,29 @@ class Asking:
     def _placed(self, kind: RowsOf[R], query: Select[Any]) -> list[tuple[int, R]]:
         """As `_records`, each with its position, for a `kind.query(kind.c.position)`."""
         return [(row.position, kind.record(row)) for row in self._ask(query)]
+
+    def _page(
+        self, kind: RowsOf[R], listing: Listing, *where: Any, number: ColumnElement[int]
+    ) -> list[tuple[Place, R]]:
+        """The records of a page, each with its place. `number` is the column that tells those of one value apart."""
+        order = kind.c[listing.order] if listing.order else number
+        query = kind.query(number.label("place_number"), order.label("place_value"))
+        query = query.where(*where, *(_fulfilled(kind, condition) for condition in listing.conditions))
+        if listing.after is not None:
+            beyond = lt if listing.descending else gt
+            value, last = listing.after
+            query = query.where(
+                beyond(number, last) if order is number else beyond(tuple_(order, number), tuple_(value, last))
+            )
+        columns = (number,) if order is number else (order, number)
+        query = query.order_by(*(column.desc() if listing.descending else column.asc() for column in columns))
+        rows = self._ask(query.limit(listing.limit))
+        return [((row.place_value, row.place_number), kind.record(row)) for row in rows]
+
+
+def _fulfilled(kind: RowsOf[Any], condition: Condition) -> ColumnElement[bool]:
+    column, value = kind.c[condition.field], kind.encoded(condition.field, condition.value)
+    if condition.operator == "!=":
+        return column.is_distinct_from(value)
+    fulfilled: ColumnElement[bool] = _COMPARISONS[condition.operator](column, value)
+    return fulfilled

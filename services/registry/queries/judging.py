@@ -6,6 +6,7 @@ from datetime import datetime
 from sqlalchemy import func, select
 
 from services.registry.convert.times import micros_of, moment_of
+from services.registry.listing import Listing, Place
 from services.registry.queries.asking import Asking
 from services.registry.records import (
     Assignment,
@@ -99,14 +100,10 @@ class JudgingQuestions(Asking):
         return b"" if kept is None else kept.hashes
 
     def validator_faults(
-        self, *, task: str | None, validator: str | None, after: int, limit: int
-    ) -> Sequence[tuple[int, ValidatorFault]]:
-        query = VALIDATOR_FAULTS.query(_F.position).where(_F.position > after)
-        if task is not None:
-            query = query.where(_F.task == task)
-        if validator is not None:
-            query = query.where(_F.validator == validator)
-        return self._placed(VALIDATOR_FAULTS, query.order_by(_F.position).limit(limit))
+        self, listing: Listing, *, task: str | None = None, validator: str | None = None
+    ) -> Sequence[tuple[Place, ValidatorFault]]:
+        where = [column == value for column, value in ((_F.task, task), (_F.validator, validator)) if value is not None]
+        return self._page(VALIDATOR_FAULTS, listing, *where, number=_F.position)
 
     def faults_unslashed(self, *, limit: int) -> Sequence[tuple[int, ValidatorFault]]:
         query = VALIDATOR_FAULTS.query(_F.position).where(_F.slashed.is_(False))

@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import func, or_, select
 
 from services.registry.convert.times import micros_of, moment_of
+from services.registry.listing import Listing, Place
 from services.registry.queries.asking import Asking
 from services.registry.records import (
     Artifact,
@@ -37,17 +38,19 @@ class SubmissionQuestions(Asking):
         self,
         task: str,
         *,
-        after: int = 0,
         limit: int | None = None,
         state: SubmissionState | None = None,
         participant: str | None = None,
     ) -> Sequence[Submission]:
-        query = SUBMISSIONS.query().where(_S.task == task, _S.number > after)
+        query = SUBMISSIONS.query().where(_S.task == task)
         if state is not None:
             query = query.where(_S.state == state.name)
         if participant is not None:
             query = query.where(_S.participant == participant)
         return self._records(SUBMISSIONS, query.order_by(_S.number).limit(limit))
+
+    def submissions_listed(self, task: str, listing: Listing) -> Sequence[tuple[Place, Submission]]:
+        return self._page(SUBMISSIONS, listing, _S.task == task, number=_S.number)
 
     def submissions_in(self, *states: SubmissionState) -> Sequence[Submission]:
         query = SUBMISSIONS.query().where(_S.state.in_([state.name for state in states]))

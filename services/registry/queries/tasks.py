@@ -5,6 +5,7 @@ from datetime import datetime
 
 from services.registry.convert.times import micros_of
 from services.registry.convert.verdicts import verdict_of
+from services.registry.listing import Listing, Place
 from services.registry.queries.asking import Asking
 from services.registry.records import Endorsement, Member, MembershipState, Participant, Task, TaskState, Verdict
 from services.registry.rows import ENDORSEMENTS, MEMBERS, PARTICIPANTS, TASKS, VERDICTS
@@ -19,9 +20,8 @@ class TaskQuestions(Asking):
     def participant(self, participant: str) -> Participant | None:
         return self._load(PARTICIPANTS, participant)
 
-    def participants(self, *, after: int, limit: int) -> Sequence[tuple[int, Participant]]:
-        query = PARTICIPANTS.query(_P.position).where(_P.position > after).order_by(_P.position)
-        return self._placed(PARTICIPANTS, query.limit(limit))
+    def participants(self, listing: Listing) -> Sequence[tuple[Place, Participant]]:
+        return self._page(PARTICIPANTS, listing, number=_P.position)
 
     def endorsements(self, subject: str) -> Sequence[Endorsement]:
         query = ENDORSEMENTS.query().where(_E.subject == subject)
@@ -30,17 +30,8 @@ class TaskQuestions(Asking):
     def task(self, task: str) -> Task | None:
         return self._load(TASKS, task)
 
-    def tasks(
-        self, *, before: int | None, limit: int, state: TaskState | None = None, creator: str | None = None
-    ) -> Sequence[tuple[int, Task]]:
-        query = TASKS.query(_T.position).order_by(_T.position.desc()).limit(limit)
-        if before is not None:
-            query = query.where(_T.position < before)
-        if state is not None:
-            query = query.where(_T.state == state.name)
-        if creator is not None:
-            query = query.where(_T.creator == creator)
-        return self._placed(TASKS, query)
+    def tasks(self, listing: Listing) -> Sequence[tuple[Place, Task]]:
+        return self._page(TASKS, listing, number=_T.position)
 
     def tasks_in(self, *states: TaskState) -> Sequence[Task]:
         query = TASKS.query().where(_T.state.in_([state.name for state in states]))
@@ -62,12 +53,8 @@ class TaskQuestions(Asking):
     def member(self, task: str, participant: str) -> Member | None:
         return self._load(MEMBERS, task, participant)
 
-    def members(self, task: str, *, after: int, limit: int) -> Sequence[tuple[int, Member]]:
-        query = MEMBERS.query(_M.position).where(_M.task == task, _M.position > after)
-        return self._placed(MEMBERS, query.order_by(_M.position).limit(limit))
-
-    def all_members(self, task: str) -> Sequence[Member]:
-        return self._records(MEMBERS, MEMBERS.query().where(_M.task == task).order_by(_M.position))
+    def members(self, task: str, listing: Listing) -> Sequence[tuple[Place, Member]]:
+        return self._page(MEMBERS, listing, _M.task == task, number=_M.position)
 
     def members_in(self, state: MembershipState, *, removed: bool) -> Sequence[Member]:
         query = MEMBERS.query().where(_M.state == state.name, _M.removed == removed)

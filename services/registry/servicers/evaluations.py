@@ -3,6 +3,7 @@
 from typing import Any
 
 from services.registry.convert import evaluations as convert
+from services.registry.convert import listings
 from services.registry.evaluations import Evaluations
 from services.registry.faults import ValidatorFaults
 from services.registry.records import Evaluation
@@ -57,8 +58,7 @@ class EvaluationServicer(evaluation_pb2_grpc.EvaluationServiceServicer):
     async def ListValidatorFaults(
         self, request: evaluation_pb2.ListValidatorFaultsRequest, context: Any
     ) -> evaluation_pb2.ListValidatorFaultsResponse:
-        query = convert.faults_query_of(request, self._tokens)
-        found = await self._faults.page(
-            task=query.task, validator=query.validator, after=query.page.after or 0, limit=query.page.limit
-        )
-        return convert.faults_message(query, found, self._tokens)
+        task, validator = convert.faults_of(request)
+        page = listings.VALIDATOR_FAULTS.open(request, self._tokens, parent=request.parent)
+        found = await self._faults.page(page.listing, task=task, validator=validator)
+        return convert.faults_message(page, found, self._tokens)

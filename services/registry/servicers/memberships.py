@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from services.registry.convert import listings
 from services.registry.convert import memberships as convert
 from services.registry.convert.pages import open_page
 from services.registry.memberships import Joined, Memberships
@@ -43,9 +44,8 @@ class MembershipServicer(membership_pb2_grpc.MembershipServiceServicer):
         self, request: membership_pb2.ListMembersRequest, context: Any
     ) -> membership_pb2.ListMembersResponse:
         task = parse_task(request.parent, "parent")
-        page = open_page(f"ListMembers {task}", self._tokens, size=request.page_size, token=request.page_token)
-        found = await self._memberships.members(task, after=page.after, limit=page.limit)
-        return convert.members_message(page, found, self._tokens)
+        page = listings.MEMBERS.open(request, self._tokens, parent=task)
+        return convert.members_message(page, await self._memberships.members(task, page.listing), self._tokens)
 
     async def ListEligibilityVerdicts(
         self, request: membership_pb2.ListEligibilityVerdictsRequest, context: Any

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from services.registry.convert import listings
 from services.registry.convert import participants as convert
-from services.registry.convert.pages import close_page, open_page
 from services.registry.participants import Participants, Profile
 from services.runtime.auth import current_caller
 from services.runtime.idempotency import idempotent
@@ -37,9 +37,8 @@ class ParticipantServicer(participant_pb2_grpc.ParticipantServiceServicer):
     async def ListParticipants(
         self, request: participant_pb2.ListParticipantsRequest, context: Any
     ) -> participant_pb2.ListParticipantsResponse:
-        page = open_page("ListParticipants", self._tokens, size=request.page_size, token=request.page_token)
-        found = await self._participants.page(after=page.after, limit=page.limit)
-        profiles, token = close_page(page, self._tokens, found)
+        page = listings.PARTICIPANTS.open(request, self._tokens)
+        profiles, token = page.close(self._tokens, await self._participants.page(page.listing))
         messages = [convert.participant_message(profile) for profile in profiles]
         return participant_pb2.ListParticipantsResponse(participants=messages, next_page_token=token)
 

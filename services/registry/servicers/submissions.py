@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from services.registry.convert import listings
 from services.registry.convert import submissions as convert
 from services.registry.submissions import Submissions, SubmissionView
 from services.runtime.auth import current_caller
 from services.runtime.idempotency import idempotent
-from services.runtime.names import parse_submission
+from services.runtime.names import parse_submission, parse_task
 from services.runtime.paging import PageTokens
 from tiltyard.registry.v1 import submission_pb2, submission_pb2_grpc
 
@@ -40,8 +41,7 @@ class SubmissionServicer(submission_pb2_grpc.SubmissionServiceServicer):
     async def ListSubmissions(
         self, request: submission_pb2.ListSubmissionsRequest, context: Any
     ) -> submission_pb2.ListSubmissionsResponse:
-        query = convert.query_of(request, self._tokens)
-        found = await self._submissions.page(
-            query.task, after=query.after, limit=query.limit, state=query.state, participant=query.participant
-        )
-        return convert.page_message(query, found, self._tokens)
+        task = parse_task(request.parent, "parent")
+        page = listings.SUBMISSIONS.open(request, self._tokens, parent=task)
+        found = await self._submissions.page(task, page.listing)
+        return convert.page_message(page, found, self._tokens)

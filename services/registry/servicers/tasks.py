@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Callable
 from datetime import datetime
 from typing import Any
 
+from services.registry.convert import listings
 from services.registry.convert import tasks as convert
 from services.registry.convert.cursors import revision_of
 from services.registry.convert.drafts import draft_of
@@ -38,11 +39,8 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         return task_pb2.GetTaskResponse(task=convert.task_message(task))
 
     async def ListTasks(self, request: task_pb2.ListTasksRequest, context: Any) -> task_pb2.ListTasksResponse:
-        query = convert.query_of(request, self._tokens)
-        found = await self._tasks.page(
-            before=query.page.after, limit=query.page.limit, state=query.state, creator=query.creator
-        )
-        return convert.page_message(query, found, self._tokens)
+        page = listings.TASKS.open(request, self._tokens)
+        return convert.page_message(page, await self._tasks.page(page.listing), self._tokens)
 
     @idempotent(answer=convert.updated_message)
     async def UpdateTask(self, request: task_pb2.UpdateTaskRequest, context: Any) -> Task:

@@ -411,22 +411,36 @@ class ListValidatorFaultsRequest(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """Task as tasks/{task} for those in one task, validator as participants/{id} for its own in all tasks."""
     page_size: _builtins.int
     """At most this many, 50 when 0, 1000 at most."""
     page_token: _builtins.str
     """Of the previous page; INVALID_ARGUMENT when it is of another list."""
+    filter: _builtins.str
+    """Terms "field operator value" joined by AND; empty for all. Fields: kind and validator (participants/{id}) with = and !=; time
+    (RFC 3339, to the microsecond) with = != < <= > and >=. A value is a word or stands in double quotes. INVALID_ARGUMENT
+    (INVALID_FILTER) names the position of what cannot be read.
+    """
+    order_by: _builtins.str
+    """"time", with " desc" behind it from the newest down; "time" when empty.
+    INVALID_ARGUMENT (INVALID_ORDER) names the position of what cannot be read. Rows that are added between two pages neither
+    repeat nor hide others.
+    """
     def __init__(
         self,
         *,
         parent: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        order_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

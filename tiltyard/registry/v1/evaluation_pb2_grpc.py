@@ -102,7 +102,7 @@ class EvaluationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListValidatorFaults(self, request, context):
-        """ListValidatorFaults lists what drawn validators owed, oldest first.
+        """ListValidatorFaults lists what drawn validators owed, oldest first unless told otherwise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,7 +52,7 @@ class EvaluationServiceStub:
     ListEvaluations: _grpc.UnaryUnaryMultiCallable[_evaluation_pb2.ListEvaluationsRequest, _evaluation_pb2.ListEvaluationsResponse]
     """ListEvaluations lists the evaluations of a submission by round and validator."""
     ListValidatorFaults: _grpc.UnaryUnaryMultiCallable[_evaluation_pb2.ListValidatorFaultsRequest, _evaluation_pb2.ListValidatorFaultsResponse]
-    """ListValidatorFaults lists what drawn validators owed, oldest first."""
+    """ListValidatorFaults lists what drawn validators owed, oldest first unless told otherwise."""
 
 @_typing.type_check_only
 class EvaluationServiceAsyncStub(EvaluationServiceStub):
@@ -78,7 +78,7 @@ class EvaluationServiceAsyncStub(EvaluationServiceStub):
     ListEvaluations: _aio.UnaryUnaryMultiCallable[_evaluation_pb2.ListEvaluationsRequest, _evaluation_pb2.ListEvaluationsResponse]  # type: ignore[assignment]
     """ListEvaluations lists the evaluations of a submission by round and validator."""
     ListValidatorFaults: _aio.UnaryUnaryMultiCallable[_evaluation_pb2.ListValidatorFaultsRequest, _evaluation_pb2.ListValidatorFaultsResponse]  # type: ignore[assignment]
-    """ListValidatorFaults lists what drawn validators owed, oldest first."""
+    """ListValidatorFaults lists what drawn validators owed, oldest first unless told otherwise."""
 
 class EvaluationServiceServicer(metaclass=_abc_1.ABCMeta):
     """EvaluationService takes reports sealed first and opened later, so that nobody can copy another's."""
@@ -131,6 +131,6 @@ class EvaluationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _evaluation_pb2.ListValidatorFaultsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_evaluation_pb2.ListValidatorFaultsResponse, _abc.Awaitable[_evaluation_pb2.ListValidatorFaultsResponse]]:
-        """ListValidatorFaults lists what drawn validators owed, oldest first."""
+        """ListValidatorFaults lists what drawn validators owed, oldest first unless told otherwise."""
 
 def add_EvaluationServiceServicer_to_server(servicer: EvaluationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

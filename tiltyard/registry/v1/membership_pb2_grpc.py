@@ -103,7 +103,7 @@ class MembershipServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListMembers(self, request, context):
-        """ListMembers lists the members of a task in order of joining.
+        """ListMembers lists the members of a task, in order of joining unless told otherwise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

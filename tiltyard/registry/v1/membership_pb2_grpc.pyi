@@ -46,7 +46,7 @@ class MembershipServiceStub:
     LeaveTask: _grpc.UnaryUnaryMultiCallable[_membership_pb2.LeaveTaskRequest, _membership_pb2.LeaveTaskResponse]
     """LeaveTask ends the caller's membership; its stake is unlocked once its last duty in the task has ended."""
     ListMembers: _grpc.UnaryUnaryMultiCallable[_membership_pb2.ListMembersRequest, _membership_pb2.ListMembersResponse]
-    """ListMembers lists the members of a task in order of joining."""
+    """ListMembers lists the members of a task, in order of joining unless told otherwise."""
     ListEligibilityVerdicts: _grpc.UnaryUnaryMultiCallable[_membership_pb2.ListEligibilityVerdictsRequest, _membership_pb2.ListEligibilityVerdictsResponse]
     """ListEligibilityVerdicts lists the verdicts of a task in the order given, refusals included."""
 
@@ -68,7 +68,7 @@ class MembershipServiceAsyncStub(MembershipServiceStub):
     LeaveTask: _aio.UnaryUnaryMultiCallable[_membership_pb2.LeaveTaskRequest, _membership_pb2.LeaveTaskResponse]  # type: ignore[assignment]
     """LeaveTask ends the caller's membership; its stake is unlocked once its last duty in the task has ended."""
     ListMembers: _aio.UnaryUnaryMultiCallable[_membership_pb2.ListMembersRequest, _membership_pb2.ListMembersResponse]  # type: ignore[assignment]
-    """ListMembers lists the members of a task in order of joining."""
+    """ListMembers lists the members of a task, in order of joining unless told otherwise."""
     ListEligibilityVerdicts: _aio.UnaryUnaryMultiCallable[_membership_pb2.ListEligibilityVerdictsRequest, _membership_pb2.ListEligibilityVerdictsResponse]  # type: ignore[assignment]
     """ListEligibilityVerdicts lists the verdicts of a task in the order given, refusals included."""
 
@@ -117,7 +117,7 @@ class MembershipServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _membership_pb2.ListMembersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_membership_pb2.ListMembersResponse, _abc.Awaitable[_membership_pb2.ListMembersResponse]]:
-        """ListMembers lists the members of a task in order of joining."""
+        """ListMembers lists the members of a task, in order of joining unless told otherwise."""
 
     @_abc_1.abstractmethod
     def ListEligibilityVerdicts(

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tiltyard.type.v1 import envelope_pb2 as tiltyard_dot_type_dot_v1_dot_envelope__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&tiltyard/registry/v1/participant.proto\x12\x14tiltyard.registry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ftiltyard/type/v1/envelope.proto\"\xd0\x01\n\x0bParticipant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x12\n\npublic_key\x18\x03 \x01(\x0c\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x37\n\x0c\x65ndorsements\x18\x05 \x03(\x0b\x32!.tiltyard.registry.v1.Endorsement\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x65ndpoint\x18\x07 \x01(\t\"p\n\x0b\x45ndorsement\x12\x10\n\x08\x65ndorser\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\x0f\n\x07trusted\x18\x03 \x01(\x08\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"j\n\x1aRegisterParticipantRequest\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\x08\x65ndpoint\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x0b\n\t_endpoint\"U\n\x1bRegisterParticipantResponse\x12\x36\n\x0bparticipant\x18\x01 \x01(\x0b\x32!.tiltyard.registry.v1.Participant\"%\n\x15GetParticipantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"P\n\x16GetParticipantResponse\x12\x36\n\x0bparticipant\x18\x01 \x01(\x0b\x32!.tiltyard.registry.v1.Participant\"@\n\x17ListParticipantsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"l\n\x18ListParticipantsResponse\x12\x37\n\x0cparticipants\x18\x01 \x03(\x0b\x32!.tiltyard.registry.v1.Participant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"U\n\x10\x42indOwnerRequest\x12-\n\tstatement\x18\x01 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"K\n\x11\x42indOwnerResponse\x12\x36\n\x0bparticipant\x18\x01 \x01(\x0b\x32!.tiltyard.registry.v1.Participant\"^\n\x19\x45ndorseParticipantRequest\x12-\n\tstatement\x18\x01 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"T\n\x1a\x45ndorseParticipantResponse\x12\x36\n\x0bparticipant\x18\x01 \x01(\x0b\x32!.tiltyard.registry.v1.Participant\"]\n\x18RevokeEndorsementRequest\x12-\n\tstatement\x18\x01 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"S\n\x19RevokeEndorsementResponse\x12\x36\n\x0bparticipant\x18\x01 \x01(\x0b\x32!.tiltyard.registry.v1.Participant2\xbd\x05\n\x12ParticipantService\x12z\n\x13RegisterParticipant\x12\x30.tiltyard.registry.v1.RegisterParticipantRequest\x1a\x31.tiltyard.registry.v1.RegisterParticipantResponse\x12k\n\x0eGetParticipant\x12+.tiltyard.registry.v1.GetParticipantRequest\x1a,.tiltyard.registry.v1.GetParticipantResponse\x12q\n\x10ListParticipants\x12-.tiltyard.registry.v1.ListParticipantsRequest\x1a..tiltyard.registry.v1.ListParticipantsResponse\x12\\\n\tBindOwner\x12&.tiltyard.registry.v1.BindOwnerRequest\x1a\'.tiltyard.registry.v1.BindOwnerResponse\x12w\n\x12\x45ndorseParticipant\x12/.tiltyard.registry.v1.EndorseParticipantRequest\x1a\x30.tiltyard.registry.v1.EndorseParticipantResponse\x12t\n\x11RevokeEndorsement\x12..tiltyard.registry.v1.RevokeEndorsementRequest\x1a/.tiltyard.registry.v1.RevokeEndorsementResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&tiltyard/registry/v1/participant.proto\x12\x14tiltyard.registry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ftiltyard/type/v1/envelope.proto\"\xd0\x01\n\x0bParticipant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x12\n\npublic_key\x18\x03 \x01(\x0c\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x37\n\x0c\x65ndorsements\x18\x05 \x03(\x0b\x32!.tiltyard.registry.v1.Endorsement\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x65ndpoint\x18\x07 \x01(\t\"p\n\x0b\x45ndorsement\x12\x10\n\x08\x65ndorser\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\x0f\n\x07trusted\x18\x03 \x01(\x08\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"j\n\x1aRegisterParticipantRequest\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\x08\x65ndpoint\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x0b\n\t_endpoint\"U\n\x1bRegisterParticipantResponse\x12\x36\n\x0bparticipant\x18\x01 \x01(\x0b\x32!.tiltyard.registry.v1.Participant\"%\n\x15GetParticipantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"P\n\x16GetParticipantResponse\x12\x36\n\x0bparticipant\x18\x01 \x01(\x0b\x32!.tiltyard.registry.v1.Participant\"b\n\x17ListParticipantsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\x12\x10\n\x08order_by\x18\x04 \x01(\t\"l\n\x18ListParticipantsResponse\x12\x37\n\x0cparticipants\x18\x01 \x03(\x0b\x32!.tiltyard.registry.v1.Participant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"U\n\x10\x42indOwnerRequest\x12-\n\tstatement\x18\x01 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"K\n\x11\x42indOwnerResponse\x12\x36\n\x0bparticipant\x18\x01 \x01(\x0b\x32!.tiltyard.registry.v1.Participant\"^\n\x19\x45ndorseParticipantRequest\x12-\n\tstatement\x18\x01 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"T\n\x1a\x45ndorseParticipantResponse\x12\x36\n\x0bparticipant\x18\x01 \x01(\x0b\x32!.tiltyard.registry.v1.Participant\"]\n\x18RevokeEndorsementRequest\x12-\n\tstatement\x18\x01 \x01(\x0b\x32\x1a.tiltyard.type.v1.Envelope\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"S\n\x19RevokeEndorsementResponse\x12\x36\n\x0bparticipant\x18\x01 \x01(\x0b\x32!.tiltyard.registry.v1.Participant2\xbd\x05\n\x12ParticipantService\x12z\n\x13RegisterParticipant\x12\x30.tiltyard.registry.v1.RegisterParticipantRequest\x1a\x31.tiltyard.registry.v1.RegisterParticipantResponse\x12k\n\x0eGetParticipant\x12+.tiltyard.registry.v1.GetParticipantRequest\x1a,.tiltyard.registry.v1.GetParticipantResponse\x12q\n\x10ListParticipants\x12-.tiltyard.registry.v1.ListParticipantsRequest\x1a..tiltyard.registry.v1.ListParticipantsResponse\x12\\\n\tBindOwner\x12&.tiltyard.registry.v1.BindOwnerRequest\x1a\'.tiltyard.registry.v1.BindOwnerResponse\x12w\n\x12\x45ndorseParticipant\x12/.tiltyard.registry.v1.EndorseParticipantRequest\x1a\x30.tiltyard.registry.v1.EndorseParticipantResponse\x12t\n\x11RevokeEndorsement\x12..tiltyard.registry.v1.RevokeEndorsementRequest\x1a/.tiltyard.registry.v1.RevokeEndorsementResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,21 +46,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETPARTICIPANTRESPONSE']._serialized_start=689
   _globals['_GETPARTICIPANTRESPONSE']._serialized_end=769
   _globals['_LISTPARTICIPANTSREQUEST']._serialized_start=771
-  _globals['_LISTPARTICIPANTSREQUEST']._serialized_end=835
-  _globals['_LISTPARTICIPANTSRESPONSE']._serialized_start=837
-  _globals['_LISTPARTICIPANTSRESPONSE']._serialized_end=945
-  _globals['_BINDOWNERREQUEST']._serialized_start=947
-  _globals['_BINDOWNERREQUEST']._serialized_end=1032
-  _globals['_BINDOWNERRESPONSE']._serialized_start=1034
-  _globals['_BINDOWNERRESPONSE']._serialized_end=1109
-  _globals['_ENDORSEPARTICIPANTREQUEST']._serialized_start=1111
-  _globals['_ENDORSEPARTICIPANTREQUEST']._serialized_end=1205
-  _globals['_ENDORSEPARTICIPANTRESPONSE']._serialized_start=1207
-  _globals['_ENDORSEPARTICIPANTRESPONSE']._serialized_end=1291
-  _globals['_REVOKEENDORSEMENTREQUEST']._serialized_start=1293
-  _globals['_REVOKEENDORSEMENTREQUEST']._serialized_end=1386
-  _globals['_REVOKEENDORSEMENTRESPONSE']._serialized_start=1388
-  _globals['_REVOKEENDORSEMENTRESPONSE']._serialized_end=1471
-  _globals['_PARTICIPANTSERVICE']._serialized_start=1474
-  _globals['_PARTICIPANTSERVICE']._serialized_end=2175
+  _globals['_LISTPARTICIPANTSREQUEST']._serialized_end=869
+  _globals['_LISTPARTICIPANTSRESPONSE']._serialized_start=871
+  _globals['_LISTPARTICIPANTSRESPONSE']._serialized_end=979
+  _globals['_BINDOWNERREQUEST']._serialized_start=981
+  _globals['_BINDOWNERREQUEST']._serialized_end=1066
+  _globals['_BINDOWNERRESPONSE']._serialized_start=1068
+  _globals['_BINDOWNERRESPONSE']._serialized_end=1143
+  _globals['_ENDORSEPARTICIPANTREQUEST']._serialized_start=1145
+  _globals['_ENDORSEPARTICIPANTREQUEST']._serialized_end=1239
+  _globals['_ENDORSEPARTICIPANTRESPONSE']._serialized_start=1241
+  _globals['_ENDORSEPARTICIPANTRESPONSE']._serialized_end=1325
+  _globals['_REVOKEENDORSEMENTREQUEST']._serialized_start=1327
+  _globals['_REVOKEENDORSEMENTREQUEST']._serialized_end=1420
+  _globals['_REVOKEENDORSEMENTRESPONSE']._serialized_start=1422
+  _globals['_REVOKEENDORSEMENTRESPONSE']._serialized_end=1505
+  _globals['_PARTICIPANTSERVICE']._serialized_start=1508
+  _globals['_PARTICIPANTSERVICE']._serialized_end=2209
 # @@protoc_insertion_point(module_scope)

@@ -89,7 +89,7 @@ class ParticipantServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListParticipants(self, request, context):
-        """ListParticipants lists participants in order of registration.
+        """ListParticipants lists participants, in order of registration unless told otherwise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,7 +42,7 @@ class ParticipantServiceStub:
     GetParticipant: _grpc.UnaryUnaryMultiCallable[_participant_pb2.GetParticipantRequest, _participant_pb2.GetParticipantResponse]
     """GetParticipant reads one participant."""
     ListParticipants: _grpc.UnaryUnaryMultiCallable[_participant_pb2.ListParticipantsRequest, _participant_pb2.ListParticipantsResponse]
-    """ListParticipants lists participants in order of registration."""
+    """ListParticipants lists participants, in order of registration unless told otherwise."""
     BindOwner: _grpc.UnaryUnaryMultiCallable[_participant_pb2.BindOwnerRequest, _participant_pb2.BindOwnerResponse]
     """BindOwner binds the caller to the owner who signed the statement: in draws both count as one.
 
@@ -72,7 +72,7 @@ class ParticipantServiceAsyncStub(ParticipantServiceStub):
     GetParticipant: _aio.UnaryUnaryMultiCallable[_participant_pb2.GetParticipantRequest, _participant_pb2.GetParticipantResponse]  # type: ignore[assignment]
     """GetParticipant reads one participant."""
     ListParticipants: _aio.UnaryUnaryMultiCallable[_participant_pb2.ListParticipantsRequest, _participant_pb2.ListParticipantsResponse]  # type: ignore[assignment]
-    """ListParticipants lists participants in order of registration."""
+    """ListParticipants lists participants, in order of registration unless told otherwise."""
     BindOwner: _aio.UnaryUnaryMultiCallable[_participant_pb2.BindOwnerRequest, _participant_pb2.BindOwnerResponse]  # type: ignore[assignment]
     """BindOwner binds the caller to the owner who signed the statement: in draws both count as one.
 
@@ -117,7 +117,7 @@ class ParticipantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _participant_pb2.ListParticipantsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_participant_pb2.ListParticipantsResponse, _abc.Awaitable[_participant_pb2.ListParticipantsResponse]]:
-        """ListParticipants lists participants in order of registration."""
+        """ListParticipants lists participants, in order of registration unless told otherwise."""
 
     @_abc_1.abstractmethod
     def BindOwner(

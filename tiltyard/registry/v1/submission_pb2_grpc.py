@@ -89,7 +89,7 @@ class SubmissionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListSubmissions(self, request, context):
-        """ListSubmissions lists the submissions of a task by number.
+        """ListSubmissions lists the submissions of a task, by number unless told otherwise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,7 +48,7 @@ class SubmissionServiceStub:
     GetSubmission: _grpc.UnaryUnaryMultiCallable[_submission_pb2.GetSubmissionRequest, _submission_pb2.GetSubmissionResponse]
     """GetSubmission reads one submission."""
     ListSubmissions: _grpc.UnaryUnaryMultiCallable[_submission_pb2.ListSubmissionsRequest, _submission_pb2.ListSubmissionsResponse]
-    """ListSubmissions lists the submissions of a task by number."""
+    """ListSubmissions lists the submissions of a task, by number unless told otherwise."""
 
 @_typing.type_check_only
 class SubmissionServiceAsyncStub(SubmissionServiceStub):
@@ -70,7 +70,7 @@ class SubmissionServiceAsyncStub(SubmissionServiceStub):
     GetSubmission: _aio.UnaryUnaryMultiCallable[_submission_pb2.GetSubmissionRequest, _submission_pb2.GetSubmissionResponse]  # type: ignore[assignment]
     """GetSubmission reads one submission."""
     ListSubmissions: _aio.UnaryUnaryMultiCallable[_submission_pb2.ListSubmissionsRequest, _submission_pb2.ListSubmissionsResponse]  # type: ignore[assignment]
-    """ListSubmissions lists the submissions of a task by number."""
+    """ListSubmissions lists the submissions of a task, by number unless told otherwise."""
 
 class SubmissionServiceServicer(metaclass=_abc_1.ABCMeta):
     """SubmissionService takes models by commit and reveal, so that nobody gains by copying."""
@@ -113,6 +113,6 @@ class SubmissionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _submission_pb2.ListSubmissionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_submission_pb2.ListSubmissionsResponse, _abc.Awaitable[_submission_pb2.ListSubmissionsResponse]]:
-        """ListSubmissions lists the submissions of a task by number."""
+        """ListSubmissions lists the submissions of a task, by number unless told otherwise."""
 
 def add_SubmissionServiceServicer_to_server(servicer: SubmissionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

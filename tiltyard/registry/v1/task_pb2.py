@@ -28,7 +28,7 @@ from tiltyard.type.v1 import participation_pb2 as tiltyard_dot_type_dot_v1_dot_p
 from tiltyard.type.v1 import task_pb2 as tiltyard_dot_type_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftiltyard/registry/v1/task.proto\x12\x14tiltyard.registry.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$tiltyard/type/v1/participation.proto\x1a\x1btiltyard/type/v1/task.proto\"\xc5\x03\n\x04Task\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63reator\x18\x02 \x01(\t\x12,\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x1c.tiltyard.type.v1.TaskConfig\x12*\n\x05state\x18\x04 \x01(\x0e\x32\x1b.tiltyard.type.v1.TaskState\x12\x14\n\x0cstate_reason\x18\x05 \x01(\t\x12\x17\n\x0f\x65valuation_rows\x18\x06 \x01(\x03\x12\x16\n\x0etraining_nodes\x18\x07 \x01(\x05\x12\x12\n\nvalidators\x18\x08 \x01(\x05\x12\x13\n\x0bsubmissions\x18\t \x01(\x05\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\topen_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rranking_round\x18\r \x01(\x05\x12,\n\x08\x64\x65\x61\x64line\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"f\n\x11\x43reateTaskRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12,\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1c.tiltyard.type.v1.TaskConfig\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"u\n\x12\x43reateTaskResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task\x12\x35\n\x07verdict\x18\x02 \x01(\x0b\x32$.tiltyard.type.v1.EligibilityVerdict\"\x1e\n\x0eGetTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x0fGetTaskResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task\"I\n\x10ListTasksRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\"W\n\x11ListTasksResponse\x12)\n\x05tasks\x18\x01 \x03(\x0b\x32\x1a.tiltyard.registry.v1.Task\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x82\x01\n\x11UpdateTaskRequest\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\">\n\x12UpdateTaskResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task\"0\n\x10WatchTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"M\n\x11WatchTaskResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"4\n\x10\x43loseTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"=\n\x11\x43loseTaskResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task\"E\n\x11\x43\x61ncelTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\">\n\x12\x43\x61ncelTaskResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task\"9\n\x15PublishHoldoutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"B\n\x16PublishHoldoutResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task2\x91\x06\n\x0bTaskService\x12_\n\nCreateTask\x12\'.tiltyard.registry.v1.CreateTaskRequest\x1a(.tiltyard.registry.v1.CreateTaskResponse\x12V\n\x07GetTask\x12$.tiltyard.registry.v1.GetTaskRequest\x1a%.tiltyard.registry.v1.GetTaskResponse\x12\\\n\tListTasks\x12&.tiltyard.registry.v1.ListTasksRequest\x1a\'.tiltyard.registry.v1.ListTasksResponse\x12_\n\nUpdateTask\x12\'.tiltyard.registry.v1.UpdateTaskRequest\x1a(.tiltyard.registry.v1.UpdateTaskResponse\x12^\n\tWatchTask\x12&.tiltyard.registry.v1.WatchTaskRequest\x1a\'.tiltyard.registry.v1.WatchTaskResponse0\x01\x12\\\n\tCloseTask\x12&.tiltyard.registry.v1.CloseTaskRequest\x1a\'.tiltyard.registry.v1.CloseTaskResponse\x12_\n\nCancelTask\x12\'.tiltyard.registry.v1.CancelTaskRequest\x1a(.tiltyard.registry.v1.CancelTaskResponse\x12k\n\x0ePublishHoldout\x12+.tiltyard.registry.v1.PublishHoldoutRequest\x1a,.tiltyard.registry.v1.PublishHoldoutResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftiltyard/registry/v1/task.proto\x12\x14tiltyard.registry.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$tiltyard/type/v1/participation.proto\x1a\x1btiltyard/type/v1/task.proto\"\xc5\x03\n\x04Task\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63reator\x18\x02 \x01(\t\x12,\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x1c.tiltyard.type.v1.TaskConfig\x12*\n\x05state\x18\x04 \x01(\x0e\x32\x1b.tiltyard.type.v1.TaskState\x12\x14\n\x0cstate_reason\x18\x05 \x01(\t\x12\x17\n\x0f\x65valuation_rows\x18\x06 \x01(\x03\x12\x16\n\x0etraining_nodes\x18\x07 \x01(\x05\x12\x12\n\nvalidators\x18\x08 \x01(\x05\x12\x13\n\x0bsubmissions\x18\t \x01(\x05\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\topen_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rranking_round\x18\r \x01(\x05\x12,\n\x08\x64\x65\x61\x64line\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"f\n\x11\x43reateTaskRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12,\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1c.tiltyard.type.v1.TaskConfig\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"u\n\x12\x43reateTaskResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task\x12\x35\n\x07verdict\x18\x02 \x01(\x0b\x32$.tiltyard.type.v1.EligibilityVerdict\"\x1e\n\x0eGetTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x0fGetTaskResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task\"[\n\x10ListTasksRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\x12\x10\n\x08order_by\x18\x04 \x01(\t\"W\n\x11ListTasksResponse\x12)\n\x05tasks\x18\x01 \x03(\x0b\x32\x1a.tiltyard.registry.v1.Task\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x82\x01\n\x11UpdateTaskRequest\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\">\n\x12UpdateTaskResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task\"0\n\x10WatchTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"M\n\x11WatchTaskResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"4\n\x10\x43loseTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"=\n\x11\x43loseTaskResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task\"E\n\x11\x43\x61ncelTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\">\n\x12\x43\x61ncelTaskResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task\"9\n\x15PublishHoldoutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"B\n\x16PublishHoldoutResponse\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.tiltyard.registry.v1.Task2\x91\x06\n\x0bTaskService\x12_\n\nCreateTask\x12\'.tiltyard.registry.v1.CreateTaskRequest\x1a(.tiltyard.registry.v1.CreateTaskResponse\x12V\n\x07GetTask\x12$.tiltyard.registry.v1.GetTaskRequest\x1a%.tiltyard.registry.v1.GetTaskResponse\x12\\\n\tListTasks\x12&.tiltyard.registry.v1.ListTasksRequest\x1a\'.tiltyard.registry.v1.ListTasksResponse\x12_\n\nUpdateTask\x12\'.tiltyard.registry.v1.UpdateTaskRequest\x1a(.tiltyard.registry.v1.UpdateTaskResponse\x12^\n\tWatchTask\x12&.tiltyard.registry.v1.WatchTaskRequest\x1a\'.tiltyard.registry.v1.WatchTaskResponse0\x01\x12\\\n\tCloseTask\x12&.tiltyard.registry.v1.CloseTaskRequest\x1a\'.tiltyard.registry.v1.CloseTaskResponse\x12_\n\nCancelTask\x12\'.tiltyard.registry.v1.CancelTaskRequest\x1a(.tiltyard.registry.v1.CancelTaskResponse\x12k\n\x0ePublishHoldout\x12+.tiltyard.registry.v1.PublishHoldoutRequest\x1a,.tiltyard.registry.v1.PublishHoldoutResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,29 +46,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETTASKRESPONSE']._serialized_start=902
   _globals['_GETTASKRESPONSE']._serialized_end=961
   _globals['_LISTTASKSREQUEST']._serialized_start=963
-  _globals['_LISTTASKSREQUEST']._serialized_end=1036
-  _globals['_LISTTASKSRESPONSE']._serialized_start=1038
-  _globals['_LISTTASKSRESPONSE']._serialized_end=1125
-  _globals['_UPDATETASKREQUEST']._serialized_start=1128
-  _globals['_UPDATETASKREQUEST']._serialized_end=1258
-  _globals['_UPDATETASKRESPONSE']._serialized_start=1260
-  _globals['_UPDATETASKRESPONSE']._serialized_end=1322
-  _globals['_WATCHTASKREQUEST']._serialized_start=1324
-  _globals['_WATCHTASKREQUEST']._serialized_end=1372
-  _globals['_WATCHTASKRESPONSE']._serialized_start=1374
-  _globals['_WATCHTASKRESPONSE']._serialized_end=1451
-  _globals['_CLOSETASKREQUEST']._serialized_start=1453
-  _globals['_CLOSETASKREQUEST']._serialized_end=1505
-  _globals['_CLOSETASKRESPONSE']._serialized_start=1507
-  _globals['_CLOSETASKRESPONSE']._serialized_end=1568
-  _globals['_CANCELTASKREQUEST']._serialized_start=1570
-  _globals['_CANCELTASKREQUEST']._serialized_end=1639
-  _globals['_CANCELTASKRESPONSE']._serialized_start=1641
-  _globals['_CANCELTASKRESPONSE']._serialized_end=1703
-  _globals['_PUBLISHHOLDOUTREQUEST']._serialized_start=1705
-  _globals['_PUBLISHHOLDOUTREQUEST']._serialized_end=1762
-  _globals['_PUBLISHHOLDOUTRESPONSE']._serialized_start=1764
-  _globals['_PUBLISHHOLDOUTRESPONSE']._serialized_end=1830
-  _globals['_TASKSERVICE']._serialized_start=1833
-  _globals['_TASKSERVICE']._serialized_end=2618
+  _globals['_LISTTASKSREQUEST']._serialized_end=1054
+  _globals['_LISTTASKSRESPONSE']._serialized_start=1056
+  _globals['_LISTTASKSRESPONSE']._serialized_end=1143
+  _globals['_UPDATETASKREQUEST']._serialized_start=1146
+  _globals['_UPDATETASKREQUEST']._serialized_end=1276
+  _globals['_UPDATETASKRESPONSE']._serialized_start=1278
+  _globals['_UPDATETASKRESPONSE']._serialized_end=1340
+  _globals['_WATCHTASKREQUEST']._serialized_start=1342
+  _globals['_WATCHTASKREQUEST']._serialized_end=1390
+  _globals['_WATCHTASKRESPONSE']._serialized_start=1392
+  _globals['_WATCHTASKRESPONSE']._serialized_end=1469
+  _globals['_CLOSETASKREQUEST']._serialized_start=1471
+  _globals['_CLOSETASKREQUEST']._serialized_end=1523
+  _globals['_CLOSETASKRESPONSE']._serialized_start=1525
+  _globals['_CLOSETASKRESPONSE']._serialized_end=1586
+  _globals['_CANCELTASKREQUEST']._serialized_start=1588
+  _globals['_CANCELTASKREQUEST']._serialized_end=1657
+  _globals['_CANCELTASKRESPONSE']._serialized_start=1659
+  _globals['_CANCELTASKRESPONSE']._serialized_end=1721
+  _globals['_PUBLISHHOLDOUTREQUEST']._serialized_start=1723
+  _globals['_PUBLISHHOLDOUTREQUEST']._serialized_end=1780
+  _globals['_PUBLISHHOLDOUTRESPONSE']._serialized_start=1782
+  _globals['_PUBLISHHOLDOUTRESPONSE']._serialized_end=1848
+  _globals['_TASKSERVICE']._serialized_start=1851
+  _globals['_TASKSERVICE']._serialized_end=2636
 # @@protoc_insertion_point(module_scope)

@@ -45,7 +45,7 @@ class TaskServiceStub:
     GetTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.GetTaskRequest, _task_pb2.GetTaskResponse]
     """GetTask reads one task."""
     ListTasks: _grpc.UnaryUnaryMultiCallable[_task_pb2.ListTasksRequest, _task_pb2.ListTasksResponse]
-    """ListTasks lists tasks, newest first."""
+    """ListTasks lists tasks, newest first unless told otherwise."""
     UpdateTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.UpdateTaskRequest, _task_pb2.UpdateTaskResponse]
     """UpdateTask amends display_name, description, or a later schedule.close_time; every amendment is recorded. Creator only.
 
@@ -83,7 +83,7 @@ class TaskServiceAsyncStub(TaskServiceStub):
     GetTask: _aio.UnaryUnaryMultiCallable[_task_pb2.GetTaskRequest, _task_pb2.GetTaskResponse]  # type: ignore[assignment]
     """GetTask reads one task."""
     ListTasks: _aio.UnaryUnaryMultiCallable[_task_pb2.ListTasksRequest, _task_pb2.ListTasksResponse]  # type: ignore[assignment]
-    """ListTasks lists tasks, newest first."""
+    """ListTasks lists tasks, newest first unless told otherwise."""
     UpdateTask: _aio.UnaryUnaryMultiCallable[_task_pb2.UpdateTaskRequest, _task_pb2.UpdateTaskResponse]  # type: ignore[assignment]
     """UpdateTask amends display_name, description, or a later schedule.close_time; every amendment is recorded. Creator only.
 
@@ -136,7 +136,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_pb2.ListTasksRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.ListTasksResponse, _abc.Awaitable[_task_pb2.ListTasksResponse]]:
-        """ListTasks lists tasks, newest first."""
+        """ListTasks lists tasks, newest first unless told otherwise."""
 
     @_abc_1.abstractmethod
     def UpdateTask(
