@@ -1,4 +1,4 @@
-"""The record log at a thousand and at a million leaves: start-up, an inclusion proof, a durable write with a leaf."""
+"""The registry: durable commits and reads over gRPC, and its record log at a thousand and at a million leaves."""
 
 import asyncio
 import random
@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import _commits
 from services.registry import migrations
 from services.registry.changes import ChangeBoard
 from services.registry.entries import ParticipantRegistered
@@ -42,7 +43,10 @@ def run() -> list[dict[str, Any]]:
     """All lines."""
     with tempfile.TemporaryDirectory() as folder:
         small, large = asyncio.run(_measure(Path(folder)))
+    with tempfile.TemporaryDirectory() as folder:
+        calls = asyncio.run(_commits.measure(Path(folder)))
     return [
+        *calls,
         _line("start-up with 1,000,000 leaves", large.start_s, "s", "its limit", 5.0, at_most=1.0),
         _line("inclusion proof from 1,000,000 leaves", large.proof_s * 1e3, "ms", "its limit", 2.0, at_most=1.0),
         _line(
