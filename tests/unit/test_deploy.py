@@ -20,7 +20,7 @@ from services.validator.settings import ValidatorSettings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 MANIFESTS = DEPLOY / "kubernetes"
-OVERLAYS = ("gpu", "tls")
+OVERLAYS = ("gpu", "observability", "tls")
 SETTINGS = {
     each.service: each
     for each in (RegistrySettings, SelectorSettings, TrainerSettings, ValidatorSettings, ModelServerSettings)
@@ -80,6 +80,32 @@ def test_with_tls_every_service_has_a_certificate_of_its_own_and_speaks_nothing_
         assert unknown_settings(re.sub(r"-\d+$", "", name), set(service["environment"])) == set()
         assert service["environment"]["TILTYARD_PLAINTEXT_ANYWHERE"] == "false"
         assert service["volumes"] == [f"${{TILTYARD_CERTIFICATES}}/{name}:/run/tls:ro"]
+
+
+def test_with_observability_every_service_sends_to_a_collector_whose_files_are_there() -> None:
+    said = composition("observability")["services"]
+    senders = composition()["services"].keys() - {"database"}
+    instruments = said.keys() - senders
+    assert instruments == {"collector", "jaeger", "prometheus", "grafana"}
+    for name in senders:
+        assert said[name]["environment"] == {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4317"}
+        assert said[name]["networks"] == ["telemetry"]
+    for name in instruments:
+        one = said[name]
+        assert re.fullmatch(r"[a-z-]+/[a-z-]+:\$\{TILTYARD_[A-Z]+_VERSION:-v?\d+\.\d+\.\d+\}", one["image"])
+        assert one["cap_drop"] == ["ALL"]
+        assert one["read_only"] is True
+        assert {"mem_limit", "cpus", "pids_limit", "restart"} <= one.keys()
+        for volume in one.get("volumes", ()):
+            source = volume.split(":")[0]
+            assert not source.startswith(".") or (DEPLOY / source).exists()
+    # What the files name each other by are these services.
+    collector = yaml.safe_load((DEPLOY / "observability" / "collector.yaml").read_text())
+    assert collector["receivers"]["otlp"]["protocols"]["grpc"]["endpoint"].endswith(":4317")
+    assert collector["exporters"]["otlp/jaeger"]["endpoint"] == "jaeger:4317"
+    scraped = yaml.safe_load((DEPLOY / "observability" / "prometheus.yaml").read_text())["scrape_configs"]
+    port = collector["exporters"]["prometheus"]["endpoint"].rpartition(":")[2]
+    assert scraped[0]["static_configs"][0]["targets"] == [f"collector:{port}"]
 
 
 def test_every_secret_is_made_and_every_volume_declared() -> None:
