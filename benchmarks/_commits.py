@@ -112,7 +112,7 @@ class Registry:
 
     def echoes(self, client: int) -> Call:
         """As many bytes as a seal has, there and back."""
-        method = self._echo_channels[client].unary_unary(_ECHO)
+        method: Any = self._echo_channels[client].unary_unary(_ECHO)
         payload = self._seals[0][1].SerializeToString()
         return lambda: method(payload, timeout=20)
 
@@ -227,7 +227,9 @@ async def _fill(folder: Path, keys: list[Key]) -> None:
 
 def _insert_duties(session: Session, keys: list[Key], now: datetime) -> None:
     end = now + timedelta(days=1)
-    submissions, rounds, assignments = [], [], []
+    submissions: list[dict[str, Any]] = []
+    rounds: list[dict[str, Any]] = []
+    assignments: list[dict[str, Any]] = []
     for number in range(1, _SUBMISSIONS + 1):
         submission = Submission(
             task=_TASK,
@@ -322,7 +324,7 @@ async def _echo(request: bytes, _context: object) -> bytes:
 
 async def _serve_echo(address: str) -> None:
     server = grpc.aio.server()
-    handlers = {"Echo": grpc.unary_unary_rpc_method_handler(_echo)}
+    handlers: dict[str, Any] = {"Echo": grpc.unary_unary_rpc_method_handler(_echo)}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("benchmark.v1.Echo", handlers)])
     server.add_insecure_port(address)
     await server.start()

@@ -1,11 +1,13 @@
 """The registry's store: one suite that every database has to pass."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 
 from services.registry import entries
 from services.registry.changes import ChangeBoard
@@ -478,3 +480,62 @@ async def test_endorsements_are_deleted_once(store: SqlStore) -> None:
     assert await store.write(lambda tx: tx.delete_endorsement(ADA, BOB, "vision"))
     assert not await store.write(lambda tx: tx.delete_endorsement(ADA, BOB, "vision"))
     assert not await store.read(lambda tx: tx.endorsements(BOB))
+
+
+async def in_one_commit(store: SqlStore, *works: Callable[[Writing], object]) -> list[object]:
+    """What became of each, written in one group behind a work that holds the writer."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(_: Writing) -> None:
+        begun.set()
+        go_on.wait(10)
+
+    held = asyncio.create_task(store.write(hold))
+    await asyncio.to_thread(begun.wait, 10)
+    queued = [asyncio.create_task(store.write(work)) for work in works]
+    await asyncio.sleep(0)
+    go_on.set()
+    await held
+    return await asyncio.gather(*queued, return_exceptions=True)
+
+
+@pytest.mark.parametrize("lists", [False, True])
+async def test_a_work_that_fails_leaves_nothing_of_itself_in_the_commit_of_its_neighbours(
+    store: SqlStore, lists: bool
+) -> None:
+    def put(number: int) -> Callable[[Writing], list[str]]:
+        def work(tx: Writing) -> list[str]:
+            tx.put_participant(participant(f"{number}" * 40))
+            tx.append(entries.ParticipantRegistered(f"{number}" * 40, b"k" * 32, "somebody"))
+            # A list makes rows be written before it is read, inside the work's own savepoint.
+            return [one.id[0] for _, one in tx.participants(Listing())] if lists else []
+
+        return work
+
+    def fail(tx: Writing) -> None:
+        put(2)(tx)
+        raise LookupError("no")
+
+    outcomes = await in_one_commit(store, put(1), fail, put(3))
+    assert isinstance(outcomes[1], LookupError)
+    assert [outcomes[0], outcomes[2]] == ([["1"], ["1", "3"]] if lists else [[], []])
+    kept = await store.read(lambda tx: [one.id[0] for _, one in tx.participants(Listing())])
+    assert kept == ["1", "3"]
+    leaves = await store.read(lambda tx: tx.leaves(start=0, limit=9))
+    assert [leaf.index for leaf in leaves] == [0, 1]
+    assert await store.read(lambda tx: tx.log_root()) == (2, root_hash([leaf.hash for leaf in leaves]))
+
+
+async def test_what_does_not_fit_the_database_fails_alone(store: SqlStore) -> None:
+    def put(duty: Assignment) -> Callable[[Writing], None]:
+        def work(tx: Writing) -> None:
+            tx.put_assignment(duty)
+
+        return work
+
+    unfit = assignment(ADA, position=None)
+    outcomes = await in_one_commit(store, put(assignment(BOB)), put(unfit), put(assignment(CY)))
+    assert isinstance(outcomes[1], IntegrityError)
+    assert [outcomes[0], outcomes[2]] == [None, None]
+    kept = await store.read(lambda tx: tx.assignments("t", 1))
+    assert sorted(duty.validator for duty in kept) == sorted((BOB, CY))
