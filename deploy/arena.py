@@ -88,10 +88,6 @@ class Arena:
                 password = secrets.token_hex(24)
                 write(self._secrets / f"{name}_password", password, mode=0o600)
                 write(self._secrets / f"{name}_pgpass", f"database:5432:{name}:{name}:{password}\n", mode=0o600)
-        # Grafana reads the one, its user the other.
-        if not (self._secrets / "grafana_password").exists():
-            write(self._folder / "grafana_password", secrets.token_hex(12), mode=0o600)
-            write(self._secrets / "grafana_password", (self._folder / "grafana_password").read_text(), mode=0o600)
         if HERE / "compose.tls.yaml" in self._files:
             self._certify()
         self.settings = self._settings(ids)
