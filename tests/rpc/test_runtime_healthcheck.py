@@ -10,7 +10,7 @@ import pytest
 
 from services.runtime.healthcheck import check
 from services.runtime.server import ArenaServer, ServerTls
-from tests.rpc.test_runtime_tls import Authority
+from tiltyard.authority import Authority
 
 
 async def test_asks_at_the_address_that_the_service_listens_on() -> None:
@@ -30,18 +30,18 @@ async def test_asks_on_a_unix_socket(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mutual", [False, True])
 async def test_trusts_and_shows_the_service_s_own_certificate(tmp_path: Path, mutual: bool) -> None:
-    authority = Authority(tmp_path, "authority")
-    certificate, key = authority.issue("registry")
-    tls = ServerTls(certificate, key, authority.certificate if mutual else None)
+    authority = Authority.open(tmp_path / "authority")
+    issued = authority.issue("registry", ["registry", "localhost"])
+    tls = ServerTls(issued.certificate, issued.key, authority.certificate if mutual else None)
     async with ArenaServer("127.0.0.1:0", [], authenticator=None, tls=tls) as server:
         environment = {
             "TILTYARD_LISTEN": f"127.0.0.1:{server.port}",
-            "TILTYARD_TLS_CERTIFICATE": str(certificate),
-            "TILTYARD_TLS_KEY": str(key),
+            "TILTYARD_TLS_CERTIFICATE": str(issued.certificate),
+            "TILTYARD_TLS_KEY": str(issued.key),
         }
         assert await asyncio.to_thread(check, environment) == "SERVING"
-        other, its_key = Authority(tmp_path, "another").issue("stranger")
-        environment |= {"TILTYARD_TLS_CERTIFICATE": str(other), "TILTYARD_TLS_KEY": str(its_key)}
+        other = Authority.open(tmp_path / "another").issue("stranger", ["localhost"])
+        environment |= {"TILTYARD_TLS_CERTIFICATE": str(other.certificate), "TILTYARD_TLS_KEY": str(other.key)}
         with pytest.raises(grpc.RpcError):
             await asyncio.to_thread(check, environment)
 
