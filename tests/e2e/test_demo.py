@@ -51,8 +51,9 @@ def check(result: dict[str, Any], *, submissions: int, validators: int = 3) -> N
 @pytest.fixture
 def leftovers() -> Iterator[None]:
     """Fails the test when a process that it started outlives it."""
+    others = set(psutil.Process().children(recursive=True))
     yield
-    mine = psutil.Process().children(recursive=True)
+    mine = [each for each in psutil.Process().children(recursive=True) if each not in others]
     _, alive = psutil.wait_procs(mine, timeout=15)
     names = [each.cmdline() for each in alive]
     for each in alive:

@@ -1,6 +1,7 @@
 """A validator's own memory: the same for a dataset of any size, and after any number of evaluations."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,8 @@ def sparse_dataset(path: Path, rows: int) -> int:
 def evaluate(folder: Path, rows: int, evaluations: int) -> dict:
     done = subprocess.run(
         [sys.executable, "-c", EVALUATIONS, str(folder), str(rows), str(evaluations)],
+        # glibc opens a further heap whenever two threads collide: on a busy machine that takes more than the first ones.
+        env={**os.environ, "MALLOC_ARENA_MAX": "2"},
         capture_output=True,
         text=True,
         check=False,
