@@ -68,7 +68,7 @@ def sparse_dataset(path: Path, rows: int) -> int:
 def evaluate(folder: Path, rows: int, evaluations: int) -> dict:
     done = subprocess.run(
         [sys.executable, "-c", EVALUATIONS, str(folder), str(rows), str(evaluations)],
-        # glibc opens a further heap whenever two threads collide: on a busy machine that takes more than the first ones.
+        # glibc opens another heap whenever two threads collide: on a busy machine not only at the beginning.
         env={**os.environ, "MALLOC_ARENA_MAX": "2"},
         capture_output=True,
         text=True,
