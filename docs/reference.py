@@ -28,7 +28,7 @@ _FILE_MESSAGE, _FILE_ENUM, _FILE_SERVICE = 4, 5, 6
 _MESSAGE_FIELD, _MESSAGE_MESSAGE, _MESSAGE_ENUM = 2, 3, 4
 _ENUM_VALUE, _SERVICE_METHOD = 2, 2
 
-Path_ = tuple[int, ...]
+SourcePath = tuple[int, ...]
 
 
 @dataclass
@@ -103,8 +103,8 @@ def _page(package: Package, homes: dict[str, str]) -> Iterator[str]:
 
 def _service(
     service: descriptor_pb2.ServiceDescriptorProto,
-    path: Path_,
-    comments: dict[Path_, str],
+    path: SourcePath,
+    comments: dict[SourcePath, str],
     package: Package,
     homes: dict[str, str],
 ) -> Iterator[str]:
@@ -126,8 +126,8 @@ def _service(
 def _message(
     message: descriptor_pb2.DescriptorProto,
     name: str,
-    path: Path_,
-    comments: dict[Path_, str],
+    path: SourcePath,
+    comments: dict[SourcePath, str],
     package: Package,
     homes: dict[str, str],
 ) -> Iterator[str]:
@@ -161,7 +161,7 @@ def _message(
 
 
 def _enum(
-    enum: descriptor_pb2.EnumDescriptorProto, name: str, path: Path_, comments: dict[Path_, str]
+    enum: descriptor_pb2.EnumDescriptorProto, name: str, path: SourcePath, comments: dict[SourcePath, str]
 ) -> Iterator[str]:
     yield f"## {name}"
     yield ""
@@ -188,7 +188,7 @@ def _linked(type_name: str, package: Package, homes: dict[str, str]) -> str:
     return f"[{name}]({page}#{name.lower().replace('.', '')})"
 
 
-def _comments(file: descriptor_pb2.FileDescriptorProto) -> dict[Path_, str]:
+def _comments(file: descriptor_pb2.FileDescriptorProto) -> dict[SourcePath, str]:
     found = {}
     for location in file.source_code_info.location:
         if location.leading_comments:

@@ -1,5 +1,7 @@
 """`tiltyard task join`, `members` and `verdicts`: who takes part in a task, and who may."""
 
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -137,49 +139,73 @@ def join(
     run(work())
 
 
+def _take_step(
+    step: Callable[["Client", str], Awaitable["membership_pb2.Member"]],
+    task: str,
+    key: Path,
+    origin: str,
+    registry: str,
+    *,
+    json: bool,
+) -> None:
+    """Does something to the key's own membership of the task, and prints what it is then."""
+
+    async def work() -> None:
+        async with connect(key, origin, registry) as client:
+            print_message(await step(client, f"{task_name(task)}/members/{client.key.id}"), as_document=json)
+
+    run(work())
+
+
 def pause(
-    task: TaskArgument, key: KeyOption, origin: OriginOption = DEFAULT_ORIGIN, registry: RegistryOption = REGISTRY
+    task: TaskArgument,
+    key: KeyOption,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
 ) -> None:
     """Be left out of new draws; duties that you have stay."""
     from tiltyard.client import new_request_id
     from tiltyard.registry.v1 import membership_pb2
 
-    async def work() -> None:
-        async with connect(key, origin, registry) as client:
-            name = f"{task_name(task)}/members/{client.key.id}"
-            request = membership_pb2.PauseMembershipRequest(name=name, request_id=new_request_id())
-            print_message((await client.memberships.PauseMembership(request)).member, as_document=False)
+    async def step(client: "Client", name: str) -> "membership_pb2.Member":
+        request = membership_pb2.PauseMembershipRequest(name=name, request_id=new_request_id())
+        return (await client.memberships.PauseMembership(request)).member
 
-    run(work())
+    _take_step(step, task, key, origin, registry, json=json)
 
 
 def resume(
-    task: TaskArgument, key: KeyOption, origin: OriginOption = DEFAULT_ORIGIN, registry: RegistryOption = REGISTRY
+    task: TaskArgument,
+    key: KeyOption,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
 ) -> None:
     """Take part in new draws again."""
     from tiltyard.client import new_request_id
     from tiltyard.registry.v1 import membership_pb2
 
-    async def work() -> None:
-        async with connect(key, origin, registry) as client:
-            name = f"{task_name(task)}/members/{client.key.id}"
-            request = membership_pb2.ResumeMembershipRequest(name=name, request_id=new_request_id())
-            print_message((await client.memberships.ResumeMembership(request)).member, as_document=False)
+    async def step(client: "Client", name: str) -> "membership_pb2.Member":
+        request = membership_pb2.ResumeMembershipRequest(name=name, request_id=new_request_id())
+        return (await client.memberships.ResumeMembership(request)).member
 
-    run(work())
+    _take_step(step, task, key, origin, registry, json=json)
 
 
 def leave(
-    task: TaskArgument, key: KeyOption, origin: OriginOption = DEFAULT_ORIGIN, registry: RegistryOption = REGISTRY
+    task: TaskArgument,
+    key: KeyOption,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
 ) -> None:
     """End your part in a task; the stake is free once your last duty in it has ended."""
     from tiltyard.client import new_request_id
     from tiltyard.registry.v1 import membership_pb2
 
-    async def work() -> None:
-        async with connect(key, origin, registry) as client:
-            name = f"{task_name(task)}/members/{client.key.id}"
-            request = membership_pb2.LeaveTaskRequest(name=name, request_id=new_request_id())
-            print_message((await client.memberships.LeaveTask(request)).member, as_document=False)
+    async def step(client: "Client", name: str) -> "membership_pb2.Member":
+        request = membership_pb2.LeaveTaskRequest(name=name, request_id=new_request_id())
+        return (await client.memberships.LeaveTask(request)).member
 
-    run(work())
+    _take_step(step, task, key, origin, registry, json=json)

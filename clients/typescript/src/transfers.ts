@@ -5,8 +5,6 @@ import { createReadStream } from "node:fs";
 import { mkdir, open, rename, rm, stat, truncate } from "node:fs/promises";
 import { dirname } from "node:path";
 
-import { Status } from "nice-grpc";
-
 import { toHex } from "./bytes.js";
 import type { Client } from "./client.js";
 import { ArenaError } from "./errors.js";
@@ -41,7 +39,6 @@ export async function upload(client: Client, path: string, purpose: Purpose, pro
   const artifact = `artifacts/${toHex(await fileDigest(path))}`;
   const sizeBytes = BigInt((await stat(path)).size);
   const patience = new Patience();
-  let answer: unknown;
   for (;;) {
     const at = await client.artifacts.getUpload({ artifact });
     // A complete artifact still has to be claimed for this purpose: a header with no bytes left to send.
@@ -52,9 +49,7 @@ export async function upload(client: Client, path: string, purpose: Purpose, pro
       progress?.(sizeBytes, sizeBytes);
       return artifact;
     } catch (error) {
-      // The refusal of a stream that we were still writing to can get lost; what was said before it is kept.
-      if (answer === undefined || !lostItsStatus(error)) answer = error;
-      if (!mayGoOn(error) || patience.isOver) throw answer;
+      if (!mayGoOn(error) || patience.isOver) throw error;
     }
     await patience.pause();
   }
@@ -144,13 +139,9 @@ async function bytesSoFar(part: string, total: bigint): Promise<bigint> {
 }
 
 function mayGoOn(error: unknown): boolean {
+  if (!(error instanceof ArenaError)) return false;
   // Another stream of ours has not ended yet, or was still ending when the server said where it is.
-  const isOurs = error instanceof ArenaError && ["UPLOAD_RUNNING", "WRONG_OFFSET"].includes(error.reason);
-  return isOurs || lostItsStatus(error) || (error instanceof ArenaError && error.isTransient);
-}
-
-function lostItsStatus(error: unknown): boolean {
-  return error instanceof ArenaError && error.code === Status.CANCELLED && error.reason === "";
+  return error.isTransient || ["UPLOAD_RUNNING", "WRONG_OFFSET"].includes(error.reason);
 }
 
 /** How long to go on without getting further, and how long to pause in between. */
