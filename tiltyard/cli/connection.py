@@ -34,6 +34,11 @@ ValidatorOption = Annotated[
 ]
 NodeOption = Annotated[str, typer.Option("--node", help="Participant id of the node, where it is not the key's own.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+FilterOption = Annotated[
+    str,
+    typer.Option("--filter", help='Terms as "state = OPEN" joined by AND; docs/reference names fields and operators.'),
+]
+OrderOption = Annotated[str, typer.Option("--order-by", help='A field, with "desc" behind it for the reverse.')]
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="tasks/{task}, or the last part of it.")]
 TaskOption = Annotated[str, typer.Option("--task", metavar="TASK", help="tasks/{task}, or the last part of it.")]
 

@@ -10,8 +10,10 @@ from tiltyard.cli.connection import (
     DEFAULT_ORIGIN,
     REGISTRY,
     CommandError,
+    FilterOption,
     JsonOption,
     KeyOption,
+    OrderOption,
     OriginOption,
     RegistryOption,
     TaskArgument,
@@ -98,7 +100,8 @@ def submit(
 def list_submissions(
     task: TaskArgument,
     key: KeyOption,
-    filter: Annotated[str, typer.Option(help='Terms "field = value" joined by AND over state and participant.')] = "",
+    filter: FilterOption = "",
+    order_by: OrderOption = "",
     origin: OriginOption = DEFAULT_ORIGIN,
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
@@ -109,7 +112,9 @@ def list_submissions(
 
     async def work() -> None:
         async with connect(key, origin, registry) as client:
-            request = submission_pb2.ListSubmissionsRequest(parent=task_name(task), page_size=1000, filter=filter)
+            request = submission_pb2.ListSubmissionsRequest(
+                parent=task_name(task), page_size=1000, filter=filter, order_by=order_by
+            )
             listed = pages(client.submissions.ListSubmissions, request)
             found = [each async for page in listed for each in page.submissions]
         if json:

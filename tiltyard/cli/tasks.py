@@ -12,8 +12,10 @@ from tiltyard.cli.connection import (
     DEFAULT_ORIGIN,
     REGISTRY,
     CommandError,
+    FilterOption,
     JsonOption,
     KeyOption,
+    OrderOption,
     OriginOption,
     RegistryOption,
     TaskArgument,
@@ -127,7 +129,8 @@ def show(
 @app.command("list")
 def list_tasks(
     key: KeyOption,
-    filter: Annotated[str, typer.Option(help='Terms "field = value" joined by AND over state and creator.')] = "",
+    filter: FilterOption = "",
+    order_by: OrderOption = "",
     origin: OriginOption = DEFAULT_ORIGIN,
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
@@ -139,7 +142,7 @@ def list_tasks(
 
     async def work() -> None:
         async with connect(key, origin, registry) as client:
-            request = task_pb2.ListTasksRequest(page_size=1000, filter=filter)
+            request = task_pb2.ListTasksRequest(page_size=1000, filter=filter, order_by=order_by)
             found = [each async for page in pages(client.tasks.ListTasks, request) for each in page.tasks]
         if json:
             print_json({"tasks": [as_json(each) for each in found]})
