@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 FOLDER = Path(__file__).parent
+_WIDTH_OF_A_LOG = 180  # columns; no name is cut where nobody's terminal ends
 
 
 def names() -> list[str]:
@@ -65,7 +66,7 @@ def main(wanted: list[str]) -> int:
     if unknown:
         print(f"no benchmark named {', '.join(unknown)}; there are: {', '.join(known)}", file=sys.stderr)
         return 2
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_LOG)
     results: list[dict[str, Any]] = []
     for name in wanted or known:
         console.print(f"running {name} ...", style="dim")
