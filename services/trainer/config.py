@@ -76,6 +76,7 @@ class TrainingConfig:
     executor: Executor = Executor.LOCAL
     workers: int = 1
     from_scratch: bool = False
+    checkpoint_interval_steps: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name; `from_json` gives back an equal configuration."""

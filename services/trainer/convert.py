@@ -177,6 +177,7 @@ def _config(checks: FieldChecks, message: pb.TrainingConfig) -> TrainingConfig:
         executor=_EXECUTORS.get(message.executor, Executor.LOCAL),
         workers=whole("workers", 1024, 1),
         from_scratch=message.from_scratch,
+        checkpoint_interval_steps=whole("checkpoint_interval_steps", 1_000_000_000, 0),
     )
     if config.patience:
         checks.require("config.patience", config.holdout_share > 0, "needs a holdout_share above 0")

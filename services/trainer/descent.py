@@ -85,11 +85,11 @@ class Descent:
     ) -> bool:
         """Descends; True at the end, False when stopped before it.
 
-        `report` gets a point every 100 ms at most, `checkpoint` is called at the configured interval and when stopped,
+        `report` gets a point every 100 ms at most, `checkpoint` is called at the configured intervals and when stopped,
         each between two updates. Raises Diverged at the first loss that is not finite, naming its step.
         """
         meter = Meter(self, report, clock)
-        next_checkpoint = clock() + self._config.checkpoint_interval_s
+        next_checkpoint, next_checkpoint_step = self._next_checkpoint(clock())
         next_evaluation = -math.inf
         module, losses = self.module, meter.losses
         accumulation, clip = self._config.accumulation, self._config.max_gradient_norm
@@ -125,11 +125,12 @@ class Descent:
                 if done == per_epoch and (self._config.patience or now >= next_evaluation or self._ends(epoch)):
                     self._end_epoch()
                     next_evaluation = now + max(REPORT_INTERVAL_S, (clock() - now) / _EVALUATION_SHARE)
-                if now >= meter.due or len(losses) >= _KEPT_LOSSES:
+                if now >= meter.due or self.step >= next_checkpoint_step or len(losses) >= _KEPT_LOSSES:
+                    # A checkpoint is never of weights whose losses nobody has looked at.
                     meter.look(now)
-                    if now >= next_checkpoint:
+                    if now >= next_checkpoint or self.step >= next_checkpoint_step:
                         checkpoint()
-                        next_checkpoint = clock() + self._config.checkpoint_interval_s
+                        next_checkpoint, next_checkpoint_step = self._next_checkpoint(clock())
                 if self._stopping:
                     meter.look(now)
                     checkpoint()
@@ -137,6 +138,11 @@ class Descent:
         meter.look(clock())
         self._finish()
         return True
+
+    def _next_checkpoint(self, now: float) -> tuple[float, float]:
+        """When the one after this moment is due: by the clock, and by the steps done."""
+        steps = self._config.checkpoint_interval_steps or math.inf
+        return now + self._config.checkpoint_interval_s, self.step + steps
 
     def _descend(self, x: Tensor, y: Tensor, done: int) -> Tensor:
         """Adds the gradient of one batch to the parameters'; the batch's mean loss."""

@@ -1,7 +1,9 @@
 """The training loop: it learns, it repeats itself to the bit, and it stops where it must."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,9 +130,25 @@ def test_rows_read_from_disk_train_like_rows_in_memory() -> None:
     assert weights(trained(config, digits(in_memory=False))) == weights(trained(config, digits(in_memory=True)))
 
 
-def test_the_loop_does_what_the_plain_loop_does() -> None:
-    """One update after another by torch's own unfused AdamW and the same batches, to rounding."""
-    config = TrainingConfig(epochs=3, batch_size=100, holdout_share=0.0, schedule=ScheduleKind.CONSTANT, warmup=0.0)
+PLAIN = TrainingConfig(epochs=3, batch_size=100, holdout_share=0.0, schedule=ScheduleKind.CONSTANT, warmup=0.0)
+PLAIN_SGD = replace(PLAIN, optimizer=OptimizerKind.SGD, learning_rate=0.05, weight_decay=0.0, momentum=0.0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(PLAIN, id="adamw"),
+        pytest.param(replace(PLAIN, weight_decay=1.0), id="adamw with decay"),
+        pytest.param(PLAIN_SGD, id="sgd"),
+        pytest.param(replace(PLAIN_SGD, momentum=0.9), id="momentum"),
+        pytest.param(replace(PLAIN_SGD, weight_decay=0.1), id="sgd with decay"),
+        pytest.param(replace(PLAIN_SGD, max_gradient_norm=0.1), id="clipped"),
+        pytest.param(replace(PLAIN_SGD, label_smoothing=0.2), id="smoothed"),
+        pytest.param(replace(PLAIN_SGD, schedule=ScheduleKind.COSINE, warmup=0.5), id="cosine after warm-up"),
+    ],
+)
+def test_the_loop_does_what_the_plain_loop_does(config: TrainingConfig) -> None:
+    """One update after another by torch's own unfused optimiser and the same batches, to rounding."""
     rows = digits(250)
     run = descent(config, rows)
     batches: list[tuple[Tensor, Tensor]] = []
@@ -138,10 +156,25 @@ def test_the_loop_does_what_the_plain_loop_does() -> None:
         batches += run.batches.of_epoch(epoch, 0)
     assert [len(y) for _, y in batches] == [100, 100, 50] * 3
     module = build(SPEC, seed=config.seed)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    for x, y in batches:
+    settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.AdamW(module.parameters(), **settings)
+        if config.optimizer is OptimizerKind.ADAMW
+        else torch.optim.SGD(module.parameters(), momentum=config.momentum, **settings)
+    )
+    # 9 updates: 4 warm up, then the cosine.
+    cosine = [(k + 1) / 4 for k in range(4)] + [0.5 * (1 + math.cos(math.pi * k / 5)) for k in range(5)]
+    for update, (x, y) in enumerate(batches):
+        if config.schedule is ScheduleKind.COSINE:
+            optimizer.param_groups[0]["lr"] = config.learning_rate * cosine[update]
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(module(x), y).backward()
+        torch.nn.functional.cross_entropy(module(x), y, label_smoothing=config.label_smoothing).backward()
+        if config.max_gradient_norm:
+            gradients = [each.grad for each in module.parameters() if each.grad is not None]
+            norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients))
+            assert norm > config.max_gradient_norm  # there is something to clip
+            for gradient in gradients:
+                gradient *= config.max_gradient_norm / norm
         optimizer.step()
     assert run.run(report=lambda _: None)
     for name, tensor in module.state_dict().items():
@@ -253,6 +286,14 @@ def test_checkpoints_come_by_the_clock() -> None:
     assert run.run(report=lambda _: None, checkpoint=lambda: steps.append(run.step), clock=ticking(0.05))
     assert 3 <= len(steps) <= 120 * 0.05 + 1
     assert steps == sorted(set(steps))
+
+
+def test_checkpoints_come_by_steps_too_between_two_updates() -> None:
+    steps: list[int] = []
+    config = TrainingConfig(epochs=20, checkpoint_interval_steps=7, accumulation=3)
+    run = descent(config)  # 6 steps an epoch, 2 updates
+    assert run.run(report=lambda _: None, checkpoint=lambda: steps.append(run.step), clock=lambda: 0.0)
+    assert steps == list(range(9, 121, 9))
 
 
 def test_the_learning_rate_warms_up_and_comes_down_to_zero() -> None:

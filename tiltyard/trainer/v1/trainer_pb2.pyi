@@ -191,6 +191,7 @@ class TrainingConfig(_message.Message):
     EXECUTOR_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     FROM_SCRATCH_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     epochs: _builtins.int
     """Passes over the local dataset, 1 to 100,000. Default: 30, on a small dataset as many as make 3,000 updates, 300 at most."""
     batch_size: _builtins.int
@@ -224,7 +225,7 @@ class TrainingConfig(_message.Message):
     augment: _builtins.bool
     """True to shift images at random by up to a tenth of their sides, or by one pixel where that is more, while training."""
     checkpoint_interval_s: _builtins.int
-    """Seconds between checkpoints. Default: 60."""
+    """Seconds between checkpoints, 0 to 86,400. Default: 60."""
     precision: Global___Precision.ValueType
     """What products are computed in while training."""
     compile: _builtins.bool
@@ -237,6 +238,8 @@ class TrainingConfig(_message.Message):
     """RAY: workers that share every batch, 1 to 1024. Default: 1."""
     from_scratch: _builtins.bool
     """True to begin with fresh weights where the task names a base model. Without one, weights are fresh anyway."""
+    checkpoint_interval_steps: _builtins.int
+    """Steps between checkpoints, 0 to 1,000,000,000, beside those that come by the clock; 0 means by the clock alone."""
     @_builtins.property
     def class_weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Cross-entropy: factor of each class's rows in the loss, one for each output, each 0 or more. Empty: all 1."""
@@ -267,10 +270,11 @@ class TrainingConfig(_message.Message):
         executor: Global___Executor.ValueType = ...,
         workers: _builtins.int = ...,
         from_scratch: _builtins.bool = ...,
+        checkpoint_interval_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_label_smoothing", b"_label_smoothing", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "momentum", b"momentum", "warmup", b"warmup", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_label_smoothing", b"_label_smoothing", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "augment", b"augment", "batch_size", b"batch_size", "checkpoint_interval_s", b"checkpoint_interval_s", "class_weights", b"class_weights", "compile", b"compile", "epochs", b"epochs", "executor", b"executor", "from_scratch", b"from_scratch", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "max_gradient_norm", b"max_gradient_norm", "momentum", b"momentum", "optimizer", b"optimizer", "patience", b"patience", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "tf32", b"tf32", "warmup", b"warmup", "weight_decay", b"weight_decay", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share", "_label_smoothing", b"_label_smoothing", "_momentum", b"_momentum", "_warmup", b"_warmup", "_weight_decay", b"_weight_decay", "accumulation", b"accumulation", "augment", b"augment", "batch_size", b"batch_size", "checkpoint_interval_s", b"checkpoint_interval_s", "checkpoint_interval_steps", b"checkpoint_interval_steps", "class_weights", b"class_weights", "compile", b"compile", "epochs", b"epochs", "executor", b"executor", "from_scratch", b"from_scratch", "holdout_share", b"holdout_share", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "max_gradient_norm", b"max_gradient_norm", "momentum", b"momentum", "optimizer", b"optimizer", "patience", b"patience", "precision", b"precision", "schedule", b"schedule", "seed", b"seed", "tf32", b"tf32", "warmup", b"warmup", "weight_decay", b"weight_decay", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__holdout_share: _TypeAlias = _typing.Literal["holdout_share"]  # noqa: Y015
     _WhichOneofArgType__holdout_share: _TypeAlias = _typing.Literal["_holdout_share", b"_holdout_share"]  # noqa: Y015
