@@ -1,5 +1,6 @@
 """One task by hand, with the commands that the README shows, against the services that `tiltyard up` runs."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -97,9 +98,16 @@ def test_a_task_by_hand(shell: Shell) -> None:
     assert shell.document("odds", "clouds", "--validators", "1", key=validator)["probability"] == 1.0
 
     training = shell.document(
-        "train", "shard.safetensors", "--task", "clouds", "--epochs", 60, "--batch-size", 16, key=trainer
+        *("train", "shard.safetensors", "--task", "clouds", "--epochs", 60, "--batch-size", 16),
+        *("--schedule", "constant", "--max-gradient-norm", 5, "--class-weights", "1,1,2", "--holdout-share", 0.2),
+        *("--curve", folder / "curve.png", "--tensorboard", folder / "logs"),
+        key=trainer,
     )
     assert training["state"] == "TRAINING_STATE_SUCCEEDED"
+    assert training["config"]["schedule"] == "SCHEDULE_KIND_CONSTANT"
+    assert training["config"]["class_weights"] == [1.0, 1.0, 2.0]
+    assert training["progress"]["holdout_total"] == "60"
+    check_training_commands(shell, training, trainer)
     (trained,) = shell.state.glob("trainer/**/model.safetensors")
     submission = shell.document("submit", trained, "--task", "clouds", "--watch", key=trainer)
     assert submission["state"] == "SUBMISSION_STATE_SCORED"
@@ -132,6 +140,30 @@ def test_a_task_by_hand(shell: Shell) -> None:
     assert "genesis" in entries[0]["entry"]
     check_log_commands(shell, int(checkpoint["size"]))
     assert shell.document("validate", "drain", key=validator) == {}
+
+
+def check_training_commands(shell: Shell, training: Any, key: Path) -> None:
+    assert (shell.folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    steps = steps_of(shell.folder / "curve.csv")
+    assert steps == sorted(set(steps))
+    assert steps[-1] == int(training["progress"]["step"])
+    (log,) = (shell.folder / "logs").iterdir()
+    assert log.read_bytes().count(b"learning_rate") == len(steps)
+    name = training["name"].removeprefix("trainings/")
+    assert [each["name"] for each in shell.document("training", "list", key=key)["trainings"]] == [training["name"]]
+    for command in ("show", "watch", "cancel"):  # what has ended stays as it is
+        assert shell.document("training", command, name, key=key) == training
+    # Who comes late sees what the others have seen.
+    shell.document("training", "watch", name, "--curve", shell.folder / "late.png", key=key)
+    assert set(steps) <= set(steps_of(shell.folder / "late.csv"))
+    table = shell.call("training", "list", key=key)
+    assert "shard.safetensors" in table.stdout
+    assert "succeeded" in table.stdout
+
+
+def steps_of(curve: Path) -> list[int]:
+    with curve.open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
 
 
 def check_log_commands(shell: Shell, size: int) -> None:

@@ -18,10 +18,10 @@ from tiltyard.cli.memberships import join_task
 from tiltyard.client import Client, new_request_id, watch
 from tiltyard.datasets import write_dataset
 from tiltyard.identity import Key
-from tiltyard.registry.v1 import participant_pb2, submission_pb2, task_pb2
+from tiltyard.registry.v1 import participant_pb2, task_pb2
 from tiltyard.selector.v1 import stake_pb2
 from tiltyard.transfers import file_digest, upload
-from tiltyard.type.v1 import evaluation_pb2, model_pb2
+from tiltyard.type.v1 import model_pb2
 from tiltyard.type.v1 import task_pb2 as task_type_pb2
 
 ORIGIN = "tiltyard.local"
@@ -157,28 +157,21 @@ async def join_when_open(creator: Client, members: list[tuple[Client, str]]) -> 
             return
 
 
-def train(collector: Collector, addresses: dict[str, str], key: Path) -> str:
-    """`tiltyard train --submit`; the submission's name."""
+def train(collector: Collector, addresses: dict[str, str], key: Path) -> None:
+    """`tiltyard train --submit`, which ends with the score."""
+    services = {f"TILTYARD_{name.upper()}": addresses[name] for name in ("trainer", "registry")}
     done = subprocess.run(
         [sys.executable, "-m", "tiltyard.cli", "train", "shard.safetensors", "--task", TASK, "--submit", "--json"],
-        env={**os.environ, **collector.environment, "TILTYARD_TRAINER": addresses["trainer"], "TILTYARD_KEY": str(key)},
+        env={**os.environ, **collector.environment, **services, "TILTYARD_KEY": str(key)},
         capture_output=True,
         text=True,
         check=True,
         timeout=120,
     )
-    submission: str = json.loads(done.stdout)["submission"]
-    return submission
-
-
-async def until_scored(client: Client, submission: str) -> None:
-    request = submission_pb2.GetSubmissionRequest(name=submission)
-    async with asyncio.timeout(60):
-        while True:
-            found = (await client.submissions.GetSubmission(request)).submission
-            if found.state == evaluation_pb2.SUBMISSION_STATE_SCORED:
-                return
-            await asyncio.sleep(0.1)
+    training = json.loads(done.stdout)
+    assert training["submission"] == training["judged"]["name"] == f"{TASK}/submissions/1"
+    assert training["judged"]["state"] == "SUBMISSION_STATE_SCORED"
+    assert int(training["judged"]["score"]["total"]) == 50
 
 
 async def test_one_trace_from_the_command_to_the_score(tmp_path: Path) -> None:
@@ -202,8 +195,7 @@ async def test_one_trace_from_the_command_to_the_score(tmp_path: Path) -> None:
                 client(Key.load(state / "operator.pem")) as operator,
             ):
                 await open_task(creator, trainer, validator, operator, tmp_path)
-                submission = await asyncio.to_thread(train, collector, addresses, state / "trainer/key.pem")
-                await until_scored(creator, submission)
+                await asyncio.to_thread(train, collector, addresses, state / "trainer/key.pem")
             await check_trace(collector)
             await check_metrics(collector)
             check_logs(state, collector)

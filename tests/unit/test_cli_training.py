@@ -2,23 +2,31 @@
 
 import csv
 import struct
+import sys
 from pathlib import Path
 
 import pytest
 
-from tiltyard.cli.loss_curves import COLUMNS, LossCurve
-from tiltyard.cli.training import describe_data
+from tests.unit.test_cli_commands import tiltyard
+from tiltyard.cli.loss_curves import COLUMNS, LossCurve, TensorBoardLogs
+from tiltyard.cli.training_progress import describe_data
+from tiltyard.identity import Key
 from tiltyard.trainer.v1 import trainer_pb2
+
+STEPS = (0, 10, 20, 30, 20, 30)
+"""The steps of the points: it went back to a checkpoint once."""
+
+
+def point(step: int) -> trainer_pb2.TrainingProgress:
+    return trainer_pb2.TrainingProgress(
+        step=step, epoch=1, loss=1 / (step + 1), learning_rate=0.5, holdout_total=step, holdout_loss=0.25
+    )
 
 
 def curve() -> LossCurve:
     points = LossCurve()
-    for step in (0, 10, 20, 30, 20, 30):  # it went back to a checkpoint once
-        points.add(
-            trainer_pb2.TrainingProgress(
-                step=step, epoch=1, loss=1 / (step + 1), learning_rate=0.5, holdout_total=step, holdout_loss=0.25
-            )
-        )
+    for step in STEPS:
+        points.add(point(step))
     return points
 
 
@@ -43,11 +51,43 @@ def test_a_curve_is_drawn(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("default")
 def test_a_curve_is_written_for_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
-    curve().write_tensorboard(tmp_path / "logs")
+    logs = TensorBoardLogs(tmp_path / "logs")
+    for step in STEPS:
+        logs.add(point(step))
+    logs.close()
     (log,) = (tmp_path / "logs").iterdir()
     content = log.read_bytes()
     assert content.count(b"holdout_loss") == 3
     assert content.count(b"learning_rate") == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--optimizer", "adam"),
+        ("--schedule", "linear"),
+        ("--class-weights", "1,many"),
+    ],
+    ids=" ".join,
+)
+def test_an_option_that_means_nothing_is_a_usage_error(tmp_path: Path, options: tuple[str, str]) -> None:
+    Key.generate().save(tmp_path / "me.pem")
+    result = tiltyard("train", "d.safetensors", "--task", "t", "--key", tmp_path / "me.pem", *options)
+    assert result.exit_code == 2
+    assert options[0] in result.stderr
+    assert options[1] in result.stderr
+
+
+def test_what_a_curve_needs_is_missed_before_the_training_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Key.generate().save(tmp_path / "me.pem")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    for options, extra in ((("--curve", "c.png"), "plot"), (("--tensorboard", "logs"), "tensorboard")):
+        result = tiltyard("train", "d", "--task", "t", "--key", tmp_path / "me.pem", *options)
+        assert result.exit_code == 1
+        assert f"tiltyard[{extra}]" in result.stderr
 
 
 def test_a_data_report_is_one_line() -> None:

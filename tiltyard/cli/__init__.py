@@ -20,6 +20,7 @@ from tiltyard.cli import (
     task_exports,
     tasks,
     training,
+    trainings,
     up,
     validators,
 )
@@ -47,6 +48,7 @@ tasks.app.command("export")(task_exports.export)
 app.add_typer(tasks.app, name="task")
 app.add_typer(datasets.app, name="dataset")
 app.command("train")(training.train)
+app.add_typer(trainings.app, name="training")
 app.command("submit")(submissions.submit)
 app.add_typer(submissions.app, name="submission")
 app.add_typer(validators.app, name="validate")

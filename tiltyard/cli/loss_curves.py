@@ -1,6 +1,7 @@
 """A training's history as files: a picture, a table, TensorBoard's logs."""
 
 import csv
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,10 @@ COLUMNS = (
     "holdout_total",
     "holdout_loss",
 )
+
+
+# Who watches a training there does not wait longer than this.
+_FLUSHED_AFTER_S = 5
 
 
 class LossCurve:
@@ -42,10 +47,9 @@ class LossCurve:
 
     def write_png(self, path: Path, *, title: str) -> None:
         """Loss by step, and the held-out loss beside it. Raises CommandError without matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise CommandError("a picture needs matplotlib: pip install 'tiltyard[plot]'") from error
+        check_drawing()
+        from matplotlib.figure import Figure
+
         points = self._sorted()
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot(xlabel="step", ylabel="loss", title=title)
@@ -58,19 +62,37 @@ class LossCurve:
         axes.grid(alpha=0.3)
         figure.savefig(path, dpi=120)
 
-    def write_tensorboard(self, folder: Path) -> None:
-        """Scalars by step. Raises CommandError without tensorboardX."""
+    def _sorted(self) -> "list[trainer_pb2.TrainingProgress]":
+        return [self._points[step] for step in sorted(self._points)]
+
+
+def check_drawing() -> None:
+    """Raises CommandError without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("a picture needs matplotlib: pip install 'tiltyard[plot]'")
+
+
+class TensorBoardLogs:
+    """A training's scalars by step, written while it goes on. Raises CommandError without tensorboardX."""
+
+    def __init__(self, folder: Path) -> None:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise CommandError("TensorBoard's logs need tensorboardX: pip install 'tiltyard[tensorboard]'") from error
-        with SummaryWriter(str(folder)) as writer:
-            for point in self._sorted():
-                seconds = point.time.ToNanoseconds() / 1e9
-                for name in ("loss", "learning_rate", "samples_per_second"):
-                    writer.add_scalar(name, getattr(point, name), point.step, walltime=seconds)
-                if point.holdout_total:
-                    writer.add_scalar("holdout_loss", point.holdout_loss, point.step, walltime=seconds)
+        self._writer = SummaryWriter(str(folder), flush_secs=_FLUSHED_AFTER_S)
+        self._written = 0
 
-    def _sorted(self) -> "list[trainer_pb2.TrainingProgress]":
-        return [self._points[step] for step in sorted(self._points)]
+    def add(self, point: "trainer_pb2.TrainingProgress") -> None:
+        """Writes a point; what a resumed training or a watch that began anew repeats is left out."""
+        if point.step <= self._written:
+            return
+        self._written = point.step
+        seconds = point.time.ToNanoseconds() / 1e9
+        names = ("loss", "learning_rate", "samples_per_second")
+        for name in (*names, "holdout_loss") if point.holdout_total else names:
+            self._writer.add_scalar(name, getattr(point, name), point.step, walltime=seconds)
+
+    def close(self) -> None:
+        """Everything is in the folder."""
+        self._writer.close()

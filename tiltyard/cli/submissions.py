@@ -25,6 +25,7 @@ from tiltyard.cli.connection import (
 from tiltyard.cli.output import ProgressLine, accuracy, as_json, enum_word, print_json, print_message, print_table
 
 if TYPE_CHECKING:
+    from tiltyard.client import Client
     from tiltyard.registry.v1 import submission_pb2
 
 app = typer.Typer(help="See what became of submissions.", no_args_is_help=True)
@@ -46,6 +47,30 @@ def describe(submission: "submission_pb2.Submission") -> str:
     return f"{line} ({submission.detail})" if submission.detail else line
 
 
+async def until_judged(client: "Client", name: str) -> "submission_pb2.Submission":
+    """The submission once it has been scored or rejected."""
+    from tiltyard.client import persist
+    from tiltyard.registry.v1 import submission_pb2
+    from tiltyard.type.v1 import evaluation_pb2
+
+    request = submission_pb2.GetSubmissionRequest(name=name)
+    ended = (evaluation_pb2.SUBMISSION_STATE_SCORED, evaluation_pb2.SUBMISSION_STATE_REJECTED)
+    while True:
+        found = (await persist(lambda: client.submissions.GetSubmission(request))).submission
+        if found.state in ended:
+            return found
+        # The contract has no stream of one submission.
+        await asyncio.sleep(_POLL_S)
+
+
+def check_accepted(submission: "submission_pb2.Submission") -> None:
+    """Raises CommandError for one that was rejected."""
+    from tiltyard.type.v1 import evaluation_pb2
+
+    if submission.state == evaluation_pb2.SUBMISSION_STATE_REJECTED:
+        raise CommandError(f"{submission.name} was rejected")
+
+
 def submit(
     model: Annotated[Path, typer.Argument(help="The model's file: .safetensors or .onnx.")],
     task: TaskOption,
@@ -63,7 +88,7 @@ def submit(
     from tiltyard.client import persist
     from tiltyard.registry.v1 import submission_pb2
     from tiltyard.submitting import submit_model
-    from tiltyard.type.v1 import evaluation_pb2, model_pb2
+    from tiltyard.type.v1 import model_pb2
 
     if model.suffix not in FORMATS:
         raise typer.BadParameter("a model ends in .safetensors or .onnx", param_hint="MODEL")
@@ -83,15 +108,14 @@ def submit(
                     progress=line.update,
                 )
             request = submission_pb2.GetSubmissionRequest(name=name)
-            found = (await persist(lambda: client.submissions.GetSubmission(request))).submission
-            ended = (evaluation_pb2.SUBMISSION_STATE_SCORED, evaluation_pb2.SUBMISSION_STATE_REJECTED)
-            while watch and found.state not in ended:
-                # The contract has no stream of one submission.
-                await asyncio.sleep(_POLL_S)
-                found = (await persist(lambda: client.submissions.GetSubmission(request))).submission
+            found = (
+                await until_judged(client, name)
+                if watch
+                else (await persist(lambda: client.submissions.GetSubmission(request))).submission
+            )
         print_message(found, as_document=True) if json else print(describe(found))
-        if watch and found.state == evaluation_pb2.SUBMISSION_STATE_REJECTED:
-            raise CommandError(f"{name} was rejected")
+        if watch:
+            check_accepted(found)
 
     run(work())
 

@@ -16,7 +16,7 @@ from tiltyard.cli.demo.reporting import Reporter
 from tiltyard.cli.demo.stage import SHARD, Cast, Participant, open_stage, write_rows
 from tiltyard.cli.memberships import join_task
 from tiltyard.cli.supervisor import StartFailed, Supervisor
-from tiltyard.cli.training import describe, follow
+from tiltyard.cli.training_progress import describe, follow
 from tiltyard.client import new_request_id, persist, watch
 from tiltyard.registry.v1 import participant_pb2, task_pb2
 from tiltyard.selector.v1 import stake_pb2
