@@ -33,7 +33,6 @@ class Cache:
         self._in_use: Counter[str] = Counter()
         self._wanted_bytes: dict[str, int] = {}
         self._fetching: dict[str, asyncio.Lock] = {}
-        folder.mkdir(parents=True, exist_ok=True)
 
     @asynccontextmanager
     async def hold(self, digest: str, size_bytes: int, fetch: Fetch) -> AsyncIterator[Path]:
@@ -47,6 +46,7 @@ class Cache:
             async with self._fetching.setdefault(digest, asyncio.Lock()):
                 path = self._folder / digest
                 if not await self._is_good(digest, path):
+                    self._folder.mkdir(parents=True, exist_ok=True)
                     self._make_room()
                     await fetch(path)
                     self._trusted.add(digest)
@@ -67,6 +67,9 @@ class Cache:
         return True
 
     async def _is_good(self, digest: str, path: Path) -> bool:
+        if not await asyncio.to_thread(path.exists):
+            # An operator who needs the disk may empty the folder at any time.
+            self._trusted.discard(digest)
         if digest not in self._trusted and await asyncio.to_thread(_is_whole, path, digest):
             self._trusted.add(digest)
         return digest in self._trusted

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import shutil
 
 import pytest
 
@@ -69,6 +70,16 @@ async def test_bytes_that_a_crash_spoiled_are_fetched_again(tmp_path):
     assert len(source.fetched) == 2
     await use(Cache(tmp_path, max_bytes=1000), source, "a")
     assert len(source.fetched) == 2
+
+
+async def test_a_folder_that_somebody_empties_is_filled_again(tmp_path):
+    cache, source = Cache(tmp_path / "cache", max_bytes=1000), Source()
+    digest = await use(cache, source, "a")
+    (tmp_path / "cache" / digest).unlink()
+    await use(cache, source, "a")
+    shutil.rmtree(tmp_path / "cache")
+    await use(cache, source, "a")
+    assert len(source.fetched) == 3
 
 
 async def test_a_half_fetched_file_counts_and_can_go(tmp_path):
