@@ -53,16 +53,16 @@ def live(order: Order, report: int, zygote: int) -> int:
     # What fits on one core is to fit on many, so that no model fails at one validator and passes at another.
     sandbox.limit_memory(order.memory_bytes + (cores - 1) * BATCH_BYTES)
     sandbox.limit_cpu(order.cpu_seconds)
-    confinement = sandbox.confine()
+    sandbox.confine()
     # Taking a user namespace may have cleared it.
     sandbox.die_with_parent(zygote)
     try:
-        return _serve(order, cores, report, confinement)
+        return _serve(order, cores, report)
     except MemoryError:
         return EXIT_OUT_OF_MEMORY
 
 
-def _serve(order: Order, cores: int, report: int, confinement: sandbox.Confinement) -> int:
+def _serve(order: Order, cores: int, report: int) -> int:
     models = Models(threads=1, on_out_of_memory=lambda: os._exit(EXIT_OUT_OF_MEMORY))
     try:
         models.load_folder_here(MODEL_NAME, Path(order.folder))
@@ -71,15 +71,7 @@ def _serve(order: Order, cores: int, report: int, confinement: sandbox.Confineme
         return EXIT_FAULT
     lane = Lane(order.socket, models, cores=cores)
     lane.serve()
-    _say(
-        report,
-        {
-            "event": "ready",
-            "network": confinement.network,
-            "programs": confinement.programs,
-            "threads": cores,
-        },
-    )
+    _say(report, {"event": "ready"})
     os.close(report)
     lane.wait()
     return EXIT_CRASHED

@@ -1,9 +1,10 @@
 """The zygote: a process that has torch imported and forks a confined child for each evaluation.
 
 It speaks one JSON object a line. In: `{"op": "spawn", ...}` with the fields of `child.Order`, and
-`{"op": "kill", "id"}`. Out: `{"event": "warm"}` once, then for each child `{"event": "ready", "id", "pid", "network",
-"programs", "threads"}` or `{"event": "fault", "id", "pid", "code", "detail"}`, and at its end `{"event": "ended", "id",
-"signal", "code", "cpu_seconds"}`. The end of its input, and the death of its parent, end the zygote and every child.
+`{"op": "kill", "id"}`. Out: `{"event": "warm", "network", "programs"}` once (see `sandbox.Confinement`), then for each
+child `{"event": "ready", "id", "pid"}` or `{"event": "fault", "id", "pid", "code", "detail"}`, and at its end
+`{"event": "ended", "id", "signal", "code", "cpu_seconds"}`. The end of its input, and the death of its parent, end the
+zygote and every child.
 
 The zygote itself never starts a thread, a gRPC object or a torch operation: what forks must be alone in its process.
 """
@@ -14,7 +15,7 @@ import os
 import select
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NoReturn
 
 from services.modelserver import child, sandbox
@@ -45,7 +46,7 @@ class Zygote:
     def run(self) -> None:
         """Serve until the input ends."""
         self._poll.register(INPUT, select.POLLIN)
-        _say({"event": "warm"})
+        _say({"event": "warm", **asdict(sandbox.try_out())})
         while True:
             for descriptor, _ in self._poll.poll():
                 if descriptor == INPUT:

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import structlog
 
+from services.modelserver.sandbox import Confinement
 from tiltyard.modelspec import FaultCode, ModelFault
 
 MODEL_NAME = "model"
@@ -107,7 +108,6 @@ class Child:
 
     address: str
     pid: int
-    network: str
     _nursery: "Nursery" = field(repr=False)
     _id: int = field(repr=False)
     _pending: _Pending = field(repr=False)
@@ -130,6 +130,8 @@ class Nursery:
     """
 
     def __init__(self) -> None:
+        self.confinement: Confinement | None = None
+        """How children are confined on this machine; known once the zygote is warm."""
         self._zygote: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
@@ -178,6 +180,10 @@ class Nursery:
                 if isinstance(error, TimeoutError):
                     raise NurseryDown(f"the nursery was not warm after {WARM_UP_TIMEOUT_S:g} s") from error
                 raise
+            told = json.loads(first)
+            self.confinement = Confinement(network=told["network"], programs=told["programs"])
+            if not (self.confinement.network and self.confinement.programs):
+                _log.warning("models cannot be fully confined here", each=str(self.confinement))
             self._zygote = zygote
             self._reader = asyncio.create_task(self._read(zygote))
 
@@ -223,7 +229,7 @@ class Nursery:
         except BaseException:
             self.kill(number)
             raise
-        return Child(f"unix:{socket}", event["pid"], event["network"], self, number, pending)
+        return Child(f"unix:{socket}", event["pid"], self, number, pending)
 
     def kill(self, number: int) -> None:
         """End child `number`, if it hasn't ended."""

@@ -50,18 +50,14 @@ class NurseryAttempts:
         self._folder = folder
         self._threads = threads
         self._streams = ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="evaluation")
-        self._network: str | None = None
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, mode=0o700)
 
     def isolation(self) -> str:
         """How model servers are confined on this machine, in one sentence."""
         ground = "Each model server is a process of its own with limits on memory, CPU time and files"
-        if self._network is None:
-            return f"{ground}; whether its network can be taken away shows with the first one."
-        if not self._network:
-            return f"{ground}; this kernel does not let its network be taken away."
-        return f"{ground}, and without network ({self._network})."
+        held = self._nursery.confinement
+        return f"{ground}; what else it gives up is not known yet." if held is None else f"{ground}, {held}."
 
     async def attempt(self, job: Job, progress: Progress) -> Finding:
         """The counts. Raises ModelFailed, ServerLost and CannotEvaluate; leaves no process behind."""
@@ -100,7 +96,6 @@ class NurseryAttempts:
                 _raise_by(ended.exit)
             except NurseryDown as error:
                 raise ServerLost(str(error)) from error
-            self._network = child.network
             try:
                 yield child
             finally:

@@ -17,7 +17,9 @@ import pytest
 import pytest_asyncio
 import torch
 
+from services.modelserver.sandbox import Confinement
 from services.modelserver.spawn import MODEL_NAME, Child, ChildEnded, ExitKind, Limits, Nursery, NurseryDown
+from services.validator.children import NurseryAttempts
 from tiltyard.inference.v2 import inference_pb2 as pb
 from tiltyard.inference.v2 import inference_pb2_grpc as rpc
 from tiltyard.models import build, save_weights
@@ -125,8 +127,12 @@ async def test_two_children_at_once_are_told_apart(nursery: Nursery, digits: Pat
 
 async def test_a_child_has_no_network_and_its_limits(nursery: Nursery, digits: Path) -> None:
     child = await nursery.spawn(digits, Limits(1 << 29, 77))
-    assert child.network
-    if "namespace" in child.network:
+    status = Path(f"/proc/{child.pid}/status").read_text()
+    assert nursery.confinement is not None
+    assert nursery.confinement.network
+    # Mode 2: a filter.
+    assert nursery.confinement.programs == ("Seccomp:\t2\n" in status)
+    if "namespace" in nursery.confinement.network:
         assert os.readlink(f"/proc/{child.pid}/ns/net") != os.readlink("/proc/self/ns/net")
     process = psutil.Process(child.pid)
     assert process.rlimit(psutil.RLIMIT_CPU)[0] == 77
@@ -147,6 +153,31 @@ async def test_the_filter_leaves_unix_sockets_and_takes_the_rest() -> None:
     if network == "open":
         pytest.skip("this kernel lets nothing be taken away")
     assert outcome == ["unix:yes", "inet:no", "exec:no", "fork:no", "threads:yes"]
+
+
+REFUSING = """
+from services.modelserver import sandbox
+class Kernel:
+    def unshare(self, flags):
+        return -1
+    def prctl(self, *arguments):
+        return -1
+sandbox._libc = Kernel()
+print(sandbox.try_out())
+"""
+
+
+async def test_what_the_kernel_does_not_let_be_taken_away_is_said(tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", REFUSING, stdout=asyncio.subprocess.PIPE)
+    told, _ = await process.communicate()
+    open_ = "with the network, which the kernel leaves it, and able to start processes and programs"
+    assert told.decode().strip() == open_
+    nursery = Nursery()
+    attempts = NurseryAttempts(nursery, folder=tmp_path / "children", threads=1, concurrency=1)
+    assert "not known yet" in attempts.isolation()
+    nursery.confinement = Confinement(network="", programs=False)
+    assert attempts.isolation().endswith(f"CPU time and files, {open_}.")
+    attempts.close()
 
 
 CONFINED = """
