@@ -110,6 +110,6 @@ async def count(
         # The thread reads the file until it ends.
         with contextlib.suppress(Exception):
             await asyncio.shield(running)
-        for server, detail in fleet.lost().items():
-            _log.warning("a model server failed in the middle", server=server, detail=detail)
+        for server, detail in fleet.troubles().items():
+            _log.warning("a model server failed or was late", server=server, detail=detail)
     return Finding(counts=tally.counts(), prediction_blocks=tally.prediction_blocks())

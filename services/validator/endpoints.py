@@ -4,32 +4,22 @@ import asyncio
 import json
 import secrets
 import shutil
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
-
-import grpc
-import structlog
 
 from services.validator.elsewhere import connected, count
-from services.validator.evaluation import CannotEvaluate, Job, ServerLost
-from services.validator.fleet import Endpoint, ModelServer, wanted_wait_s
+from services.validator.evaluation import Job
+from services.validator.fleet import Endpoint, ModelServer
+from services.validator.repository import load, unload
 from services.validator.rows import EvaluationRows
 from services.validator.runs import Finding, Progress
 from tiltyard.identity import Key
-from tiltyard.inference.v2 import inference_pb2 as pb
-from tiltyard.inference.v2 import inference_pb2_grpc as rpc
 from tiltyard.modelspec import Onnx, to_json
 from tiltyard.tls import ChannelTls
 
-_LOAD_TIMEOUT_S = 300.0
-_UNLOAD_TIMEOUT_S = 10.0
 _PLACEHOLDER = b"${MODEL}"
-
-_log = structlog.get_logger("tiltyard.validator")
 
 
 class EndpointAttempts:
@@ -76,13 +66,13 @@ class EndpointAttempts:
             await loop.run_in_executor(None, self._place, job, name)
             stack.callback(shutil.rmtree, self._share / name, ignore_errors=True)
             endpoints = [stack.enter_context(self._connected(server)) for server in self._servers]
-            loaded = await loop.run_in_executor(None, _load, endpoints, name)
             try:
+                loaded = await loop.run_in_executor(None, load, endpoints, name)
                 return await count(
                     loaded, model=name, rows=rows, order=job.order, progress=progress, threads=self._threads
                 )
             finally:
-                await loop.run_in_executor(None, _unload, loaded, name)
+                await loop.run_in_executor(None, unload, endpoints, name)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -115,59 +105,3 @@ class EndpointAttempts:
             # Read for each evaluation, so that certificates may be replaced meanwhile.
             credentials=(self._tls or ChannelTls()).credentials() if by_tls else None,
         )
-
-
-def _load(endpoints: Sequence[Endpoint], name: str) -> list[Endpoint]:
-    """The endpoints that have loaded the model. Raises ServerLost when none is there, CannotEvaluate if none can."""
-    until = time.monotonic() + _LOAD_TIMEOUT_S
-    calls = [_begin_load(endpoint, name, until) for endpoint in endpoints]
-    loaded, problems, away = [], [], True
-    for endpoint, call in zip(endpoints, calls, strict=True):
-        try:
-            _end_load(endpoint, name, until, call)
-        except grpc.RpcError as error:
-            code, detail = (error.code(), error.details()) if isinstance(error, grpc.Call) else (None, str(error))
-            problems.append(f"{endpoint.name}: {detail}")
-            away = away and code is grpc.StatusCode.UNAVAILABLE
-            _log.warning("a model server does not load a model", server=endpoint.name, detail=detail)
-        else:
-            loaded.append(endpoint)
-    if not loaded:
-        raise (ServerLost if away else CannotEvaluate)(f"no model server loads the model: {'; '.join(problems)}")
-    return loaded
-
-
-def _begin_load(endpoint: Endpoint, name: str, until: float) -> Any:
-    return rpc.GRPCInferenceServiceStub(endpoint.channel).RepositoryModelLoad.future(
-        pb.RepositoryModelLoadRequest(model_name=name),
-        timeout=max(0.0, until - time.monotonic()),
-        metadata=endpoint.metadata(),
-    )
-
-
-def _end_load(endpoint: Endpoint, name: str, until: float, call: Any) -> None:
-    """Waits for a load, and for room on a server that is full of others' models. Raises RpcError."""
-    while True:
-        try:
-            call.result()
-        except grpc.RpcError as error:
-            wait_s = wanted_wait_s(error)
-            if wait_s is None or time.monotonic() + wait_s >= until:
-                raise
-        else:
-            return
-        time.sleep(wait_s)
-        call = _begin_load(endpoint, name, until)
-
-
-def _unload(endpoints: Sequence[Endpoint], name: str) -> None:
-    for endpoint in endpoints:
-        stub = rpc.GRPCInferenceServiceStub(endpoint.channel)
-        try:
-            stub.RepositoryModelUnload(
-                pb.RepositoryModelUnloadRequest(model_name=name),
-                timeout=_UNLOAD_TIMEOUT_S,
-                metadata=endpoint.metadata(),
-            )
-        except grpc.RpcError as error:
-            _log.warning("a model server keeps a model", server=endpoint.name, detail=str(error))

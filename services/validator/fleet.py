@@ -1,11 +1,13 @@
 """One evaluation over several Open Inference Protocol servers: each takes batches as fast as it answers them.
 
 Unary ModelInfer, several in flight: servers differ in the shape of ModelStreamInfer's answers, in this they do not. One
-that fails loses the batches that it had; the others take them over.
+that fails loses the batches that it had; the others take them over. One that hangs fails much later: a batch that holds
+up the count goes to an idle server, too, and the first answer counts.
 """
 
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,9 @@ WINDOW = 4
 # What is answered ahead of the row that is counted next waits in memory.
 AHEAD = 4
 ANSWER_TIMEOUT_S = 120.0
+# A batch is late after so long, or after so many times the longest that an answer has taken.
+LATE_S = 2.0
+LATE_TIMES = 3
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}\Z")
 _ADDRESS = re.compile(r"unix:/[^,\s]+\Z|[^\s:/@]+:[0-9]{1,5}\Z|\[[0-9a-fA-F:.]+\]:[0-9]{1,5}\Z")
@@ -110,7 +115,11 @@ class Fleet:
         self._total = 0
         self._over = False
         self._failure: Exception | None = None
+        self._sent: dict[int, tuple[float, str]] = {}
+        """When each unanswered batch was sent last, and to which server."""
+        self._longest_answer_s = 0.0
         self._lost: dict[str, str] = {}
+        self._overtaken: dict[str, str] = {}
         self._calls: set[Any] = set()
 
     def run(self, rows: EvaluationRows, take: Take) -> None:
@@ -149,9 +158,9 @@ class Fleet:
         for call in calls:
             call.cancel()
 
-    def lost(self) -> dict[str, str]:
-        """The servers that failed, and how."""
-        return dict(self._lost)
+    def troubles(self) -> dict[str, str]:
+        """The servers that failed or were late, and how."""
+        return self._overtaken | self._lost
 
     def _next(self) -> tuple[int, NDArray[np.float32]]:
         with self._changed:
@@ -181,7 +190,7 @@ class Fleet:
         try:
             while True:
                 while len(in_flight) < self._window:
-                    start = self._assign(wait=not in_flight)
+                    start = self._assign(endpoint.name, wait=not in_flight)
                     if start is None:
                         break
                     request = encode_request(self._model, rows, start, self._stop(start))
@@ -199,8 +208,7 @@ class Fleet:
                 in_flight.popleft()
                 with self._changed:
                     self._calls.discard(call)
-                    self._answered[start] = logits
-                    self._changed.notify_all()
+                    self._keep(start, logits)
         except grpc.RpcError as error:
             left = [start for start, _ in in_flight]
             wait_s = wanted_wait_s(error)
@@ -221,18 +229,41 @@ class Fleet:
             for _, call in in_flight:
                 call.cancel()
 
-    def _assign(self, *, wait: bool) -> int | None:
-        """The next batch to send. None: there is none now, or, after waiting, none will come."""
+    def _keep(self, start: int, logits: NDArray[np.float32]) -> None:
+        """An answer, unless another server was faster. The lock is held."""
+        if start in self._sent:
+            sent, _ = self._sent.pop(start)
+            self._longest_answer_s = max(self._longest_answer_s, time.monotonic() - sent)
+            self._answered[start] = logits
+            self._changed.notify_all()
+
+    def _assign(self, name: str, *, wait: bool) -> int | None:
+        """The next batch for server `name` to send. None: there is none now, or, after waiting, none will come."""
         reach = AHEAD * self._window * len(self._endpoints) * self._step
         with self._changed:
             while not self._over and self._failure is None:
+                late_in_s = self._late_in_s()
                 if self._waiting and self._waiting[0] < self._taken + reach:
-                    return self._waiting.popleft()
-                # Even when all are sent, another server may fail and leave its own behind.
-                if not wait or self._taken >= self._total:
+                    start = self._waiting.popleft()
+                elif not wait or self._taken >= self._total:
                     return None
-                self._changed.wait()
+                elif late_in_s is not None and late_in_s <= 0:
+                    start = self._taken
+                    self._overtaken[self._sent[start][1]] = f"the batch from row {start} on was late"
+                else:
+                    # Even when all are sent, another server may fail, or be late, and leave its own behind.
+                    self._changed.wait(late_in_s)
+                    continue
+                self._sent[start] = (time.monotonic(), name)
+                return start
             return None
+
+    def _late_in_s(self) -> float | None:
+        """When the batch that is counted next is late; None when nobody has it now. The lock is held."""
+        if self._taken not in self._sent:
+            return None
+        sent, _ = self._sent[self._taken]
+        return sent + max(LATE_S, LATE_TIMES * self._longest_answer_s) - time.monotonic()
 
     def _stop(self, start: int) -> int:
         return min(start + self._step, self._total)
@@ -250,8 +281,9 @@ class Fleet:
 
     def _leave(self, left: Sequence[int]) -> None:
         """Batches that another server, or the same one later, is to answer. The lock is held."""
+        unanswered = [start for start in left if self._sent.pop(start, None) is not None]
         # The oldest first: the count waits for them.
-        self._waiting = deque(sorted((*left, *self._waiting)))
+        self._waiting = deque(sorted((*unanswered, *self._waiting)))
         self._changed.notify_all()
 
 

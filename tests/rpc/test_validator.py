@@ -36,6 +36,7 @@ from tiltyard.counting import Metric, Tally
 from tiltyard.identity import Key
 from tiltyard.models import load_model
 from tiltyard.modelspec import Convnet, Linear, Mlp, ModelSpec, tensor_shapes
+from tiltyard.tls import ChannelTls
 from tiltyard.transparency import root_hash
 from tiltyard.type.v1 import evaluation_pb2 as types_pb2
 from tiltyard.type.v1 import task_pb2
@@ -103,8 +104,8 @@ class ValidatorProcess:
         return await self.wait()
 
     @asynccontextmanager
-    async def calls(self, key: Key | None = None):
-        async with open_peer(self.address, key=key or self.key, audience=self.key.id) as channel:
+    async def calls(self, key: Key | None = None, *, tls: ChannelTls | None = None):
+        async with open_peer(self.address, key=key or self.key, audience=self.key.id, tls=tls) as channel:
             yield rpc.ValidationServiceStub(channel)
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
-from test_validator import LONG_S, SPEC, ValidatorProcess
-from validator_registry import DECLINED, OPENED, FakeRegistry, dataset_bytes, model_bytes, random_dataset
+from test_validator import LONG_S, ValidatorProcess, first_position, plain_evaluation, until_run
+from validator_registry import ACCEPTED, DECLINED, OPENED, FakeRegistry, dataset_bytes, model_bytes, random_dataset
 
 from tiltyard.authority import Authority
 from tiltyard.identity import Key
+from tiltyard.modelspec import Mlp, ModelSpec
+from tiltyard.tls import ChannelTls
+from tiltyard.transparency import root_hash
 from tiltyard.type.v1 import evaluation_pb2 as types_pb2
 
 
@@ -58,20 +60,13 @@ async def registry(tmp_path):
     await fake.stop()
 
 
-def right_ones(content: bytes, x, y, tmp_path) -> int:
-    """How many labels numpy's own product gives."""
-    (tmp_path / "w").write_bytes(content)
-    tensors = load_file(tmp_path / "w")
-    hidden = x.reshape(len(x), -1) / np.float32(255) @ tensors["hidden.0.weight"].T + tensors["hidden.0.bias"]
-    logits = np.maximum(hidden, 0) @ tensors["head.weight"].T + tensors["head.bias"]
-    return int((logits.argmax(axis=1) == y).sum())
-
-
-async def test_two_servers_one_by_mutual_tls_share_evaluations_and_one_alone_goes_on(registry, tmp_path):
+async def test_of_two_servers_that_share_an_evaluation_one_dies_in_the_middle_and_the_other_goes_on(registry, tmp_path):
     share = tmp_path / "share"
     share.mkdir()
-    x, y = random_dataset(9000, (8, 8), 10)
-    model = model_bytes(SPEC)
+    # Wide enough to be caught in the middle; the second server is called by mutual TLS.
+    spec = ModelSpec((8, 8), 10, Mlp((512, 512, 512)), input_scale=1 / 255)
+    x, y = random_dataset(60_000, (8, 8), 10)
+    model = model_bytes(spec)
     operator = Key.load_or_create(tmp_path / "state" / "key.pem").id
     authority = Authority.open(tmp_path / "authority")
     ours, theirs = (authority.issue(name, ["127.0.0.1"]) for name in ("validator", "two"))
@@ -91,13 +86,21 @@ async def test_two_servers_one_by_mutual_tls_share_evaluations_and_one_alone_goe
         )
         await validator.start()
         try:
-            name = await registry.offer(dataset_bytes(x, y), model, SPEC)
-            both = await asyncio.wait_for(registry.until(name, OPENED, DECLINED), LONG_S)
-            assert both.report is not None, both.reason
-            assert both.report.counts.correct == right_ones(model, x, y, tmp_path)
+            name = await registry.offer(dataset_bytes(x, y), model, spec, max_cpu_s=600)
+            await asyncio.wait_for(registry.until(name, ACCEPTED), LONG_S)
+            async with validator.calls(tls=ChannelTls(authority.certificate)) as calls:
+                await until_run(calls)
+                assert (await first_position(calls, name)).position < len(y)
             first.send_signal(signal.SIGKILL)
             await first.wait()
-            nan = await registry.offer(dataset_bytes(x, y), model_bytes(SPEC, spoil=np.nan), SPEC)
+            both = await asyncio.wait_for(registry.until(name, OPENED, DECLINED), LONG_S)
+            assert both.report is not None, both.reason
+            correct, blocks, _ = plain_evaluation(tmp_path, model, spec, x, y)
+            assert both.report.counts.correct == correct
+            assert both.report.prediction_root == root_hash(blocks)
+            troubles = [entry for entry in validator.log if entry["event"] == "a model server failed or was late"]
+            assert [entry["server"] for entry in troubles] == ["one"]
+            nan = await registry.offer(dataset_bytes(x, y), model_bytes(spec, spoil=np.nan), spec)
             duty = await asyncio.wait_for(registry.until(nan, OPENED, DECLINED), LONG_S)
             assert duty.report is not None, duty.reason
             assert duty.report.fault == types_pb2.MODEL_FAULT_NAN_OUTPUT

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from services.runtime.errors import ResourceExhausted
 from services.runtime.rpc_errors import to_rpc_status
+from services.validator import fleet as fleet_module
 from services.validator.fleet import WINDOW, Endpoint, Fleet, ModelServer, parse_servers
 from services.validator.pipeline import RequestRefused, StreamBroken, StreamCancelled, WrongAnswer
 from services.validator.rows import EvaluationRows
@@ -95,7 +96,7 @@ def test_servers_share_an_evaluation_and_no_label_is_on_the_wire(rows):
     with serving(*servers) as endpoints:
         fleet = fleet_of(endpoints)
         assert np.array_equal(evaluated(rows, fleet), expected(rows))
-    assert fleet.lost() == {}
+    assert fleet.troubles() == {}
     assert all(server.requests for server in servers)
     assert sum(len(server.requests) for server in servers) == ROWS // STEP
     wire = b"".join(server.tap.sent for server in servers)
@@ -117,8 +118,29 @@ def test_one_that_dies_in_the_middle_costs_its_batches_in_flight_and_no_more(row
     with serving(dying, good) as endpoints:
         fleet = fleet_of(endpoints, window=window)
         assert np.array_equal(evaluated(rows, fleet), expected(rows))
-    assert "gone" in fleet.lost()["s0"]
+    assert "gone" in fleet.troubles()["s0"]
     sent = [request.id for server in (dying, good) for request in server.requests]
+    assert len(set(sent)) == ROWS // STEP
+    assert len(sent) - len(set(sent)) <= window
+
+
+def test_one_that_hangs_in_the_middle_holds_up_nobody(rows, monkeypatch):
+    monkeypatch.setattr(fleet_module, "LATE_S", 0.3)
+    window, released = 3, threading.Event()
+
+    def hang(answer, context, served):
+        if served > 20:
+            released.wait(60)
+
+    hanging, good = Server(hang), Server()
+    with serving(hanging, good) as endpoints:
+        fleet = fleet_of(endpoints, window=window)
+        began = time.monotonic()
+        assert np.array_equal(evaluated(rows, fleet), expected(rows))
+        assert time.monotonic() - began < 20
+        released.set()
+    assert "late" in fleet.troubles()["s0"]
+    sent = [request.id for server in (hanging, good) for request in server.requests]
     assert len(set(sent)) == ROWS // STEP
     assert len(sent) - len(set(sent)) <= window
 
@@ -147,7 +169,7 @@ def test_a_server_that_has_too_much_to_do_is_left_alone_as_long_as_it_asks_and_i
     with serving(server) as endpoints:
         fleet = fleet_of(endpoints)
         assert np.array_equal(evaluated(rows, fleet), expected(rows))
-    assert fleet.lost() == {}
+    assert fleet.troubles() == {}
     refusals = len(server.requests) // 20
     assert refusals >= 10
     # Several in flight may be refused for one pause.
