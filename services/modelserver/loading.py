@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from services.modelserver.onnxmodel import OnnxNetwork
 from tiltyard.models import load_model
+from tiltyard.models.onnxmodel import OnnxNetwork
 from tiltyard.modelspec import FaultCode, ModelFault, ModelSpec, Onnx, count_parameters, from_json, validate
 
 WEIGHTS_FILE = "model.safetensors"

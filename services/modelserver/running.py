@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from services.modelserver.loading import LoadedModel, is_out_of_memory
-from services.modelserver.onnxmodel import GraphFailed, OnnxNetwork
 from services.runtime.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from tiltyard.models.onnxmodel import GraphFailed, OnnxNetwork
 from tiltyard.modelspec import ModelSpec
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024

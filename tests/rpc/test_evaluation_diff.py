@@ -1,4 +1,4 @@
-"""`tiltyard evaluation diff` over a real registry: what differs, down to the row where somebody has recomputed it."""
+"""`tiltyard evaluation` over a real registry: what was found, and what differs, down to a row that was recomputed."""
 
 import asyncio
 import json
@@ -15,10 +15,12 @@ from services.runtime import names
 from services.runtime.names import AssignmentId
 from tests.registry_arena import Arena, served
 from tests.registry_world import NODES, ORIGIN, ROWS, World, key_of, model_bytes
+from tiltyard.cli.evaluations import row_of
 from tiltyard.comparing import NotComparable, compare
 from tiltyard.predictions import block_hashes, handed_in, prediction_root
 from tiltyard.registry.v1 import evaluation_pb2
 from tiltyard.type.v1 import envelope_pb2
+from tiltyard.type.v1 import evaluation_pb2 as types_pb2
 
 RUN = np.random.default_rng(0).integers(0, 10, ROWS).astype("<i4")
 
@@ -83,7 +85,7 @@ async def tiltyard(evaluated: Evaluated, folder: Path, *arguments: str) -> tuple
         key_of("reader").save(key)
     place = ["--key", str(key), "--origin", ORIGIN, "--registry", evaluated.arena.server.address]
     process = await asyncio.create_subprocess_exec(
-        *[sys.executable, "-m", "tiltyard.cli", "evaluation", "diff", *arguments, *place],
+        *[sys.executable, "-m", "tiltyard.cli", "evaluation", *arguments, *place],
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -92,17 +94,46 @@ async def tiltyard(evaluated: Evaluated, folder: Path, *arguments: str) -> tuple
 
 
 async def test_the_command_names_the_ranges_and_says_so_by_its_status(evaluated: Evaluated, tmp_path: Path) -> None:
-    status, out, err = await tiltyard(evaluated, tmp_path, evaluated.left.name, evaluated.right.name, "--json")
+    status, out, err = await tiltyard(evaluated, tmp_path, "diff", evaluated.left.name, evaluated.right.name, "--json")
     assert status == 1, err
     found = json.loads(out)
     assert found["differing_ranges"] == found["unnamed_ranges"] == [[0, 256], [768, 1000]]
-    plain = await tiltyard(evaluated, tmp_path, evaluated.left.name, evaluated.right.name)
+    plain = await tiltyard(evaluated, tmp_path, "diff", evaluated.left.name, evaluated.right.name)
     assert "some of rows 768 to 999 differ" in plain[1]
-    same = await tiltyard(evaluated, tmp_path, evaluated.left.name, evaluated.same.name)
+    same = await tiltyard(evaluated, tmp_path, "diff", evaluated.left.name, evaluated.same.name)
     assert (same[0], "every block of predictions is the same" in same[1]) == (0, True)
-    refused = await tiltyard(evaluated, tmp_path, evaluated.left.name, f"{evaluated.left.name[:-1]}x")
+    refused = await tiltyard(evaluated, tmp_path, "diff", evaluated.left.name, f"{evaluated.left.name[:-1]}x")
     assert refused[0] == 1
     assert refused[2].startswith("error: ")
+
+
+async def test_the_list_shows_what_each_found_and_what_was_made_of_it(evaluated: Evaluated, tmp_path: Path) -> None:
+    submission = evaluated.left.name.partition("/evaluations/")[0]
+    status, out, err = await tiltyard(evaluated, tmp_path, "list", submission)
+    assert status == 0, err
+    for each in (evaluated.left, evaluated.right, evaluated.same):
+        (line,) = [line for line in out.splitlines() if each.name in line]
+        assert "900/1000 = 0.9000 (0.8798 to 0.9171)" in line
+        assert line.rstrip().endswith("agreed")
+    document = json.loads((await tiltyard(evaluated, tmp_path, "list", submission, "--json"))[1])
+    assert {each["name"] for each in document["evaluations"]} == {
+        each.name for each in (evaluated.left, evaluated.right, evaluated.same)
+    }
+
+
+def test_a_nodes_own_answers_have_a_column_of_their_own() -> None:
+    evaluation = evaluation_pb2.Evaluation(name="e", report=envelope_pb2.Envelope(payload=b"r"))
+    evaluation.finding.counts.total = 4
+    evaluation.finding.counts.correct = 3
+    evaluation.finding.counts.loss_sum_micros = 2_000_000
+    evaluation.verdict = evaluation_pb2.EVALUATION_VERDICT_OUTLIER
+    name, finding, by_node, ambiguous, loss, verdict = row_of(evaluation)
+    assert (name, by_node, ambiguous, loss, verdict) == ("e", "", 0, "0.5000", "outlier")
+    evaluation.finding.node_endpoint = True
+    assert row_of(evaluation)[1:3] == ("", finding)
+    evaluation.finding.fault = types_pb2.MODEL_FAULT_NAN_OUTPUT
+    assert row_of(evaluation)[1:] == ("", "nan output", "", "", "outlier")
+    assert row_of(evaluation_pb2.Evaluation(name="e"))[1] == "sealed"
 
 
 @pytest.mark.parametrize("flipped", [False, True])

@@ -10,10 +10,10 @@ import torch
 
 from services.modelserver.batching import BatchQueue
 from services.modelserver.loading import LoadedModel
-from services.modelserver.onnxmodel import OnnxNetwork
 from services.modelserver.running import Batch, Logits, joint_rows, run_batches
 from services.runtime.errors import FailedPrecondition, ResourceExhausted
 from tiltyard.models import build
+from tiltyard.models.onnxmodel import OnnxNetwork
 from tiltyard.modelspec import Linear, Mlp, ModelSpec
 
 SPEC = ModelSpec((4,), 2, Mlp((8,)))

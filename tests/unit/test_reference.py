@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from tiltyard.counting import Metric, Tally
 from tiltyard.datasets import write_dataset
 from tiltyard.models import build, save_weights
-from tiltyard.modelspec import Mlp, ModelSpec
+from tiltyard.models.reference import predictions
+from tiltyard.modelspec import Mlp, ModelSpec, Onnx
 from tiltyard.predictions import block_hashes
 from tiltyard.type.v1 import task_pb2
 from tiltyard.wire import model_spec_to_proto
@@ -45,3 +47,21 @@ def test_its_blocks_are_those_that_a_tally_hashes(tmp_path: Path, metric: Metric
         tally.add(network.eval()(torch.from_numpy(x)).numpy(), y)
     assert 0 < tally.counts().correct < ROWS
     assert tuple(block_hashes(out.read_bytes())) == tally.prediction_blocks()
+
+
+def test_an_onnx_graph_is_recomputed_like_any_model(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 6])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    x = np.random.default_rng(1).integers(0, 256, (ROWS, 6)).astype(np.uint8)
+    write_dataset(tmp_path / "data", x, np.zeros(ROWS, np.int64))
+    config = task_pb2.TaskConfig(models=[model_spec_to_proto(ModelSpec((6,), 3, Onnx()))])
+    found = predictions(config, 0, tmp_path / "data", tmp_path / "model.onnx")
+    assert np.array_equal(found, (x.astype(np.float32) @ weight).argmax(axis=1))

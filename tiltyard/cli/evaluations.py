@@ -1,4 +1,4 @@
-"""`tiltyard evaluation`: where two validators' evaluations differ, and the reference to settle it."""
+"""`tiltyard evaluation`: what validators found, where two of them differ, and the reference to settle it."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from tiltyard.cli.connection import (
     run,
     task_name,
 )
-from tiltyard.cli.output import accuracy, print_json, print_table
+from tiltyard.cli.output import accuracy, as_json, enum_word, print_json, print_table
 
 if TYPE_CHECKING:
     from tiltyard.client import Client
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tiltyard.registry.v1 import evaluation_pb2
     from tiltyard.type.v1 import task_pb2
 
-app = typer.Typer(help="Compare what validators found, sample by sample.", no_args_is_help=True)
+app = typer.Typer(help="List what validators found, and compare it sample by sample.", no_args_is_help=True)
 
 _EVALUATION = "tasks/{task}/submissions/{n}/evaluations/{round}-{participant id}"
 _MAX_LISTED = 1000
@@ -53,6 +53,57 @@ def _outputs(config: "task_pb2.TaskConfig") -> int:
     from tiltyard.type.v1 import task_pb2
 
     return 2 if config.metric == task_pb2.METRIC_WITHIN_BOUND else config.models[0].outputs
+
+
+@app.command("list")
+def list_evaluations(
+    submission: Annotated[str, typer.Argument(metavar="SUBMISSION", help="tasks/{task}/submissions/{n}")],
+    key: KeyOption,
+    origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
+) -> None:
+    """List a submission's evaluations: what each validator counted, and what the registry made of it.
+
+    What the training node's own endpoint answered stands in a column of its own: such a report has no vote.
+    """
+    from tiltyard.client import pages
+    from tiltyard.registry.v1 import evaluation_pb2
+
+    async def work() -> "list[evaluation_pb2.Evaluation]":
+        async with connect(key, origin, registry) as client:
+            request = evaluation_pb2.ListEvaluationsRequest(parent=submission, page_size=1000)
+            listed = pages(client.evaluations.ListEvaluations, request)
+            return [each async for page in listed for each in page.evaluations]
+
+    found = run(work())
+    if json:
+        print_json({"evaluations": [as_json(each) for each in found]})
+    else:
+        headings = ("evaluation", "finding", "by the node's own endpoint", "ambiguous", "mean loss", "verdict")
+        print_table(headings, map(row_of, found))
+
+
+def row_of(each: "evaluation_pb2.Evaluation") -> tuple[object, ...]:
+    """The cells of one evaluation in the list."""
+    from tiltyard.registry.v1 import evaluation_pb2
+    from tiltyard.type.v1 import evaluation_pb2 as types_pb2
+
+    finding, counts = each.finding, each.finding.counts
+    ambiguous: object = ""
+    loss = ""
+    if not each.HasField("report"):
+        found = "sealed"
+    elif finding.HasField("counts"):
+        found = accuracy(counts.correct, counts.total)
+        ambiguous, loss = counts.ambiguous, f"{counts.loss_sum_micros / counts.total / 1e6:.4f}"
+    else:
+        found = enum_word(types_pb2.ModelFault.Name(finding.fault), "MODEL_FAULT_")
+    verdict = (
+        enum_word(evaluation_pb2.EvaluationVerdict.Name(each.verdict), "EVALUATION_VERDICT_") if each.verdict else ""
+    )
+    judged, by_node = ("", found) if finding.node_endpoint else (found, "")
+    return each.name, judged, by_node, ambiguous, loss, verdict
 
 
 @app.command("diff")
@@ -127,7 +178,7 @@ def _print(found: "Comparison") -> None:
 def predict(
     task: TaskOption,
     data: Annotated[Path, typer.Option("--data", help="The evaluation dataset, a safetensors file.")],
-    model: Annotated[Path, typer.Option("--model", help="The submitted weights, a safetensors file.")],
+    model: Annotated[Path, typer.Option("--model", help="The submitted model, a safetensors or an ONNX file.")],
     out: Annotated[Path, typer.Option("--out", help="Where to write the predictions.")],
     key: KeyOption,
     model_index: Annotated[int, typer.Option(help="Which of the task's models, counted from 0.")] = 0,

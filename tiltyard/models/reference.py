@@ -4,6 +4,7 @@
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from tiltyard.datasets import Dataset
+from tiltyard.models.onnxmodel import OnnxNetwork
 from tiltyard.models.weights import load_model
+from tiltyard.modelspec import ModelSpec, Onnx
 from tiltyard.type.v1 import task_pb2
 from tiltyard.wire import model_spec_from_proto
 
@@ -19,7 +22,7 @@ from tiltyard.wire import model_spec_from_proto
 def predictions(config: task_pb2.TaskConfig, index: int, data: Path, model: Path) -> NDArray[np.int32]:
     """One prediction for each row, as `tiltyard.type.v1.EvaluationReport.prediction_root` is over them."""
     dataset = Dataset.open(data)
-    network = load_model(model_spec_from_proto(config.models[index]), model)
+    network = _network(model_spec_from_proto(config.models[index]), model)
     answers = np.empty(len(dataset), dtype="<i4")
     with torch.inference_mode():
         for start, part in dataset.chunks("x"):
@@ -31,6 +34,14 @@ def predictions(config: task_pb2.TaskConfig, index: int, data: Path, model: Path
             else:
                 answers[start:stop] = outputs.argmax(axis=1)
     return answers
+
+
+def _network(spec: ModelSpec, model: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    if isinstance(spec.architecture, Onnx):
+        size_bytes = model.stat().st_size
+        network, _ = OnnxNetwork.load(spec, model, max_bytes=size_bytes, max_parameters=size_bytes)
+        return network
+    return load_model(spec, model)
 
 
 def main(data: str, model: str, out: str, index: str) -> None:

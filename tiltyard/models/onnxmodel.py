@@ -40,7 +40,7 @@ class OnnxNetwork:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        # A batch has one core; see services.modelserver.lane.
+        # One core: cores are better used for several batches, and threads would change the order of additions.
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 4
         # From bytes: the runtime then knows no folder from which it could read anything else.
