@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -42,34 +42,41 @@ def inclusion_probabilities(weights: Sequence[int], picks: int) -> list[float]:
     return inclusion
 
 
-def odds(tree: SumTree, index: int, picks: int) -> Odds:
-    """The chance of leaf `index` to be among the first `picks`. A simulated one is the same each time."""
+def odds(tree: SumTree, index: int, picks: int, *, left_out: Collection[int] = ()) -> Odds:
+    """The chance of leaf `index` to be among the first `picks`, where those `left_out` are passed over.
+
+    0 where fewer leaves than that can be drawn: such a draw is refused. A simulated chance is the same each time.
+    """
     weight = tree.weight(index)
-    if weight == 0:
+    if weight == 0 or index in left_out:
         return Odds(0.0, 0.0)
-    if picks == 1:
-        return Odds(weight / tree.total, 0.0)
-    others = (leaf for leaf in range(len(tree)) if leaf != index and tree.weight(leaf) > 0)
+    others = (leaf for leaf in range(len(tree)) if leaf != index and leaf not in left_out and tree.weight(leaf) > 0)
     some = list(islice(others, max(picks, EXACT_LEAVES)))
-    if len(some) < picks:
+    if len(some) < picks - 1:
+        return Odds(0.0, 0.0)
+    if len(some) == picks - 1:
         return Odds(1.0, 0.0)
+    total = tree.total - sum(map(tree.weight, left_out))
+    if picks == 1:
+        return Odds(weight / total, 0.0)
     if len(some) < EXACT_LEAVES:
         return Odds(inclusion_probabilities([weight, *map(tree.weight, some)], picks)[0], 0.0)
-    chances = [_chance_beside(tree, index, picks, run) for run in range(SIMULATED_DRAWS)]
+    absent = [index, *left_out]
+    chances = [_chance_beside(tree, weight, total, absent, picks, run) for run in range(SIMULATED_DRAWS)]
     chance = math.fsum(chances) / SIMULATED_DRAWS
     variance = math.fsum((each - chance) ** 2 for each in chances) / (SIMULATED_DRAWS - 1)
     return Odds(chance, math.sqrt(variance / SIMULATED_DRAWS))
 
 
-def _chance_beside(tree: SumTree, index: int, picks: int, run: int) -> float:
-    """The chance of a leaf where the others come up in one random order.
+def _chance_beside(tree: SumTree, weight: int, total: int, absent: Sequence[int], picks: int, run: int) -> float:
+    """The chance of a leaf of this weight where the others, all but those `absent`, come up in one random order.
 
     The mean of these is the leaf's chance, and they differ far less than being drawn and not being drawn do: a chance
     of one in a million is told as well as an even one.
     """
     seed = hashlib.sha256(b"tiltyard/odds" + run.to_bytes(4, "big")).digest()
-    left, log_missed = tree.total, 0.0
-    for place in islice(draw(seed, tree, [index]), picks):
-        log_missed += math.log1p(-(tree.weight(index) / left))
+    left, log_missed = total, 0.0
+    for place in islice(draw(seed, tree, absent), picks):
+        log_missed += math.log1p(-(weight / left))
         left -= place.weight
     return -math.expm1(log_missed)

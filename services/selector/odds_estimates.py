@@ -36,7 +36,7 @@ class OddsEstimates:
         self._lock = threading.Lock()
 
     async def estimate(self, task: str, *, participant: str, validators: int) -> OddsEstimate:
-        """The odds of a draw of `validators` in which nobody is passed over.
+        """The odds of a draw of `validators` in which the creator's owner group alone is passed over.
 
         Raises NotFound when the participant is no validator of the task that can be drawn.
         """
@@ -48,9 +48,11 @@ class OddsEstimates:
             leaf = transaction.leaf(task, group)
             if candidate is None or not candidate.weight or leaf is None:
                 raise NotFound("NOT_A_VALIDATOR", "the participant is no validator of this task", task=task)
+            creators = transaction.leaf(task, transaction.owner_group(pool.creator))
             with self._lock:
                 tree = self._weights.current(transaction, pool)
-                chance, pool_weight = odds(tree, leaf.index, validators), tree.total
+                left_out = [creators.index] if creators else []
+                chance, pool_weight = odds(tree, leaf.index, validators, left_out=left_out), tree.total
             members = len(transaction.seated(task, leaf_indices=[leaf.index], version=pool.version)[leaf.index])
             return OddsEstimate(
                 weight=candidate.weight,

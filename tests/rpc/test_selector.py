@@ -881,6 +881,25 @@ async def test_odds_are_exact_in_a_small_pool(arena: Arena) -> None:
         await arena.alice.draws.EstimateOdds(draw_pb2.EstimateOddsRequest(task=TASK))
 
 
+async def test_odds_know_that_the_creators_owner_group_is_never_drawn(arena: Arena) -> None:
+    await arena.open_pool()
+    await arena.add_validator(arena.alice.name, 4)
+    for name in "bc":
+        await arena.add_validator(someone(name))
+
+    async def chance(participant: str, validators: int) -> float:
+        request = draw_pb2.EstimateOddsRequest(task=TASK, validators=validators, participant=participant)
+        return (await arena.alice.draws.EstimateOdds(request)).probability
+
+    assert await chance(someone("b"), 3) == 1
+    await arena.deposit(someone("creator"), 1, account=f"account of {someone('c')}")
+    assert await chance(someone("c"), 1) == 0
+    assert await chance(someone("b"), 1) == pytest.approx(1 / 3)
+    assert await chance(someone("b"), 3) == 0
+    async with refused(grpc.StatusCode.FAILED_PRECONDITION, reason="NOT_ENOUGH_VALIDATORS"):
+        await arena.draw(validators=3)
+
+
 # Restarts
 
 

@@ -28,6 +28,7 @@ from tiltyard.receipts import (
 from tiltyard.sortition import Place, SumTree, draw, draw_id, drawn_member
 from tiltyard.type.v1 import draw_pb2, task_pb2
 
+VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "vectors" / "draws.json").read_text())
 KEY = BlsKey(b"k" * 32)
 GROUPS = 11
 PASSED_OVER = {1: draw_pb2.PASSED_OVER_REASON_PAUSED, 3: draw_pb2.PASSED_OVER_REASON_QUOTA}
@@ -106,6 +107,18 @@ def test_an_honest_receipt_says_what_it_proves() -> None:
     proved = "\n".join(verify_receipt(receipt, selector_key=KEY.public_key))
     for part in (KEY.public_key.hex(), receipt.draw, receipt.pool_root.hex(), "places 0 to 6", "5 picks", "3 assigned"):
         assert part in proved
+
+
+@pytest.mark.parametrize("case", VECTORS["receipts"], ids=lambda case: case["name"])
+def test_receipts_of_the_vectors(case: dict[str, Any]) -> None:
+    """Made by another implementation, after docs/sortition.md alone."""
+    receipt = receipt_from_json(json.dumps(case["receipt"]))
+    assert json.loads(receipt_to_json(receipt)) == case["receipt"]
+    key = bytes.fromhex(case["selector_key"])
+    assert verify_receipt(receipt, selector_key=key)
+    receipt.draw_time.nanos += 1
+    with pytest.raises(ReceiptInvalid, match="not among those signed"):
+        verify_receipt(receipt, selector_key=key)
 
 
 def _leaves(document: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:

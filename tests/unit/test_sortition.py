@@ -70,6 +70,12 @@ def test_weights_of_the_vectors(case: dict[str, Any]) -> None:
     assert weight(stake, minimum_micros=minimum, curve=curve) == int(case["weight"])
 
 
+@pytest.mark.parametrize("case", VECTORS["quotas"])
+def test_quotas_of_the_vectors(case: dict[str, Any]) -> None:
+    own, reference = int(case["weight"]), int(case["reference_weight"])
+    assert quota_limit(own, reference_weight=reference, limit=case["limit"]) == case["uses"]
+
+
 @pytest.mark.parametrize("case", VECTORS["draws"], ids=lambda case: case["name"])
 def test_orders_roots_and_paths_of_the_vectors(case: dict[str, Any]) -> None:
     tree = _tree(case)
@@ -288,7 +294,23 @@ def test_exact_and_simulated_odds_agree() -> None:
     small = SumTree([("a", 5), ("b", 0), ("c", 3)])
     assert odds(small, 1, 2).probability == 0
     assert odds(small, 2, 2).probability == 1
+    # A draw of more than there are is refused.
+    assert odds(small, 2, 3).probability == 0
     assert odds(SumTree([("a", 1), ("b", 1), ("c", 2)]), 2, 2).probability == pytest.approx(exact[2])
+
+
+@pytest.mark.parametrize("size", [6, 30])
+@pytest.mark.parametrize("picks", [1, 3])
+def test_odds_leave_out_who_is_always_passed_over(size: int, picks: int) -> None:
+    """As though the leaf were not there, whose place in the order others get."""
+    weights = [7 + number for number in range(size)]
+    whole = SumTree((str(index), value) for index, value in enumerate(weights))
+    without = SumTree((str(index), value if index != 2 else 0) for index, value in enumerate(weights))
+    told, expected = odds(whole, 4, picks, left_out=[2]), odds(without, 4, picks)
+    error = 4 * (told.standard_error + expected.standard_error)
+    assert told.probability == pytest.approx(expected.probability, abs=error, rel=1e-12)
+    assert told.probability > odds(whole, 4, picks).probability + error
+    assert odds(whole, 2, picks, left_out=[2]).probability == 0
 
 
 # Keys

@@ -4,6 +4,7 @@ import { test } from "node:test";
 import * as bls from "../src/bls.js";
 import { fromHex, toHex } from "../src/bytes.js";
 import { drawSeed } from "../src/commitments.js";
+import { ReceiptInvalid, receiptFromJson, verifyReceipt } from "../src/receipts.js";
 import { checkOrder, drawnMember, drawnValue, type ProvedPlace } from "../src/sortition.js";
 import { vectors } from "./vectors.js";
 
@@ -20,6 +21,7 @@ interface Vectors {
     order: { place: number; leaf_index: number; weight: string; value: string }[];
     paths: string[];
   }[];
+  receipts: { selector_key: string; receipt: object }[];
 }
 
 const shared = vectors<Vectors>("draws.json");
@@ -66,5 +68,13 @@ test("orders hold with their proofs, and fail with any weight, leaf or root chan
     }
     assert.throws(() => checkOrder(seed, places, { ...pool, hash: new Uint8Array(32) }), /root/);
     assert.throws(() => checkOrder(seed.with(0, 1), places, pool), /place/);
+  }
+});
+
+test("receipts hold under their key, and not with a value changed that the signature alone fixes", () => {
+  for (const { selector_key, receipt } of shared.receipts) {
+    verifyReceipt(receiptFromJson(JSON.stringify(receipt)), fromHex(selector_key));
+    const changed = receiptFromJson(JSON.stringify({ ...receipt, alpha_millis: 501 }));
+    assert.throws(() => verifyReceipt(changed, fromHex(selector_key)), ReceiptInvalid);
   }
 });

@@ -360,7 +360,9 @@ class EstimateOddsResponse(_message.Message):
     pool_weight: _builtins.str
     """Weight of the whole pool, as a decimal string."""
     probability: _builtins.float
-    """Chance of being among those drawn, in [0, 1]. For people; nothing is decided by it."""
+    """Chance of being among those drawn, in [0, 1], where the creator's owner group alone is passed over, as it always is; 0 where
+    the pool has fewer groups that can be drawn than are asked for. For people; nothing is decided by it.
+    """
     standard_error: _builtins.float
     """Standard error of a simulated chance; 0 when it is exact."""
     quota_used: _builtins.int
