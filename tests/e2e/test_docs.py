@@ -5,11 +5,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from google.protobuf import json_format
 
+from services.registry.convert.drafts import draft_of
+from services.registry.records import Metric
 from tests.e2e.test_up import running
+from tiltyard.type.v1 import task_pb2
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("clients/*/README.md")])
@@ -84,6 +89,14 @@ def test_what_the_readme_makes_can_be_made() -> None:
     lines = [line for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
     asked = {line.split()[1] for line in lines if line.startswith("make ")}
     assert {"demo", "test"} <= asked <= targets
+
+
+def test_the_config_that_a_page_shows_is_one_that_a_registry_takes() -> None:
+    (shown,) = blocks(ROOT / "docs" / "howto" / "post-a-task.md", "json")
+    config = json_format.Parse(shown, task_pb2.TaskConfig())
+    config.evaluation_dataset.CopyFrom(task_pb2.DatasetDigest(sha256=bytes(32), size_bytes=1000))
+    draft = draft_of(config, now=datetime(2030, 1, 1, tzinfo=UTC), max_dataset_bytes=1000)
+    assert (draft.metric, draft.top_k, draft.limits.daily_submissions) == (Metric.TOP_K_ACCURACY, 3, 5)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
