@@ -74,7 +74,7 @@ async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = ut
     await asyncio.to_thread(data.tidy)
     models = TrainedModels(
         runs=folder,
-        device="cpu" if settings.device == "cpu" else "auto",
+        device=devices[0],
         memory_bytes=settings.model_memory_bytes,
         judges=Judges(store, registry, clock),
     )

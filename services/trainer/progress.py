@@ -40,28 +40,36 @@ class Progress:
 
 
 class History:
-    """At most `limit` points, evenly spaced in what was reported; the newest is always among them."""
+    """At most `limit` points, spaced evenly by step over the whole training; the newest is always among them.
+
+    `points` are those that another history kept: a restart thins the past no more than it was.
+    """
 
     def __init__(self, points: Iterable[Progress] = (), *, limit: int = HISTORY_POINTS) -> None:
         self._limit = limit
-        self._kept: list[Progress] = []
-        self._newest: Progress | None = None
-        self._stride = 1
-        self._seen = 0
-        for point in points:
-            self.add(point)
+        self._kept: list[Progress] = list(points)
+        self._newest: Progress | None = self._kept[-1] if self._kept else None
+        # Fewest steps from one kept point to the next.
+        self._gap = self._span() / limit
 
     def add(self, point: Progress) -> None:
         """Takes a point. One at an earlier step than the newest means that the training went back to a checkpoint."""
         if self._newest is not None and point.step < self._newest.step:
             self._kept = [kept for kept in self._kept if kept.step < point.step]
-        if self._seen % self._stride == 0:
-            self._kept.append(point)
-            if len(self._kept) >= self._limit:
-                self._kept = self._kept[::2]
-                self._stride *= 2
-        self._seen += 1
         self._newest = point
+        self._keep(point)
+        if len(self._kept) >= self._limit:
+            self._gap = 2 * self._span() / self._limit
+            thinned, self._kept = self._kept, []
+            for each in thinned:
+                self._keep(each)
+
+    def _keep(self, point: Progress) -> None:
+        if not self._kept or point.step - self._kept[-1].step >= self._gap:
+            self._kept.append(point)
+
+    def _span(self) -> int:
+        return self._kept[-1].step - self._kept[0].step if self._kept else 0
 
     @property
     def points(self) -> Sequence[Progress]:

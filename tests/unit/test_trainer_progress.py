@@ -26,6 +26,21 @@ def test_a_long_history_is_thinned_evenly_and_keeps_the_newest() -> None:
     assert len(gaps) == 1
 
 
+def test_a_history_that_outlives_restarts_stays_even_over_the_whole_training() -> None:
+    history = History()
+    for step in range(1, 20_001):
+        history.add(point(step))
+        if step % 3000 == 0:  # what a service writes down and reads again
+            history = History(history.points)
+    steps = [kept.step for kept in history.points]
+    assert steps[0] == 1
+    assert steps[-1] == 20_000
+    assert 200 <= len(steps) <= 500
+    # A week ago is told as finely as today.
+    gaps = [later - earlier for earlier, later in itertools.pairwise(steps)]
+    assert max(gaps) <= 4 * 20_000 / 500
+
+
 def test_going_back_to_a_checkpoint_drops_what_came_after_it() -> None:
     history = History(point(step) for step in (1, 2, 3, 4, 5))
     history.add(point(3))

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_digits
 
 from services.trainer import runfolder
 from services.trainer.config import LossKind, TrainingConfig
 from services.trainer.run import train
 from tiltyard.datasets import write_dataset
-from tiltyard.models import build, save_weights
+from tiltyard.models import Network, build, save_weights
 from tiltyard.modelspec import Mlp, ModelSpec
 
 SPEC = ModelSpec((8, 8), 10, Mlp((32,)), 1 / 16)
@@ -82,6 +83,23 @@ def test_a_fine_tuned_run_that_was_killed_ends_with_the_bits_of_one_that_was_not
     assert resumed[-1]["event"] == "trained"
     _, fresh = run(ordered(tmp_path / "fresh", config=config))
     assert fresh[-1]["model_digest"] != whole[-1]["model_digest"]
+
+
+def test_a_model_whose_file_answers_otherwise_is_not_let_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaging(module: Network, path: Path) -> None:
+        with torch.no_grad():
+            module.get_parameter("head.bias")[0] += 1
+            save_weights(module, path)
+            module.get_parameter("head.bias")[0] -= 1
+
+    monkeypatch.setattr("services.trainer.run.save_weights", damaging)
+    folder = ordered(tmp_path / "run")
+    status, events = run(folder)
+    assert status == 1
+    assert events[-1]["event"] == "broken"
+    assert "the model's file answers otherwise than the trained model" in events[-1]["error"]
+    assert not (folder / runfolder.MODEL_FILE).exists()
+    assert runfolder.read_result(folder) is None
 
 
 def test_a_base_model_that_was_damaged_on_the_disk_is_not_trained_from(tmp_path: Path, base_model: Path) -> None:

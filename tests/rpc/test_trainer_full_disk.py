@@ -1,0 +1,101 @@
+"""A training node whose disk is full: a real file system of a few megabytes that a test fills and empties again."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.rpc.test_trainer import LONG, RunningTrainer, children, refused, write_digits
+from tiltyard.client import Node, persist
+from tiltyard.identity import Key
+from tiltyard.trainer.v1 import trainer_pb2 as pb
+
+_SIZE = "12m"
+_IN_A_SMALL_DISK = 'mount -t tmpfs -o size=$1 tmpfs "$2" && shift 2 && exec "$@"'
+
+
+def in_a_small_disk(folder: Path, *command: str) -> list[str]:
+    """The command in a mount namespace of its own, where `folder` is a small file system."""
+    # Who is not root is root of a user namespace.
+    rights = [] if os.geteuid() == 0 else ["--map-root-user"]
+    return ["unshare", *rights, "--mount", "sh", "-c", _IN_A_SMALL_DISK, "sh", _SIZE, str(folder), *command]
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Key]]:
+    """A node whose state is on a small disk, its address, and its key."""
+    possible = shutil.which("unshare") and subprocess.run(
+        in_a_small_disk(tmp_path, "true"), check=False, capture_output=True
+    )
+    if not possible or possible.returncode:
+        pytest.skip("a file system of its own needs unshare and mount")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "data").mkdir()
+    write_digits(tmp_path / "data")
+    key = Key.load_or_create(tmp_path / "key.pem")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TILTYARD_")}
+    with tempfile.TemporaryDirectory(prefix="tiltyard") as short:
+        environment |= {
+            "TILTYARD_STATE_DIR": str(tmp_path / "state"),
+            "TILTYARD_DATA_DIR": str(tmp_path / "data"),
+            "TILTYARD_KEY_FILE": str(tmp_path / "key.pem"),
+            "TILTYARD_LISTEN": f"unix:{short}/node",
+            "TILTYARD_DEVICE": "cpu",
+            "TILTYARD_TRAINING_THREADS": "1",
+            "TILTYARD_LOG_LEVEL": "error",
+        }
+        command = in_a_small_disk(tmp_path / "state", sys.executable, "-m", "services.trainer")
+        process = subprocess.Popen(command, env=environment)
+        try:
+            yield process, f"unix:{short}/node", key
+        finally:
+            process.kill()
+            process.wait()
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all room there is."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        for size in (65536, 4096, 1):
+            with pytest.raises(OSError, match="No space left"):  # noqa: PT012 -- until there is no more
+                while True:
+                    file.write(bytes(size))
+    return filler
+
+
+async def test_a_training_pauses_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
+    tmp_path: Path, service: tuple[subprocess.Popen[bytes], str, Key]
+) -> None:
+    process, address, key = service
+    async with Node(key, address=address, node_id=key.id) as node:
+        trainer = RunningTrainer(node, address, tmp_path / "state")
+        disk = Path(f"/proc/{process.pid}/root{trainer.state}")
+        config = pb.TrainingConfig(epochs=40, checkpoint_interval_steps=20)
+        name = (await persist(lambda: trainer.start(config=config, request_id="one"))).name
+        filler, paused_at = None, 0
+        async for training in trainer.watch(name):
+            if filler is None and training.progress.step:
+                filler = fill(disk)
+            elif filler is not None and training.warnings and not paused_at:
+                paused_at = training.progress.step
+                assert training.state == pb.TRAINING_STATE_RUNNING
+                assert re.match("paused: the disk is full .* the run goes on when there is room", training.warnings[0])
+                # What cannot be written down is not begun.
+                assert (await refused(trainer.start(epochs=LONG))).code is grpc.StatusCode.UNAVAILABLE
+                (child,) = children(trainer.state)
+                filler.unlink()
+        assert 0 < paused_at < training.progress.total_steps == training.progress.step
+        assert training.state == pb.TRAINING_STATE_SUCCEEDED
+        assert training.warnings[1] == "the disk has room again: the run goes on"
+        assert not child.is_running()
+        kept = disk / "trainings" / name.removeprefix("trainings/")
+        assert sorted(path.name for path in kept.iterdir()) == ["model.safetensors", "spec.json"]
+        assert len((await node.trainings.ListTrainings(pb.ListTrainingsRequest())).trainings) == 1
