@@ -2,7 +2,7 @@
 
 The registry is `python -m services.registry` on a disk, beside a real selector; the raw server keeps no byte. One
 client process asks both in turns, over Unix sockets, and both ends of both hash all bytes.
-TILTYARD_BENCH_TRANSFER_MB sets the size of the model, 256 MB unless told. Its time is that of the whole call: for an
+TILTYARD_BENCH_TRANSFER_MB sets the size of the model, 1 GB unless told. Its time is that of the whole call: for an
 upload that is the digest of the file, the question where to begin, the bytes, and the answer that it is on record.
 """
 
@@ -39,7 +39,7 @@ _BLOCK = bytes(range(256)) * (CHUNK_BYTES // 256)
 
 def run() -> list[dict[str, Any]]:
     """Both directions, and the memory of both processes."""
-    size_mb = int(os.environ.get("TILTYARD_BENCH_TRANSFER_MB", "256"))
+    size_mb = int(os.environ.get("TILTYARD_BENCH_TRANSFER_MB", "1024"))
     with tempfile.TemporaryDirectory() as name, ExitStack() as processes:
         folder = Path(name)
         raw = processes.enter_context(_serving_raw(folder))

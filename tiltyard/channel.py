@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from tiltyard.allocator import keep_message_memory
 from tiltyard.call_tracing import observing_interceptors
 from tiltyard.identity import TokenSource
 from tiltyard.outgoing import DEADLINE_S, outgoing_interceptors
@@ -81,6 +82,7 @@ def open_channel(
     The files of `tls` are read again when they change. Raises tiltyard.tls.InvalidPem and OSError when they can't be
     used.
     """
+    keep_message_memory()
     interceptors = [
         *observing_interceptors(address),
         *outgoing_interceptors(address, tokens=tokens, deadline_s=deadline_s),

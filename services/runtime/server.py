@@ -22,6 +22,7 @@ from services.runtime.connections import ConnectionLimits, Doorkeeper, raise_fil
 from services.runtime.idempotency import RequestMemory
 from services.runtime.interceptors import CallInterceptor, Drain
 from services.runtime.limits import CallGate, CallLimits
+from tiltyard.allocator import keep_message_memory
 
 if TYPE_CHECKING:  # a model server has no database: it need not wait for SQLAlchemy's import
     from services.runtime.database import Database
@@ -71,6 +72,7 @@ class ArenaServer:
         connections: ConnectionLimits = ConnectionLimits(),  # noqa: B008 - frozen
         stream_idle_s: float = 0.0,
     ) -> None:
+        keep_message_memory()
         self._listen = listen
         self._mounts = tuple(mounts)
         self._tls = tls
