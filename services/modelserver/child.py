@@ -63,7 +63,7 @@ def live(order: Order, report: int, zygote: int) -> int:
 
 
 def _serve(order: Order, cores: int, report: int) -> int:
-    models = Models(threads=1, on_out_of_memory=lambda: os._exit(EXIT_OUT_OF_MEMORY))
+    models = Models(threads=1, memory_bytes=order.memory_bytes, on_out_of_memory=lambda: os._exit(EXIT_OUT_OF_MEMORY))
     try:
         models.load_folder_here(MODEL_NAME, Path(order.folder))
     except ModelFault as fault:

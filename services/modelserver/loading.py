@@ -1,13 +1,13 @@
 """A model from its folder: `spec.json` with `model.safetensors` or `model.onnx`, on a device."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from services.runtime.memory import memory_bytes
 from tiltyard.models import load_model
 from tiltyard.models.onnxmodel import OnnxNetwork
 from tiltyard.modelspec import FaultCode, ModelFault, ModelSpec, Onnx, count_parameters, from_json, validate
@@ -52,7 +52,7 @@ def resolve_device(device: str) -> str:
 def memory_budget(device: str) -> int:
     """Half of the memory where a device keeps its models, in bytes: the rest is for batches and for others."""
     if device == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return memory_bytes() // 2
     return int(torch.cuda.mem_get_info(device)[1]) // 2
 
 

@@ -13,7 +13,7 @@ from services.trainer.augmentation import shifted
 from services.trainer.batches import Batches, split
 from services.trainer.checkpoints import Checkpoint
 from services.trainer.config import LossKind, TrainingConfig
-from services.trainer.holdout import Holdout, evaluated
+from services.trainer.holdout import EVALUATED_ROWS, Holdout, evaluated
 from services.trainer.meter import REPORT_INTERVAL_S, Diverged, Meter
 from services.trainer.objectives import objective, optimizer_of
 from services.trainer.progress import Progress
@@ -60,6 +60,7 @@ class Descent:
         self._workers = workers
         # Each batch goes through the device in this many pieces: more than one where memory does not hold it whole.
         self._pieces = 1
+        self._evaluated_rows = EVALUATED_ROWS
         self._optimizer = optimizer_of(config, self.module)
         weights = torch.tensor(config.class_weights, device=self.device) if config.class_weights else None
         self._objective = objective(loss, config.label_smoothing, class_weights=weights)
@@ -182,11 +183,8 @@ class Descent:
 
     def _halve(self, error: Exception) -> None:
         """Lets batches through in pieces of half the rows. Raises the error when it is another, or one row too much."""
-        if not is_out_of_memory(error) or self._pieces >= self._config.batch_size:
-            raise error
+        self._expect_out_of_memory(error, halvable=self._pieces < self._config.batch_size)
         self._pieces = min(2 * self._pieces, self._config.batch_size)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         rows = -(-self._config.batch_size // self._pieces)
         self._warn(
             f"memory holds no {min(2 * rows, self._config.batch_size)} rows at step {self.step + 1}: each batch of "
@@ -194,8 +192,23 @@ class Descent:
         )
 
     def evaluate(self, module: Network) -> Holdout | None:
-        """A module on the held-out rows, None when no row is held out."""
-        return evaluated(module, self._rows, self._held_out, self._loss, device=self.device)
+        """A module on the held-out rows, None when no row is held out; in halves where memory does not hold many."""
+        while True:
+            try:
+                return evaluated(
+                    module, self._rows, self._held_out, self._loss, device=self.device, at_once=self._evaluated_rows
+                )
+            except (RuntimeError, MemoryError) as error:
+                self._expect_out_of_memory(error, halvable=self._evaluated_rows > 1)
+                self._evaluated_rows //= 2
+                self._warn(f"memory does not suffice to evaluate: {self._evaluated_rows} held-out rows now go at once")
+
+    def _expect_out_of_memory(self, error: Exception, *, halvable: bool) -> None:
+        """Raises the error when it is another, or when nothing is left to be halved."""
+        if not halvable or not is_out_of_memory(error):
+            raise error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def state(self) -> Checkpoint:
         """Everything that `restore` needs, between two updates."""

@@ -10,7 +10,7 @@ from services.trainer.objectives import objective
 from services.trainer.rows import Rows
 from tiltyard.models import Network
 
-_EVALUATED_ROWS = 512
+EVALUATED_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,16 @@ class Holdout:
     loss: float
 
 
-def evaluated(module: Network, rows: Rows, indices: Tensor, loss: LossKind, *, device: torch.device) -> Holdout | None:
-    """A module on the rows at `indices`, None when there is none; its mode is left as it was."""
+def evaluated(
+    module: Network,
+    rows: Rows,
+    indices: Tensor,
+    loss: LossKind,
+    *,
+    device: torch.device,
+    at_once: int = EVALUATED_ROWS,
+) -> Holdout | None:
+    """A module on the rows at `indices`, `at_once` at a time, None when there is none; its mode is left as it was."""
     total = len(indices)
     if total == 0:
         return None
@@ -32,15 +40,17 @@ def evaluated(module: Network, rows: Rows, indices: Tensor, loss: LossKind, *, d
     summed = torch.zeros((), dtype=torch.float64, device=device)
     training = module.training
     module.eval()
-    with torch.inference_mode():
-        for part in torch.split(indices, _EVALUATED_ROWS):
-            x, y = rows.take(part)
-            answers = module(x)
-            summed += plain(answers, y) * len(y)
-            if loss is LossKind.CROSS_ENTROPY:
-                correct += (answers.argmax(1) == y).sum()
-            elif rows.labelled:
-                right = (answers > 0) == (y > 0.5) if y.shape[1] == 1 else answers.argmax(1) == y.argmax(1)
-                correct += right.sum()
-    module.train(training)
+    try:
+        with torch.inference_mode():
+            for part in torch.split(indices, at_once):
+                x, y = rows.take(part)
+                answers = module(x)
+                summed += plain(answers, y) * len(y)
+                if loss is LossKind.CROSS_ENTROPY:
+                    correct += (answers.argmax(1) == y).sum()
+                elif rows.labelled:
+                    right = (answers > 0) == (y > 0.5) if y.shape[1] == 1 else answers.argmax(1) == y.argmax(1)
+                    correct += right.sum()
+    finally:
+        module.train(training)
     return Holdout(correct=int(correct), total=total, loss=float(summed) / total)

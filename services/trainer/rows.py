@@ -1,11 +1,10 @@
 """The local dataset as torch tensors, row by row: in the device's memory where it fits, else read from disk."""
 
-import os
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from services.runtime.memory import memory_bytes
 from services.trainer.config import LossKind
 
 # What torch can hold but not index is widened.
@@ -62,4 +61,4 @@ def _tensor(x: np.ndarray) -> Tensor:
 def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory_bytes()

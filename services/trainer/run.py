@@ -120,8 +120,9 @@ def _export(folder: Path, descent: Descent) -> str:
     """Writes the model once, reads it back, and lets it stand only if it answers the held-out rows as before."""
     draft = folder / f".{runfolder.MODEL_FILE}.unchecked"
     save_weights(descent.module, draft)
-    before = descent.evaluate(descent.module)
+    # The new one first: if memory holds few rows beside both, as few go at once through the other.
     after = descent.evaluate(load_model(descent.module.spec, draft, device=str(descent.device)))
+    before = descent.evaluate(descent.module)
     if before != after:
         raise SelfCheckFailed(f"the model's file answers otherwise than the trained model: {after}, not {before}")
     draft.replace(folder / runfolder.MODEL_FILE)

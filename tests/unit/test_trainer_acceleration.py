@@ -203,6 +203,28 @@ def test_memory_that_runs_out_in_the_middle_of_an_update_begins_it_anew() -> Non
     assert_same_weights(whole, run, tolerance=1e-3)
 
 
+def test_held_out_rows_go_through_in_halves_where_memory_does_not_hold_many() -> None:
+    config, warnings = replace(CONFIG, epochs=2, holdout_share=0.5, batch_size=20), list[str]()
+    whole, run = descent(config), descent(config, warn=warnings.append)
+    seen: list[int] = []
+
+    def scarce(_module: nn.Module, inputs: tuple[Tensor]) -> None:
+        seen.append(len(inputs[0]))
+        if seen[-1] > 70:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run.module.register_forward_pre_hook(scarce)
+    assert whole.run(report=lambda _: None)
+    assert run.run(report=lambda _: None)
+    assert whole.holdout is not None
+    assert run.holdout is not None
+    assert (run.holdout.correct, run.holdout.total) == (whole.holdout.correct, 200)
+    assert run.holdout.loss == pytest.approx(whole.holdout.loss, rel=1e-5)
+    assert warnings[-1] == "memory does not suffice to evaluate: 64 held-out rows now go at once"
+    assert [rows for rows in seen if rows > 20] == [200, 200, 128, 64, 64, 64, 64, 64, 64]
+    assert run.module.training
+
+
 def test_one_row_that_does_not_fit_ends_the_run() -> None:
     run = descent(acceleration=Acceleration(compiler=Scarce(0)))
     with pytest.raises(torch.OutOfMemoryError) as caught:
