@@ -162,3 +162,20 @@ def test_the_command_starts_without_torch_and_sklearn() -> None:
     code = "import sys, tiltyard.cli; print([m for m in ('torch', 'sklearn', 'grpc', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("stake", "deposit", "ab" * 20, 2**63, "--reference", "r", "--funding-account", "a"),
+        ("stake", "deposit", "ab" * 20, 0, "--reference", "r", "--funding-account", "a"),
+        ("stake", "request-withdrawal", 2**63),
+        ("odds", "digits", "--validators", 100),
+        ("odds", "digits", "--validators", 0),
+    ],
+)
+def test_numbers_that_no_call_can_take_are_refused_as_usage(tmp_path: Path, arguments: tuple[object, ...]) -> None:
+    tiltyard("key", "new", tmp_path / "me.pem")
+    result = tiltyard(*arguments, "--key", tmp_path / "me.pem")
+    assert result.exit_code == 2
+    assert "Input should be" in result.stderr

@@ -152,7 +152,7 @@ def verify(
 def odds(
     key: KeyOption,
     task: Annotated[str, typer.Argument(metavar="TASK", help="tasks/{task}, or the last part of it.")] = "",
-    validators: Annotated[int, typer.Option(help="How many are drawn, 1 to 99.")] = 3,
+    validators: Annotated[int, typer.Option(min=1, max=99, help="How many are drawn.")] = 3,
     draw: Annotated[str, typer.Option(help="Say why this draw did not pick the participant.")] = "",
     participant: Annotated[str, typer.Option(help="participants/{id} or the id; the key's own when left out.")] = "",
     origin: OriginOption = DEFAULT_ORIGIN,

@@ -19,7 +19,10 @@ from tiltyard.cli.output import as_json, print_json, print_message, print_table
 
 app = typer.Typer(help="Deposit, show and withdraw stake; amounts are micro-units.", no_args_is_help=True)
 
-AmountArgument = Annotated[int, typer.Argument(metavar="MICROS", help="Amount in micro-units, 1 or more.")]
+_MOST_MICROS = 2**63 - 1
+AmountArgument = Annotated[
+    int, typer.Argument(min=1, max=_MOST_MICROS, metavar="MICROS", help="Amount in micro-units, 1 or more.")
+]
 
 
 @app.command("deposit")
