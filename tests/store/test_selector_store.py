@@ -14,7 +14,9 @@ from sqlalchemy import LargeBinary, MetaData, String, create_engine, inspect
 from services.runtime.database import Database
 from services.runtime.errors import ArenaError
 from services.selector import migrations
+from services.selector.convert.pool import policy_message
 from services.selector.convert.receipts import ReceiptSigner
+from services.selector.convert.stake import list_ledger_events_response
 from services.selector.draws import DrawOrder, Draws
 from services.selector.eligibility import Applicant, Eligibility, Facts
 from services.selector.faults import COST_MILLIS, Fault, cost_micros
@@ -22,6 +24,7 @@ from services.selector.pool_trees import PoolTrees, at_version
 from services.selector.pools import Pools
 from services.selector.records import (
     Deposit,
+    Draw,
     EventKind,
     Evidence,
     EvidenceKind,
@@ -35,6 +38,7 @@ from services.selector.rows import SelectorRow
 from services.selector.stakes import Stakes
 from services.selector.store import SqlStore
 from services.selector.transaction import Transaction
+from tiltyard.audit.ledger import Ledger
 from tiltyard.bls import BlsKey
 from tiltyard.sortition import SQUARE_ROOT
 
@@ -318,6 +322,7 @@ async def test_the_pool_can_be_recomputed_from_the_events(selector: Selector) ->
     """A random history; then accounts, weights and quotas are added up from the events alone."""
     chance = random.Random(7)
     people = [someone(number) for number in range(12)]
+    draws: list[Draw] = []
     for task in ("t", "u"):
         await selector.open(task)
     for step in range(400):
@@ -340,6 +345,7 @@ async def test_the_pool_can_be_recomputed_from_the_events(selector: Selector) ->
                         await selector.pools.remove(task=task, participant=person)
                     else:
                         drawn = await selector.draws.draw(selector.order(step + 1, validators=1))
+                        draws.append(drawn)
                         if chance.random() < 0.5:
                             await selector.draws.settle(
                                 drawn.draw, participant=drawn.picks[0].participant, settlement=Settlement.REFUNDED
@@ -354,6 +360,15 @@ async def test_the_pool_can_be_recomputed_from_the_events(selector: Selector) ->
     uses: dict[str, int] = {}
     for event in page.events:
         _follow(event, books[event.participant] if event.participant in books else Books(), weights, uses)
+
+    # An outsider rebuilds the tree of every draw from the record log, where each event's message is a leaf.
+    ledger = Ledger(lambda task: policy_message(POLICY))
+    for message in list_ledger_events_response(page).events:
+        ledger.take(message)
+    assert len(draws) > 10
+    for drawn in draws:
+        pool = ledger.drawn[f"draws/{drawn.draw}"]
+        assert (pool.root, pool.weight, pool.size) == (drawn.pool_root, drawn.pool_weight, drawn.pool_size)
 
     def compare(transaction: Transaction) -> None:
         for person in people:
