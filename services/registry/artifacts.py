@@ -16,7 +16,10 @@ from tiltyard.writebehind import WriteBehind
 
 T = TypeVar("T")
 
-DOWNLOAD_CHUNK_BYTES = 1024 * 1024
+_LARGE_CHUNK_BYTES = 1024 * 1024
+_SMALL_CHUNK_BYTES = 256 * 1024
+# A reader that takes its time holds a few copies of its next chunk: a crowd of them gets small ones.
+_FEW_DOWNLOADS = 32
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Artifacts:
         self._files = files
         self._uploads = uploads
         self._clock = clock
+        self._downloads = 0
 
     async def upload(self, caller: str, upload: Upload, chunks: AsyncIterator[bytes]) -> Artifact:
         """Take the bytes from `upload.offset` on; what came before a break is kept for the next try.
@@ -95,13 +99,16 @@ class Artifacts:
         if offset > size:
             raise OutOfRange("WRONG_OFFSET", f"offset {offset} is beyond the {size} bytes", offset=str(size))
         file = await _stored(lambda: self._open_whole(artifact))
+        self._downloads += 1
         try:
             while offset < size:
-                length = min(DOWNLOAD_CHUNK_BYTES, size - offset)
-                chunk = await _stored(lambda at=offset, length=length: file.read(at, length))  # type: ignore[misc]
-                offset += len(chunk)
-                yield chunk
+                chunk_bytes = _LARGE_CHUNK_BYTES if self._downloads <= _FEW_DOWNLOADS else _SMALL_CHUNK_BYTES
+                length = min(chunk_bytes, size - offset)
+                # In no name of this frame, which stays as long as the reader takes.
+                yield await _read(file, offset, length)
+                offset += length
         finally:
+            self._downloads -= 1
             await _stored(file.close)
 
     def _open_whole(self, artifact: Artifact) -> StoredFile:
@@ -134,6 +141,13 @@ async def _receive(partial: Partial, upload: Upload, chunks: AsyncIterator[bytes
         await behind.flush()
     if received < upload.size_bytes:
         raise size_mismatch(f"ends after {received} of {upload.size_bytes} bytes; resume from there")
+
+
+async def _read(file: StoredFile, offset: int, length: int) -> bytes:
+    chunk = await _stored(lambda: file.read(offset, length))
+    if len(chunk) != length:
+        raise DataLoss("ARTIFACT_LOST", f"{len(chunk)} of {length} bytes are left at offset {offset}")
+    return chunk
 
 
 def _wrong_offset(right: int) -> OutOfRange:

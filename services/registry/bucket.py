@@ -15,6 +15,7 @@ from services.registry.artifact_files import Stored
 from services.registry.files import UploadFolder
 
 _BLOCK_BYTES = 8 << 20
+_LEAST_BYTES = 1 << 20
 # What one put has in memory: parts at once, each of this size.
 _PART_BYTES = 8 << 20
 _PARTS_AT_ONCE = 4
@@ -33,7 +34,7 @@ def _os_errors() -> Iterator[None]:
 
 
 class BucketObject:
-    """An object that is read by position, a block ahead: small reads in order cost one request each 8 MiB."""
+    """An object that is read by position, a block ahead: small reads in order cost one request each MiB, chunks one for four."""
 
     def __init__(self, store: S3Store, key: str) -> None:
         self._store = store
@@ -50,7 +51,9 @@ class BucketObject:
             return b""
         at = offset - self._block_offset
         if at < 0 or at + length > len(self._block):
-            wanted = min(max(length, _BLOCK_BYTES), self.size - offset)
+            # Four chunks ahead: a crowd of readers, who get small chunks, holds little.
+            ahead = min(max(4 * length, _LEAST_BYTES), _BLOCK_BYTES)
+            wanted = min(max(length, ahead), self.size - offset)
             with _os_errors():
                 self._block = bytes(obstore.get_range(self._store, self._key, start=offset, length=wanted))
             self._block_offset, at = offset, 0

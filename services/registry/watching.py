@@ -10,7 +10,7 @@ from services.registry.transaction import Changes
 S = TypeVar("S")
 
 # A change that nobody announced (another process, a clock) is seen this late at most.
-_LOOK_AGAIN_S = 5.0
+_LOOK_AGAIN_S = 30.0
 
 
 async def watch(changes: Changes, topic: str, read: Callable[[], Awaitable[S]]) -> AsyncGenerator[S, None]:

@@ -2,10 +2,6 @@
 
 import asyncio
 import hashlib
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from tests.service_process import ServiceProcess
 from tiltyard.channel import open_channel
 from tiltyard.identity import Key, TokenSource
 from tiltyard.receipts import verify_receipt
@@ -26,40 +23,6 @@ PICKS = 3
 VALIDATORS = 12
 PATIENCE_S = 60
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-
-
-class Process:
-    """`python -m services.selector` on one socket and state, started again after each kill."""
-
-    def __init__(self, folder: Path, keys: dict[str, Key]) -> None:
-        self._folder = folder
-        self._settings = {
-            "TILTYARD_LISTEN": f"unix:{folder}/s.sock",
-            "TILTYARD_STATE_DIR": str(folder / "state"),
-            "TILTYARD_OPERATORS": keys["operator"].id,
-            "TILTYARD_SERVICES": keys["service"].id,
-        }
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def address(self) -> str:
-        return self._settings["TILTYARD_LISTEN"]
-
-    def start(self) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("TILTYARD_")}
-        with (self._folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "services.selector"],
-                env=environment | self._settings,
-                stdout=log,
-                stderr=log,
-            )
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-            self._process = None
 
 
 def someone(number: int) -> str:
@@ -138,7 +101,7 @@ async def ledger(stakes: Any) -> list[stake_types.LedgerEvent]:
 )
 async def test_no_draw_is_lost_doubled_or_changed_by_kills(tmp_path: Path, number_of_draws: int, kills: int) -> None:
     keys = {role: Key.generate() for role in ("operator", "service")}
-    selector = Process(tmp_path, keys)
+    selector = ServiceProcess(tmp_path, "selector", operators=keys["operator"].id, services=keys["service"].id)
     selector.start()
     audience = "tiltyard.local/selector"
     try:
