@@ -1,9 +1,12 @@
 """The selector's domain over a real database: what survives, what is rolled back, and what the events add up to."""
 
+import asyncio
+import hashlib
 import random
 import shutil
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from math import isqrt
 from pathlib import Path
@@ -40,7 +43,8 @@ from services.selector.store import SqlStore
 from services.selector.transaction import Transaction
 from tiltyard.audit.ledger import Ledger
 from tiltyard.bls import BlsKey
-from tiltyard.sortition import SQUARE_ROOT
+from tiltyard.odds import inclusion_probabilities
+from tiltyard.sortition import SQUARE_ROOT, weight
 
 NOW = datetime(2030, 1, 1, 12, 30, 15, 123456, UTC)
 MINIMUM = 100
@@ -299,6 +303,46 @@ async def test_a_chain_of_funding_accounts_is_one_group_named_by_its_smallest_id
     assert next(place for place in drawn.picks if len(place.members) > 1).members == tuple(map(someone, (3, 5, 7, 9)))
     # The stakes of all four, each of 100 at the time it was locked.
     assert drawn.pool_weight == 2 * 2**32 + 2**32
+
+
+class HashSigner:
+    """Sigmas that are as random as those of BLS, and made a thousand times faster."""
+
+    async def sign_anchor(self, anchor: bytes) -> bytes:
+        return hashlib.sha512(anchor).digest() + hashlib.sha256(anchor).digest()
+
+
+async def test_draws_of_the_selector_fit_the_exact_chances_of_owner_groups(selector: Selector) -> None:
+    """Groups of one to three members, by funding account and by owner: each is drawn by the sum of its stakes."""
+    draws = Draws(selector.store, selector.trees, HashSigner(), clock=lambda: NOW)
+    unlimited = replace(POLICY, limit=2**31 - 1)
+    await selector.pools.open(task="t", policy=unlimited, open_time=NOW, creator=CREATOR)
+    members = {0: [1, 2, 3], 1: [4, 5], 2: [6], 3: [7, 8], 4: [9], 5: [10], 6: [11]}
+    for group, people in members.items():
+        for number in people:
+            account = f"account {group}" if group != 3 else ""
+            await selector.deposit(someone(number), 100 * (1 + number), account=account)
+            await selector.admit(someone(number), owner=someone(10**6 + 2) if group == 3 else "")
+    group_of = {someone(number): group for group, people in members.items() for number in people}
+    runs, picks = 4000, 3
+    seen: Counter[int] = Counter()
+    picked: Counter[str] = Counter()
+    for first in range(1, runs + 1, 64):
+        numbers = range(first, min(first + 64, runs + 1))
+        made = await asyncio.gather(*(draws.draw(selector.order(number, validators=picks)) for number in numbers))
+        for drawn in made:
+            groups = {group_of[place.participant] for place in drawn.picks}
+            assert len(groups) == picks
+            seen.update(groups)
+            picked.update(place.participant for place in drawn.picks)
+    stakes = [sum(100 * (1 + number) for number in people) for people in members.values()]
+    weights = [weight(stake, minimum_micros=MINIMUM, curve=SQUARE_ROOT) for stake in stakes]
+    for group, chance in enumerate(inclusion_probabilities(weights, picks)):
+        # One degree of freedom; 0.001 for all seven together.
+        assert (seen[group] - runs * chance) ** 2 / (runs * chance * (1 - chance)) < 14.4
+        for number in members[group]:
+            each = chance / len(members[group])
+            assert (picked[someone(number)] - runs * each) ** 2 / (runs * each * (1 - each)) < 16
 
 
 async def _groups(selector: Selector, *numbers: int) -> list[int]:
