@@ -1,24 +1,17 @@
 /** Connections of a participant to an arena: typed clients of every service, with tokens, deadlines and retries. */
 
-import { randomBytes } from "node:crypto";
-
-import { ChannelCredentials, type ChannelOptions } from "@grpc/grpc-js";
+import { ChannelCredentials } from "@grpc/grpc-js";
 import {
-  Metadata,
-  Status,
   createChannel,
   createClientFactory,
-  type CallOptions,
   type Channel,
   type Client as ServiceClient,
-  type ClientMiddleware,
-  type ClientMiddlewareCall,
   type CompatServiceDefinition,
 } from "nice-grpc";
 import { deadlineMiddleware, type DeadlineOptions } from "nice-grpc-client-middleware-deadline";
-import { retryMiddleware, type RetryOptions } from "nice-grpc-client-middleware-retry";
 import { errorDetailsClientMiddleware } from "nice-grpc-error-details";
 
+import { DEADLINE_MS, bearer, channelOptions, deadlines, repeatable } from "./calling.js";
 import { arenaErrors } from "./errors.js";
 import { Key, TokenSource } from "./identity.js";
 import { GRPCInferenceServiceDefinition } from "./proto/tiltyard/inference/v2/inference.js";
@@ -36,11 +29,8 @@ import { StakeServiceDefinition } from "./proto/tiltyard/selector/v1/stake.js";
 import { TrainingServiceDefinition } from "./proto/tiltyard/trainer/v1/trainer.js";
 import { ValidationServiceDefinition } from "./proto/tiltyard/validator/v1/validator.js";
 
-const DEADLINE_MS = 20_000;
-const MAX_MESSAGE_BYTES = 4 * 1024 * 1024;
-
-/** What a call may be told beside its request: deadline, retries, an abort signal. */
-export type ArenaCallOptions = DeadlineOptions & RetryOptions;
+/** What a call may be told beside its request: a deadline, metadata, an abort signal. */
+export type ArenaCallOptions = DeadlineOptions;
 type Calls<Service extends CompatServiceDefinition> = ServiceClient<Service, ArenaCallOptions>;
 
 /** Where and as whom to connect. Addresses are `HOST:PORT`. */
@@ -55,6 +45,8 @@ export interface ArenaOptions {
   selector?: string;
   /** TLS: the authority of the servers, and for mutual TLS the own certificate and key, each PEM. Left out: plaintext. */
   tls?: TlsOptions;
+  /** Milliseconds for each call with one answer that names no deadline, 20,000 where left out. */
+  deadlineMs?: number;
 }
 
 /** PEM texts of a TLS client. */
@@ -64,17 +56,14 @@ export interface TlsOptions {
   key?: Buffer;
 }
 
-/** An idempotency key for one mutating call and all its retries. */
-export function newRequestId(): string {
-  return randomBytes(16).toString("hex");
-}
-
 class Connections {
   readonly #channels = new Map<string, Channel>();
+  readonly #services = new Map<CompatServiceDefinition, unknown>();
 
   constructor(
     readonly key: Key,
     private readonly tls: TlsOptions | undefined,
+    private readonly deadlineMs: number = DEADLINE_MS,
   ) {}
 
   /** Resource name of the key's holder. */
@@ -87,31 +76,28 @@ class Connections {
     address: string,
     audience: string,
   ): Calls<Service> {
+    const known = this.#services.get(service);
+    if (known !== undefined) return known as Calls<Service>;
     const channel = this.#channels.get(address) ?? createChannel(address, credentials(this.tls), channelOptions());
     this.#channels.set(address, channel);
-    const defaults: ArenaCallOptions = {
-      retry: true,
-      retryMaxAttempts: 3,
-      retryBaseDelayMs: 200,
-      retryMaxDelayMs: 2_000,
-      // Mutating calls may be sent again: each carries a request id.
-      retryableStatuses: [Status.UNAVAILABLE],
-    };
-    // The first is the outermost: a failure is taken apart after the last retry, and a deadline is over all of them.
-    return createClientFactory()
+    // The last is the outermost: a failure is taken apart where it arrives and leaves as an ArenaError.
+    const calls = createClientFactory()
       .use(bearer(new TokenSource(this.key, audience)))
       .use(errorDetailsClientMiddleware)
-      .use(retryMiddleware)
-      .use(unaryDeadline)
       .use(deadlineMiddleware)
+      .use(deadlines(this.deadlineMs))
+      .use(repeatable(service))
       .use(arenaErrors)
-      .create(service, channel, { "*": defaults }) as Calls<Service>;
+      .create(service, channel) as Calls<Service>;
+    this.#services.set(service, calls);
+    return calls;
   }
 
   /** Closes the connections; calls in flight fail. */
   close(): void {
     for (const channel of this.#channels.values()) channel.close();
     this.#channels.clear();
+    this.#services.clear();
   }
 
   [Symbol.dispose](): void {
@@ -119,14 +105,14 @@ class Connections {
   }
 }
 
-/** A participant's connections to one arena. Unary calls get a deadline of 20 s unless they name one. */
+/** A participant's connections to one arena. Calls get a deadline unless they name one, streams an hour. */
 export class Client extends Connections {
   readonly origin: string;
   readonly #registry: string;
   readonly #selector: string | undefined;
 
   constructor(options: ArenaOptions) {
-    super(options.key, options.tls);
+    super(options.key, options.tls, options.deadlineMs);
     this.origin = options.origin;
     this.#registry = options.registry;
     this.#selector = options.selector;
@@ -202,8 +188,8 @@ export class Node extends Connections {
   readonly #address: string;
   readonly #nodeId: string;
 
-  constructor(options: { key: Key; address: string; nodeId: string; tls?: TlsOptions }) {
-    super(options.key, options.tls);
+  constructor(options: { key: Key; address: string; nodeId: string; tls?: TlsOptions; deadlineMs?: number }) {
+    super(options.key, options.tls, options.deadlineMs);
     this.#address = options.address;
     this.#nodeId = options.nodeId;
   }
@@ -224,37 +210,7 @@ export class Node extends Connections {
   }
 }
 
-function bearer(tokens: TokenSource): ClientMiddleware {
-  return async function* withToken<Request, Response>(
-    call: ClientMiddlewareCall<Request, Response>,
-    options: CallOptions,
-  ) {
-    const metadata = Metadata(options.metadata).set("authorization", `Bearer ${tokens.token()}`);
-    return yield* call.next(call.request, { ...options, metadata });
-  };
-}
-
-async function* unaryDeadline<Request, Response>(
-  call: ClientMiddlewareCall<Request, Response, DeadlineOptions>,
-  options: CallOptions & DeadlineOptions,
-) {
-  const isUnary = !call.requestStream && !call.responseStream;
-  return yield* call.next(call.request, isUnary ? { deadline: DEADLINE_MS, ...options } : options);
-}
-
 function credentials(tls: TlsOptions | undefined): ChannelCredentials {
   if (tls === undefined) return ChannelCredentials.createInsecure();
   return ChannelCredentials.createSsl(tls.ca ?? null, tls.key ?? null, tls.certificate ?? null);
-}
-
-function channelOptions(): ChannelOptions {
-  return {
-    "grpc.keepalive_time_ms": 30_000,
-    "grpc.keepalive_timeout_ms": 10_000,
-    "grpc.keepalive_permit_without_calls": 1,
-    "grpc.initial_reconnect_backoff_ms": 200,
-    "grpc.max_reconnect_backoff_ms": 2_000,
-    "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
-    "grpc.max_send_message_length": MAX_MESSAGE_BYTES,
-  };
 }

@@ -1,6 +1,7 @@
 /** Client of a Tiltyard arena, and the checks that need no trust in its servers. */
 
-export { Client, Node, newRequestId, type ArenaCallOptions, type ArenaOptions, type TlsOptions } from "./client.js";
+export { newRequestId } from "./calling.js";
+export { Client, Node, type ArenaCallOptions, type ArenaOptions, type TlsOptions } from "./client.js";
 export { ArenaError, type FieldViolation } from "./errors.js";
 export { Key, TokenSource, issueToken, participantId } from "./identity.js";
 export { COMMIT, ENDORSEMENT, JOIN, OWNER, REVEAL, openStatement, signStatement } from "./statements.js";

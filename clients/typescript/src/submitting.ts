@@ -2,8 +2,9 @@
 
 import { randomBytes } from "node:crypto";
 
+import { newRequestId } from "./calling.js";
+import type { Client } from "./client.js";
 import { SALT_BYTES, submissionCommitment } from "./commitments.js";
-import { newRequestId, type Client } from "./client.js";
 import type { Member } from "./proto/tiltyard/registry/v1/membership.js";
 import { ModelFormat } from "./proto/tiltyard/type/v1/model.js";
 import type { Role } from "./proto/tiltyard/type/v1/participation.js";

@@ -1,0 +1,91 @@
+import assert from "node:assert/strict";
+import { after, test } from "node:test";
+
+import { ServerError, Status, createServer, type Server } from "nice-grpc";
+
+import { STREAM_DEADLINE_MS, deadlines } from "../src/calling.js";
+import { ArenaError, Client, Key } from "../src/index.js";
+import { TaskServiceDefinition, type CloseTaskRequest } from "../src/proto/tiltyard/registry/v1/task.js";
+
+const { closeTask, listTasks } = TaskServiceDefinition.methods;
+const SERVED = { ...TaskServiceDefinition, methods: { closeTask, listTasks } } as const;
+
+const open: { close?(): void; forceShutdown?(): void }[] = [];
+
+after(() => {
+  for (const each of open) (each.close ?? each.forceShutdown)?.call(each);
+});
+
+/** A client of a registry that closes a task when `close` does not throw, and never answers what its tasks are. */
+async function connected(close: (request: CloseTaskRequest) => void, deadlineMs?: number): Promise<Client> {
+  const server: Server = createServer();
+  server.add(SERVED, {
+    closeTask: async (request: CloseTaskRequest) => {
+      close(request);
+      return {};
+    },
+    listTasks: (_request, { signal }) =>
+      new Promise((_resolve, reject) => signal.addEventListener("abort", () => reject(new DOMException("gone", "AbortError")))),
+  });
+  const port = await server.listen("127.0.0.1:0");
+  const client = new Client({ key: Key.generate(), origin: "arena", registry: `127.0.0.1:${port}`, deadlineMs });
+  open.push(client, server);
+  return client;
+}
+
+function unavailable(): never {
+  throw new ServerError(Status.UNAVAILABLE, "not now");
+}
+
+test("a call that is never answered ends by the client's deadline", { timeout: 10_000 }, async () => {
+  const client = await connected(() => undefined, 200);
+  const ended = await client.tasks.listTasks({}).catch((error: unknown) => error);
+  assert.ok(ended instanceof ArenaError && ended.code === Status.DEADLINE_EXCEEDED, String(ended));
+});
+
+test("a call of any shape has a deadline, its own before ours", async () => {
+  const seen: unknown[] = [];
+  for (const [requestStream, responseStream, deadline] of [
+    [false, false, undefined],
+    [false, true, undefined],
+    [true, false, undefined],
+    [false, true, 5],
+  ]) {
+    const next = async function* (_request: unknown, options: { deadline?: unknown }) {
+      seen.push(options.deadline);
+    };
+    const call = { method: {}, requestStream, responseStream, request: {}, next };
+    await deadlines(7)(call as never, { deadline } as never).next();
+  }
+  assert.deepEqual(seen, [7, STREAM_DEADLINE_MS, STREAM_DEADLINE_MS, 5]);
+});
+
+test("a change goes out with a request id that stays the same through repeats", { timeout: 20_000 }, async () => {
+  const ids: string[] = [];
+  const client = await connected(({ requestId }) => {
+    ids.push(requestId);
+    if (ids.length < 3) unavailable();
+  });
+  await client.tasks.closeTask({ name: "tasks/t" });
+  await client.tasks.closeTask({ name: "tasks/t", requestId: "mine" });
+  assert.equal(ids.length, 4);
+  assert.match(ids[0] ?? "", /^[0-9a-f]{32}$/);
+  assert.deepEqual(ids.slice(1), [ids[0], ids[0], "mine"]);
+});
+
+test("repeats have a budget", { timeout: 60_000 }, async () => {
+  let asked = 0;
+  const client = await connected(() => {
+    asked += 1;
+    unavailable();
+  });
+  const calls = 100;
+  for (let made = 0; made < calls; made += 10) {
+    const together = Array.from({ length: 10 }, () => client.tasks.closeTask({ name: "tasks/t" }));
+    for (const end of await Promise.allSettled(together)) {
+      assert.ok(end.status === "rejected" && end.reason instanceof ArenaError && end.reason.isTransient);
+    }
+  }
+  // Without a budget there would be 400 attempts; half of the hundred tokens pay for repeats.
+  assert.ok(asked > calls && asked <= calls + 60, String(asked));
+});
