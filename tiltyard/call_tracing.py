@@ -73,6 +73,11 @@ class ObservedCall(Span):
             durations = _ANSWERED if self.kind is Kind.SERVER else _MADE
             durations.record_under(self.attributes, time.perf_counter() - self._started)
 
+    def failed(self, error: BaseException) -> None:
+        """It was ended by an error of this side before there was an answer."""
+        code = error.code() if isinstance(error, grpc.aio.AioRpcError) else grpc.StatusCode.CANCELLED
+        self.answered(code.name)
+
 
 def answering(method: str, headers: Sequence[tuple[str, str | bytes]]) -> ObservedCall:
     """A call that has arrived; `headers` may name the trace of its caller."""
@@ -84,8 +89,17 @@ def answering(method: str, headers: Sequence[tuple[str, str | bytes]]) -> Observ
     return ObservedCall(Kind.SERVER, method[1:], parent)
 
 
-def _code_of(call: Any) -> str:
-    """The status of a call that is over. grpc.aio offers it as a coroutine, which has nothing to wait for by then."""
+def making(method: str | bytes, peer: str) -> ObservedCall | None:
+    """A call that goes out to the address `peer`, as part of the span at hand; None where nobody looks."""
+    if not observing():
+        return None
+    name = method.decode() if isinstance(method, bytes) else method
+    return ObservedCall(Kind.CLIENT, name.lstrip("/"), tracing.current(), peer=peer)
+
+
+def code_of(call: Any) -> str:
+    """The name of the status of a call that is over."""
+    # grpc.aio offers it as a coroutine, which has nothing to wait for by then.
     asked = call.code()
     try:
         asked.send(None)
@@ -96,47 +110,25 @@ def _code_of(call: Any) -> str:
     return grpc.StatusCode.UNKNOWN.name
 
 
-class _Observing:
-    def __init__(self, address: str) -> None:
-        self._address = address
+class _ObservingUnary(grpc.UnaryUnaryClientInterceptor):
+    def __init__(self, parent: TraceContext | None, peer: str) -> None:
+        self._parent = parent
+        self._peer = peer
 
-    async def _call(self, continuation: Any, details: Any, request: Any) -> Any:
-        method = details.method.decode() if isinstance(details.method, bytes) else details.method
-        observed = ObservedCall(Kind.CLIENT, method.lstrip("/"), tracing.current(), peer=self._address)
-        if observed.headers:
-            details = details._replace(metadata=grpc.aio.Metadata(*(details.metadata or ()), *observed.headers))
-        try:
-            call = await continuation(details, request)
-        except BaseException:
-            observed.answered(grpc.StatusCode.CANCELLED.name)
-            raise
-        call.add_done_callback(lambda ended: observed.answered(_code_of(ended)))
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        observed = ObservedCall(Kind.CLIENT, client_call_details.method.lstrip("/"), self._parent, peer=self._peer)
+        metadata = (*(client_call_details.metadata or ()), *observed.headers)
+        call = continuation(client_call_details._replace(metadata=metadata), request)
+        call.add_done_callback(lambda ended: observed.answered(ended.code().name))
         return call
 
 
-# gRPC files an interceptor under the first shape it finds: each shape needs a class of its own.
-class _UnaryUnary(_Observing, grpc.aio.UnaryUnaryClientInterceptor):
-    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await self._call(continuation, client_call_details, request)
+def observed_channel(channel: grpc.Channel, *, peer: str) -> grpc.Channel:
+    """A channel for threads whose unary calls are told as parts of the span at hand; `channel` where nobody looks.
 
-
-class _UnaryStream(_Observing, grpc.aio.UnaryStreamClientInterceptor):
-    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await self._call(continuation, client_call_details, request)
-
-
-class _StreamUnary(_Observing, grpc.aio.StreamUnaryClientInterceptor):
-    async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return await self._call(continuation, client_call_details, request_iterator)
-
-
-class _StreamStream(_Observing, grpc.aio.StreamStreamClientInterceptor):
-    async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return await self._call(continuation, client_call_details, request_iterator)
-
-
-def observing_interceptors(address: str) -> Sequence[grpc.aio.ClientInterceptor]:
-    """Interceptors for a channel to `address`: none where nobody would look, so that a call costs nothing then."""
+    Threads have contexts of their own: the span is the one that surrounds this call. `peer` is empty where there are
+    more peers than a metric should name.
+    """
     if not observing():
-        return []
-    return [_UnaryUnary(address), _UnaryStream(address), _StreamUnary(address), _StreamStream(address)]
+        return channel
+    return grpc.intercept_channel(channel, _ObservingUnary(tracing.current(), peer))

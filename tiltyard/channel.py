@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import grpc
 
 from tiltyard.allocator import keep_message_memory
-from tiltyard.call_tracing import observing_interceptors
 from tiltyard.identity import TokenSource
 from tiltyard.outgoing import DEADLINE_S, outgoing_interceptors
 
@@ -83,10 +82,7 @@ def open_channel(
     used.
     """
     keep_message_memory()
-    interceptors = [
-        *observing_interceptors(address),
-        *outgoing_interceptors(address, tokens=tokens, deadline_s=deadline_s),
-    ]
+    interceptors = outgoing_interceptors(address, tokens=tokens, deadline_s=deadline_s)
     options = channel_options(address, max_message_bytes=max_message_bytes)
     # Nobody listens in on a Unix socket.
     if tls is None or address.startswith("unix:"):

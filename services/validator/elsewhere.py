@@ -21,6 +21,7 @@ from services.validator.fleet import Endpoint, Fleet
 from services.validator.pipeline import CHANNEL_OPTIONS, RequestRefused, StreamBroken, WrongAnswer
 from services.validator.rows import EvaluationRows
 from services.validator.runs import Fault, Finding, Progress
+from tiltyard.call_tracing import observed_channel
 from tiltyard.counting import Metric, NanOutput, Tally
 from tiltyard.identity import Key, issue_token
 
@@ -37,9 +38,13 @@ def connected(
     key: Key,
     audience: str,
     credentials: grpc.ChannelCredentials | None,
+    peer: str = "",
     options: Sequence[tuple[str, str | int]] = (),
 ) -> Iterator[Endpoint]:
-    """A channel to the server at `target`, whose calls carry a token of `key` for `audience` ("": none)."""
+    """A channel to the server at `target`, whose calls carry a token of `key` for `audience` ("": none).
+
+    `peer` is its address as telemetry tells it, empty for strangers', of which there are many.
+    """
     tokens: dict[str, float] = {}
 
     def metadata() -> tuple[tuple[str, str | bytes], ...]:
@@ -60,7 +65,7 @@ def connected(
         else grpc.secure_channel(target, credentials, options=all_options)
     )
     try:
-        yield Endpoint(name, channel, metadata)
+        yield Endpoint(name, observed_channel(channel, peer=peer), metadata)
     finally:
         # A channel closes only when what was handed to its socket has been read: nobody waits for a server that
         # hangs, and least of all the event loop.

@@ -104,4 +104,5 @@ class EndpointAttempts:
             audience=server.key_id,
             # Read for each evaluation, so that certificates may be replaced meanwhile.
             credentials=(self._tls or ChannelTls()).credentials() if by_tls else None,
+            peer=server.address,
         )

@@ -22,7 +22,7 @@ from services.runtime.telemetry import configure_logging
 from tests.otlp_receiver import collecting
 from tests.rpc.test_runtime_server import SHAPES, Shapes, call, mount
 from tests.unit.test_tracing import Kept
-from tiltyard import call_tracing, metrics, otlp, telemetry, tracing
+from tiltyard import breaker, call_tracing, metrics, otlp, telemetry, tracing
 from tiltyard.channel import open_channel
 
 SERVICE = "test.v1.Shapes"
@@ -108,6 +108,20 @@ async def test_failures_are_counted_by_reason_and_in_error_where_the_server_is_t
     assert refusals.sums()[key] == before + 1
 
 
+async def test_a_call_that_the_breaker_refuses_is_told_as_unavailable(kept: Kept) -> None:
+    async with open_channel("127.0.0.1:1") as channel:
+        for _ in range(breaker.FAILURES):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await call(channel, "unary_unary")
+        made = len(kept.spans)
+        for shape in ("unary_unary", "unary_stream"):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await call(channel, shape)
+    refused = kept.spans[made:]
+    assert [span.error for span in refused] == ["UNAVAILABLE", "UNAVAILABLE"]
+    assert all(span.end_ns - span.start_ns < 100_000_000 for span in refused)
+
+
 async def test_health_is_asked_too_often_to_be_told(kept: Kept) -> None:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -121,7 +135,7 @@ async def test_health_is_asked_too_often_to_be_told(kept: Kept) -> None:
 
 def test_nothing_is_observed_where_nobody_looks() -> None:
     assert not call_tracing.observing()
-    assert call_tracing.observing_interceptors("127.0.0.1:1") == []
+    assert call_tracing.making("/a.B/C", "127.0.0.1:1") is None
 
 
 def test_without_the_variables_nothing_of_opentelemetry_is_imported() -> None:

@@ -13,10 +13,14 @@ from safetensors.numpy import save_file
 from services.runtime.errors import ResourceExhausted
 from services.runtime.rpc_errors import to_rpc_status
 from services.validator import fleet as fleet_module
+from services.validator.elsewhere import connected
 from services.validator.fleet import WINDOW, Endpoint, Fleet, ModelServer, parse_servers
 from services.validator.pipeline import RequestRefused, StreamBroken, StreamCancelled, WrongAnswer
 from services.validator.rows import EvaluationRows
+from tests.unit.test_tracing import Kept
 from tests.wiretap import labels_in, tapped
+from tiltyard import tracing
+from tiltyard.identity import Key
 from tiltyard.inference.v2 import inference_pb2 as pb
 from tiltyard.inference.v2 import inference_pb2_grpc as rpc
 
@@ -29,11 +33,13 @@ class Server(rpc.GRPCInferenceServiceServicer):
 
     def __init__(self, spoil=None, *, typed=False):
         self.requests = []
+        self.traces = []
         self._spoil = spoil
         self._typed = typed
 
     def ModelInfer(self, request, context):
         self.requests.append(request)
+        self.traces.append(dict(context.invocation_metadata()).get("traceparent"))
         x = np.frombuffer(request.raw_input_contents[0], dtype=np.uint8).reshape(tuple(request.inputs[0].shape))
         logits = x[:, :2].astype("<f4")
         answer = pb.ModelInferResponse(id=request.id)
@@ -102,6 +108,39 @@ def test_servers_share_an_evaluation_and_no_label_is_on_the_wire(rows):
     wire = b"".join(server.tap.sent for server in servers)
     assert rows.features(0, STEP) in wire
     assert labels_in(wire, LABELS.tolist()) == []
+
+
+def test_each_batch_is_part_of_the_evaluations_trace_here_and_on_the_server(rows):
+    server, kept = Server(), Kept()
+    tracing.install(kept)
+    try:
+        with (
+            serving(server),
+            tracing.span("evaluate") as evaluation,
+            connected(
+                "gpu", server.tap.address, key=Key.generate(), audience="", credentials=None, peer="gpu:7405"
+            ) as endpoint,
+        ):
+            assert np.array_equal(evaluated(rows, fleet_of([endpoint])), expected(rows))
+            # A call's span ends a moment after its answer has come.
+            until = time.monotonic() + 10
+            while len(kept.spans) < ROWS // STEP and time.monotonic() < until:
+                time.sleep(0.01)
+    finally:
+        tracing.install(None)
+    calls = [span for span in kept.spans if span.kind is tracing.Kind.CLIENT]
+    assert len(calls) == ROWS // STEP
+    assert {call.parent for call in calls} == {evaluation.context}
+    assert {call.context.traceparent for call in calls} == set(server.traces)
+    told = {"server.address": "gpu", "server.port": 7405, "rpc.response.status_code": "OK"}
+    assert all(told.items() <= dict(call.attributes).items() for call in calls)
+
+
+def test_where_nobody_traces_servers_are_told_of_no_trace(rows):
+    server = Server()
+    with serving(server) as endpoints:
+        evaluated(rows, fleet_of(endpoints))
+    assert set(server.traces) == {None}
 
 
 def die_after(count):
