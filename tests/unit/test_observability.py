@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 OBSERVABILITY = ROOT / "deploy/observability"
 ALERTS = yaml.safe_load((OBSERVABILITY / "alerts.yaml").read_text())["groups"][0]["rules"]
+TRIALS = yaml.safe_load((OBSERVABILITY / "alerts.test.yaml").read_text())["tests"]
 PANELS = json.loads((OBSERVABILITY / "grafana/dashboards/tiltyard.json").read_text())["panels"]
 QUERIES = [rule["expr"] for rule in ALERTS] + [target["expr"] for panel in PANELS for target in panel["targets"]]
 
@@ -63,6 +66,25 @@ def test_each_alert_says_how_urgent_it_is_and_what_is_the_matter() -> None:
     for rule in ALERTS:
         assert rule["labels"]["severity"] in ("page", "ticket")
         assert rule["annotations"]["summary"].endswith(".")
+
+
+def test_each_alert_is_tried_on_what_it_is_for_and_on_an_arena_where_all_is_well() -> None:
+    tried = {(each["alertname"], bool(each.get("exp_alerts"))) for trial in TRIALS for each in trial["alert_rule_test"]}
+    assert tried == {(rule["alert"], fires) for rule in ALERTS for fires in (True, False)}
+    series = {line["series"] for trial in TRIALS for line in trial["input_series"]}
+    assert {each.partition("{")[0] for each in series} <= in_prometheus()
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="there is no promtool (it comes with Prometheus)")
+@pytest.mark.parametrize(
+    "asked", ["check rules alerts.yaml", "test rules alerts.test.yaml", "check config prometheus.yaml"]
+)
+def test_prometheus_takes_the_alerts_and_finds_them_where_they_should_be(asked: str) -> None:
+    syntax = ["--syntax-only"] if "config" in asked else []  # the rules lie elsewhere in its container
+    done = subprocess.run(
+        ["promtool", *asked.split(), *syntax], cwd=OBSERVABILITY, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("query", QUERIES)
