@@ -35,6 +35,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"max_content_width": 120},  # as wide as the terminal, up to this
 )
 app.command("demo")(demo.demo)
 app.command("up")(up.up)
