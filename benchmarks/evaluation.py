@@ -48,7 +48,7 @@ CONVNET_SAMPLES = 30_000
 CONVNET_ROUNDS = 3
 CONVNET_GOAL = 0.95
 MLSERVER_SAMPLES = 40_000
-MLSERVER_ROUNDS = 3
+MLSERVER_ROUNDS = 5
 MLSERVER_GOAL = 6.0
 _DROP = "/benchmark.v1.Drop/Drop"
 _OPTIONS = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 16 << 20)]
@@ -79,7 +79,7 @@ async def _run() -> list[dict[str, Any]]:
         _result("evaluation, of torch", path, "a: torch in one process", a, None),
         _result("evaluation, of a stream", path, "b: a bare gRPC stream that drops", b, None),
         await _convnet(),
-        await _against_mlserver(path),
+        await _against_mlserver(),
     ]
 
 
@@ -99,11 +99,12 @@ async def _convnet() -> dict[str, Any]:
     return _result("evaluation of a convnet", path, "torch in one process", a, CONVNET_GOAL)
 
 
-async def _against_mlserver(path: float) -> dict[str, Any]:
+async def _against_mlserver() -> dict[str, Any]:
     """The same model and the same client; loading is not counted. A row that says why, where there is no MLServer."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiltyard-benchmark-")))
-        job = _job(folder, SPEC, MLSERVER_SAMPLES)
+        (folder / "ours").mkdir()
+        job, theirs_job = _job(folder / "ours"), _job(folder, SPEC, MLSERVER_SAMPLES)
         share = folder / "share"
         model = template(share / "m") / "model-settings.json"
         model.write_text(model.read_text().replace("${MODEL}", "m"))
@@ -111,35 +112,38 @@ async def _against_mlserver(path: float) -> dict[str, Any]:
             (share / "m" / name).hardlink_to(folder / name)
         try:
             address = await asyncio.to_thread(stack.enter_context, mlserver(share))
-            seconds = await asyncio.to_thread(_timed_fleet, address, job)
         except PeerUnavailable as error:
-            row = _result("evaluation against MLServer", path, f"not measured, no MLServer here: {error}", 1.0, None)
-            return {**row, "theirs": 0.0, "ratio": 0.0}
-    return _result(
-        "evaluation against MLServer", path, "MLServer, our client", MLSERVER_SAMPLES / seconds, MLSERVER_GOAL
-    )
+            row = _result("evaluation against MLServer", 0.0, f"not measured, no MLServer here: {error}", 1.0, None)
+            return {**row, "theirs": 0.0}
+        channel = stack.enter_context(grpc.insecure_channel(address, options=_OPTIONS))
+        load = pb.RepositoryModelLoadRequest(model_name="m")
+        await asyncio.to_thread(rpc.GRPCInferenceServiceStub(channel).RepositoryModelLoad, load, timeout=120)
+        async with Nursery() as nursery:
+            attempts = NurseryAttempts(nursery, folder=folder / "children", threads=0, concurrency=1)
+            stack.callback(attempts.close)
+            ours, theirs = [], []
+            for _ in range(MLSERVER_ROUNDS):
+                ours.append(await _timed_attempt(attempts, job))
+                theirs.append(await asyncio.to_thread(_timed_fleet, channel, theirs_job))
+    path, peer = SAMPLES / median(ours), MLSERVER_SAMPLES / median(theirs)
+    return _result("evaluation against MLServer", path, "MLServer, our client", peer, MLSERVER_GOAL)
 
 
-def _timed_fleet(address: str, job: Job) -> float:
-    """Seconds for every row through a server that has the model `m` loaded, the median of some rounds."""
-    with EvaluationRows.open(job.dataset) as rows, grpc.insecure_channel(address, options=_OPTIONS) as channel:
-        rpc.GRPCInferenceServiceStub(channel).RepositoryModelLoad(
-            pb.RepositoryModelLoadRequest(model_name="m"), timeout=120
+def _timed_fleet(channel: grpc.Channel, job: Job) -> float:
+    """Seconds for every row through a server that has the model `m` loaded."""
+    with EvaluationRows.open(job.dataset) as rows:
+        tally = Tally()
+        fleet = Fleet(
+            [Endpoint("mlserver", channel, tuple)],
+            model="m",
+            outputs=SPEC.outputs,
+            rows_per_batch=rows_per_batch(SPEC, rows.row_bytes),
         )
-        rounds = []
-        for _ in range(MLSERVER_ROUNDS):
-            tally = Tally()
-            fleet = Fleet(
-                [Endpoint("mlserver", channel, tuple)],
-                model="m",
-                outputs=SPEC.outputs,
-                rows_per_batch=rows_per_batch(SPEC, rows.row_bytes),
-            )
-            started = time.perf_counter()
-            fleet.run(rows, lambda start, stop, logits, tally=tally: tally.add(logits, rows.labels(start, stop)))
-            rounds.append(time.perf_counter() - started)
-            assert tally.total == rows.total
-    return median(rounds)
+        started = time.perf_counter()
+        fleet.run(rows, lambda start, stop, logits: tally.add(logits, rows.labels(start, stop)))
+        seconds = time.perf_counter() - started
+        assert tally.total == rows.total
+    return seconds
 
 
 def _result(name: str, ours: float, against: str, theirs: float, goal: float | None) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def load(endpoints: Sequence[Endpoint], name: str) -> list[Endpoint]:
         _, late = wait(running, timeout=max(LATE_S, LATE_TIMES * (time.monotonic() - began)))
         for future in late:
             running[future].give_up()
+    for future in running:
+        future.result()  # raises what nobody thought of
     failures = [(each.endpoint.name, *each.failure) for each in loads if each.failure is not None]
     for server, _, detail in failures:
         _log.warning("a model server does not load a model", server=server, detail=detail)
