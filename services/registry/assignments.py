@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from services.registry.duty_watch import Told, tell, told_all
 from services.registry.records import (
     Assignment,
     AssignmentState,
@@ -20,7 +21,6 @@ from services.registry.records import (
 )
 from services.registry.rounds import FIRST_ROUND, end_assignment, log_assignment
 from services.registry.transaction import Changes, Reading, Store, Writing
-from services.registry.turns import fairly
 from services.registry.watching import watch
 from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied
 from services.runtime.names import AssignmentId
@@ -62,29 +62,30 @@ class Assignments:
         self._store = store
         self._changes = changes
 
-    async def watch(self, caller: str, *, after: int | None) -> AsyncIterator[tuple[Assignment, int]]:
-        """The caller's assignments that have not ended, then each change, without end; each with a cursor.
+    async def watch(self, caller: str, *, after: Told | None) -> AsyncIterator[tuple[Assignment, Told]]:
+        """The caller's assignments that have not ended, then each change, without end; each with what is told by then.
 
-        With `after` the changes above that cursor only. What comes together is in turn by task, so that a task with
-        many submissions does not hold up one with few. Several changes of one assignment in a short time may show as
-        the last of them, and after a break some may come again.
+        With `after` only what is not told yet. What comes together is in turn by task. Several changes of one
+        assignment in a short time may show as the last of them.
         """
+        told = after or Told()
         if after is None:
-            seen, unended = await self._store.read(
+            begun, unended = await self._store.read(
                 lambda tx: (tx.assignment_sequence(), tx.assignments_unended_of(caller))
             )
-            for watched in _in_turn(unended, seen=0):
+            told = Told(begun=begun)
+            for watched in tell(unended, told, reach=begun):
                 yield watched
-        else:
-            seen = after
+            told = told_all(told, reach=begun)
 
         async def changed() -> Sequence[Assignment]:
-            return await self._store.read(lambda tx: tx.assignments_of(caller, after=seen, limit=_WATCH_PAGE))
+            return await self._store.read(lambda tx: tx.assignments_of(caller, after=told.seen, limit=_WATCH_PAGE))
 
         async for page in watch(self._changes, f"validators/{caller}", changed):
-            before, seen = seen, max((assignment.sequence for assignment in page), default=seen)
-            for watched in _in_turn(page, seen=before):
+            reach = max((assignment.sequence for assignment in page), default=told.seen)
+            for watched in tell(page, told, reach=reach):
                 yield watched
+            told = told_all(told, reach=reach)
 
     async def page(
         self, caller: str, submission: tuple[str, int] | None, *, after: tuple[int, int], limit: int
@@ -158,17 +159,6 @@ class Assignments:
             return end_assignment(tx, found, AssignmentState.DECLINED)
 
         return await self._store.write(write)
-
-
-def _in_turn(page: Sequence[Assignment], *, seen: int) -> list[tuple[Assignment, int]]:
-    """A page that is in order of sequences, by task in turn. Each with the cursor that misses none of the rest."""
-    ordered = fairly(page, by=lambda assignment: assignment.task)
-    cursors: list[int] = []
-    least = max((assignment.sequence for assignment in page), default=seen) + 1
-    for assignment in reversed(ordered):
-        cursors.append(max(seen, least - 1))
-        least = min(least, assignment.sequence)
-    return list(zip(ordered, reversed(cursors), strict=True))
 
 
 def own_assignment(tx: Reading, assignment: AssignmentId, caller: str) -> Assignment:

@@ -34,7 +34,7 @@ def _os_errors() -> Iterator[None]:
 
 
 class BucketObject:
-    """An object that is read by position, a block ahead: small reads in order cost one request each MiB, chunks one for four."""
+    """An object that is read by position, a block ahead: small reads cost one request each MiB, chunks one for four."""
 
     def __init__(self, store: S3Store, key: str) -> None:
         self._store = store

@@ -1,8 +1,10 @@
 """The ranking of a task's training nodes by their best score."""
 
+import hashlib
+import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import datetime
 
 from services.registry.records import Score, Submission, SubmissionState, Task, TaskState
@@ -41,8 +43,13 @@ class Ranking:
     round: int
     final: bool
     update_time: datetime
-    revision: int
     ended: bool
+
+    @property
+    def face(self) -> str:
+        """What a watcher sees of it, as a fingerprint: the same for as long as nothing of it changes."""
+        shown = json.dumps([[astuple(place) for place in self.places], self.round, self.final])
+        return hashlib.sha256(shown.encode()).hexdigest()[:32]
 
 
 class Leaderboard:
@@ -56,15 +63,14 @@ class Leaderboard:
         """The ranking as it is. Raises NotFound."""
         return await self._store.read(lambda tx: _ranking(tx, task))
 
-    async def watch(self, task: str, *, after: int | None) -> AsyncIterator[Ranking]:
-        """The ranking now, unless nothing has changed since revision `after`, and after each change of its places."""
-        shown: tuple[object, ...] | None = None
+    async def watch(self, task: str, *, after: str) -> AsyncIterator[Ranking]:
+        """The ranking now, unless its face is still `after`, and after each change of it until the task has ended."""
+        seen = after
         async with aclosing(watch(self._changes, f"tasks/{task}", lambda: self.get(task))) as rankings:
             async for ranking in rankings:
-                face = (ranking.places, ranking.round, ranking.final)
-                if face != shown and not (shown is None and ranking.revision == after):
+                if ranking.face != seen:
+                    seen = ranking.face
                     yield ranking
-                shown = face
                 if ranking.ended:
                     return
 
@@ -98,7 +104,6 @@ def _ranking(tx: Reading, task_id: str) -> Ranking:
         round=round_,
         final=task.state is TaskState.FINAL,
         update_time=_changed(task, [submission for _, submission, _ in ordered]),
-        revision=task.revision,
         ended=task.state in ENDED,
     )
 

@@ -500,3 +500,11 @@ async def test_a_task_without_holdout_has_none_to_publish(arena: RegistryServer,
     await arena.open_task(creator, dataset_bytes(tmp_path))
     with refused(PRECONDITION, "NO_HOLDOUT"):
         await creator.tasks.PublishHoldout(PublishHoldoutRequest(name="tasks/t"))
+
+
+async def test_a_cursor_of_another_kind_is_refused(arena: RegistryServer, tmp_path: Path) -> None:
+    creator = await arena.participant("creator")
+    await arena.create_task(creator, dataset_bytes(tmp_path))
+    with refused(INVALID, field="cursor"):
+        request = leaderboard_pb2.WatchLeaderboardRequest(task="tasks/t", cursor="not one")
+        await creator.leaderboard.WatchLeaderboard(request).read()

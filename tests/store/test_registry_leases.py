@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from services.registry import docket
+from services.registry.duty_watch import Told
+from services.registry.leaderboard import Ranking
 from services.registry.listing import Listing
 from services.registry.queries import SqlReading
 from services.registry.records import Assignment, Role, RoundState, SubmissionState, ValidatorFaultKind
 from services.runtime.errors import AlreadyExists, ArenaError, FailedPrecondition, ResourceExhausted
 from tests.registry_fakes import FakeSelection, SettableClock
 from tests.registry_world import NODES, TASK, VALIDATORS, MemoryFiles, World, model_bytes, open_database, task_config
+from tiltyard.identity import Key
 
 MINUTE_S, HOUR_S = 60, 3600
 
@@ -166,7 +169,7 @@ async def test_a_task_with_many_submissions_does_not_starve_one_with_few(
     assert {assignment.number for assignment in heard if assignment.task == "small"} == few
 
 
-async def test_a_watch_that_breaks_anywhere_misses_nothing(world: World) -> None:
+async def test_a_watch_that_breaks_anywhere_neither_misses_nor_repeats(world: World) -> None:
     for task in (TASK, "small"):
         await world.open_task(task=task)
     for index in range(3):
@@ -176,17 +179,42 @@ async def test_a_watch_that_breaks_anywhere_misses_nothing(world: World) -> None
     validator = max(VALIDATORS[:6], key=lambda key: _drawn(world, key.id)).id
     own = {(a.task, a.number) for a in await world.store.read(lambda tx: tx.assignments_unended_of(validator))}
     assert len(own) > 1
-    for cut in range(len(own) + 1):
-        heard: set[tuple[str, int]] = set()
-        cursor: int | None = None
-        while heard != own:
-            async with aclosing(world.assignments.watch(validator, after=cursor)) as watched:
+    for cut in range(1, len(own) + 1):
+        heard: list[tuple[str, int]] = []
+        told: Told | None = None
+        while len(heard) < len(own):
+            async with aclosing(world.assignments.watch(validator, after=told)) as watched:
                 taken = 0
                 async for assignment, reached in watched:
-                    heard.add((assignment.task, assignment.number))
-                    cursor, taken = reached, taken + 1
-                    if taken == max(1, cut) or heard == own:
+                    heard.append((assignment.task, assignment.number))
+                    told, taken = reached, taken + 1
+                    if taken == cut or len(heard) == len(own):
                         break
+        assert sorted(heard) == sorted(own), f"breaking off after each {cut}"
+
+
+async def test_a_watched_ranking_is_told_once_for_each_change_of_its_places_through_breaks(world: World) -> None:
+    await world.open_task()
+
+    async def scored(node: Key, name: str, correct: int) -> None:
+        number = await world.submit(node, model_bytes(name))
+        await world.turn()
+        await world.judge(number, correct, correct, correct)
+
+    async def next_of(seen: str) -> Ranking:
+        async with aclosing(world.leaderboard.watch(TASK, after=seen)) as rankings, asyncio.timeout(20):
+            return await anext(aiter(rankings))
+
+    empty = await next_of("")
+    assert empty.places == ()
+    await scored(NODES[0], "first", 600)
+    one = await next_of(empty.face)
+    assert [place.correct for place in one.places] == [600]
+    # The task changes with each commitment, the ranking does not: a watcher that was away hears nothing of it.
+    await world.commit(NODES[1], model_bytes("never revealed"))
+    resumed = asyncio.ensure_future(next_of(one.face))
+    await scored(NODES[2], "better", 900)
+    assert [place.correct for place in (await resumed).places] == [900, 600]
 
 
 def _drawn(world: World, validator: str) -> int:

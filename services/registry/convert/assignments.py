@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from services.registry.assignments import EvaluationOrder, Lease
 from services.registry.convert.enums import ASSIGNMENT_STATE, METRIC, MODEL_FORMAT
 from services.registry.convert.times import duration, timestamp
+from services.registry.duty_watch import Told
 from services.registry.records import Assignment
 from services.runtime import names
 from services.runtime.errors import InvalidArgument
@@ -16,7 +17,9 @@ from services.runtime.paging import PageTokens, page_size
 from tiltyard.registry.v1 import assignment_pb2
 from tiltyard.wire import model_spec_to_proto
 
-_CURSOR = re.compile(r"0|[1-9][0-9]{0,17}")
+# A cursor is what has been told: `seen`, `seen:begun`, and after either `,first-last` for each range beyond.
+_CURSOR = re.compile(r"(?P<seen>[0-9]{1,18})(:(?P<begun>[0-9]{1,18}))?(?P<beyond>(,[0-9]{1,18}-[0-9]{1,18})*)")
+_MAX_CURSOR_CHARS = 50_000
 _MAX_TOKEN_CHARS = 100
 _MAX_REASON_CHARS = 500
 
@@ -37,13 +40,15 @@ class AssignmentQuery:
         return self.size + 1
 
 
-def cursor_of(request: assignment_pb2.WatchAssignmentsRequest) -> int | None:
-    """The sequence of the last assignment seen, None for none."""
+def told_of(request: assignment_pb2.WatchAssignmentsRequest) -> Told | None:
+    """What the watcher has been told, None for nothing yet."""
     if not request.cursor:
         return None
-    if not _CURSOR.fullmatch(request.cursor):
+    read = _CURSOR.fullmatch(request.cursor) if len(request.cursor) <= _MAX_CURSOR_CHARS else None
+    if read is None:
         raise InvalidArgument.field("cursor", "is not a cursor of this stream")
-    return int(request.cursor)
+    ranges = [each.split("-") for each in read["beyond"].split(",")[1:]]
+    return Told(int(read["seen"]), tuple((int(first), int(last)) for first, last in ranges), int(read["begun"] or 0))
 
 
 def accept_of(request: assignment_pb2.AcceptAssignmentRequest) -> tuple[AssignmentId, bytes]:
@@ -94,9 +99,11 @@ def page_message(
     )
 
 
-def watched_message(assignment: Assignment, cursor: int) -> assignment_pb2.WatchAssignmentsResponse:
-    """One message of WatchAssignments."""
-    return assignment_pb2.WatchAssignmentsResponse(assignment=assignment_message(assignment), cursor=str(cursor))
+def watched_message(assignment: Assignment, told: Told) -> assignment_pb2.WatchAssignmentsResponse:
+    """One message of WatchAssignments, and what the watcher has been told with it."""
+    begun = f":{told.begun}" if told.begun > told.seen else ""
+    cursor = "".join([f"{told.seen}{begun}", *(f",{first}-{last}" for first, last in told.beyond)])
+    return assignment_pb2.WatchAssignmentsResponse(assignment=assignment_message(assignment), cursor=cursor)
 
 
 def accepted_message(lease: Lease) -> assignment_pb2.AcceptAssignmentResponse:

@@ -1,9 +1,14 @@
 """Rankings in the contract's words."""
 
+import re
+
 from services.registry.convert.times import timestamp
 from services.registry.leaderboard import Ranking
 from services.runtime import names
+from services.runtime.errors import InvalidArgument
 from tiltyard.registry.v1 import leaderboard_pb2
+
+_FACE = re.compile(r"[0-9a-f]{1,32}")
 
 
 def leaderboard_message(ranking: Ranking) -> leaderboard_pb2.Leaderboard:
@@ -30,8 +35,13 @@ def leaderboard_message(ranking: Ranking) -> leaderboard_pb2.Leaderboard:
     )
 
 
+def face_of(request: leaderboard_pb2.WatchLeaderboardRequest) -> str:
+    """The face of the ranking last seen, empty for none."""
+    if request.cursor and not _FACE.fullmatch(request.cursor):
+        raise InvalidArgument.field("cursor", "is not a cursor of this stream")
+    return request.cursor
+
+
 def watched_message(ranking: Ranking) -> leaderboard_pb2.WatchLeaderboardResponse:
     """One message of WatchLeaderboard."""
-    return leaderboard_pb2.WatchLeaderboardResponse(
-        leaderboard=leaderboard_message(ranking), cursor=str(ranking.revision)
-    )
+    return leaderboard_pb2.WatchLeaderboardResponse(leaderboard=leaderboard_message(ranking), cursor=ranking.face)

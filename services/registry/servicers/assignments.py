@@ -22,8 +22,8 @@ class AssignmentServicer(assignment_pb2_grpc.AssignmentServiceServicer):
     async def WatchAssignments(
         self, request: assignment_pb2.WatchAssignmentsRequest, context: Any
     ) -> AsyncIterator[assignment_pb2.WatchAssignmentsResponse]:
-        async for assignment, cursor in self._assignments.watch(current_caller().id, after=convert.cursor_of(request)):
-            yield convert.watched_message(assignment, cursor)
+        async for assignment, told in self._assignments.watch(current_caller().id, after=convert.told_of(request)):
+            yield convert.watched_message(assignment, told)
 
     async def ListAssignments(
         self, request: assignment_pb2.ListAssignmentsRequest, context: Any

@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from services.registry.convert import leaderboard as convert
-from services.registry.convert.cursors import revision_of
 from services.registry.leaderboard import Leaderboard
 from services.runtime.names import parse_task
 from tiltyard.registry.v1 import leaderboard_pb2, leaderboard_pb2_grpc
@@ -26,5 +25,5 @@ class LeaderboardServicer(leaderboard_pb2_grpc.LeaderboardServiceServicer):
         self, request: leaderboard_pb2.WatchLeaderboardRequest, context: Any
     ) -> AsyncIterator[leaderboard_pb2.WatchLeaderboardResponse]:
         task = parse_task(request.task, "task")
-        async for ranking in self._leaderboard.watch(task, after=revision_of(request.cursor)):
+        async for ranking in self._leaderboard.watch(task, after=convert.face_of(request)):
             yield convert.watched_message(ranking)
