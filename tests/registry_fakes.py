@@ -79,6 +79,7 @@ class FakeSelection:
         self.slashes: dict[tuple[str, str], ValidatorFaultKind] = {}
         self.events: list[bytes] = []
         self.facts_seen: list[EligibilityFacts] = []
+        self.owners: dict[str, str] = {}
 
     async def check_eligibility(
         self, *, participant: str, task: str, role: Role, facts: EligibilityFacts, policy: SelectionPolicy
@@ -110,6 +111,11 @@ class FakeSelection:
             self.record(stake_pb2.LEDGER_EVENT_KIND_CANDIDATE_ADDED, task=task, participant=participant)
         weight = 1 << 32 if role is Role.VALIDATOR else 0
         return Candidacy(verdict, locked_micros=100, weight=weight, owner_group=owner or participant)
+
+    async def merge_owner_groups(self, participant: str, *, owner: str) -> None:
+        self._asked("merge_owner_groups")
+        self.owners[participant] = owner
+        self.record(stake_pb2.LEDGER_EVENT_KIND_OWNER_GROUPS_MERGED, participant=participant)
 
     async def remove_candidate(self, *, task: str, participant: str) -> None:
         self._asked("remove_candidate")
@@ -244,11 +250,11 @@ class FakeSelection:
         )
         return Draw(name, tuple(known.picks), receipt.SerializeToString(deterministic=True))
 
-    def record(self, kind: stake_pb2.LedgerEventKind.ValueType, *, task: str, participant: str = "") -> None:
+    def record(self, kind: stake_pb2.LedgerEventKind.ValueType, *, task: str = "", participant: str = "") -> None:
         event = stake_pb2.LedgerEvent(
             sequence=len(self.events) + 1,
             kind=kind,
-            task=names.format_task(task),
+            task=names.format_task(task) if task else "",
             participant=names.format_participant(participant) if participant else "",
         )
         event.time.FromDatetime(self._clock())

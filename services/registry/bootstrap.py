@@ -160,7 +160,7 @@ async def build(
         log.take_ledger_events,
     )
     mounts = servicers.mounts(
-        participants=ParticipantServicer(Participants(store, trusted=trusted), origin=origin, tokens=tokens),
+        participants=ParticipantServicer(Participants(store, selection, trusted=trusted), origin=origin, tokens=tokens),
         tasks=TaskServicer(
             Tasks(store, selection, changes, BaseModels(store, files, clock), trusted=trusted),
             clock,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from services.registry.entries import EndorsementChanged, OwnerBound, ParticipantRegistered
 from services.registry.listing import Listing, Place
 from services.registry.records import Endorsement, Participant
+from services.registry.selection import Selection
 from services.registry.transaction import Reading, Store, Writing
 from services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound
 from tiltyard.identity import Envelope
@@ -22,8 +23,9 @@ class Profile:
 class Participants:
     """Knows the key holders. The words of `trusted` participants count for eligibility."""
 
-    def __init__(self, store: Store, *, trusted: Collection[str]) -> None:
+    def __init__(self, store: Store, selection: Selection, *, trusted: Collection[str]) -> None:
         self._store = store
+        self._selection = selection
         self._trusted = frozenset(trusted)
 
     async def register(
@@ -63,16 +65,23 @@ class Participants:
         if owner == caller:
             raise InvalidArgument.field("statement.owner", "is the caller itself")
 
-        def work(tx: Writing) -> Profile:
+        def bindable(tx: Reading) -> Participant:
             participant = registered(tx, caller)
             if participant.owner not in (None, owner):
                 raise FailedPrecondition("OWNER_BOUND", "the caller is bound to another owner")
+            return participant
+
+        def work(tx: Writing) -> Profile:
+            participant = bindable(tx)
             if participant.owner is None:
                 participant = replace(participant, owner=owner)
                 tx.put_participant(participant)
                 tx.append(OwnerBound(statement))
             return self._profile(tx, participant)
 
+        await self._store.read(bindable)
+        # Before it is recorded: nobody is bound in the record of whom the selector has not heard.
+        await self._selection.merge_owner_groups(caller, owner=owner)
         return await self._store.write(work)
 
     async def endorse(self, caller: str, *, subject: str, field: str, statement: Envelope) -> Profile:

@@ -70,6 +70,12 @@ class SelectorPeer:
         answer = await _asked(self._pools.AddCandidate(request))
         return Candidacy(verdict_of(answer.verdict), answer.locked_micros, answer.weight, answer.owner_group)
 
+    async def merge_owner_groups(self, participant: str, *, owner: str) -> None:
+        request = pool_pb2.MergeOwnerGroupsRequest(
+            participant=names.format_participant(participant), owner=names.format_participant(owner)
+        )
+        await _asked(self._pools.MergeOwnerGroups(request))
+
     async def remove_candidate(self, *, task: str, participant: str) -> None:
         request = pool_pb2.RemoveCandidateRequest(
             task=names.format_task(task), participant=names.format_participant(participant)

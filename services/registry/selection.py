@@ -59,6 +59,10 @@ class Selection(Protocol):
         AlreadyExists(ROLE_TAKEN)."""
         ...
 
+    async def merge_owner_groups(self, participant: str, *, owner: str) -> None:
+        """Make both one owner group, in every open pool too."""
+        ...
+
     async def remove_candidate(self, *, task: str, participant: str) -> None:
         """Unlock one candidate's stake, who is in no further draw."""
         ...

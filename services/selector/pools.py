@@ -84,6 +84,25 @@ class Pools:
 
         return await self._store.write(work)
 
+    async def merge_owner_groups(self, participant: str, *, owner: str) -> str:
+        """Makes the owner groups of a participant and its owner one. Returns the group's id."""
+
+        def work(transaction: Transaction) -> str:
+            if transaction.owner_group(participant) != transaction.owner_group(owner):
+                now = self._clock()
+                owner_groups.join(transaction, self._trees, participant, owner, now)
+                merged = LedgerEvent(
+                    EventKind.OWNER_GROUPS_MERGED,
+                    now,
+                    participant=participant,
+                    owner_group=transaction.owner_group(participant),
+                    reference=f"participants/{owner}",
+                )
+                transaction.append_events([merged])
+            return transaction.owner_group(participant)
+
+        return await self._store.write(work)
+
     async def remove(self, *, task: str, participant: str) -> int:
         """Unlocks the stake of one candidate, who is in no further draw. Returns its micro-units, 0 for nobody."""
 

@@ -34,6 +34,7 @@ class EventKind(enum.Enum):
     QUOTA_CHARGED = "quota_charged"
     QUOTA_REFUNDED = "quota_refunded"
     WEIGHT_CHANGED = "weight_changed"
+    OWNER_GROUPS_MERGED = "owner_groups_merged"
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,19 @@ async def test_an_owner_binds_by_signature_and_for_good(arena: RegistryServer) -
     with refused(PRECONDITION, "OWNER_BOUND"):
         await client.participants.BindOwner(BindOwnerRequest(statement=owner_statement(Key.generate(), client.key.id)))
     assert (await arena.kinds()).count("owner_bound") == 1
+    assert arena.selection.owners == {client.key.id: owner.id}
+
+
+async def test_nobody_is_bound_of_whom_the_selector_has_not_heard(arena: RegistryServer) -> None:
+    client, owner = await arena.participant(), Key.generate()
+    request = BindOwnerRequest(statement=owner_statement(owner, client.key.id), request_id="once")
+    arena.selection.unavailable = True
+    with refused(grpc.StatusCode.UNAVAILABLE):
+        await client.participants.BindOwner(request)
+    assert (await get(client, client.key.id)).owner == ""
+    assert "owner_bound" not in await arena.kinds()
+    arena.selection.unavailable = False
+    assert (await client.participants.BindOwner(request)).participant.owner == f"participants/{owner.id}"
 
 
 async def test_owner_statements_about_others_are_refused(arena: RegistryServer) -> None:

@@ -219,6 +219,7 @@ class Fuzzed:
             "AddCandidate": ("registry", {"task": "tasks/x", "participant": names["one"], "role": 3, "facts": {}}),
             "RemoveCandidate": ("registry", {"task": "tasks/x", "participant": names["one"]}),
             "ClosePool": ("registry", {"task": "tasks/x"}),
+            "MergeOwnerGroups": ("registry", {"participant": names["one"], "owner": names["creator"]}),
             "Deposit": (
                 "operator",
                 {"participant": names["one"], "amount_micros": 500, "reference": "more", "funding_account": "b"},

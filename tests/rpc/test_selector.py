@@ -414,6 +414,7 @@ def _calls(peer: Peer) -> dict[str, Any]:
         "AddCandidate": lambda: peer.pools.AddCandidate(pool_pb2.AddCandidateRequest()),
         "RemoveCandidate": lambda: peer.pools.RemoveCandidate(pool_pb2.RemoveCandidateRequest()),
         "ClosePool": lambda: peer.pools.ClosePool(pool_pb2.ClosePoolRequest()),
+        "MergeOwnerGroups": lambda: peer.pools.MergeOwnerGroups(pool_pb2.MergeOwnerGroupsRequest()),
         "DrawValidators": lambda: peer.draws.DrawValidators(draw_pb2.DrawValidatorsRequest()),
         "ExtendDraw": lambda: peer.draws.ExtendDraw(draw_pb2.ExtendDrawRequest()),
         "SettleAssignment": lambda: peer.draws.SettleAssignment(draw_pb2.SettleAssignmentRequest()),
@@ -791,6 +792,45 @@ async def test_groups_that_become_one_in_an_open_pool_are_drawn_as_one(arena: Ar
         [draw_types.PASSED_OVER_REASON_ALREADY_PICKED],
         [draw_types.PASSED_OVER_REASON_PAUSED],
     )
+
+
+async def test_an_owner_that_signs_for_members_makes_them_one_in_pools_they_are_in(arena: Arena) -> None:
+    key = (await arena.open_pool()).selector_key
+    for name in "abcde":
+        await arena.add_validator(someone(name))
+    merge = arena.service.pools.MergeOwnerGroups
+    merged = ""
+    for name in "ab":
+        request = pool_pb2.MergeOwnerGroupsRequest(participant=someone(name), owner=someone("landlord"))
+        merged = (await merge(request)).owner_group
+        assert (await merge(request)).owner_group == merged
+    assert merged == min(bare(someone(name)) for name in ("a", "b", "landlord"))
+    # An owner of the creator's is no validator of its task, whoever signed for whom.
+    await merge(pool_pb2.MergeOwnerGroupsRequest(participant=someone("creator"), owner=someone("c")))
+    receipt = await arena.draw()
+    check_receipt(receipt, key)
+    assert sorted(pick.owner_group for pick in receipt.picks) == sorted(
+        [merged, bare(someone("d")), bare(someone("e"))]
+    )
+    pick = next(pick for pick in receipt.picks if pick.owner_group == merged)
+    assert list(pick.members) == sorted([someone("a"), someone("b")])
+    async with refused(grpc.StatusCode.FAILED_PRECONDITION, reason="NOT_ENOUGH_VALIDATORS") as metadata:
+        await arena.draw(2, validators=4)
+    assert (metadata["eligible"], metadata["task_creator"]) == ("3", "1")
+    events = (await arena.alice.stakes.ListLedgerEvents(stake_pb2.ListLedgerEventsRequest())).events
+    assert [
+        (event.participant, event.reference)
+        for event in events
+        if event.kind == stake_types.LEDGER_EVENT_KIND_OWNER_GROUPS_MERGED
+    ] == [
+        (someone("a"), someone("landlord")),
+        (someone("b"), someone("landlord")),
+        (someone("creator"), someone("c")),
+    ]
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT, field="owner"):
+        await merge(pool_pb2.MergeOwnerGroupsRequest(participant=someone("a"), owner=someone("a")))
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT, field="participant"):
+        await merge(pool_pb2.MergeOwnerGroupsRequest(owner=someone("a")))
 
 
 # Quotas

@@ -372,7 +372,7 @@ async def test_the_pool_can_be_recomputed_from_the_events(selector: Selector) ->
     for step in range(400):
         person, task = chance.choice(people), chance.choice(("t", "u"))
         try:
-            match chance.randrange(8):
+            match chance.randrange(9):
                 case 0 | 1:
                     await selector.deposit(person, chance.randrange(1, 500), account=f"a{chance.randrange(40)}")
                 case 2:
@@ -385,6 +385,9 @@ async def test_the_pool_can_be_recomputed_from_the_events(selector: Selector) ->
                     role = chance.choice((Role.VALIDATOR, Role.VALIDATOR, Role.TRAINING_NODE))
                     await selector.admit(person, task=task, role=role)
                 case 7:
+                    if step % 20 == 0:
+                        await selector.pools.merge_owner_groups(person, owner=chance.choice(people))
+                case 8:
                     if chance.random() < 0.5:
                         await selector.pools.remove(task=task, participant=person)
                     else:

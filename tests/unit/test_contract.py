@@ -5,7 +5,16 @@ import re
 from tests.unit.test_status import contract_services, servicers
 
 # Writes that are idempotent by their own keys (task, participant, draw), not by a request id: the services' own calls.
-KEYED = ("OpenPool", "AddCandidate", "RemoveCandidate", "ClosePool", "DrawValidators", "ExtendDraw", "SettleAssignment")
+KEYED = (
+    "OpenPool",
+    "AddCandidate",
+    "RemoveCandidate",
+    "ClosePool",
+    "MergeOwnerGroups",
+    "DrawValidators",
+    "ExtendDraw",
+    "SettleAssignment",
+)
 # Not stored by any service: a client stream resumed by its offset, a process told to end, a model server's memory.
 OTHERS = ("UploadArtifact", "Drain", "RepositoryModelLoad", "RepositoryModelUnload")
 READS = re.compile("(Get|List|Watch|Check|Estimate|Download|Server|Model|RepositoryIndex)")

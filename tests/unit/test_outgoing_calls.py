@@ -31,6 +31,7 @@ KEYED = {
     "OpenPool",
     "AddCandidate",
     "RemoveCandidate",
+    "MergeOwnerGroups",
     "ClosePool",
     "CheckEligibility",  # asks; the registry records what it hears
     "DrawValidators",

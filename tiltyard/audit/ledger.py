@@ -192,6 +192,9 @@ class Ledger:
         if self._settled.pop((event.draw, event.participant), 0) != 1:
             raise LedgerMismatch(f"{event.participant} is refunded for {event.draw}, which was never charged")
 
+    def _owner_groups_merged(self, event: stake_pb2.LedgerEvent) -> None:
+        """Members who sit in a pool are told of by a WEIGHT_CHANGED each."""
+
     def _pool(self, event: stake_pb2.LedgerEvent) -> _Pool:
         if event.task not in self._pools:
             raise LedgerMismatch(f"{event.task} has no pool")
@@ -219,4 +222,5 @@ _STEPS: Mapping[int, Callable[[Ledger, stake_pb2.LedgerEvent], None]] = {
     stake_pb2.LEDGER_EVENT_KIND_QUOTA_CHARGED: Ledger._quota_charged,
     stake_pb2.LEDGER_EVENT_KIND_QUOTA_REFUNDED: Ledger._quota_refunded,
     stake_pb2.LEDGER_EVENT_KIND_WEIGHT_CHANGED: Ledger._weight_changed,
+    stake_pb2.LEDGER_EVENT_KIND_OWNER_GROUPS_MERGED: Ledger._owner_groups_merged,
 }

@@ -163,6 +163,16 @@ def member(request: pb.RemoveCandidateRequest) -> tuple[str, str]:
     return names.parse_task(request.task, "task"), names.parse_participant(request.participant, "participant")
 
 
+def merging(request: pb.MergeOwnerGroupsRequest) -> tuple[str, str]:
+    """Participant and owner. Raises InvalidArgument."""
+    participant = names.parse_participant(request.participant, "participant")
+    owner = names.parse_participant(request.owner, "owner")
+    checks = FieldChecks()
+    checks.require("owner", owner != participant, "is the participant itself")
+    checks.finish()
+    return participant, owner
+
+
 def verdict_message(verdict: Verdict) -> participation.EligibilityVerdict:
     """A verdict with its evidence."""
     return participation.EligibilityVerdict(

@@ -37,6 +37,12 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
         unlocked_micros = await self._pools.remove(task=task, participant=participant)
         return pb.RemoveCandidateResponse(unlocked_micros=unlocked_micros)
 
+    async def MergeOwnerGroups(self, request: pb.MergeOwnerGroupsRequest, context: Any) -> pb.MergeOwnerGroupsResponse:
+        """Makes the owner groups of a participant and its owner one."""
+        participant, owner = convert.merging(request)
+        owner_group = await self._pools.merge_owner_groups(participant, owner=owner)
+        return pb.MergeOwnerGroupsResponse(owner_group=owner_group)
+
     async def ClosePool(self, request: pb.ClosePoolRequest, context: Any) -> pb.ClosePoolResponse:
         """Unlocks all stakes."""
         await self._pools.close(names.parse_task(request.task, "task"))

@@ -96,7 +96,8 @@ class ParticipantServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def BindOwner(self, request, context):
-        """BindOwner binds the caller to the owner who signed the statement: in draws both count as one.
+        """BindOwner binds the caller to the owner who signed the statement: in draws both count as one, from now on and for good, in
+        the tasks too that either of them takes part in already.
 
         Errors: INVALID_ARGUMENT when the statement is not about the caller or the signature fails;
         FAILED_PRECONDITION (OWNER_BOUND) when the caller is bound to another owner.

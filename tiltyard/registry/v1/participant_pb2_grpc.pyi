@@ -44,7 +44,8 @@ class ParticipantServiceStub:
     ListParticipants: _grpc.UnaryUnaryMultiCallable[_participant_pb2.ListParticipantsRequest, _participant_pb2.ListParticipantsResponse]
     """ListParticipants lists participants, in order of registration unless told otherwise."""
     BindOwner: _grpc.UnaryUnaryMultiCallable[_participant_pb2.BindOwnerRequest, _participant_pb2.BindOwnerResponse]
-    """BindOwner binds the caller to the owner who signed the statement: in draws both count as one.
+    """BindOwner binds the caller to the owner who signed the statement: in draws both count as one, from now on and for good, in
+    the tasks too that either of them takes part in already.
 
     Errors: INVALID_ARGUMENT when the statement is not about the caller or the signature fails;
     FAILED_PRECONDITION (OWNER_BOUND) when the caller is bound to another owner.
@@ -74,7 +75,8 @@ class ParticipantServiceAsyncStub(ParticipantServiceStub):
     ListParticipants: _aio.UnaryUnaryMultiCallable[_participant_pb2.ListParticipantsRequest, _participant_pb2.ListParticipantsResponse]  # type: ignore[assignment]
     """ListParticipants lists participants, in order of registration unless told otherwise."""
     BindOwner: _aio.UnaryUnaryMultiCallable[_participant_pb2.BindOwnerRequest, _participant_pb2.BindOwnerResponse]  # type: ignore[assignment]
-    """BindOwner binds the caller to the owner who signed the statement: in draws both count as one.
+    """BindOwner binds the caller to the owner who signed the statement: in draws both count as one, from now on and for good, in
+    the tasks too that either of them takes part in already.
 
     Errors: INVALID_ARGUMENT when the statement is not about the caller or the signature fails;
     FAILED_PRECONDITION (OWNER_BOUND) when the caller is bound to another owner.
@@ -125,7 +127,8 @@ class ParticipantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _participant_pb2.BindOwnerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_participant_pb2.BindOwnerResponse, _abc.Awaitable[_participant_pb2.BindOwnerResponse]]:
-        """BindOwner binds the caller to the owner who signed the statement: in draws both count as one.
+        """BindOwner binds the caller to the owner who signed the statement: in draws both count as one, from now on and for good, in
+        the tasks too that either of them takes part in already.
 
         Errors: INVALID_ARGUMENT when the statement is not about the caller or the signature fails;
         FAILED_PRECONDITION (OWNER_BOUND) when the caller is bound to another owner.

@@ -27,37 +27,41 @@ from tiltyard.type.v1 import participation_pb2 as tiltyard_dot_type_dot_v1_dot_p
 from tiltyard.type.v1 import task_pb2 as tiltyard_dot_type_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftiltyard/selector/v1/pool.proto\x12\x14tiltyard.selector.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$tiltyard/type/v1/participation.proto\x1a\x1btiltyard/type/v1/task.proto\";\n\x10\x45ligibilityFacts\x12\x14\n\x0ctrack_record\x18\x01 \x03(\t\x12\x11\n\tendorsers\x18\x02 \x03(\t\"\xcc\x01\n\x17\x43heckEligibilityRequest\x12\x13\n\x0bparticipant\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.tiltyard.type.v1.Role\x12\x35\n\x05\x66\x61\x63ts\x18\x04 \x01(\x0b\x32&.tiltyard.selector.v1.EligibilityFacts\x12\x31\n\x06policy\x18\x05 \x01(\x0b\x32!.tiltyard.type.v1.SelectionPolicy\"\x84\x01\n\x18\x43heckEligibilityResponse\x12\x35\n\x07verdict\x18\x01 \x01(\x0b\x32$.tiltyard.type.v1.EligibilityVerdict\x12\x31\n\x06policy\x18\x02 \x01(\x0b\x32!.tiltyard.type.v1.SelectionPolicy\"\x92\x01\n\x0fOpenPoolRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x31\n\x06policy\x18\x02 \x01(\x0b\x32!.tiltyard.type.v1.SelectionPolicy\x12-\n\topen_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x63reator\x18\x04 \x01(\t\"[\n\x10OpenPoolResponse\x12\x14\n\x0cselector_key\x18\x01 \x01(\x0c\x12\x31\n\x06policy\x18\x02 \x01(\x0b\x32!.tiltyard.type.v1.SelectionPolicy\"\xa4\x01\n\x13\x41\x64\x64\x43\x61ndidateRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x13\n\x0bparticipant\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.tiltyard.type.v1.Role\x12\x35\n\x05\x66\x61\x63ts\x18\x04 \x01(\x0b\x32&.tiltyard.selector.v1.EligibilityFacts\x12\r\n\x05owner\x18\x05 \x01(\t\"\x89\x01\n\x14\x41\x64\x64\x43\x61ndidateResponse\x12\x35\n\x07verdict\x18\x01 \x01(\x0b\x32$.tiltyard.type.v1.EligibilityVerdict\x12\x15\n\rlocked_micros\x18\x02 \x01(\x03\x12\x0e\n\x06weight\x18\x03 \x01(\x04\x12\x13\n\x0bowner_group\x18\x04 \x01(\t\";\n\x16RemoveCandidateRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x13\n\x0bparticipant\x18\x02 \x01(\t\"2\n\x17RemoveCandidateResponse\x12\x17\n\x0funlocked_micros\x18\x01 \x01(\x03\" \n\x10\x43losePoolRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\"\x13\n\x11\x43losePoolResponse2\x87\x01\n\x12\x45ligibilityService\x12q\n\x10\x43heckEligibility\x12-.tiltyard.selector.v1.CheckEligibilityRequest\x1a..tiltyard.selector.v1.CheckEligibilityResponse2\x9d\x03\n\x0bPoolService\x12Y\n\x08OpenPool\x12%.tiltyard.selector.v1.OpenPoolRequest\x1a&.tiltyard.selector.v1.OpenPoolResponse\x12\x65\n\x0c\x41\x64\x64\x43\x61ndidate\x12).tiltyard.selector.v1.AddCandidateRequest\x1a*.tiltyard.selector.v1.AddCandidateResponse\x12n\n\x0fRemoveCandidate\x12,.tiltyard.selector.v1.RemoveCandidateRequest\x1a-.tiltyard.selector.v1.RemoveCandidateResponse\x12\\\n\tClosePool\x12&.tiltyard.selector.v1.ClosePoolRequest\x1a\'.tiltyard.selector.v1.ClosePoolResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftiltyard/selector/v1/pool.proto\x12\x14tiltyard.selector.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$tiltyard/type/v1/participation.proto\x1a\x1btiltyard/type/v1/task.proto\"=\n\x17MergeOwnerGroupsRequest\x12\x13\n\x0bparticipant\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\"/\n\x18MergeOwnerGroupsResponse\x12\x13\n\x0bowner_group\x18\x01 \x01(\t\";\n\x10\x45ligibilityFacts\x12\x14\n\x0ctrack_record\x18\x01 \x03(\t\x12\x11\n\tendorsers\x18\x02 \x03(\t\"\xcc\x01\n\x17\x43heckEligibilityRequest\x12\x13\n\x0bparticipant\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.tiltyard.type.v1.Role\x12\x35\n\x05\x66\x61\x63ts\x18\x04 \x01(\x0b\x32&.tiltyard.selector.v1.EligibilityFacts\x12\x31\n\x06policy\x18\x05 \x01(\x0b\x32!.tiltyard.type.v1.SelectionPolicy\"\x84\x01\n\x18\x43heckEligibilityResponse\x12\x35\n\x07verdict\x18\x01 \x01(\x0b\x32$.tiltyard.type.v1.EligibilityVerdict\x12\x31\n\x06policy\x18\x02 \x01(\x0b\x32!.tiltyard.type.v1.SelectionPolicy\"\x92\x01\n\x0fOpenPoolRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x31\n\x06policy\x18\x02 \x01(\x0b\x32!.tiltyard.type.v1.SelectionPolicy\x12-\n\topen_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x63reator\x18\x04 \x01(\t\"[\n\x10OpenPoolResponse\x12\x14\n\x0cselector_key\x18\x01 \x01(\x0c\x12\x31\n\x06policy\x18\x02 \x01(\x0b\x32!.tiltyard.type.v1.SelectionPolicy\"\xa4\x01\n\x13\x41\x64\x64\x43\x61ndidateRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x13\n\x0bparticipant\x18\x02 \x01(\t\x12$\n\x04role\x18\x03 \x01(\x0e\x32\x16.tiltyard.type.v1.Role\x12\x35\n\x05\x66\x61\x63ts\x18\x04 \x01(\x0b\x32&.tiltyard.selector.v1.EligibilityFacts\x12\r\n\x05owner\x18\x05 \x01(\t\"\x89\x01\n\x14\x41\x64\x64\x43\x61ndidateResponse\x12\x35\n\x07verdict\x18\x01 \x01(\x0b\x32$.tiltyard.type.v1.EligibilityVerdict\x12\x15\n\rlocked_micros\x18\x02 \x01(\x03\x12\x0e\n\x06weight\x18\x03 \x01(\x04\x12\x13\n\x0bowner_group\x18\x04 \x01(\t\";\n\x16RemoveCandidateRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x13\n\x0bparticipant\x18\x02 \x01(\t\"2\n\x17RemoveCandidateResponse\x12\x17\n\x0funlocked_micros\x18\x01 \x01(\x03\" \n\x10\x43losePoolRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\"\x13\n\x11\x43losePoolResponse2\x87\x01\n\x12\x45ligibilityService\x12q\n\x10\x43heckEligibility\x12-.tiltyard.selector.v1.CheckEligibilityRequest\x1a..tiltyard.selector.v1.CheckEligibilityResponse2\x90\x04\n\x0bPoolService\x12Y\n\x08OpenPool\x12%.tiltyard.selector.v1.OpenPoolRequest\x1a&.tiltyard.selector.v1.OpenPoolResponse\x12\x65\n\x0c\x41\x64\x64\x43\x61ndidate\x12).tiltyard.selector.v1.AddCandidateRequest\x1a*.tiltyard.selector.v1.AddCandidateResponse\x12n\n\x0fRemoveCandidate\x12,.tiltyard.selector.v1.RemoveCandidateRequest\x1a-.tiltyard.selector.v1.RemoveCandidateResponse\x12\\\n\tClosePool\x12&.tiltyard.selector.v1.ClosePoolRequest\x1a\'.tiltyard.selector.v1.ClosePoolResponse\x12q\n\x10MergeOwnerGroups\x12-.tiltyard.selector.v1.MergeOwnerGroupsRequest\x1a..tiltyard.selector.v1.MergeOwnerGroupsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tiltyard.selector.v1.pool_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ELIGIBILITYFACTS']._serialized_start=157
-  _globals['_ELIGIBILITYFACTS']._serialized_end=216
-  _globals['_CHECKELIGIBILITYREQUEST']._serialized_start=219
-  _globals['_CHECKELIGIBILITYREQUEST']._serialized_end=423
-  _globals['_CHECKELIGIBILITYRESPONSE']._serialized_start=426
-  _globals['_CHECKELIGIBILITYRESPONSE']._serialized_end=558
-  _globals['_OPENPOOLREQUEST']._serialized_start=561
-  _globals['_OPENPOOLREQUEST']._serialized_end=707
-  _globals['_OPENPOOLRESPONSE']._serialized_start=709
-  _globals['_OPENPOOLRESPONSE']._serialized_end=800
-  _globals['_ADDCANDIDATEREQUEST']._serialized_start=803
-  _globals['_ADDCANDIDATEREQUEST']._serialized_end=967
-  _globals['_ADDCANDIDATERESPONSE']._serialized_start=970
-  _globals['_ADDCANDIDATERESPONSE']._serialized_end=1107
-  _globals['_REMOVECANDIDATEREQUEST']._serialized_start=1109
-  _globals['_REMOVECANDIDATEREQUEST']._serialized_end=1168
-  _globals['_REMOVECANDIDATERESPONSE']._serialized_start=1170
-  _globals['_REMOVECANDIDATERESPONSE']._serialized_end=1220
-  _globals['_CLOSEPOOLREQUEST']._serialized_start=1222
-  _globals['_CLOSEPOOLREQUEST']._serialized_end=1254
-  _globals['_CLOSEPOOLRESPONSE']._serialized_start=1256
-  _globals['_CLOSEPOOLRESPONSE']._serialized_end=1275
-  _globals['_ELIGIBILITYSERVICE']._serialized_start=1278
-  _globals['_ELIGIBILITYSERVICE']._serialized_end=1413
-  _globals['_POOLSERVICE']._serialized_start=1416
-  _globals['_POOLSERVICE']._serialized_end=1829
+  _globals['_MERGEOWNERGROUPSREQUEST']._serialized_start=157
+  _globals['_MERGEOWNERGROUPSREQUEST']._serialized_end=218
+  _globals['_MERGEOWNERGROUPSRESPONSE']._serialized_start=220
+  _globals['_MERGEOWNERGROUPSRESPONSE']._serialized_end=267
+  _globals['_ELIGIBILITYFACTS']._serialized_start=269
+  _globals['_ELIGIBILITYFACTS']._serialized_end=328
+  _globals['_CHECKELIGIBILITYREQUEST']._serialized_start=331
+  _globals['_CHECKELIGIBILITYREQUEST']._serialized_end=535
+  _globals['_CHECKELIGIBILITYRESPONSE']._serialized_start=538
+  _globals['_CHECKELIGIBILITYRESPONSE']._serialized_end=670
+  _globals['_OPENPOOLREQUEST']._serialized_start=673
+  _globals['_OPENPOOLREQUEST']._serialized_end=819
+  _globals['_OPENPOOLRESPONSE']._serialized_start=821
+  _globals['_OPENPOOLRESPONSE']._serialized_end=912
+  _globals['_ADDCANDIDATEREQUEST']._serialized_start=915
+  _globals['_ADDCANDIDATEREQUEST']._serialized_end=1079
+  _globals['_ADDCANDIDATERESPONSE']._serialized_start=1082
+  _globals['_ADDCANDIDATERESPONSE']._serialized_end=1219
+  _globals['_REMOVECANDIDATEREQUEST']._serialized_start=1221
+  _globals['_REMOVECANDIDATEREQUEST']._serialized_end=1280
+  _globals['_REMOVECANDIDATERESPONSE']._serialized_start=1282
+  _globals['_REMOVECANDIDATERESPONSE']._serialized_end=1332
+  _globals['_CLOSEPOOLREQUEST']._serialized_start=1334
+  _globals['_CLOSEPOOLREQUEST']._serialized_end=1366
+  _globals['_CLOSEPOOLRESPONSE']._serialized_start=1368
+  _globals['_CLOSEPOOLRESPONSE']._serialized_end=1387
+  _globals['_ELIGIBILITYSERVICE']._serialized_start=1390
+  _globals['_ELIGIBILITYSERVICE']._serialized_end=1525
+  _globals['_POOLSERVICE']._serialized_start=1528
+  _globals['_POOLSERVICE']._serialized_end=2056
 # @@protoc_insertion_point(module_scope)

@@ -22,6 +22,54 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class MergeOwnerGroupsRequest(_message.Message):
+    """MergeOwnerGroupsRequest is the request of MergeOwnerGroups."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTICIPANT_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    participant: _builtins.str
+    """Participant as participants/{id}."""
+    owner: _builtins.str
+    """Its owner as participants/{id}."""
+    def __init__(
+        self,
+        *,
+        participant: _builtins.str = ...,
+        owner: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "participant", b"participant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeOwnerGroupsRequest: _TypeAlias = MergeOwnerGroupsRequest  # noqa: Y015
+
+@_typing.final
+class MergeOwnerGroupsResponse(_message.Message):
+    """MergeOwnerGroupsResponse is the answer of MergeOwnerGroups."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_GROUP_FIELD_NUMBER: _builtins.int
+    owner_group: _builtins.str
+    """The owner group of both."""
+    def __init__(
+        self,
+        *,
+        owner_group: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner_group", b"owner_group"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeOwnerGroupsResponse: _TypeAlias = MergeOwnerGroupsResponse  # noqa: Y015
+
+@_typing.final
 class EligibilityFacts(_message.Message):
     """EligibilityFacts is what the registry knows about somebody."""
 

@@ -133,6 +133,11 @@ class PoolServiceStub:
                 request_serializer=tiltyard_dot_selector_dot_v1_dot_pool__pb2.ClosePoolRequest.SerializeToString,
                 response_deserializer=tiltyard_dot_selector_dot_v1_dot_pool__pb2.ClosePoolResponse.FromString,
                 _registered_method=True)
+        self.MergeOwnerGroups = channel.unary_unary(
+                '/tiltyard.selector.v1.PoolService/MergeOwnerGroups',
+                request_serializer=tiltyard_dot_selector_dot_v1_dot_pool__pb2.MergeOwnerGroupsRequest.SerializeToString,
+                response_deserializer=tiltyard_dot_selector_dot_v1_dot_pool__pb2.MergeOwnerGroupsResponse.FromString,
+                _registered_method=True)
 
 
 class PoolServiceServicer:
@@ -171,6 +176,16 @@ class PoolServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MergeOwnerGroups(self, request, context):
+        """MergeOwnerGroups makes the owner groups of a participant and of the owner that signed for it one, in every open pool too.
+
+        They stay one for good. Draws made before go on over the pools as they were.
+        Errors: INVALID_ARGUMENT when the owner is the participant itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PoolServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -193,6 +208,11 @@ def add_PoolServiceServicer_to_server(servicer, server):
                     servicer.ClosePool,
                     request_deserializer=tiltyard_dot_selector_dot_v1_dot_pool__pb2.ClosePoolRequest.FromString,
                     response_serializer=tiltyard_dot_selector_dot_v1_dot_pool__pb2.ClosePoolResponse.SerializeToString,
+            ),
+            'MergeOwnerGroups': grpc.unary_unary_rpc_method_handler(
+                    servicer.MergeOwnerGroups,
+                    request_deserializer=tiltyard_dot_selector_dot_v1_dot_pool__pb2.MergeOwnerGroupsRequest.FromString,
+                    response_serializer=tiltyard_dot_selector_dot_v1_dot_pool__pb2.MergeOwnerGroupsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -304,6 +324,33 @@ class PoolService:
             '/tiltyard.selector.v1.PoolService/ClosePool',
             tiltyard_dot_selector_dot_v1_dot_pool__pb2.ClosePoolRequest.SerializeToString,
             tiltyard_dot_selector_dot_v1_dot_pool__pb2.ClosePoolResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergeOwnerGroups(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tiltyard.selector.v1.PoolService/MergeOwnerGroups',
+            tiltyard_dot_selector_dot_v1_dot_pool__pb2.MergeOwnerGroupsRequest.SerializeToString,
+            tiltyard_dot_selector_dot_v1_dot_pool__pb2.MergeOwnerGroupsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -86,6 +86,12 @@ class PoolServiceStub:
     """RemoveCandidate unlocks the stake of one candidate, who is in no further draw."""
     ClosePool: _grpc.UnaryUnaryMultiCallable[_pool_pb2.ClosePoolRequest, _pool_pb2.ClosePoolResponse]
     """ClosePool unlocks all stakes; there are no draws afterwards."""
+    MergeOwnerGroups: _grpc.UnaryUnaryMultiCallable[_pool_pb2.MergeOwnerGroupsRequest, _pool_pb2.MergeOwnerGroupsResponse]
+    """MergeOwnerGroups makes the owner groups of a participant and of the owner that signed for it one, in every open pool too.
+
+    They stay one for good. Draws made before go on over the pools as they were.
+    Errors: INVALID_ARGUMENT when the owner is the participant itself.
+    """
 
 @_typing.type_check_only
 class PoolServiceAsyncStub(PoolServiceStub):
@@ -105,6 +111,12 @@ class PoolServiceAsyncStub(PoolServiceStub):
     """RemoveCandidate unlocks the stake of one candidate, who is in no further draw."""
     ClosePool: _aio.UnaryUnaryMultiCallable[_pool_pb2.ClosePoolRequest, _pool_pb2.ClosePoolResponse]  # type: ignore[assignment]
     """ClosePool unlocks all stakes; there are no draws afterwards."""
+    MergeOwnerGroups: _aio.UnaryUnaryMultiCallable[_pool_pb2.MergeOwnerGroupsRequest, _pool_pb2.MergeOwnerGroupsResponse]  # type: ignore[assignment]
+    """MergeOwnerGroups makes the owner groups of a participant and of the owner that signed for it one, in every open pool too.
+
+    They stay one for good. Draws made before go on over the pools as they were.
+    Errors: INVALID_ARGUMENT when the owner is the participant itself.
+    """
 
 class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
     """PoolService keeps the members of a task and their weights. For services only; every method is idempotent."""
@@ -145,5 +157,17 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_pool_pb2.ClosePoolResponse, _abc.Awaitable[_pool_pb2.ClosePoolResponse]]:
         """ClosePool unlocks all stakes; there are no draws afterwards."""
+
+    @_abc_1.abstractmethod
+    def MergeOwnerGroups(
+        self,
+        request: _pool_pb2.MergeOwnerGroupsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pool_pb2.MergeOwnerGroupsResponse, _abc.Awaitable[_pool_pb2.MergeOwnerGroupsResponse]]:
+        """MergeOwnerGroups makes the owner groups of a participant and of the owner that signed for it one, in every open pool too.
+
+        They stay one for good. Draws made before go on over the pools as they were.
+        Errors: INVALID_ARGUMENT when the owner is the participant itself.
+        """
 
 def add_PoolServiceServicer_to_server(servicer: PoolServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

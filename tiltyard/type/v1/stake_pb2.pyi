@@ -52,6 +52,8 @@ class _LedgerEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Ledge
     """One use of an owner group's quota was refunded."""
     LEDGER_EVENT_KIND_WEIGHT_CHANGED: _LedgerEventKind.ValueType  # 13
     """A candidate's weight changed with its stake."""
+    LEDGER_EVENT_KIND_OWNER_GROUPS_MERGED: _LedgerEventKind.ValueType  # 14
+    """The owner groups of a participant and of its owner became one."""
 
 class LedgerEventKind(_LedgerEventKind, metaclass=_LedgerEventKindEnumTypeWrapper):
     """LedgerEventKind names a change of the selector's state."""
@@ -84,6 +86,8 @@ LEDGER_EVENT_KIND_QUOTA_REFUNDED: LedgerEventKind.ValueType  # 12
 """One use of an owner group's quota was refunded."""
 LEDGER_EVENT_KIND_WEIGHT_CHANGED: LedgerEventKind.ValueType  # 13
 """A candidate's weight changed with its stake."""
+LEDGER_EVENT_KIND_OWNER_GROUPS_MERGED: LedgerEventKind.ValueType  # 14
+"""The owner groups of a participant and of its owner became one."""
 Global___LedgerEventKind: _TypeAlias = LedgerEventKind  # noqa: Y015
 
 class _StakeFault:
@@ -149,11 +153,11 @@ class LedgerEvent(_message.Message):
     draw: _builtins.str
     """Draw as draws/{draw}, where the event belongs to one draw."""
     owner_group: _builtins.str
-    """Owner group after the event, where it concerns a candidate or a quota."""
+    """Owner group after the event, where it concerns a candidate, a quota or a group."""
     weight: _builtins.int
     """Candidate's weight after the event; 0 where there is none."""
     reference: _builtins.str
-    """DEPOSITED: the deposit's reference. SLASHED: the evidence. Else empty."""
+    """DEPOSITED: the deposit's reference. SLASHED: the evidence. OWNER_GROUPS_MERGED: the owner as participants/{id}. Else empty."""
     funding_account: _builtins.str
     """DEPOSITED: the funding account that the money came from."""
     fault: Global___StakeFault.ValueType
