@@ -15,7 +15,7 @@ from services.runtime import names
 from services.runtime.names import AssignmentId
 from tests.registry_arena import Arena, served
 from tests.registry_world import NODES, ORIGIN, ROWS, World, key_of, model_bytes
-from tiltyard.cli.evaluations import row_of
+from tiltyard.cli.evaluations import print_comparison, row_of
 from tiltyard.comparing import NotComparable, compare
 from tiltyard.predictions import block_hashes, handed_in, prediction_root
 from tiltyard.registry.v1 import evaluation_pb2
@@ -153,6 +153,15 @@ async def test_both_sides_predictions_name_every_row_and_strange_ones_none(evalu
     assert [each.row for each in both.named] == [3, 999]
     neither = compare(evaluated.left, evaluated.right, runs=[with_rows(r5=99).tobytes()], outputs=10)
     assert (neither.recomputed, neither.named, neither.unnamed) == ((False, False), (), neither.ranges)
+
+
+async def test_it_is_said_that_both_are_what_was_recomputed(
+    evaluated: Evaluated, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_comparison(compare(evaluated.left, evaluated.same, runs=[RUN.tobytes()]))
+    *_, left, right, last = capsys.readouterr().out.splitlines()
+    assert (left, right) == tuple(f"the {side} one is exactly what was recomputed" for side in ("left", "right"))
+    assert last == "every block of predictions is the same"
 
 
 async def test_what_cannot_be_compared_is_told(evaluated: Evaluated) -> None:

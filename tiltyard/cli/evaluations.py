@@ -139,7 +139,7 @@ def diff(
             raise CommandError(str(error)) from error
 
     found = run(work())
-    print_json(_document(found)) if json else _print(found)
+    print_json(_document(found)) if json else print_comparison(found)
     if found.ranges:
         raise typer.Exit(1)
 
@@ -155,16 +155,17 @@ def _document(found: "Comparison") -> dict[str, Any]:
     }
 
 
-def _print(found: "Comparison") -> None:
+def print_comparison(found: "Comparison") -> None:
+    """A comparison for people."""
     left, right = found.correct
     print(f"left:  {accuracy(left, found.rows)}")
     print(f"right: {accuracy(right, found.rows)}")
-    if not found.ranges:
-        print("every block of predictions is the same")
-        return
     for side, known in zip(("left", "right"), found.recomputed, strict=True):
         if known:
             print(f"the {side} one is exactly what was recomputed")
+    if not found.ranges:
+        print("every block of predictions is the same")
+        return
     if found.named:
         shown = found.named[:_MAX_LISTED]
         print_table(("row", "left", "right"), [(each.row, each.left, each.right) for each in shown])
