@@ -167,6 +167,11 @@ BAD_CONFIGS: list[tuple[Callable[[TaskConfig], object], str]] = [
     (change("selection.alpha_millis", 1000), "config.selection.alpha_millis"),
     (change("selection.validator_min_stake_micros", -5), "config.selection.validator_min_stake_micros"),
     (change("selection.rate.limit", -1), "config.selection.rate.limit"),
+    (change("selection.rate.limit", 1 << 31), "config.selection.rate.limit"),
+    (
+        lambda c: c.selection.MergeFrom(type_task_pb2.SelectionPolicy(curve=type_task_pb2.CURVE_LOG, alpha_millis=1)),
+        "config.selection.alpha_millis",
+    ),
     (change("loss", 99), "config.loss"),
     (change("metric", type_task_pb2.METRIC_WITHIN_BOUND), "config.bound"),
     (change("metric", type_task_pb2.METRIC_TOP_K_ACCURACY), "config.top_k"),

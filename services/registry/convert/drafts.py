@@ -38,6 +38,7 @@ MAX_MODELS = 100
 MAX_DESCRIPTION_CHARS = 10_000
 MAX_VALIDATORS = 99
 _INT64 = (1 << 63) - 1
+_MOST_ASSIGNMENTS = (1 << 31) - 1  # in one rate window, as the selector allows them
 E = TypeVar("E", bound=Enum)
 _LONGEST_TASK = 10 * 366 * DAY
 
@@ -230,14 +231,18 @@ def _limits(checks: FieldChecks, message: task_pb2.TaskLimits) -> Limits:
 
 def _selection(checks: FieldChecks, message: task_pb2.SelectionPolicy) -> SelectionPolicy:
     path = "config.selection"
-    checks.range(f"{path}.alpha_millis", message.alpha_millis, minimum=0, maximum=999)
+    curve = _choice(checks, f"{path}.curve", CURVE, message.curve, Curve.POWER)
+    if curve is Curve.POWER:
+        checks.range(f"{path}.alpha_millis", message.alpha_millis, minimum=0, maximum=999, unit="thousandths")
+    else:
+        checks.require(f"{path}.alpha_millis", not message.alpha_millis, "is for the power curve")
     for name in ("validator_min_stake_micros", "training_node_min_stake_micros"):
         checks.range(f"{path}.{name}", getattr(message, name), minimum=0, maximum=_INT64, unit="micro-units")
     rate = message.rate
-    checks.range(f"{path}.rate.limit", rate.limit, minimum=0, maximum=_INT64)
+    checks.range(f"{path}.rate.limit", rate.limit, minimum=0, maximum=_MOST_ASSIGNMENTS)
     checks.range(f"{path}.rate.reference_stake_micros", rate.reference_stake_micros, minimum=0, maximum=_INT64)
     return SelectionPolicy(
-        curve=_choice(checks, f"{path}.curve", CURVE, message.curve, Curve.POWER),
+        curve=curve,
         alpha_millis=message.alpha_millis,
         validator_min_stake_micros=message.validator_min_stake_micros,
         training_node_min_stake_micros=message.training_node_min_stake_micros,

@@ -312,7 +312,7 @@ class ValidatorRate(_message.Message):
     LIMIT_FIELD_NUMBER: _builtins.int
     REFERENCE_STAKE_MICROS_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
-    """Assignments per window at the reference stake. Default: 100."""
+    """Assignments per window at the reference stake, 1 to 2^31 - 1. Default: 100."""
     reference_stake_micros: _builtins.int
     """Reference stake in micro-units. Default: ten times the validators' minimum."""
     @_builtins.property
@@ -348,7 +348,9 @@ class SelectionPolicy(_message.Message):
     curve: Global___Curve.ValueType
     """The weight function."""
     alpha_millis: _builtins.int
-    """POWER: the exponent in thousandths, 1 to 999, so that each further unit adds less. 0 means 500, the square root."""
+    """POWER: the exponent in thousandths, 1 to 999, so that each further unit adds less. 0 means 500, the square root. The other
+    curves take none.
+    """
     validator_min_stake_micros: _builtins.int
     """Least stake of a validator in micro-units, 1 or more. Default: the arena's."""
     training_node_min_stake_micros: _builtins.int
