@@ -15,7 +15,7 @@ from services.runtime import names
 from services.runtime.names import AssignmentId
 from tests.registry_fakes import FakeSelection
 from tests.registry_server import ORIGIN, RegistryServer, artifact_name, digest_of, uploading
-from tests.registry_world import CREATOR, HASHES, KEYS, NODES, VALIDATORS
+from tests.registry_world import CREATOR, HASHES, KEYS, NODES, VALIDATORS, key_of
 from tests.selector_server import selecting
 from tiltyard.audit import Record
 from tiltyard.audit.download import fetch_record
@@ -60,11 +60,35 @@ class ToldArena:
         self._clients: dict[str, Client] = {}
 
     async def gather(self) -> None:
-        """Everybody registers."""
-        for key in (CREATOR, *NODES, *VALIDATORS):
+        """Everybody registers. One is owned by somebody who need not register, and says a word for the creator."""
+        owner, owned = key_of("owner"), key_of("owned")
+        for key in (CREATOR, *NODES, *VALIDATORS, owned):
             client = self._clients[key.id] = await self.server.client(key)
             request = participant_pb2.RegisterParticipantRequest(display_name=f"name of {key.id[:4]}")
             await client.participants.RegisterParticipant(request)
+        owning = envelope_pb2.OwnerStatement(
+            origin=ORIGIN, owner=f"participants/{owner.id}", participant=f"participants/{owned.id}"
+        )
+        await self._clients[owned.id].participants.BindOwner(
+            participant_pb2.BindOwnerRequest(statement=sign_statement(owner, owning))
+        )
+        word = envelope_pb2.EndorsementStatement(
+            origin=ORIGIN, endorser=f"participants/{owned.id}", subject=f"participants/{CREATOR.id}", field="digits"
+        )
+        await self._clients[owned.id].participants.EndorseParticipant(
+            participant_pb2.EndorseParticipantRequest(statement=sign_statement(owned, word))
+        )
+
+    async def be_away(self) -> None:
+        """The registry is away for a minute."""
+
+        async def has_beaten() -> bool:
+            return await self.server.registry.store.read(lambda tx: tx.alive_time()) is not None
+
+        await self.until(has_beaten)
+        await self.server.stop()
+        self.server.clock.advance(seconds=60)
+        await self.server.start()
 
     @property
     def creator(self) -> Client:
@@ -272,6 +296,7 @@ async def tell_tasks(folder: Path, export: Callable[[RegistryServer, str], Await
         await server.start()
         try:
             arena = ToldArena(server)
+            await arena.be_away()
             await arena.gather()
             # A membership takes all of a stake: the one task that does not end comes last.
             for tell in (

@@ -16,7 +16,7 @@ from tests.told_arena import Told, dataset_of, model_of, tell_tasks
 from tiltyard.audit import Audit, Claim, Record, audit
 from tiltyard.cli import app
 from tiltyard.transparency import Checkpoint, checkpoint_body, leaf_hash, root_hash, sign_note
-from tiltyard.type.v1 import evaluation_pb2, log_pb2, task_pb2
+from tiltyard.type.v1 import evaluation_pb2, log_pb2, stake_pb2, task_pb2
 
 Entry = log_pb2.LogEntry
 
@@ -174,6 +174,55 @@ def easier(entry: Entry) -> None:
     entry.task_changed.config.bound = 1.0
 
 
+def first(of: str, **values: Any) -> Callable[[Entry], bool]:
+    """The first leaf of a kind with these values."""
+
+    def is_it(entry: Entry) -> bool:
+        told = getattr(entry, of)
+        return entry.WhichOneof("entry") == of and all(getattr(told, name) == each for name, each in values.items())
+
+    return is_it
+
+
+def event(kind: str) -> Callable[[Entry], bool]:
+    """The first ledger event of a kind."""
+    return first("ledger_event", kind=stake_pb2.LedgerEventKind.Value(f"LEDGER_EVENT_KIND_{kind}"))
+
+
+def setting(path: str, value: Any) -> Callable[[Entry], None]:
+    """One field gets another value."""
+
+    def change(entry: Entry) -> None:
+        *way, last = path.split(".")
+        told: Any = entry
+        for name in way:
+            told = getattr(told, name)
+        setattr(told, last, value)
+
+    return change
+
+
+def unsigned(kind: str, statement: str = "statement") -> Callable[[Entry], None]:
+    """An envelope that nobody signed."""
+    return setting(f"{kind}.{statement}.signature", bytes(64))
+
+
+def uninvited(entry: Entry) -> None:
+    entry.membership_changed.ClearField("statement")
+
+
+def later(entry: Entry) -> None:
+    entry.outage_ended.back.seconds += 1
+
+
+def dearer(entry: Entry) -> None:
+    entry.ledger_event.amount_micros += 1
+
+
+ACCEPTED = evaluation_pb2.ASSIGNMENT_STATE_ACCEPTED
+LEASE_EXPIRED = evaluation_pb2.VALIDATOR_FAULT_KIND_LEASE_EXPIRED
+SOMEBODY = f"participants/{NODES[0].id}"
+
 LIES: dict[str, tuple[Callable[[Entry], bool], Callable[[Entry], None], Claim]] = {
     "the score of a dispute": (score_of("dispute", 1), more_correct, Claim.SCORES),
     "the outlier of a dispute": (score_of("dispute", 1), no_outlier, Claim.SCORES),
@@ -198,8 +247,42 @@ LIES: dict[str, tuple[Callable[[Entry], bool], Callable[[Entry], None], Claim]] 
     "a score by the k largest outputs": (score_of("top-k", 2), more_correct, Claim.SCORES),
     "another base model": (amendment_of("base-model"), another_base, Claim.HISTORY),
     "another metric": (amendment_of("base-model"), easier, Claim.HISTORY),
+    "who has which key": (
+        first("participant_registered"),
+        setting("participant_registered.participant", SOMEBODY),
+        Claim.HISTORY,
+    ),
+    "who owns whom": (first("owner_bound"), unsigned("owner_bound"), Claim.ENVELOPES),
+    "a word for somebody": (first("endorsement_changed"), unsigned("endorsement_changed"), Claim.ENVELOPES),
+    "a verdict": (first("verdict", eligible=True), setting("verdict.eligible", False), Claim.VERDICTS),
+    "whose task it is": (first("task_created"), setting("task_created.creator", SOMEBODY), Claim.VERDICTS),
+    "a join without a word": (first("membership_changed"), uninvited, Claim.HISTORY),
+    "another role": (first("membership_changed"), setting("membership_changed.role", 3), Claim.ENVELOPES),
+    "a commit": (first("submission_committed"), unsigned("submission_committed"), Claim.ENVELOPES),
+    "a reveal": (first("submission_revealed"), unsigned("submission_revealed"), Claim.ENVELOPES),
+    "a lease": (first("assignment_changed", state=ACCEPTED), setting("assignment_changed.position", 5), Claim.HISTORY),
+    "a seal": (first("evaluation_sealed"), unsigned("evaluation_sealed"), Claim.ENVELOPES),
+    "a report": (first("evaluation_opened"), unsigned("evaluation_opened", "report"), Claim.ENVELOPES),
+    "a fault": (first("validator_fault"), setting("validator_fault.kind", LEASE_EXPIRED), Claim.HISTORY),
+    "the fate of a holdout": (first("holdout_changed"), setting("holdout_changed.accepted", False), Claim.HISTORY),
+    "an outage": (first("outage_ended"), later, Claim.HISTORY),
+    "what a fault costs": (event("SLASHED"), dearer, Claim.LEDGER),
+    "what somebody is slashed for": (event("SLASHED"), setting("ledger_event.reference", "it"), Claim.LEDGER),
+    "a charge": (event("QUOTA_CHARGED"), setting("ledger_event.participant", SOMEBODY), Claim.LEDGER),
+    "a refund": (event("QUOTA_REFUNDED"), setting("ledger_event.participant", SOMEBODY), Claim.LEDGER),
+    "a weight": (event("CANDIDATE_ADDED"), setting("ledger_event.weight", 7), Claim.LEDGER),
 }
 """What is written otherwise: the leaf, how, and the claim that finds it."""
+
+
+def test_there_is_a_lie_about_every_kind_of_leaf(told: Told) -> None:
+    lied_about = {
+        next(entry for entry in told.record.entries if wanted(entry)).WhichOneof("entry")
+        for wanted, _, _ in LIES.values()
+    }
+    kinds = {field.name for field in Entry.DESCRIPTOR.oneofs_by_name["entry"].fields}
+    # The genesis is believed, unless its key is pinned: whoever lies there lies about another arena.
+    assert lied_about == kinds - {"genesis"}
 
 
 @pytest.mark.parametrize("lie", LIES)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from tiltyard.audit import duties
 from tiltyard.audit.scores import ScoreMismatch, check_opened_score, check_score
 from tiltyard.audit.story import FIRST_ROUND, HOLDOUT_ROUND, Story, Submission, Task
 from tiltyard.audit.wrong import Claim, Wrong, demand
@@ -18,14 +19,6 @@ _REVEALED = evaluation_pb2.SUBMISSION_STATE_REVEALED
 _EVALUATING = evaluation_pb2.SUBMISSION_STATE_EVALUATING
 _SCORED = evaluation_pb2.SUBMISSION_STATE_SCORED
 _REJECTED = evaluation_pb2.SUBMISSION_STATE_REJECTED
-_OFFERED = evaluation_pb2.ASSIGNMENT_STATE_OFFERED
-_ACCEPTED = evaluation_pb2.ASSIGNMENT_STATE_ACCEPTED
-_RELEASED = evaluation_pb2.ASSIGNMENT_STATE_RELEASED
-_ENDED = (
-    evaluation_pb2.ASSIGNMENT_STATE_DECLINED,
-    evaluation_pb2.ASSIGNMENT_STATE_EXPIRED,
-    evaluation_pb2.ASSIGNMENT_STATE_RELEASED,
-)
 # Found by validators, so that there is a score behind it.
 _JUDGED = (
     evaluation_pb2.REJECTION_REASON_NAN_OUTPUT,
@@ -64,7 +57,7 @@ def committed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.Submissi
         f"{signer} is no active training node of {task.name}",
     )
     task.submissions += 1
-    story.submissions[entry.submission] = Submission(entry.submission, task, commit)
+    story.submissions[entry.submission] = Submission(entry.submission, task, commit, replay.time_ns)
 
 
 def revealed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.SubmissionRevealed) -> None:
@@ -102,7 +95,7 @@ def changed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.Submission
         demand(stands, Claim.SCORES, f"{name} is scored, but no score was concluded")
     elif entry.state == _REJECTED:
         demand(before != _REJECTED, Claim.HISTORY, f"{name} is rejected twice")
-        _check_rejection(story, submission, entry)
+        _check_rejection(story, submission, entry, replay.time_ns)
     else:
         raise Wrong(Claim.HISTORY, f"{name} goes to a state that only its submitter brings about")
     submission.state = entry.state
@@ -111,10 +104,12 @@ def changed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.Submission
     replay.counts[Claim.HISTORY] += 1
 
 
-def _check_rejection(story: Story, submission: Submission, entry: log_pb2.SubmissionChanged) -> None:
+def _check_rejection(story: Story, submission: Submission, entry: log_pb2.SubmissionChanged, time_ns: int) -> None:
     name, reason = submission.name, entry.reason
     if reason == evaluation_pb2.REJECTION_REASON_REVEAL_EXPIRED:
         demand(submission.state == _COMMITTED, Claim.HISTORY, f"{name} was revealed, and is rejected as if it were not")
+        expiry_ns = submission.commit_time_ns + submission.task.config.schedule.reveal_time.ToNanoseconds()
+        demand(time_ns >= expiry_ns, Claim.HISTORY, f"{name} is rejected before its time to be revealed is over")
     elif reason == evaluation_pb2.REJECTION_REASON_COPY:
         original = story.submissions.get(entry.original)
         right = (
@@ -161,6 +156,9 @@ def drawn(replay: "Replay", index: int, leaf: bytes, receipt: draw_pb2.DrawRecei
     demand(receipt.reveal_salt == salt, Claim.DRAWS, f"{what} has another salt than the reveal")
     wanted = task.config.validators_per_submission
     demand(receipt.assigned == wanted, Claim.DRAWS, f"{what} assigns {receipt.assigned}, the task wants {wanted}")
+    interested = {submission.commit.participant, task.creator}
+    neutral = interested.isdisjoint(pick.participant for pick in receipt.picks)
+    demand(neutral, Claim.DRAWS, f"{what} picks the submitter or the task's creator")
     try:
         verify_receipt(receipt, selector_key=story.selector_key)
     except ReceiptInvalid as error:
@@ -184,34 +182,16 @@ def _check_extension(earlier: draw_pb2.DrawReceipt, later: draw_pb2.DrawReceipt)
     demand(same, Claim.DRAWS, f"{later.draw} does not go on where it stopped")
 
 
-def assigned(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.AssignmentChanged) -> None:
-    """One step of a validator's duty."""
-    story, name = replay.story, entry.assignment
-    submission, round_, validator = _parts(name, "/assignments/")
-    receipt = story.draws.get((submission, round_))
-    before = story.assignments.get(name)
-    if before is None:
-        picks = [] if receipt is None else list(receipt.picks)
-        right = entry.position < len(picks) and picks[entry.position].participant == validator
-        demand(right, Claim.HISTORY, f"{name} is given to somebody who was not drawn for position {entry.position}")
-        demand(entry.state in (_OFFERED, _RELEASED), Claim.HISTORY, f"{name} begins with something else than an offer")
-    else:
-        demand(before not in _ENDED, Claim.HISTORY, f"{name} had ended, and goes on")
-    story.assignments[name] = entry.state
-    replay.counts[Claim.HISTORY] += 1
-
-
 def sealed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.EvaluationSealed) -> None:
     """A report is sealed under a lease."""
     story, name = replay.story, entry.evaluation
     seal, signer = replay.open(entry.statement, envelope_pb2.SealStatement)
-    _, _, validator = _parts(name, "/evaluations/")
+    _, _, validator = duties.parts(name, "/evaluations/")
     demand(validator == signer, Claim.ENVELOPES, f"{validator} did not sign, {signer} did")
     assignment = name.replace("/evaluations/", "/assignments/")
     demand(seal.assignment == assignment, Claim.SEALS, f"{name} was sealed for {seal.assignment}")
-    leased = story.assignments.get(assignment) == _ACCEPTED
-    demand(leased, Claim.HISTORY, f"{name} is sealed without a lease")
     demand(name not in story.seals, Claim.SEALS, f"{name} is sealed twice")
+    duties.seal(story, assignment, name)
     story.seals[name] = seal
 
 
@@ -219,7 +199,7 @@ def opened(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.EvaluationO
     """A sealed report is laid open."""
     story, name = replay.story, entry.evaluation
     report, signer = replay.open(entry.report, envelope_pb2.EvaluationReport)
-    submission_name, round_, validator = _parts(name, "/evaluations/")
+    submission_name, round_, validator = duties.parts(name, "/evaluations/")
     submission = _submission(story, submission_name)
     demand(validator == signer, Claim.ENVELOPES, f"{validator} did not sign, {signer} did")
     demand(name in story.seals, Claim.SEALS, f"{name} is opened, and was never sealed")
@@ -233,6 +213,7 @@ def opened(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.EvaluationO
     dataset = submission.task.dataset(round_)
     demand(report.dataset_digest == dataset, Claim.SCORES, f"{name} is about another dataset than the task's")
     demand(round_ not in submission.scores, Claim.SCORES, f"{name} is opened after the score was concluded")
+    duties.open_report(story, seal.assignment, name)
     story.reports[submission_name, round_][name] = report
     replay.counts[Claim.SEALS] += 1
 
@@ -246,6 +227,8 @@ def concluded(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.ScoreCon
         submission.hidden[FIRST_ROUND] = entry.commitment
         return
     score = entry.score
+    kept_back = bool(entry.salt) or not submission.task.hides
+    demand(kept_back, Claim.SCORES, f"the score of {submission.name} is shown, and was to be kept back")
     demand(score.round in (FIRST_ROUND, HOLDOUT_ROUND), Claim.SCORES, f"there is no round {score.round}")
     demand((submission.name, score.round) in story.draws, Claim.SCORES, f"{submission.name} was scored and never drawn")
     demand(score.round not in submission.scores, Claim.SCORES, f"{submission.name} is scored twice in a round")
@@ -282,25 +265,15 @@ def cancelled_without_its_task(story: Story) -> Iterator[tuple[int, str]]:
             yield submission.end_index, f"{submission.name} is rejected as cancelled, and {submission.task.name} is not"
 
 
-def faulted(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.ValidatorFault) -> None:
-    """A validator did not do its duty, or did it wrongly."""
-    submission, round_, _ = _parts(entry.assignment, "/assignments/")
-    known = entry.assignment in replay.story.assignments
-    demand(known, Claim.HISTORY, f"{entry.assignment} was never given to anybody")
-    if entry.kind == evaluation_pb2.VALIDATOR_FAULT_KIND_OUTLIER:
-        evaluation = entry.assignment.replace("/assignments/", "/evaluations/")
-        replay.story.outliers[submission, round_].add(evaluation)
-    else:
-        expired = replay.story.assignments[entry.assignment] == evaluation_pb2.ASSIGNMENT_STATE_EXPIRED
-        demand(expired, Claim.HISTORY, f"{entry.assignment} is named at fault without having expired")
-
-
 def ranking_round(story: Story, task: Task) -> int:
     """The round that ranks a task whose submissions have all ended. Raises Wrong when they have not."""
     mine = [each for each in story.submissions.values() if each.task is task]
     for each in mine:
         demand(each.state in (_SCORED, _REJECTED), Claim.HISTORY, f"{task.name} is final, {each.name} has not ended")
         demand(not each.hidden, Claim.SCORES, f"{task.name} is final, and the score of {each.name} was never opened")
+        _check_first(each, mine)
+    judged_again = task.holdout_told or not task.config.HasField("holdout")
+    demand(judged_again, Claim.HISTORY, f"{task.name} is final, and nothing is said of its holdout")
     if not task.holdout_leaf:
         return FIRST_ROUND
     scored = [each for each in mine if each.state == _SCORED]
@@ -309,14 +282,21 @@ def ranking_round(story: Story, task: Task) -> int:
     return HOLDOUT_ROUND if judged else FIRST_ROUND
 
 
+def _check_first(submission: Submission, all_of_task: list[Submission]) -> None:
+    """Raises Wrong for a scored copy: of those revealed the earliest commit owns a model."""
+    if submission.state != _SCORED or submission.reveal is None:
+        return
+    for other in all_of_task:
+        same = other.reveal is not None and other.reveal.model_digest == submission.reveal.model_digest
+        # Who failed through the platform's fault alone may submit the same model again.
+        again = (
+            other.commit.participant == submission.commit.participant
+            and other.reason == evaluation_pb2.REJECTION_REASON_VALIDATORS_UNAVAILABLE
+        )
+        owned = same and other.number < submission.number and not again
+        demand(not owned, Claim.HISTORY, f"{submission.name} is scored, and is a copy of {other.name}")
+
+
 def _submission(story: Story, name: str) -> Submission:
     demand(name in story.submissions, Claim.HISTORY, f"{name} was never committed")
     return story.submissions[name]
-
-
-def _parts(name: str, middle: str) -> tuple[str, int, str]:
-    """Submission, round and validator of an assignment's or evaluation's name."""
-    submission, _, last = name.partition(middle)
-    round_, _, validator = last.partition("-")
-    demand(round_.isascii() and round_.isdigit() and bool(validator), Claim.HISTORY, f"{name} is no name")
-    return submission, int(round_), f"participants/{validator}"

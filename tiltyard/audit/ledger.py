@@ -16,6 +16,13 @@ _CURVES = {
     task_pb2.CURVE_LOGISTIC: CurveKind.LOGISTIC,
 }
 _DEFAULT_ALPHA_MILLIS = 500
+# What a fault costs of all stake, in thousandths and rounded up, as the contract fixes it.
+_COST_MILLIS: Mapping[int, int] = {
+    stake_pb2.STAKE_FAULT_SEAL_MISSING: 1,
+    stake_pb2.STAKE_FAULT_SEAL_NOT_OPENED: 10,
+    stake_pb2.STAKE_FAULT_REPORT_OUTSIDE_TOLERANCE: 50,
+    stake_pb2.STAKE_FAULT_CONTRADICTION: 1000,
+}
 
 
 class LedgerMismatch(ValueError):
@@ -39,6 +46,11 @@ class _Account:
     """By task."""
     balances: set[int] = field(default_factory=lambda: {0})
     """Every available amount there has been."""
+
+    @property
+    def stake_micros(self) -> int:
+        """All of it, wherever it is."""
+        return self.available + self.unbonding + sum(self.locked.values())
 
     def move(self, *, available: int = 0, unbonding: int = 0) -> None:
         self.available += available
@@ -112,7 +124,9 @@ class Ledger:
         if event.sequence != self.sequence + 1:
             raise LedgerMismatch(f"ledger event {event.sequence} follows {self.sequence}")
         self.sequence = event.sequence
-        self.last_time_ns = event.time.ToNanoseconds()
+        if not event.HasField("time"):
+            raise LedgerMismatch(f"ledger event {event.sequence} bears no time")
+        self.last_time_ns = max(self.last_time_ns, event.time.ToNanoseconds())
         step = _STEPS.get(event.kind)
         if step is None:
             raise LedgerMismatch(f"ledger event {event.sequence} is of an unknown kind")
@@ -143,6 +157,9 @@ class Ledger:
     def _slashed(self, event: stake_pb2.LedgerEvent) -> None:
         """From what is available, then from what is locked in order of the tasks, then from what is unbonding."""
         account, left = self._accounts[event.participant], event.amount_micros
+        costs = -(-account.stake_micros * _COST_MILLIS.get(event.fault, 0) // 1000)
+        if left != costs:
+            raise LedgerMismatch(f"{event.participant} is slashed by {left}, its fault costs {costs}")
         taken = min(left, account.available)
         account.move(available=-taken)
         left -= taken
@@ -184,6 +201,8 @@ class Ledger:
 
     def _quota_charged(self, event: stake_pb2.LedgerEvent) -> None:
         pool = self._pool(event)
+        if (event.draw, event.participant) in self._settled:
+            raise LedgerMismatch(f"{event.participant} is charged twice for {event.draw}")
         if event.draw not in self._drawn:
             self._drawn[event.draw] = pool.state()
         self._settled[event.draw, event.participant] = 1

@@ -7,7 +7,12 @@ from tiltyard.type.v1 import evaluation_pb2, log_pb2, participation_pb2
 CREATOR = participation_pb2.ROLE_TASK_CREATOR
 
 _STAKE = participation_pb2.EVIDENCE_KIND_STAKE
-_STAYING = (participation_pb2.MEMBERSHIP_STATE_ACTIVE, participation_pb2.MEMBERSHIP_STATE_PAUSED)
+_REPUTATION = participation_pb2.EVIDENCE_KIND_REPUTATION
+_ACTIVE = participation_pb2.MEMBERSHIP_STATE_ACTIVE
+_PAUSED = participation_pb2.MEMBERSHIP_STATE_PAUSED
+_LEFT = participation_pb2.MEMBERSHIP_STATE_LEFT
+_REFUSED = participation_pb2.MEMBERSHIP_STATE_REFUSED
+_STEPS: dict[int, tuple[int, ...]] = {_ACTIVE: (_PAUSED, _LEFT), _PAUSED: (_ACTIVE, _LEFT)}
 
 
 def take_verdict(story: Story, index: int, verdict: participation_pb2.EligibilityVerdict) -> None:
@@ -24,6 +29,9 @@ def take_verdict(story: Story, index: int, verdict: participation_pb2.Eligibilit
     story.verdicts.append(PendingVerdict(index, verdict))
     if verdict.eligible:
         story.eligible.add((verdict.task, verdict.participant, verdict.role))
+    if verdict.role == CREATOR:
+        named = {who for fact in verdict.evidence if fact.kind == _REPUTATION for who in fact.references}
+        story.endorsed[verdict.task, verdict.participant] = named
 
 
 def stakes_weighed(verdict: participation_pb2.EligibilityVerdict) -> list[int]:
@@ -40,11 +48,29 @@ def demand_eligible(story: Story, task: str, participant: str, role: int) -> Non
     )
 
 
+def check_field(story: Story, task: str, creator: str, field: str) -> None:
+    """Whether those whose word let a task be created gave it in the task's field. Raises Wrong."""
+    for endorser in story.endorsed.get((task, creator), ()):
+        known = (endorser, creator, field) in story.endorsements
+        demand(known, Claim.VERDICTS, f"{endorser} has never endorsed {creator} in {task}'s field")
+
+
 def take_membership(story: Story, entry: log_pb2.MembershipChanged) -> None:
     """One change of who takes part."""
-    if entry.state in _STAYING:
-        demand_eligible(story, entry.task, entry.participant, entry.role)
-    story.members[entry.task, entry.participant] = (entry.role, entry.state)
+    who, key = entry.participant, (entry.task, entry.participant)
+    role, before = story.members.get(key, (entry.role, _LEFT))
+    if before in (_LEFT, _REFUSED):
+        demand(entry.HasField("statement"), Claim.HISTORY, f"{who} enters {entry.task} without having asked for it")
+        demand(
+            entry.state in (_ACTIVE, _REFUSED), Claim.HISTORY, f"{who} makes a step in {entry.task} that there is not"
+        )
+    else:
+        demand(entry.state in _STEPS[before], Claim.HISTORY, f"{who} makes a step in {entry.task} that there is not")
+    same = before == _REFUSED or role == entry.role
+    demand(same and who != story.tasks[entry.task].creator, Claim.HISTORY, f"{who} has another role in {entry.task}")
+    if entry.state in (_ACTIVE, _PAUSED):
+        demand_eligible(story, entry.task, who, entry.role)
+    story.members[key] = (entry.role, entry.state)
 
 
 def _suffices(story: Story, verdict: participation_pb2.EligibilityVerdict, fact: participation_pb2.Evidence) -> bool:
@@ -90,6 +116,11 @@ def _check_track_record(story: Story, participant: str, name: str) -> None:
     if "/evaluations/" in name:
         mine = name.endswith(f"-{participant.removeprefix('participants/')}")
         demand(mine and name in story.seals, Claim.VERDICTS, f"{name} is no evaluation by {participant}")
+        round_ = int(name.rpartition("/")[2].partition("-")[0])
+        # Where the task hides its counts, the report is no leaf yet.
+        opened = story.reports[submission.name, round_]
+        agreed = name not in story.outliers[submission.name, round_] and (not opened or name in opened)
+        demand(agreed, Claim.VERDICTS, f"{name} was no evaluation within the tolerance")
         return
     scored = submission.state == evaluation_pb2.SUBMISSION_STATE_SCORED
     mine = submission.commit.participant == participant

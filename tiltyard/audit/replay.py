@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from tiltyard.audit import judging, memberships
+from tiltyard.audit import duties, judging, memberships
 from tiltyard.audit.ledger import Ledger
 from tiltyard.audit.story import Story, Task
 from tiltyard.audit.wrong import Claim, Wrong, demand
@@ -30,14 +30,18 @@ class Replay:
         self.story = Story()
         self.counts: dict[Claim, int] = defaultdict(int)
         self.pending = 0
+        self.time_ns = 0
+        """When the leaf that is looked at was written."""
         self._ledger = Ledger(
             lambda name: self.story.tasks[name].config.selection if name in self.story.tasks else None
         )
-        self._genesis_seen = False
+        self._charged: dict[tuple[str, str], int] = {}
+        """The leaf by draw and participant."""
 
     def take(self, index: int, leaf: bytes, entry: log_pb2.LogEntry) -> None:
         """The next leaf, by its hash. Raises Wrong, or what is wrong with an envelope or a ledger event."""
         kind = entry.WhichOneof("entry")
+        self.time_ns = entry.time.ToNanoseconds()
         step = _STEPS.get(kind or "")
         demand(step is not None, Claim.HISTORY, "the entry is of an unknown kind")
         demand((index == 0) == (kind == "genesis"), Claim.HISTORY, "a log begins with its genesis, and has one")
@@ -48,6 +52,10 @@ class Replay:
         """What can be said only when all leaves, and all of the ledger, are known."""
         for index, reason in judging.cancelled_without_its_task(self.story):
             yield index, Wrong(Claim.HISTORY, reason)
+        for index, reason in duties.unnamed_faults(self.story):
+            yield index, Wrong(Claim.HISTORY, reason)
+        for index, reason in self._charged_without_a_pick():
+            yield index, Wrong(Claim.LEDGER, reason)
         for waiting in self.story.verdicts:
             amounts = memberships.stakes_weighed(waiting.verdict)
             if all(self._ledger.had(waiting.verdict.participant, amount) for amount in amounts):
@@ -81,13 +89,19 @@ class Replay:
             else:
                 self.counts[Claim.POOLS] += 1
 
-    def open(self, envelope: envelope_pb2.Envelope, expected: type[M]) -> tuple[M, str]:
-        """The statement in an envelope and its signer as participants/{id}; counted."""
+    def _charged_without_a_pick(self) -> Iterator[tuple[int, str]]:
+        picked = {each.draw: {pick.participant for pick in each.picks} for each in self.story.draws.values()}
+        for (draw, who), index in self._charged.items():
+            if draw in picked and who not in picked[draw]:
+                yield index, f"{who} is charged for {draw}, which has not picked it"
+
+    def open(self, envelope: envelope_pb2.Envelope, expected: type[M], *, by_participant: bool = True) -> tuple[M, str]:
+        """The statement in an envelope and its signer as participants/{id}, who has registered; counted."""
         statement, signer = open_statement(envelope, expected)
         origin = getattr(statement, "origin")  # noqa: B009 - every statement has one, which Message does not know
         demand(origin == self.story.origin, Claim.ENVELOPES, f"the statement is of another arena: {origin}")
         demand(
-            f"participants/{signer}" in self.story.participants,
+            not by_participant or f"participants/{signer}" in self.story.participants,
             Claim.ENVELOPES,
             f"the statement is signed by {signer}, who has not registered",
         )
@@ -108,7 +122,10 @@ class Replay:
         self.story.participants[entry.participant] = entry.display_name
 
     def _owner_bound(self, index: int, leaf: bytes, entry: log_pb2.OwnerBound) -> None:
-        said, signer = self.open(entry.statement, envelope_pb2.OwnerStatement)
+        # An owner vouches with a key of its own, and takes part in nothing.
+        said, signer = self.open(entry.statement, envelope_pb2.OwnerStatement, by_participant=False)
+        known = said.participant in self.story.participants
+        demand(known, Claim.HISTORY, f"{said.participant} is owned, and has not registered")
         demand(said.owner == signer, Claim.ENVELOPES, f"{said.owner} did not sign, {signer} did")
         self.story.owners[said.participant] = said.owner
 
@@ -121,6 +138,7 @@ class Replay:
     def _task_created(self, index: int, leaf: bytes, entry: log_pb2.TaskCreated) -> None:
         demand(entry.task not in self.story.tasks, Claim.HISTORY, f"{entry.task} is created twice")
         memberships.demand_eligible(self.story, entry.task, entry.creator, memberships.CREATOR)
+        memberships.check_field(self.story, entry.task, entry.creator, entry.config.field)
         self.story.tasks[entry.task] = Task(entry.task, entry.creator, entry.config)
 
     def _task_changed(self, index: int, leaf: bytes, entry: log_pb2.TaskChanged) -> None:
@@ -144,6 +162,11 @@ class Replay:
     def _holdout_changed(self, index: int, leaf: bytes, entry: log_pb2.HoldoutChanged) -> None:
         task = self.task(entry.task)
         demand(task.config.HasField("holdout"), Claim.HISTORY, f"{entry.task} has no holdout")
+        demand(not task.holdout_told, Claim.HISTORY, f"the holdout of {entry.task} has two fates")
+        closed = task.state == task_pb2.TASK_STATE_CLOSED
+        demand(closed, Claim.HISTORY, f"the holdout of {entry.task} is told of, and the task is not closed")
+        demand(entry.accepted != bool(entry.reason), Claim.HISTORY, f"the holdout of {entry.task} has no clear fate")
+        task.holdout_told = True
         if entry.accepted:
             task.holdout_leaf = leaf
 
@@ -163,11 +186,16 @@ class Replay:
         self.counts[Claim.HISTORY] += 1
 
     def _ledger_event(self, index: int, leaf: bytes, entry: stake_pb2.LedgerEvent) -> None:
+        duties.check_ledger_event(self.story, entry)
         self._ledger.take(entry)
+        if entry.kind == stake_pb2.LEDGER_EVENT_KIND_QUOTA_CHARGED:
+            self._charged[entry.draw, entry.participant] = index
         self.counts[Claim.LEDGER] += 1
 
-    def _nothing_to_check(self, index: int, leaf: bytes, entry: object) -> None:
-        """What the registry says of itself, and nothing else follows from."""
+    def _outage_ended(self, index: int, leaf: bytes, entry: log_pb2.OutageEnded) -> None:
+        back_ns = entry.back.ToNanoseconds()
+        right = back_ns == self.time_ns and entry.last_alive.ToNanoseconds() < back_ns
+        demand(right, Claim.HISTORY, "an outage ends at another time than it is told, or before it began")
 
 
 def _check_amendment(task: Task, config: task_pb2.TaskConfig) -> None:
@@ -195,12 +223,12 @@ _STEPS: Mapping[str, Callable[..., None]] = {
     "submission_revealed": judging.revealed,
     "submission_changed": judging.changed,
     "draw": judging.drawn,
-    "assignment_changed": judging.assigned,
+    "assignment_changed": duties.assigned,
     "evaluation_sealed": judging.sealed,
     "evaluation_opened": judging.opened,
     "score_concluded": judging.concluded,
     "ledger_event": Replay._ledger_event,
     "holdout_changed": Replay._holdout_changed,
-    "validator_fault": judging.faulted,
-    "outage_ended": Replay._nothing_to_check,
+    "validator_fault": duties.faulted,
+    "outage_ended": Replay._outage_ended,
 }

@@ -18,6 +18,8 @@ class Task:
     config: task_pb2.TaskConfig
     state: "task_pb2.TaskState.ValueType" = task_pb2.TASK_STATE_PREPARING
     holdout_leaf: bytes = b""
+    holdout_told: bool = False
+    """Whether a leaf says what became of it."""
     ranking_round: int = FIRST_ROUND
     submissions: int = 0
     """How many were committed."""
@@ -42,6 +44,7 @@ class Submission:
     name: str
     task: Task
     commit: envelope_pb2.CommitStatement
+    commit_time_ns: int = 0
     state: "evaluation_pb2.SubmissionState.ValueType" = evaluation_pb2.SUBMISSION_STATE_COMMITTED
     reveal: envelope_pb2.RevealStatement | None = None
     reveal_leaf: bytes = b""
@@ -56,6 +59,16 @@ class Submission:
     def number(self) -> int:
         """Grows with the commits of one task."""
         return int(self.name.rpartition("/")[2])
+
+
+@dataclass
+class Duty:
+    """One assignment. `index` is the leaf of its last step, `owed` the fault that a leaf has still to name, or 0."""
+
+    state: int
+    position: int
+    index: int
+    owed: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,10 +93,14 @@ class Story:
     tasks: dict[str, Task] = field(default_factory=dict)
     eligible: set[tuple[str, str, int]] = field(default_factory=set)
     """Task, participant, role."""
+    endorsed: dict[tuple[str, str], set[str]] = field(default_factory=dict)
+    """Whose endorsements a verdict on a task's creator names, by task and creator."""
     members: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     """Role and state by task and participant."""
-    assignments: dict[str, int] = field(default_factory=dict)
-    """State by assignment."""
+    duties: dict[str, Duty] = field(default_factory=dict)
+    """By assignment."""
+    faults: set[tuple[str, int]] = field(default_factory=set)
+    """Assignment and kind of what was named."""
     verdicts: list[PendingVerdict] = field(default_factory=list)
     submissions: dict[str, Submission] = field(default_factory=dict)
     draws: dict[tuple[str, int], draw_pb2.DrawReceipt] = field(default_factory=dict)
