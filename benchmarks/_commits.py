@@ -1,8 +1,8 @@
-"""Durable `CommitEvaluation` and `GetSubmission` of a whole registry process, beside a bare gRPC echo of as many bytes.
+"""Durable `CommitEvaluation` and `GetSubmission` of a whole registry process, beside a bare gRPC echo and Vizier.
 
-The registry is `python -m services.registry` with its background loop, on SQLite, beside a real selector. Its clients
-and the echo's are this process, in turns within one run; every call carries a token, every seal a signature and a
-request id.
+The registry is `python -m services.registry` with its background loop, on SQLite, beside a real selector. Its clients,
+the echo's (of as many bytes) and those of Vizier's `CreateTrial`, on SQLite too, are this process, in turns within one
+run; every call to the registry carries a token, every seal a signature and a request id.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -25,6 +25,8 @@ import grpc
 from sqlalchemy import insert
 from sqlmodel import Session
 
+from benchmarks._peers import PeerUnavailable
+from benchmarks._vizier import CREATE_TRIAL, Vizier, serving_vizier
 from services.registry import rows
 from services.registry.changes import ChangeBoard
 from services.registry.convert.drafts import draft_of
@@ -136,6 +138,24 @@ def _seals(keys: list[Key]) -> Iterator[tuple[int, evaluation_pb2.CommitEvaluati
             )
 
 
+class Trials:
+    """Clients of a Vizier server."""
+
+    def __init__(self, vizier: Vizier) -> None:
+        self._request = vizier.request
+        self._channels = [grpc.aio.insecure_channel(vizier.address) for _ in range(_VALIDATORS)]
+
+    async def close(self) -> None:
+        """Hang up."""
+        for channel in self._channels:
+            await channel.close()
+
+    def creates(self, client: int) -> Call:
+        """One trial after the other."""
+        method: Any = self._channels[client].unary_unary(CREATE_TRIAL)
+        return lambda: method(self._request, timeout=20)
+
+
 async def rate(calls: list[Call], *, seconds: float = _ROUND_S) -> Rates:
     """Calls answered in one round, each of `calls` one after the other."""
     spans: list[float] = []
@@ -154,28 +174,42 @@ async def measure(folder: Path) -> list[dict[str, Any]]:
     """The lines of both methods."""
     keys = [Key.generate() for _ in range(_VALIDATORS)]
     await _fill(folder, keys)
-    with ExitStack() as processes:
+    async with AsyncExitStack() as processes:
         registry = Registry(
             processes.enter_context(serving_registry(folder)), processes.enter_context(_serving_echo(folder)), keys
         )
+        processes.push_async_callback(registry.close)
+        trials: Trials | None = None
+        problem = ""
         try:
-            return await _lines(registry)
-        finally:
-            await registry.close()
+            trials = Trials(await asyncio.to_thread(processes.enter_context, serving_vizier(folder)))
+            processes.push_async_callback(trials.close)
+        except PeerUnavailable as error:
+            problem = str(error)
+        return [*await _commit_lines(registry, trials, problem), await _get_line(registry)]
 
 
-async def _lines(registry: Registry) -> list[dict[str, Any]]:
+async def _commit_lines(registry: Registry, trials: Trials | None, problem: str) -> list[dict[str, Any]]:
+    """At 1, 4 and 16 clients, beside the echo and beside Vizier; `problem` says why there is none of it."""
     for client in range(_VALIDATORS):
         await asyncio.gather(*(make(client)() for make in (registry.commits, registry.gets, registry.echoes)))
-    lines, spans = [], list[float]()
+        if trials is not None:
+            await trials.creates(client)()
+    lines, mine = [], list[Rates]()
     for clients in (1, 4, 16):
         ours = [registry.commits(client) for client in range(clients)]
         echoes = [registry.echoes(client) for client in range(clients)]
-        pairs = [(await rate(ours), await rate(echoes)) for _ in range(_ROUNDS)]
-        spans = [span for mine, _ in pairs for span in mine.spans_s]
+        creates = [] if trials is None else [trials.creates(client) for client in range(clients)]
+        turns = [[await rate(calls) for calls in (ours, echoes, creates) if calls] for _ in range(_ROUNDS)]
+        mine, echoed, *created = (list(each) for each in zip(*turns, strict=True))
         name = f"durable CommitEvaluation, {clients} client{'s' * (clients > 1)}"
-        lines.append(_line(name, pairs, goal=0.25 if clients == 16 else None))
-    p99_ms = quantiles(spans, n=100)[98] * 1e3
+        lines.append(_line(name, mine, "bare grpc.aio echo", echoed, goal=0.25 if clients == 16 else None))
+        if created:
+            goal = 8.0 if clients == 16 else None
+            lines.append(_line(name, mine, "Vizier's CreateTrial, SQLite", created[0], goal=goal))
+    if trials is None:
+        lines.append(_unmeasured("durable CommitEvaluation, 16 clients", mine, f"not measured, no Vizier: {problem}"))
+    p99_ms = quantiles([span for each in mine for span in each.spans_s], n=100)[98] * 1e3
     lines.append(
         {
             "name": "durable CommitEvaluation, 16 clients, 99th percentile",
@@ -187,22 +221,39 @@ async def _lines(registry: Registry) -> list[dict[str, Any]]:
             "goal": 1.0,
         }
     )
-    gets = [registry.gets(client) for client in range(16)]
-    echoes = [registry.echoes(client) for client in range(16)]
-    pairs = [(await rate(gets), await rate(echoes)) for _ in range(_ROUNDS)]
-    lines.append(_line("GetSubmission, token checked, 16 clients", pairs, goal=0.5))
     return lines
 
 
-def _line(name: str, pairs: list[tuple[Rates, Rates]], *, goal: float | None) -> dict[str, Any]:
+async def _get_line(registry: Registry) -> dict[str, Any]:
+    gets = [registry.gets(client) for client in range(16)]
+    echoes = [registry.echoes(client) for client in range(16)]
+    turns = [(await rate(gets), await rate(echoes)) for _ in range(_ROUNDS)]
+    mine, theirs = (list(each) for each in zip(*turns, strict=True))
+    return _line("GetSubmission, token checked, 16 clients", mine, "bare grpc.aio echo", theirs, goal=0.5)
+
+
+def _line(name: str, mine: list[Rates], against: str, theirs: list[Rates], *, goal: float | None) -> dict[str, Any]:
     return {
         "name": name,
-        "ours": median(mine.per_s for mine, _ in pairs),
+        "ours": median(each.per_s for each in mine),
         "unit": "calls/s",
-        "against": "bare grpc.aio echo",
-        "theirs": median(theirs.per_s for _, theirs in pairs),
-        "ratio": median(mine.per_s / theirs.per_s for mine, theirs in pairs),
+        "against": against,
+        "theirs": median(each.per_s for each in theirs),
+        "ratio": median(one.per_s / other.per_s for one, other in zip(mine, theirs, strict=True)),
         "goal": goal,
+    }
+
+
+def _unmeasured(name: str, mine: list[Rates], against: str) -> dict[str, Any]:
+    ours = median(each.per_s for each in mine)
+    return {
+        "name": name,
+        "ours": ours,
+        "unit": "calls/s",
+        "against": against,
+        "theirs": 0.0,
+        "ratio": 0.0,
+        "goal": None,
     }
 
 

@@ -1,4 +1,4 @@
-"""Real peers (MLServer, Triton's client, Lightning) in environments of their own, made once, kept below .venv-peers/.
+"""Real peers (MLServer, Triton's client, Lightning, Vizier) in environments of their own below .venv-peers/, made once.
 
 They need other packages than ours (another protobuf, say), so they share no process with us.
 """
@@ -15,6 +15,8 @@ INSTALL_TIMEOUT_S = 600
 MLSERVER = ("mlserver", ("mlserver>=1.7,<2",))
 LIGHTNING = ("lightning", ("lightning>=2.5,<3",))
 TRITON = ("triton", ("tritonclient[grpc]>=2.50",))
+# It imports jax wherever it serves from, and what it has pinned equinox at needs an older one.
+VIZIER = ("vizier", ("google-vizier[jax]==0.1.24", "jax<0.5", "jaxlib<0.5"))
 
 
 class PeerUnavailable(Exception):
