@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import Row, bindparam
-from sqlmodel import Session, col, or_, select
+from sqlmodel import Session, col, exists, or_, select
 
 from services.selector.columns import connection_of, from_us, table_of, to_us, weight_bytes, weight_of
 from services.selector.records import Candidate, Evidence, EvidenceKind, LeafChange, Policy, Pool, Role, Verdict
@@ -159,22 +159,22 @@ class SqlPoolRecords:
 
     def seated(self, task: str, *, leaf_indices: Collection[int], version: int) -> Mapping[int, Sequence[str]]:
         still = _SEATS.alias()
-        query = (
-            select(_SEATS.c.leaf_index, _SEATS.c.participant)
-            .join(still, (still.c.task == _SEATS.c.task) & (still.c.participant == _SEATS.c.participant))
-            .where(
-                _SEATS.c.task == task,
-                _SEATS.c.leaf_index.in_(leaf_indices),
-                _SEATS.c.since <= version,
-                or_(_SEATS.c.until.is_(None), _SEATS.c.until > version),
+        # No join and no order: without statistics SQLite would begin with the seats of the whole pool for either.
+        query = select(_SEATS.c.leaf_index, _SEATS.c.participant).where(
+            _SEATS.c.task == task,
+            _SEATS.c.leaf_index.in_(leaf_indices),
+            _SEATS.c.since <= version,
+            or_(_SEATS.c.until.is_(None), _SEATS.c.until > version),
+            exists().where(
+                still.c.task == _SEATS.c.task,
+                still.c.participant == _SEATS.c.participant,
                 still.c.until.is_(None),
-            )
-            .order_by(_SEATS.c.participant)
+            ),
         )
         members: dict[int, list[str]] = {index: [] for index in leaf_indices}
         for index, participant in connection_of(self._session).execute(query):
             members[index].append(participant)
-        return members
+        return {index: sorted(found) for index, found in members.items()}
 
 
 def _pool(row: Row[Any]) -> Pool:
