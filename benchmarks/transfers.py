@@ -31,7 +31,8 @@ from tiltyard.transfers import CHUNK_BYTES, download, upload
 _MB = 1 << 20
 _ROUNDS = 5
 _GOAL = 0.7
-# Grown by more than this while a model passes, a process would hold a part of it that grows with it.
+_FIRST_FILES, _FIRST_MB = 2, 128
+# Grown by more than this while a model of eight times the size passes, a process would hold a part that grows with it.
 _FLAT_MB = 64
 _UP, _DOWN = "/benchmark.v1.Raw/Up", "/benchmark.v1.Raw/Down"
 _BLOCK = bytes(range(256)) * (CHUNK_BYTES // 256)
@@ -149,9 +150,11 @@ async def _measure(registry: str, raw: str, folder: Path, size_mb: int) -> dict[
         grpc.aio.insecure_channel(raw) as channel,
     ):
         await client.participants.RegisterParticipant(participant_pb2.RegisterParticipantRequest(display_name="one"))
-        small = folder / "small"
-        small.write_bytes(os.urandom(16 * _MB))
-        await download(client.artifacts, await upload(client.artifacts, small), folder / "back")
+        # What is in flight at once, in all buffers on the way, is there from the first large file on.
+        for number in range(_FIRST_FILES):
+            first = folder / "first"
+            await asyncio.to_thread(_write, first, _FIRST_MB)
+            await download(client.artifacts, await upload(client.artifacts, first), folder / f"back {number}")
         # What the raw stream needs in this process is not ours.
         await _raw_up(channel, chunks, hashing=True)
         await _raw_down(channel, chunks, hashing=True)
