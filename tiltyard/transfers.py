@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tiltyard.registry.v1.artifact_pb2_grpc import ArtifactServiceAsyncStub
 
 CHUNK_BYTES = 1024 * 1024
+_READ_CHUNKS = 4
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 2.0
 
@@ -112,15 +113,20 @@ async def _messages(
     position = header.offset
     with path.open("rb", buffering=0) as file:
         file.seek(position)
-        ahead = asyncio.ensure_future(asyncio.to_thread(file.read, CHUNK_BYTES))
+
+        def read() -> list[bytes]:
+            return [chunk for _ in range(_READ_CHUNKS) if (chunk := file.read(CHUNK_BYTES))]
+
+        ahead = asyncio.ensure_future(asyncio.to_thread(read))
         try:
-            while chunk := await asyncio.shield(ahead):
-                # Read while the one before is on its way.
-                ahead = asyncio.ensure_future(asyncio.to_thread(file.read, CHUNK_BYTES))
-                yield artifact_pb2.UploadArtifactRequest(chunk=chunk)
-                position += len(chunk)
-                if progress:
-                    progress(position, header.size_bytes)
+            while chunks := await asyncio.shield(ahead):
+                # Read while these are on their way; a thread for each of them would cost as much as the chunk.
+                ahead = asyncio.ensure_future(asyncio.to_thread(read))
+                for chunk in chunks:
+                    yield artifact_pb2.UploadArtifactRequest(chunk=chunk)
+                    position += len(chunk)
+                    if progress:
+                        progress(position, header.size_bytes)
         finally:
             # Before the file is closed under it.
             await asyncio.wait((ahead,))
