@@ -1,6 +1,10 @@
 """Torch modules of a spec: their tensors are the spec's, weights go in and out, and they learn."""
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +31,7 @@ from tiltyard.modelspec import (
     count_parameters,
     flops,
     tensor_shapes,
+    to_json,
     validate,
 )
 
@@ -97,6 +102,36 @@ def test_spec_and_seed_fix_every_bit_and_leave_the_global_state_alone(spec: Mode
         assert torch.equal(left, right)
     assert not torch.equal(one.head.weight, other.head.weight)
     assert not torch.equal(build(spec, seed=None).head.weight, build(spec, seed=None).head.weight)
+
+
+WITHOUT_VECTORS = """
+import hashlib, json, sys, torch
+from tiltyard.models import build
+from tiltyard.modelspec import from_json
+print(torch.backends.cpu.get_cpu_capability())
+for raw in json.loads(sys.argv[1]):
+    weights = b"".join(tensor.numpy().tobytes() for tensor in build(from_json(raw), seed=7).state_dict().values())
+    print(hashlib.sha256(weights).hexdigest())
+"""
+
+
+def test_fresh_weights_are_the_same_on_processors_without_vector_instructions() -> None:
+    command = [sys.executable, "-c", WITHOUT_VECTORS, json.dumps([to_json(spec) for spec in SPECS])]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    capability, *expected = done.stdout.split()
+    assert capability == "DEFAULT"
+    for spec, digest in zip(SPECS, expected, strict=True):
+        weights = b"".join(tensor.numpy().tobytes() for tensor in build(spec, seed=7).state_dict().values())
+        assert hashlib.sha256(weights).hexdigest() == digest
+
+
+def test_fresh_weights_fill_their_bounds() -> None:
+    module = build(ModelSpec((64,), 10, Transformer(5000, 64, 1, 4)), seed=1)
+    for weight, bound in ((module.layers[0].widen.weight, 1 / 8), (module.tokens.weight, 3**0.5 * 0.02)):
+        assert weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
+        assert weight.mean().item() == pytest.approx(0, abs=bound / 50)
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.01)
 
 
 def test_an_onnx_graph_is_no_module_of_ours() -> None:

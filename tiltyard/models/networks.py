@@ -103,6 +103,10 @@ class ConvolutionalNetwork(Network):
         return logits
 
 
+# As many as float32 holds.
+_DRAWN_BITS = 24
+
+
 def build(spec: ModelSpec, *, seed: int | None) -> Network:
     """A module of `spec` on the CPU in float32, with fresh weights.
 
@@ -118,16 +122,24 @@ def build(spec: ModelSpec, *, seed: int | None) -> Network:
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
             # torch's own default: uniform within 1/sqrt(fan-in), weight and bias alike.
-            bound = 1 / math.sqrt(part.weight[0].numel())
-            with torch.no_grad():
-                for parameter in part.parameters():
-                    parameter.uniform_(-bound, bound, generator=generator)
+            for parameter in part.parameters():
+                _draw(parameter, 1 / math.sqrt(part.weight[0].numel()), generator)
         elif isinstance(part, nn.GroupNorm | nn.LayerNorm):
             part.reset_parameters()
         elif isinstance(part, nn.Embedding):
-            with torch.no_grad():
-                part.weight.normal_(0.0, EMBEDDING_DEVIATION, generator=generator)
+            _draw(part.weight, math.sqrt(3) * EMBEDDING_DEVIATION, generator)
     return module
+
+
+def _draw(parameter: Tensor, bound: float, generator: torch.Generator) -> None:
+    """Fills a tensor uniformly within +-bound.
+
+    Of torch's own uniform_ and normal_ the last bits depend on the processor's vector instructions. Here all is exact
+    but the one product at the end, which IEEE 754 rounds alike everywhere.
+    """
+    drawn = torch.randint(0, 1 << _DRAWN_BITS, parameter.shape, generator=generator, dtype=torch.int32)
+    with torch.no_grad():
+        parameter.copy_(drawn).mul_(2.0 ** (1 - _DRAWN_BITS)).sub_(1.0).mul_(bound)
 
 
 def build_empty(spec: ModelSpec) -> Network:
