@@ -1,6 +1,5 @@
 """Datasets and models on their way in and out, in chunks."""
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -8,10 +7,12 @@ from typing import TypeVar
 
 from services.registry.artifact_files import ArtifactFiles, Partial, StoredFile
 from services.registry.artifact_rights import Upload, expected_use, readable, size_mismatch
+from services.registry.readahead import ReadAhead
 from services.registry.records import Artifact
+from services.registry.storedwork import storage_failed, stored
 from services.registry.transaction import Reading, Store, Writing
 from services.registry.uploads import Uploads
-from services.runtime.errors import DataLoss, InvalidArgument, OutOfRange, Unavailable
+from services.runtime.errors import DataLoss, InvalidArgument, OutOfRange
 from tiltyard.writebehind import WriteBehind
 
 T = TypeVar("T")
@@ -20,6 +21,8 @@ _LARGE_CHUNK_BYTES = 1024 * 1024
 _SMALL_CHUNK_BYTES = 256 * 1024
 # A reader that takes its time holds a few copies of its next chunk: a crowd of them gets small ones.
 _FEW_DOWNLOADS = 32
+# What is read ahead for each of so many may be held by slow ones.
+_VERY_FEW_DOWNLOADS = 8
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,16 @@ class Artifacts:
                 try:
                     await _receive(partial, upload, chunks)
                 except OSError as error:
-                    raise _storage_failed(error) from error
+                    raise storage_failed(error) from error
                 async with self._uploads.placing(upload.sha256):
-                    if not await _stored(partial.finish):
+                    if not await stored(partial.finish):
                         raise InvalidArgument.field(
                             "chunk", "the bytes are not those of the digest; begin anew", reason="DIGEST_MISMATCH"
                         )
                     artifact = await self._store.write(lambda tx: _complete(tx, caller, upload))
-                await _stored(partial.settle)
+                await stored(partial.settle)
             finally:
-                await _stored(partial.close)
+                await stored(partial.close)
         return artifact
 
     async def progress(self, caller: str, sha256: str) -> Progress:
@@ -82,7 +85,7 @@ class Artifacts:
         known = await self._store.read(lambda tx: _own(tx, caller, sha256))
         if known is not None:
             return Progress(known.size_bytes, complete=True)
-        return Progress(await _stored(lambda: self._files.partial_size(caller, sha256)), complete=False)
+        return Progress(await stored(lambda: self._files.partial_size(caller, sha256)), complete=False)
 
     async def get(self, caller: str, sha256: str) -> Artifact:
         """What is known of one artifact. Raises NotFound, PermissionDenied."""
@@ -98,18 +101,17 @@ class Artifacts:
         size = artifact.size_bytes
         if offset > size:
             raise OutOfRange("WRONG_OFFSET", f"offset {offset} is beyond the {size} bytes", offset=str(size))
-        file = await _stored(lambda: self._open_whole(artifact))
+        file = await stored(lambda: self._open_whole(artifact))
         self._downloads += 1
+        reading = ReadAhead(file, offset)
         try:
-            while offset < size:
+            while reading.left:
                 chunk_bytes = _LARGE_CHUNK_BYTES if self._downloads <= _FEW_DOWNLOADS else _SMALL_CHUNK_BYTES
-                length = min(chunk_bytes, size - offset)
                 # In no name of this frame, which stays as long as the reader takes.
-                yield await _read(file, offset, length)
-                offset += length
+                yield await reading.take(chunk_bytes, ahead=self._downloads <= _VERY_FEW_DOWNLOADS)
         finally:
             self._downloads -= 1
-            await _stored(file.close)
+            await reading.close()
 
     def _open_whole(self, artifact: Artifact) -> StoredFile:
         try:
@@ -121,10 +123,10 @@ class Artifacts:
         return file
 
     async def _open(self, caller: str, upload: Upload) -> Partial:
-        have = await _stored(lambda: self._files.partial_size(caller, upload.sha256))
+        have = await stored(lambda: self._files.partial_size(caller, upload.sha256))
         if upload.offset not in (0, have):
             raise _wrong_offset(have)
-        return await _stored(lambda: self._files.open_partial(caller, upload.sha256, anew=upload.offset == 0))
+        return await stored(lambda: self._files.open_partial(caller, upload.sha256, anew=upload.offset == 0))
 
 
 async def _receive(partial: Partial, upload: Upload, chunks: AsyncIterator[bytes]) -> None:
@@ -143,31 +145,8 @@ async def _receive(partial: Partial, upload: Upload, chunks: AsyncIterator[bytes
         raise size_mismatch(f"ends after {received} of {upload.size_bytes} bytes; resume from there")
 
 
-async def _read(file: StoredFile, offset: int, length: int) -> bytes:
-    chunk = await _stored(lambda: file.read(offset, length))
-    if len(chunk) != length:
-        raise DataLoss("ARTIFACT_LOST", f"{len(chunk)} of {length} bytes are left at offset {offset}")
-    return chunk
-
-
 def _wrong_offset(right: int) -> OutOfRange:
     return OutOfRange("WRONG_OFFSET", f"the upload goes on at {right}", offset=str(right))
-
-
-async def _stored(work: Callable[[], T]) -> T:
-    """Run `work` in a thread to its end, also when the caller is cancelled meanwhile: no two threads on one file."""
-    running = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait((running,))
-        raise
-    except OSError as error:
-        raise _storage_failed(error) from error
-
-
-def _storage_failed(error: OSError) -> Unavailable:
-    return Unavailable("STORAGE_FAILED", f"the bytes cannot be kept or read now: {error.strerror}")
 
 
 def _own(tx: Reading, caller: str, sha256: str) -> Artifact | None:
