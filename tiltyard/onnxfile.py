@@ -7,6 +7,7 @@ is read; weights are stepped over.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tiltyard.modelspec import FaultCode, ModelFault, ModelSpec, Onnx
 from tiltyard.tensorfile import Read
@@ -88,8 +89,7 @@ def _fits(what: str, values: list[_Value], row_shape: tuple[int, ...]) -> None:
         raise ModelFault(FaultCode.SHAPE_MISMATCH, f"the {what} has the shape {value.shape}, not [{wanted}]")
 
 
-@dataclass(frozen=True)
-class _Field:
+class _Field(NamedTuple):
     """One field of a message: its value when it is a number, else where its bytes lie."""
 
     number: int
@@ -156,6 +156,10 @@ class _Reader:
             yield value
 
     def _varint(self, position: int, end: int) -> tuple[int, int]:
+        offset = position - self._window_start
+        if position < end and 0 <= offset < len(self._window) and self._window[offset] < 0x80:
+            # Most numbers: a file may have a million of them.
+            return self._window[offset], position + 1
         self._load(position, min(10, end - position))
         value = shift = 0
         while position < end and shift < 64:

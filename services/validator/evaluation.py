@@ -1,5 +1,6 @@
 """From a model and a dataset to a finding: structure first, then rows through a model server, each fault confirmed."""
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -77,7 +78,8 @@ async def find(job: Job, attempts: Attempts, progress: Progress) -> Finding:
     A fault in an attempt is reported only when a second, fresh server ends in a fault too. Raises CannotEvaluate.
     """
     try:
-        _check_structure(job)
+        # In a thread: a graph may have a million fields, and leases are to be renewed meanwhile.
+        await asyncio.to_thread(_check_structure, job)
     except ModelFault as fault:
         failed = ModelFailed.by(fault)
         return Finding(fault=failed.fault, detail=failed.detail)

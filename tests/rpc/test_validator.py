@@ -220,6 +220,7 @@ async def test_one_bad_submission_after_another_stops_nothing(registry, start):
         status = await calls.GetStatus(pb.GetStatusRequest())
         assert (len(status.active), status.draining) == (0, False)
         assert "network" in status.isolation
+        assert "start processes" in status.isolation
     # One dataset for eight models is fetched once.
     assert registry.downloads.count(hashlib.sha256(data).hexdigest()) == 1
     assert list((validator.state / "children").iterdir()) == []
