@@ -280,6 +280,7 @@ BAD_REQUESTS: list[tuple[dict[str, object], str, str]] = [
     ({"dataset": "nan.safetensors"}, "dataset", "row 3 has a value that is NaN"),
     ({"dataset": "lengths.safetensors"}, "dataset", "has 4 rows, but x has 5"),
     ({"dataset": "text.safetensors"}, "dataset", "is not a dataset"),
+    ({"dataset": "unlabelled.safetensors"}, "dataset", "exactly the tensors x and y"),
     ({"dataset": "bad.csv"}, "dataset", "bad.csv:3: 2 columns, not 3"),
     ({"dataset": "../key.pem"}, "dataset", "below the node's data folder"),
     ({"dataset": "/etc/passwd"}, "dataset", "below the node's data folder"),
@@ -300,6 +301,7 @@ async def test_a_bad_request_names_its_field_and_starts_nothing(
     write_dataset(data / "tokens.safetensors", np.array([[0, 1, 2], [3, 4, 5]]), np.array([0, 1]))
     save_file({"x": x[:0], "y": y[:0]}, data / "empty.safetensors")
     save_file({"x": x, "y": y[:4]}, data / "lengths.safetensors")
+    save_file({"x": x}, data / "unlabelled.safetensors")
     holed = x.copy()
     holed[3, 2, 1] = np.nan
     save_file({"x": holed, "y": y}, data / "nan.safetensors")

@@ -1,5 +1,6 @@
 """Losses and ways of running a step: each learns, and none changes what an update is."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -119,18 +120,21 @@ def test_bfloat16_learns_and_the_model_stays_float32(architecture: Architecture)
 def test_channels_last_and_compilation_change_no_update_but_by_rounding() -> None:
     spec, config = replace(SPEC, architecture=Convnet((8,))), replace(CONFIG, epochs=2)
     plain = descent(config, spec=spec)
-    compiled: list[nn.Module] = []
+    traced: list[torch.fx.GraphModule] = []
 
-    def compiler(module: nn.Module) -> Callable[[Tensor], Tensor]:
-        compiled.append(module)
-        return module
+    def trace(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
+        traced.append(graph)
+        return graph.forward
 
+    # torch's own compiler as far as its graph: what is made of that takes half a minute and a C++ compiler.
+    compiler = functools.partial(torch.compile, backend=trace)
     fast = descent(config, spec=spec, acceleration=Acceleration(channels_last=True, compiler=compiler))
     weight = fast.module.get_parameter("blocks.0.convolution.weight")
     assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert compiled == [fast.module]
     assert plain.run(report=lambda _: None)
     assert fast.run(report=lambda _: None)
+    # Whole, without a break; at most once more for the epoch's last batch, whose size differs.
+    assert 1 <= len(traced) <= 2
     assert_same_weights(plain, fast, tolerance=1e-3)
 
 

@@ -13,6 +13,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from services.trainer import runfolder
+from services.trainer.acceleration import allow_tf32
 from services.trainer.config import LossKind, TrainingConfig
 from services.trainer.run import train
 from tiltyard.datasets import write_dataset
@@ -119,6 +120,19 @@ def test_a_base_model_of_another_architecture_is_refused_with_both_shapes(tmp_pa
     status, events = run(ordered(tmp_path / "run", base_model=other))
     assert status == 1
     assert "has shape (16, 64), not (32, 64)" in events[-1]["error"]
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_products_are_computed_in_tf32_by_choice(tmp_path: Path, tf32: bool) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        allow_tf32(not tf32)
+        status, _ = run(ordered(tmp_path / "run", config=replace(CONFIG, epochs=1, patience=0, tf32=tf32)))
+        assert status == 0
+        # What a CPU makes of it is nothing; that a device would be told is seen here.
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (tf32, tf32)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def test_a_checkpoint_that_cannot_be_read_is_said_and_begun_anew(tmp_path: Path, base_model: Path) -> None:
