@@ -160,7 +160,7 @@ def smallest(x: Array) -> Array:
     """x in the smallest of uint8, int8, uint16, int16, int32, int64 that holds every value, else float16 or float32.
 
     float16 stays, other floats become float32, and floats that are all small whole numbers (pixels often are) become
-    integers of at most 16 bits. Raises DatasetError for what holds no numbers.
+    integers of at most 16 bits. Raises DatasetError for what holds no numbers. What fits already is not copied.
     """
     kind = x.dtype.kind
     if kind not in "biuf":
@@ -173,7 +173,7 @@ def smallest(x: Array) -> Array:
     low, high = x.min(), x.max()
     for name in names:
         if np.iinfo(name).min <= low and high <= np.iinfo(name).max:
-            return x.astype(name)
+            return x.astype(name, copy=False)
     if kind != "f":
         raise DatasetError(f"x holds {high}, which is over the range of int64")
     with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which a scan finds

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import math
+import tempfile
 import zipfile
 from array import array
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ Array = NDArray[Any]
 
 LABEL_COLUMN = "y"
 HUGGING_FACE_LABELS = ("label", "labels", LABEL_COLUMN)
+IN_MEMORY_BYTES = 256 * 1024 * 1024
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 
 
@@ -218,12 +220,20 @@ def _images(folder: Path) -> Rows:
         raise DatasetError(f"{one.name} and {other.name} differ in size; all images must have one")
     grey = modes <= {"1", "L"}
     (columns, rows) = next(iter(sizes))
-    x = np.empty((len(found), rows, columns) if grey else (len(found), 3, rows, columns), dtype=np.uint8)
+    x = _room((len(found), rows, columns) if grey else (len(found), 3, rows, columns))
     for index, (path, _) in enumerate(found):
         with image.open(path) as opened:
             pixels = np.asarray(opened.convert("L" if grey else "RGB"))
         x[index] = pixels if grey else pixels.transpose(2, 0, 1)
     return Rows(x, _parsed([label for _, label in found]))
+
+
+def _room(shape: tuple[int, ...]) -> Array:
+    """Bytes of this shape to be filled: in memory where they are few, else in a file that goes with the array."""
+    if math.prod(shape) <= IN_MEMORY_BYTES:
+        return np.empty(shape, dtype=np.uint8)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
 
 
 def _optional(module: str, package: str, purpose: str) -> Any:

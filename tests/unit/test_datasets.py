@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +251,24 @@ def test_a_hugging_face_dataset_is_packed(tmp_path: Path) -> None:
     dataset = Dataset.open(tmp_path / "b")
     assert dataset.x.tolist() == [[1, 2, 3], [4, 5, 6]]
     assert dataset.y.tolist() == [0, 1]
+
+
+def test_many_images_are_packed_without_being_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for number in range(40):
+        folder = tmp_path / "images" / f"class {number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.new("RGB", (200, 100), (number, 1, 2)).save(folder / f"{number:02}.png")
+    pack(tmp_path / "images", tmp_path / "expected")
+    monkeypatch.setattr("tiltyard.datasources.IN_MEMORY_BYTES", 1024)
+    tracemalloc.start()
+    try:
+        pack(tmp_path / "images", tmp_path / "packed")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 * 60_000 / 2
+    assert (tmp_path / "packed").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
 def test_a_hugging_face_dataset_of_images_is_decoded(tmp_path: Path) -> None:
