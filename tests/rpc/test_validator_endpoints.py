@@ -64,8 +64,8 @@ async def test_of_two_servers_that_share_an_evaluation_one_dies_in_the_middle_an
     share = tmp_path / "share"
     share.mkdir()
     # Wide enough to be caught in the middle; the second server is called by mutual TLS.
-    spec = ModelSpec((8, 8), 10, Mlp((512, 512, 512)), input_scale=1 / 255)
-    x, y = random_dataset(60_000, (8, 8), 10)
+    spec = ModelSpec((8, 8), 10, Mlp((1024, 1024, 1024)), input_scale=1 / 255)
+    x, y = random_dataset(40_000, (8, 8), 10)
     model = model_bytes(spec)
     operator = Key.load_or_create(tmp_path / "state" / "key.pem").id
     authority = Authority.open(tmp_path / "authority")
