@@ -5,7 +5,7 @@ import pytest
 
 from tests.registry_server import ORIGIN, RegistryServer, refused
 from tiltyard.client import Client
-from tiltyard.identity import Key
+from tiltyard.identity import Key, issue_token
 from tiltyard.registry.v1 import participant_pb2
 from tiltyard.registry.v1.participant_pb2 import (
     BindOwnerRequest,
@@ -86,13 +86,27 @@ async def test_the_same_name_again_is_no_news(arena: RegistryServer) -> None:
     assert await arena.kinds() == ["genesis", "participant_registered"]
 
 
-@pytest.mark.parametrize("name", ["", " ", "x" * 101, "two\nlines", "tab\t", "\u202eevil"])
+@pytest.mark.parametrize("name", ["", " ", "x" * 101, "two\nlines", "tab\t", "nul\0", "\u202eevil"])
 async def test_bad_names_change_nothing(arena: RegistryServer, name: str) -> None:
     client = await arena.client(Key.generate())
     with refused(INVALID, field="display_name"):
         await client.participants.RegisterParticipant(RegisterParticipantRequest(display_name=name))
     with refused(NOT_FOUND):
         await get(client, client.key.id)
+
+
+async def test_a_name_that_is_not_utf_8_changes_nothing(arena: RegistryServer) -> None:
+    key = Key.generate()
+    good = RegisterParticipantRequest(display_name="Ada").SerializeToString()
+    token = issue_token(key, audience=f"{ORIGIN}/registry")
+    async with grpc.aio.insecure_channel(arena.server.address) as channel:
+        register = channel.unary_unary("/tiltyard.registry.v1.ParticipantService/RegisterParticipant")
+        with refused(INVALID, "NOT_A_MESSAGE"):
+            await register(
+                good.replace(b"Ada", b"\xff\xfea"), metadata=(("authorization", f"Bearer {token}"),), timeout=20
+            )
+    with refused(NOT_FOUND):
+        await get(await arena.client(key), key.id)
 
 
 async def test_a_request_id_answers_once(arena: RegistryServer) -> None:
