@@ -90,8 +90,8 @@ def registry_differences(record: Record, database: Path) -> list[str]:
             for name, each in story.submissions.items()
         },
         "assignments": {
-            name: _short(evaluation_pb2.AssignmentState.Name(state), "ASSIGNMENT_STATE_")  # type: ignore[arg-type]
-            for name, state in story.assignments.items()
+            name: _short(evaluation_pb2.AssignmentState.Name(duty.state), "ASSIGNMENT_STATE_")  # type: ignore[arg-type]
+            for name, duty in story.duties.items()
         },
         "seals": {seal.assignment: seal.seal for seal in story.seals.values()},
         "draws": {(_last(receipt.draw),) for receipt in story.draws.values()},

@@ -184,15 +184,17 @@ async def serve(
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     max_concurrent_rpcs: int | None = MAX_CONCURRENT_RPCS,
     grace_s: float = GRACE_S,
+    switch_s: float = _SWITCH_S,
 ) -> None:
     """Serves until SIGTERM or SIGINT: starts, runs `background`, says SERVING; then drains and runs `on_close`.
 
     A background function that dies is logged and started again after a growing pause; one that returns is done.
     `remembered` is the service's Database: without it, repeated requests are found out only at their first write.
+    `switch_s` is how long one thread keeps the interpreter while another waits for it.
     """
     raise_file_limit()
     if remembered is not None:
-        sys.setswitchinterval(_SWITCH_S)
+        sys.setswitchinterval(switch_s)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
