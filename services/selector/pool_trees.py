@@ -77,7 +77,11 @@ class PoolWeights:
         version, tree = self._trees.pop(pool.task, (0, SumTree()))
         if version < pool.version:
             changes = transaction.leaf_changes(pool.task, after=version, upto=pool.version)
-            _apply(tree, (replace(change, owner_group="") for change in changes))
+            nameless = (replace(change, owner_group="") for change in changes)
+            if version:
+                _apply(tree, nameless)
+            else:
+                tree = _built(nameless)
             version = pool.version
         self._trees[pool.task] = (version, tree)
         if len(self._trees) > REMEMBERED_POOLS:
@@ -87,9 +91,14 @@ class PoolWeights:
 
 def at_version(transaction: Transaction, task: str, version: int) -> SumTree:
     """Builds the tree of a pool as it was at a version."""
+    return _built(transaction.leaf_changes(task, after=0, upto=version))
+
+
+def _built(changes: Iterable[LeafChange]) -> SumTree:
+    """The tree that comes of all changes of a pool; built at once it takes a fraction of the time."""
     groups: list[str] = []
     weights: list[int] = []
-    for change in transaction.leaf_changes(task, after=0, upto=version):
+    for change in changes:
         if change.index == len(groups):
             groups.append(change.owner_group)
             weights.append(change.weight)
