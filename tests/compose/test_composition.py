@@ -242,6 +242,11 @@ def test_services_end_when_told_to_and_have_kept_everything_when_they_come_back_
     # The registry calls the selector for both of these, and a node the registry for the second.
     arena.shell("tiltyard task create digits/task.json --dataset digits/evaluation.safetensors --task-id sealed")
     arena.inside("validator-1", "tiltyard validate join sealed")
+    arena.shell("make down")
+    project = f"--filter label=com.docker.compose.project={arena.environment['COMPOSE_PROJECT_NAME']}"
+    assert arena.shell(f"docker ps --all --quiet {project}") == ""
+    kept = arena.shell(f"docker volume ls {project} --format '{{{{.Name}}}}'").split()
+    assert len(kept) == len(SERVICES)
 
 
 def stopped(arena: Composition, service: str) -> Any:
