@@ -16,48 +16,23 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import grpc
-from sqlalchemy import insert
-from sqlmodel import Session
 
+from benchmarks._duties import LEASE, PER_SUBMISSION, SUBMISSIONS, TASK, VALIDATORS, fill
 from benchmarks._peers import PeerUnavailable
 from benchmarks._vizier import CREATE_TRIAL, Vizier, serving_vizier
-from services.registry import rows
-from services.registry.changes import ChangeBoard
-from services.registry.convert.drafts import draft_of
-from services.registry.records import (
-    Assignment,
-    AssignmentState,
-    ModelFormat,
-    Round,
-    RoundState,
-    Submission,
-    SubmissionState,
-    Task,
-    TaskState,
-)
-from services.registry.rows import COUNTERS_ID
-from services.registry.store import SqlStore
-from services.registry.tables import AssignmentRow, CountersRow, RoundRow, SubmissionRow
 from services.runtime import names
-from services.runtime.auth import utc_now
-from services.runtime.database import Database
 from services.runtime.names import AssignmentId
 from tiltyard.identity import Key, issue_token
 from tiltyard.registry.v1 import evaluation_pb2, evaluation_pb2_grpc, submission_pb2, submission_pb2_grpc
 from tiltyard.statements import sign_statement
-from tiltyard.type.v1 import envelope_pb2, model_pb2, task_pb2
+from tiltyard.type.v1 import envelope_pb2
 
 ORIGIN = "benchmark.local"
-_TASK = "t"
-_LEASE = "lease"
-_VALIDATORS, _PER_SUBMISSION = 16, 3
-_SUBMISSIONS = 5000
 _ROUNDS, _ROUND_S = 9, 0.6
 _ECHO = "/benchmark.v1.Echo/Echo"
 
@@ -77,8 +52,8 @@ class Registry:
     """Clients of a registry process with duties enough, and of an echo process."""
 
     def __init__(self, registry: str, echo: str, keys: list[Key]) -> None:
-        self._channels = [grpc.aio.insecure_channel(registry) for _ in range(_VALIDATORS)]
-        self._echo_channels = [grpc.aio.insecure_channel(echo) for _ in range(_VALIDATORS)]
+        self._channels = [grpc.aio.insecure_channel(registry) for _ in range(VALIDATORS)]
+        self._echo_channels = [grpc.aio.insecure_channel(echo) for _ in range(VALIDATORS)]
         tokens = [issue_token(key, audience=f"{ORIGIN}/registry") for key in keys]
         self._metadata = [(("authorization", f"Bearer {token}"),) for token in tokens]
         self._seals = deque(_seals(keys))
@@ -105,8 +80,8 @@ class Registry:
         stub: Any = submission_pb2_grpc.SubmissionServiceStub(self._channels[client])
 
         def call() -> Awaitable[object]:
-            self._number = self._number % _SUBMISSIONS + 1
-            request = submission_pb2.GetSubmissionRequest(name=names.format_submission(_TASK, self._number))
+            self._number = self._number % SUBMISSIONS + 1
+            request = submission_pb2.GetSubmissionRequest(name=names.format_submission(TASK, self._number))
             answer: Awaitable[object] = stub.GetSubmission(request, metadata=self._metadata[client], timeout=20)
             return answer
 
@@ -121,10 +96,10 @@ class Registry:
 
 def _seals(keys: list[Key]) -> Iterator[tuple[int, evaluation_pb2.CommitEvaluationRequest]]:
     """The first seal of every submission, then every second one, then every third: so they come in an arena, too."""
-    for position in range(_PER_SUBMISSION):
-        for number in range(1, _SUBMISSIONS + 1):
-            validator = (number + position) % _VALIDATORS
-            name = names.format_assignment(AssignmentId(_TASK, number, 1, keys[validator].id))
+    for position in range(PER_SUBMISSION):
+        for number in range(1, SUBMISSIONS + 1):
+            validator = (number + position) % VALIDATORS
+            name = names.format_assignment(AssignmentId(TASK, number, 1, keys[validator].id))
             statement = envelope_pb2.SealStatement(
                 origin=ORIGIN, assignment=name, seal=hashlib.sha256(name.encode()).digest()
             )
@@ -132,7 +107,7 @@ def _seals(keys: list[Key]) -> Iterator[tuple[int, evaluation_pb2.CommitEvaluati
                 validator,
                 evaluation_pb2.CommitEvaluationRequest(
                     statement=sign_statement(keys[validator], statement),
-                    lease_token=_LEASE,
+                    lease_token=LEASE,
                     request_id=secrets.token_hex(16),
                 ),
             )
@@ -143,7 +118,7 @@ class Trials:
 
     def __init__(self, vizier: Vizier) -> None:
         self._request = vizier.request
-        self._channels = [grpc.aio.insecure_channel(vizier.address) for _ in range(_VALIDATORS)]
+        self._channels = [grpc.aio.insecure_channel(vizier.address) for _ in range(VALIDATORS)]
 
     async def close(self) -> None:
         """Hang up."""
@@ -172,8 +147,8 @@ async def rate(calls: list[Call], *, seconds: float = _ROUND_S) -> Rates:
 
 async def measure(folder: Path) -> list[dict[str, Any]]:
     """The lines of both methods."""
-    keys = [Key.generate() for _ in range(_VALIDATORS)]
-    await _fill(folder, keys)
+    keys = [Key.generate() for _ in range(VALIDATORS)]
+    await fill(folder, keys)
     async with AsyncExitStack() as processes:
         registry = Registry(
             processes.enter_context(serving_registry(folder)), processes.enter_context(_serving_echo(folder)), keys
@@ -191,7 +166,7 @@ async def measure(folder: Path) -> list[dict[str, Any]]:
 
 async def _commit_lines(registry: Registry, trials: Trials | None, problem: str) -> list[dict[str, Any]]:
     """At 1, 4 and 16 clients, beside the echo and beside Vizier; `problem` says why there is none of it."""
-    for client in range(_VALIDATORS):
+    for client in range(VALIDATORS):
         await asyncio.gather(*(make(client)() for make in (registry.commits, registry.gets, registry.echoes)))
         if trials is not None:
             await trials.creates(client)()
@@ -255,73 +230,6 @@ def _unmeasured(name: str, mine: list[Rates], against: str) -> dict[str, Any]:
         "ratio": 0.0,
         "goal": None,
     }
-
-
-async def _fill(folder: Path, keys: list[Key]) -> None:
-    """A task in which every validator holds the leases of its duties."""
-    now = utc_now()
-    url = f"sqlite:///{folder / 'registry.db'}"
-    database = Database.open(url, migrations="services.registry.migrations")
-    store = SqlStore(database, ChangeBoard(), utc_now)
-    digest = task_pb2.DatasetDigest(sha256=bytes(32), size_bytes=1000)
-    config = task_pb2.TaskConfig(
-        display_name="Benchmark",
-        models=[model_pb2.ModelSpec(input_shape=[4], outputs=3, linear=model_pb2.Linear())],
-        evaluation_dataset=digest,
-    )
-    draft = draft_of(config, now=now, max_dataset_bytes=1 << 20)
-    task = Task(_TASK, keys[0].id, draft, TaskState.OPEN, now, now, evaluation_rows=100, open_time=now)
-    await store.write(lambda tx: tx.put_task(task))
-    await database.write(lambda session: _insert_duties(session, keys, now))
-    await database.close()
-
-
-def _insert_duties(session: Session, keys: list[Key], now: datetime) -> None:
-    end = now + timedelta(days=1)
-    submissions: list[dict[str, Any]] = []
-    rounds: list[dict[str, Any]] = []
-    assignments: list[dict[str, Any]] = []
-    for number in range(1, _SUBMISSIONS + 1):
-        submission = Submission(
-            task=_TASK,
-            number=number,
-            participant=keys[0].id,
-            state=SubmissionState.EVALUATING,
-            commitment=bytes(32),
-            commit_time=now,
-            deadline=end,
-            model_digest=bytes(32),
-            format=ModelFormat.SAFETENSORS,
-            structure_checked=True,
-        )
-        submissions.append(rows.SUBMISSIONS.columns(submission))
-        round_ = Round(_TASK, number, 1, RoundState.SEALING, end, wanted=_PER_SUBMISSION, picks=_PER_SUBMISSION)
-        rounds.append(rows.ROUNDS.columns(round_) | {"touched": 0})
-        for position in range(_PER_SUBMISSION):
-            assignment = Assignment(
-                task=_TASK,
-                number=number,
-                round=1,
-                validator=keys[(number + position) % _VALIDATORS].id,
-                state=AssignmentState.ACCEPTED,
-                position=position,
-                create_time=now,
-                update_time=now,
-                deadline=end,
-                lease_token=_LEASE,
-                lease_holder=bytes(32),
-                sequence=len(assignments) + 1,
-            )
-            assignments.append(rows.ASSIGNMENTS.columns(assignment))
-    counters = {"id": COUNTERS_ID, "log_size": 0, "log_frontier": b"", "ledger_position": 0}
-    counters["assignment_sequence"] = len(assignments)
-    for table, values in (
-        (SubmissionRow, submissions),
-        (RoundRow, rounds),
-        (AssignmentRow, assignments),
-        (CountersRow, [counters]),
-    ):
-        session.connection().execute(insert(table), values)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ Step = Callable[[], Awaitable[int]]
 _LONGEST_PAUSE_S = 1.0
 # A deadline that no step can act on yet must not keep a processor busy.
 _SHORTEST_PAUSE_S = 0.05
-_LONGEST_REST_S = 0.05
+_LONGEST_REST_S = 0.25
 
 _TURN = metrics.Histogram(
     "tiltyard.referee.turn.duration",
