@@ -42,7 +42,8 @@ class GrowingFile:
         """Lets what has been written go to the disk now, and from memory once it is there.
 
         A gigabyte on its way must not push out what others read, and fresh pages can cost more than the bytes in them:
-        a virtual machine gets each from its host. At the end there is little left to wait for.
+        a virtual machine gets each from its host. At the end there is little left to wait for. The price: who reads it
+        first reads it from the disk.
         """
         self._let_go_at = self.size + _CACHED_BYTES
         if hasattr(os, "posix_fadvise"):
