@@ -4,7 +4,7 @@ import enum
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from services.selector.faults import Fault
+from tiltyard.faults import Fault
 from tiltyard.sortition import Curve, Place
 
 MAX_MICROS = 2**63 - 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from services.runtime.errors import AlreadyExists, FailedPrecondition, OutOfRange, ResourceExhausted
-from services.selector.faults import Fault, cost_micros
+from tiltyard.faults import Fault, cost_micros
 from services.selector.owner_groups import join_funding_account
 from services.selector.pool_trees import PoolTrees
 from services.selector.pools import take_locked

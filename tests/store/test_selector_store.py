@@ -22,7 +22,7 @@ from services.selector.convert.receipts import ReceiptSigner
 from services.selector.convert.stake import list_ledger_events_response
 from services.selector.draws import DrawOrder, Draws
 from services.selector.eligibility import Applicant, Eligibility, Facts
-from services.selector.faults import COST_MILLIS, Fault, cost_micros
+from tiltyard.faults import COST_MILLIS, Fault, cost_micros
 from services.selector.pool_trees import PoolTrees, at_version
 from services.selector.pools import Pools
 from services.selector.records import (

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from tiltyard.curves import Curve, CurveKind, weight
+from tiltyard.faults import Fault, cost_micros
 from tiltyard.sumtree import SumTree
 from tiltyard.type.v1 import stake_pb2, task_pb2
 
@@ -16,13 +17,7 @@ _CURVES = {
     task_pb2.CURVE_LOGISTIC: CurveKind.LOGISTIC,
 }
 _DEFAULT_ALPHA_MILLIS = 500
-# What a fault costs of all stake, in thousandths and rounded up, as the contract fixes it.
-_COST_MILLIS: Mapping[int, int] = {
-    stake_pb2.STAKE_FAULT_SEAL_MISSING: 1,
-    stake_pb2.STAKE_FAULT_SEAL_NOT_OPENED: 10,
-    stake_pb2.STAKE_FAULT_REPORT_OUTSIDE_TOLERANCE: 50,
-    stake_pb2.STAKE_FAULT_CONTRADICTION: 1000,
-}
+_FAULTS = {stake_pb2.StakeFault.Value(f"STAKE_FAULT_{fault.name}"): fault for fault in Fault}
 
 
 class LedgerMismatch(ValueError):
@@ -157,7 +152,8 @@ class Ledger:
     def _slashed(self, event: stake_pb2.LedgerEvent) -> None:
         """From what is available, then from what is locked in order of the tasks, then from what is unbonding."""
         account, left = self._accounts[event.participant], event.amount_micros
-        costs = -(-account.stake_micros * _COST_MILLIS.get(event.fault, 0) // 1000)
+        fault = _FAULTS.get(event.fault)
+        costs = 0 if fault is None else cost_micros(fault, stake_micros=account.stake_micros)
         if left != costs:
             raise LedgerMismatch(f"{event.participant} is slashed by {left}, its fault costs {costs}")
         taken = min(left, account.available)
