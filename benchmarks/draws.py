@@ -25,7 +25,7 @@ import grpc
 import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from tiltyard.channel import open_channel
+from tiltyard.calls.channel import open_channel
 from tiltyard.identity import Key, TokenSource
 from tiltyard.selector.v1 import draw_pb2, draw_pb2_grpc, pool_pb2, pool_pb2_grpc, stake_pb2, stake_pb2_grpc
 from tiltyard.sortition import SumTree, draw

@@ -34,11 +34,11 @@ from services.runtime.telemetry import configure_telemetry
 from services.trainer.bootstrap import build
 from services.trainer.settings import TrainerSettings
 from services.validator.children import NurseryAttempts
-from tiltyard import metrics, otlp, tracing
-from tiltyard.channel import open_channel
+from tiltyard.calls.channel import open_channel
 from tiltyard.client import Node
 from tiltyard.datasets import write_dataset
 from tiltyard.identity import Key, TokenSource
+from tiltyard.telemetry import metrics, otlp, tracing
 from tiltyard.trainer.v1 import trainer_pb2
 from tiltyard.type.v1 import model_pb2, task_pb2
 

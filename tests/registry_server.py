@@ -15,7 +15,7 @@ from services.registry.bootstrap import Registry, build
 from services.registry.settings import RegistrySettings
 from services.runtime.server import ArenaServer
 from tests.registry_fakes import FakeSelection, SettableClock
-from tiltyard.call_errors import ClientError
+from tiltyard.calls.errors import ClientError
 from tiltyard.client import Client
 from tiltyard.datasets import write_dataset
 from tiltyard.identity import Key

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import grpc
 
-from tiltyard.call_errors import client_errors
+from tiltyard.calls.errors import client_errors
 from tiltyard.client import PATIENCE_S, Client, Node, pages, watch
 from tiltyard.identity import Key
 from tiltyard.submitting import submit_model
 from tiltyard.transfers import Progress, download, upload
 
 if TYPE_CHECKING:
+    from tiltyard.calls.tls import ChannelTls
     from tiltyard.inference.v2.inference_pb2_grpc import GRPCInferenceServiceStub
     from tiltyard.registry.v1.artifact_pb2_grpc import ArtifactServiceStub
     from tiltyard.registry.v1.assignment_pb2_grpc import AssignmentServiceStub
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from tiltyard.registry.v1.task_pb2_grpc import TaskServiceStub
     from tiltyard.selector.v1.draw_pb2_grpc import DrawServiceStub
     from tiltyard.selector.v1.stake_pb2_grpc import StakeServiceStub
-    from tiltyard.tls import ChannelTls
     from tiltyard.trainer.v1.trainer_pb2_grpc import TrainingServiceStub
     from tiltyard.validator.v1.validator_pb2_grpc import ValidationServiceStub
 

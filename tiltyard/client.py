@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Self
 
 import grpc
 
-from tiltyard.call_errors import ClientError, FieldViolation, client_errors, explain, is_transient
-from tiltyard.calling import PATIENCE_S, new_request_id, pages, persist, watch
-from tiltyard.channel import open_channel
+from tiltyard.calls.channel import open_channel
+from tiltyard.calls.errors import ClientError, FieldViolation, client_errors, explain, is_transient
+from tiltyard.calls.resuming import PATIENCE_S, new_request_id, pages, persist, watch
 from tiltyard.identity import Key, TokenSource
 from tiltyard.inference.v2 import inference_pb2_grpc
 from tiltyard.registry.v1 import (
@@ -29,6 +29,7 @@ from tiltyard.validator.v1 import validator_pb2_grpc
 
 if TYPE_CHECKING:
     # Types that exist in the stubs' .pyi files only.
+    from tiltyard.calls.tls import ChannelTls
     from tiltyard.inference.v2.inference_pb2_grpc import GRPCInferenceServiceAsyncStub
     from tiltyard.registry.v1.artifact_pb2_grpc import ArtifactServiceAsyncStub
     from tiltyard.registry.v1.assignment_pb2_grpc import AssignmentServiceAsyncStub
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from tiltyard.selector.v1.draw_pb2_grpc import DrawServiceAsyncStub
     from tiltyard.selector.v1.pool_pb2_grpc import EligibilityServiceAsyncStub, PoolServiceAsyncStub
     from tiltyard.selector.v1.stake_pb2_grpc import StakeServiceAsyncStub
-    from tiltyard.tls import ChannelTls
     from tiltyard.trainer.v1.trainer_pb2_grpc import TrainingServiceAsyncStub
     from tiltyard.validator.v1.validator_pb2_grpc import ValidationServiceAsyncStub
 

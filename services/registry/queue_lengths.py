@@ -8,7 +8,7 @@ from sqlmodel import Session, col, select
 from services.registry.records import AssignmentState, RoundState, SubmissionState
 from services.registry.tables import AssignmentRow, RoundRow, SubmissionRow
 from services.runtime.database import Database
-from tiltyard import metrics
+from tiltyard.telemetry import metrics
 
 _EVERY_S = 10.0
 

@@ -9,8 +9,8 @@ from services.registry.entries import Genesis, LedgerEventSeen
 from services.registry.selection import Selection
 from services.registry.transaction import Leaf, Reading, Store, Writing
 from services.runtime.errors import OutOfRange
-from tiltyard import metrics, tracing
 from tiltyard.identity import Key
+from tiltyard.telemetry import metrics, tracing
 from tiltyard.transparency import (
     EMPTY_ROOT,
     Checkpoint,

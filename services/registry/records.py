@@ -370,7 +370,7 @@ class Submission:
     reveal_time: datetime | None = None
     end_time: datetime | None = None
     trace: str = ""
-    """The trace of its reveal, as `tiltyard.tracing.carried` says it: what follows belongs to it."""
+    """The trace of its reveal, as `tiltyard.telemetry.tracing.carried` says it: what follows belongs to it."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import structlog
 
 from services.registry.transaction import Store
 from services.runtime.errors import Unavailable
-from tiltyard import metrics
+from tiltyard.telemetry import metrics
 
 Step = Callable[[], Awaitable[int]]
 """Does what is due and answers with the number of things done. What it raises is retried at the next turn."""

@@ -13,9 +13,9 @@ from services.registry.rounds import FIRST_ROUND, reject, start_round
 from services.registry.transaction import Reading, Store, Writing
 from services.registry.turns import each
 from services.runtime.names import format_submission
-from tiltyard import tracing
 from tiltyard.modelfile import check_model_file
 from tiltyard.modelspec import ModelFault, ModelSpec
+from tiltyard.telemetry import tracing
 
 
 class ModelFiles(Protocol):

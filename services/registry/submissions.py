@@ -31,10 +31,10 @@ from services.runtime.errors import (
     ResourceExhausted,
 )
 from services.runtime.names import format_participant, format_task
-from tiltyard import tracing
 from tiltyard.commitments import matches, submission_commitment
 from tiltyard.identity import Envelope
 from tiltyard.modelspec import Onnx
+from tiltyard.telemetry import tracing
 
 DAY = timedelta(hours=24)
 STRUCTURE_TIME = timedelta(minutes=1)

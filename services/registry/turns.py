@@ -9,7 +9,7 @@ from typing import TypeVar
 from services.registry.records import Assignment, Round
 from services.runtime.errors import Unavailable
 from services.runtime.names import format_submission
-from tiltyard import tracing
+from tiltyard.telemetry import tracing
 
 Item = TypeVar("Item")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import grpc
 import structlog
 
-from tiltyard.tls import FollowedPem, Pem, PemFiles
+from tiltyard.calls.tls import FollowedPem, Pem, PemFiles
 
-_log = structlog.get_logger("tiltyard.tls")
+_log = structlog.get_logger("tiltyard.calls.tls")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ServerTls:
     def credentials(self) -> grpc.ServerCredentials:
         """Credentials that follow the files: each handshake takes those that lie there then.
 
-        With a `client_ca` a client must show a certificate of that authority. Raises tiltyard.tls.InvalidPem and
+        With a `client_ca` a client must show a certificate of that authority. Raises tiltyard.calls.tls.InvalidPem and
         OSError when the files can't be used now; what can't be used later leaves the earlier ones in place.
         """
         followed = FollowedPem(PemFiles(self.client_ca, self.certificate, self.key))

@@ -2,10 +2,10 @@
 
 import grpc
 
-from tiltyard.channel import MAX_MESSAGE_BYTES, open_channel
+from tiltyard.calls.channel import MAX_MESSAGE_BYTES, open_channel
+from tiltyard.calls.outgoing import DEADLINE_S
+from tiltyard.calls.tls import ChannelTls
 from tiltyard.identity import Key, TokenSource
-from tiltyard.outgoing import DEADLINE_S
-from tiltyard.tls import ChannelTls
 
 
 def open_peer(

@@ -31,7 +31,7 @@ from services.runtime.groups import GroupThread, Outcome
 from services.runtime.idempotency import PendingRequest, Replayed, pending_request
 
 __all__ = ["Database", "Group", "Staging", "create_remembered_requests", "group_of"]
-from tiltyard import metrics
+from tiltyard.telemetry import metrics
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Staging")

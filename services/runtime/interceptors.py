@@ -20,8 +20,8 @@ from services.runtime.errors import InvalidArgument, Unavailable, Unimplemented
 from services.runtime.idempotency import InFlight, RequestMemory, RequestScope, use_memory
 from services.runtime.limits import CallGate
 from services.runtime.rpc_errors import to_rpc_status
-from tiltyard import metrics
-from tiltyard.call_tracing import ObservedCall, answering, observing
+from tiltyard.calls.observed import ObservedCall, answering, observing
+from tiltyard.telemetry import metrics
 
 # grpc types neither handlers nor contexts usefully: messages are of any type here.
 Handler = Any

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from tiltyard import metrics
+from tiltyard.telemetry import metrics
 
 _MEMORY = metrics.Gauge("process.memory.usage", unit="By", description="Physical memory in use.")
 _FILES = metrics.Gauge("process.open_file_descriptor.count", unit="{count}", description="File descriptors in use.")

@@ -23,7 +23,7 @@ from services.runtime.connections import ConnectionLimits, Doorkeeper, raise_fil
 from services.runtime.idempotency import RequestMemory
 from services.runtime.interceptors import CallInterceptor, Drain
 from services.runtime.limits import CallGate, CallLimits
-from tiltyard.allocator import keep_message_memory
+from tiltyard.calls.allocator import keep_message_memory
 
 if TYPE_CHECKING:  # a model server has no database: it need not wait for SQLAlchemy's import
     from services.runtime.database import Database

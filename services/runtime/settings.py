@@ -14,8 +14,8 @@ from services.runtime.auth import Role
 from services.runtime.connections import ConnectionLimits, file_limit
 from services.runtime.limits import CallLimits
 from services.runtime.telemetry import LogFormat, default_format
+from tiltyard.calls.tls import SYSTEM_AUTHORITIES, ChannelTls, InvalidPem, PemFiles
 from tiltyard.keyfiles import KeyLock
-from tiltyard.tls import SYSTEM_AUTHORITIES, ChannelTls, InvalidPem, PemFiles
 
 PREFIX = "TILTYARD_"
 # A shell that drives the command line sets these; a service started from it need not know them.

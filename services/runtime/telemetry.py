@@ -11,7 +11,8 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from services.runtime import process_metrics
-from tiltyard import telemetry, tracing
+from tiltyard import telemetry
+from tiltyard.telemetry import tracing
 
 LogFormat = Literal["json", "console"]
 

@@ -24,9 +24,9 @@ from services.selector.pools import open_pool
 from services.selector.records import Charge, Draw, DrawnPlace, PassedOverReason, Pool, Settlement
 from services.selector.seating import Seating, SeatingMemory
 from services.selector.transaction import Store, Transaction
-from tiltyard import metrics
 from tiltyard.commitments import draw_seed
 from tiltyard.sortition import Place, SumTree, draw, draw_id
+from tiltyard.telemetry import metrics
 
 MAX_FURTHER_PICKS = 1000
 _DRAWS = metrics.Counter("tiltyard.draws", unit="{draw}", description="Draws answered, those asked again too.")

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from services.runtime.errors import AlreadyExists, FailedPrecondition, OutOfRange, ResourceExhausted
-from tiltyard.faults import Fault, cost_micros
 from services.selector.owner_groups import join_funding_account
 from services.selector.pool_trees import PoolTrees
 from services.selector.pools import take_locked
@@ -19,6 +18,7 @@ from services.selector.records import (
     Unbonding,
 )
 from services.selector.transaction import Store, Transaction
+from tiltyard.faults import Fault, cost_micros
 
 
 @dataclass(frozen=True)

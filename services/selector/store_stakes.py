@@ -6,9 +6,9 @@ from datetime import datetime
 from sqlmodel import Session, col, func, select
 
 from services.selector.columns import connection_of, from_us, insert_rows, table_of, to_us, weight_bytes, weight_of
-from tiltyard.faults import Fault
 from services.selector.records import Accounts, Deposit, EventKind, LedgerEvent, Slash, Unbonding
 from services.selector.rows import AccountsRow, DepositRow, EventRow, SlashRow, UnbondingRow
+from tiltyard.faults import Fault
 
 _EVENTS = table_of(EventRow)
 _LAST_SEQUENCE = select(func.max(_EVENTS.c.sequence))

@@ -18,7 +18,7 @@ from services.trainer.live import LiveTrainings
 from services.trainer.patience import FIRST_PAUSE_S, LONGEST_PAUSE_S, persist
 from services.trainer.progress import Progress
 from services.trainer.training import Training, TrainingState, TrainingStore
-from tiltyard import tracing
+from tiltyard.telemetry import tracing
 
 # A process that dies again and again at one place (the kernel's memory killer, a broken device) is given up.
 MAX_DEATHS = 4

@@ -4,7 +4,7 @@ from collections import Counter
 
 from services.trainer.live import LiveTrainings
 from services.trainer.training import TrainingState
-from tiltyard import metrics
+from tiltyard.telemetry import metrics
 
 DEATHS = metrics.Counter(
     "tiltyard.training.deaths", unit="{process}", description="Processes of trainings that ended without a word."

@@ -11,8 +11,8 @@ from services.trainer.live import LiveTrainings
 from services.trainer.localdata import LocalDataset
 from services.trainer.schedule import default_epochs
 from services.trainer.training import Training, TrainingPage, TrainingState, TrainingStore
-from tiltyard import tracing
 from tiltyard.modelspec import ModelSpec, Onnx
+from tiltyard.telemetry import tracing
 
 # Small datasets are learned by heart long before the weights stop moving; smoothed labels keep them from it.
 DEFAULT_LABEL_SMOOTHING = 0.1

@@ -23,9 +23,9 @@ from services.validator.evaluation import CannotEvaluate, Job, ModelFailed, Serv
 from services.validator.pipeline import BatchStream, RequestRefused, StreamBroken, WrongAnswer
 from services.validator.rows import EvaluationRows
 from services.validator.runs import Fault, Finding, Progress
-from tiltyard import tracing
 from tiltyard.counting import Metric, NanOutput, Tally
 from tiltyard.modelspec import ModelFault, Onnx, to_json
+from tiltyard.telemetry import tracing
 
 _SPEC_FILE = "spec.json"
 _WEIGHTS_FILE = "model.safetensors"

@@ -21,7 +21,7 @@ from services.validator.fleet import Endpoint, Fleet
 from services.validator.pipeline import CHANNEL_OPTIONS, RequestRefused, StreamBroken, WrongAnswer
 from services.validator.rows import EvaluationRows
 from services.validator.runs import Fault, Finding, Progress
-from tiltyard.call_tracing import observed_channel
+from tiltyard.calls.observed import observed_channel
 from tiltyard.counting import Metric, NanOutput, Tally
 from tiltyard.identity import Key, issue_token
 

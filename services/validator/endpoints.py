@@ -15,9 +15,9 @@ from services.validator.fleet import Endpoint, ModelServer
 from services.validator.repository import load, unload
 from services.validator.rows import EvaluationRows
 from services.validator.runs import Finding, Progress
+from tiltyard.calls.tls import ChannelTls
 from tiltyard.identity import Key
 from tiltyard.modelspec import Onnx, to_json
-from tiltyard.tls import ChannelTls
 
 _PLACEHOLDER = b"${MODEL}"
 

@@ -20,9 +20,9 @@ from services.validator.evaluation import CannotEvaluate, ModelFailed, ServerLos
 from services.validator.fleet import Endpoint
 from services.validator.rows import EvaluationRows
 from services.validator.runs import Finding, Progress
+from tiltyard.calls.tls import ChannelTls
 from tiltyard.endpoints import InferenceEndpoint, parse_endpoint
 from tiltyard.identity import Key
-from tiltyard.tls import ChannelTls
 
 PUBLIC = "public"
 _RESOLVE_TIMEOUT_S = 10.0

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.validator.rows import EvaluationRows
-from tiltyard import tracing
-from tiltyard.call_tracing import ObservedCall
+from tiltyard.calls.observed import ObservedCall
 from tiltyard.inference.v2 import inference_pb2 as pb
-from tiltyard.tracing import Kind
+from tiltyard.telemetry import tracing
+from tiltyard.telemetry.tracing import Kind
 
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024

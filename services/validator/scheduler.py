@@ -12,7 +12,7 @@ from services.validator.assignments import ENDED_ASSIGNMENTS, Assignment, Assign
 from services.validator.duties import Desk, Duty, Means
 from services.validator.patience import TRANSIENT, Pauses, persist
 from services.validator.runs import ENDED_RUNS, Run
-from tiltyard import tracing
+from tiltyard.telemetry import tracing
 
 _log = structlog.get_logger("tiltyard.validator")
 

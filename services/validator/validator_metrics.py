@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from services.validator.runs import Run, RunState
-from tiltyard import metrics
+from tiltyard.telemetry import metrics
 
 _ENDED = metrics.Counter("tiltyard.evaluations.ended", unit="{run}", description="Runs that ended, by state.")
 _ROWS = metrics.Counter("tiltyard.evaluation.rows", unit="{row}", description="Rows counted in runs that ended.")

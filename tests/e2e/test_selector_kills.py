@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from tests.service_process import ServiceProcess
-from tiltyard.channel import open_channel
+from tiltyard.calls.channel import open_channel
 from tiltyard.identity import Key, TokenSource
 from tiltyard.receipts import verify_receipt
 from tiltyard.selector.v1 import draw_pb2, draw_pb2_grpc, pool_pb2, pool_pb2_grpc, stake_pb2, stake_pb2_grpc

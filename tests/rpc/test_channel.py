@@ -12,10 +12,10 @@ from google.protobuf import wrappers_pb2
 
 from services.runtime.errors import NotFound, Unavailable
 from services.runtime.server import ArenaServer, Mount
-from tiltyard import breaker as breaker_module
-from tiltyard.breaker import CircuitBreaker
-from tiltyard.channel import open_channel
-from tiltyard.outgoing import DEADLINE_S, STREAM_DEADLINE_S
+from tiltyard.calls import breaker as breaker_module
+from tiltyard.calls.breaker import CircuitBreaker
+from tiltyard.calls.channel import open_channel
+from tiltyard.calls.outgoing import DEADLINE_S, STREAM_DEADLINE_S
 from tiltyard.registry.v1 import task_pb2, task_pb2_grpc
 from tiltyard.selector.v1 import stake_pb2, stake_pb2_grpc
 

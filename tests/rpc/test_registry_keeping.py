@@ -24,7 +24,7 @@ from tests.registry_server import (
 )
 from tests.rpc.test_registry_artifacts import code_of, put_submission
 from tests.s3_server import S3Server
-from tiltyard.call_errors import ClientError
+from tiltyard.calls.errors import ClientError
 from tiltyard.client import Client
 from tiltyard.modelspec import Mlp, ModelSpec, tensor_shapes
 from tiltyard.registry.v1.artifact_pb2 import (

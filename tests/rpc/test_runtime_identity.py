@@ -21,7 +21,7 @@ from services.runtime import auth
 from services.runtime.auth import AccessPolicy, Authenticator, Role, current_caller
 from services.runtime.channels import open_peer
 from services.runtime.server import ArenaServer, Mount
-from tiltyard.channel import open_channel
+from tiltyard.calls.channel import open_channel
 from tiltyard.identity import Key, TokenSource, issue_token
 from tiltyard.selector.v1 import stake_pb2, stake_pb2_grpc
 

@@ -20,8 +20,8 @@ from services.runtime.auth import Authenticator, Role
 from services.runtime.connections import ConnectionLimits
 from services.runtime.limits import Buckets, CallGate, CallLimits
 from services.runtime.server import ArenaServer, Mount
-from tiltyard.calling import persist
-from tiltyard.channel import open_channel
+from tiltyard.calls.channel import open_channel
+from tiltyard.calls.resuming import persist
 from tiltyard.identity import Key, TokenSource, issue_token
 
 AUDIENCE = "tiltyard.local/test"

@@ -25,7 +25,7 @@ from services.runtime import errors, interceptors
 from services.runtime.errors import ArenaError, FieldViolation, InvalidArgument, NotFound, ResourceExhausted
 from services.runtime.rpc_errors import STATUS_CODES, from_rpc_error
 from services.runtime.server import ArenaServer, Mount
-from tiltyard.channel import open_channel
+from tiltyard.calls.channel import open_channel
 from tiltyard.selector.v1 import stake_pb2, stake_pb2_grpc
 
 SHAPES = ("unary_unary", "unary_stream", "stream_unary", "stream_stream", "unary_context", "stream_context")

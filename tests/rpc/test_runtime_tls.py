@@ -14,11 +14,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.runtime.certificates import ServerTls
 from services.runtime.server import ArenaServer
-from tiltyard import tls
 from tiltyard.authority import Authority, Issued
-from tiltyard.calling import persist
-from tiltyard.channel import open_channel
-from tiltyard.tls import ChannelTls, InvalidPem, PemFiles
+from tiltyard.calls import tls
+from tiltyard.calls.channel import open_channel
+from tiltyard.calls.resuming import persist
+from tiltyard.calls.tls import ChannelTls, InvalidPem, PemFiles
 
 HOSTS = ("127.0.0.1", "localhost")
 

@@ -14,7 +14,7 @@ import pytest
 from services.runtime.connections import ConnectionLimits, raise_file_limit
 from services.runtime.server import ArenaServer
 from tests.registry_server import RegistryServer, artifact_name, config_of, dataset_bytes
-from tiltyard.call_errors import ClientError
+from tiltyard.calls.errors import ClientError
 from tiltyard.client import Client, persist
 from tiltyard.identity import Key
 from tiltyard.registry.v1 import artifact_pb2, participant_pb2

@@ -24,7 +24,7 @@ from tests.state_of_logs import registry_differences, selector_differences
 from tests.whole_arena import ORIGIN, TASKS, WholeArena
 from tiltyard.audit import audit
 from tiltyard.audit.download import fetch_record
-from tiltyard.channel import open_channel
+from tiltyard.calls.channel import open_channel
 from tiltyard.commitments import submission_commitment
 from tiltyard.identity import TokenSource
 from tiltyard.selector.v1 import stake_pb2, stake_pb2_grpc

@@ -22,8 +22,10 @@ from services.runtime.telemetry import configure_logging
 from tests.otlp_receiver import collecting
 from tests.rpc.test_runtime_server import SHAPES, Shapes, call, mount
 from tests.unit.test_tracing import Kept
-from tiltyard import breaker, call_tracing, metrics, otlp, telemetry, tracing
-from tiltyard.channel import open_channel
+from tiltyard import telemetry
+from tiltyard.calls import breaker, observed
+from tiltyard.calls.channel import open_channel
+from tiltyard.telemetry import metrics, otlp, tracing
 
 SERVICE = "test.v1.Shapes"
 
@@ -134,8 +136,8 @@ async def test_health_is_asked_too_often_to_be_told(kept: Kept) -> None:
 
 
 def test_nothing_is_observed_where_nobody_looks() -> None:
-    assert not call_tracing.observing()
-    assert call_tracing.making("/a.B/C", "127.0.0.1:1") is None
+    assert not observed.observing()
+    assert observed.making("/a.B/C", "127.0.0.1:1") is None
 
 
 def test_without_the_variables_nothing_of_opentelemetry_is_imported() -> None:
@@ -183,7 +185,7 @@ def test_what_makes_no_sense_is_said_and_stops_nothing(
     with caplog.at_level(logging.WARNING, "tiltyard.telemetry"):
         assert not telemetry.start("test")
     assert said in caplog.text
-    assert not call_tracing.observing()
+    assert not observed.observing()
 
 
 def exporting(monkeypatch: pytest.MonkeyPatch, address: str, **more: str) -> otlp.Export:
@@ -210,7 +212,7 @@ def test_a_collector_that_is_away_costs_spans_and_nothing_else(
             with caplog.at_level(logging.WARNING):
                 export.close(grace_s=0.5)
     assert time.monotonic() - closing < 3
-    assert not call_tracing.observing()
+    assert not observed.observing()
     assert "spans were dropped" in caplog.text
 
 

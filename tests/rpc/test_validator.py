@@ -32,11 +32,11 @@ from validator_registry import (
 
 from services.runtime.channels import open_peer
 from services.validator.batches import rows_per_batch
+from tiltyard.calls.tls import ChannelTls
 from tiltyard.counting import Metric, Tally
 from tiltyard.identity import Key
 from tiltyard.models import load_model
 from tiltyard.modelspec import Convnet, Linear, Mlp, ModelSpec, tensor_shapes
-from tiltyard.tls import ChannelTls
 from tiltyard.transparency import root_hash
 from tiltyard.type.v1 import evaluation_pb2 as types_pb2
 from tiltyard.type.v1 import task_pb2

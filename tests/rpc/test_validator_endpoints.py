@@ -13,9 +13,9 @@ from test_validator import LONG_S, ValidatorProcess, first_position, plain_evalu
 from validator_registry import ACCEPTED, DECLINED, OPENED, FakeRegistry, dataset_bytes, model_bytes, random_dataset
 
 from tiltyard.authority import Authority
+from tiltyard.calls.tls import ChannelTls
 from tiltyard.identity import Key
 from tiltyard.modelspec import Mlp, ModelSpec
-from tiltyard.tls import ChannelTls
 from tiltyard.transparency import root_hash
 from tiltyard.type.v1 import evaluation_pb2 as types_pb2
 

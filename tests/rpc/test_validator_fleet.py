@@ -19,10 +19,10 @@ from services.validator.pipeline import RequestRefused, StreamBroken, StreamCanc
 from services.validator.rows import EvaluationRows
 from tests.unit.test_tracing import Kept
 from tests.wiretap import labels_in, tapped
-from tiltyard import tracing
 from tiltyard.identity import Key
 from tiltyard.inference.v2 import inference_pb2 as pb
 from tiltyard.inference.v2 import inference_pb2_grpc as rpc
+from tiltyard.telemetry import tracing
 
 ROWS, WIDTH, STEP = 2000, 5, 10
 LABELS = np.random.default_rng(1).permutation(np.arange(10_000, 60_000))[:ROWS]

@@ -22,7 +22,6 @@ from services.selector.convert.receipts import ReceiptSigner
 from services.selector.convert.stake import list_ledger_events_response
 from services.selector.draws import DrawOrder, Draws
 from services.selector.eligibility import Applicant, Eligibility, Facts
-from tiltyard.faults import COST_MILLIS, Fault, cost_micros
 from services.selector.pool_trees import PoolTrees, at_version
 from services.selector.pools import Pools
 from services.selector.records import (
@@ -43,6 +42,7 @@ from services.selector.store import SqlStore
 from services.selector.transaction import Transaction
 from tiltyard.audit.ledger import Ledger
 from tiltyard.bls import BlsKey
+from tiltyard.faults import COST_MILLIS, Fault, cost_micros
 from tiltyard.odds import inclusion_probabilities
 from tiltyard.sortition import SQUARE_ROOT, weight
 

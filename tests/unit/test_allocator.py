@@ -8,7 +8,7 @@ import pytest
 
 FAULTS = """
 import resource, sys
-from tiltyard.allocator import keep_message_memory
+from tiltyard.calls.allocator import keep_message_memory
 if sys.argv[1] == "kept":
     keep_message_memory()
 def faults():

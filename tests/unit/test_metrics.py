@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tiltyard import metrics
+from tiltyard.telemetry import metrics
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from google.protobuf.descriptor import MethodDescriptor
 import services
 import tiltyard
 
-# Channels of tiltyard.channel give each call a deadline. These open others, to what is none of our services, or before
-# and after all else runs; and calls over those channels are made here.
+# Channels of tiltyard.calls.channel give each call a deadline. These open others, to what is none of our services, or
+# before and after all else runs; and calls over those channels are made here.
 WITHOUT_OURS = {
     "services/runtime/healthcheck.py",
     "services/validator/elsewhere.py",
@@ -20,7 +20,7 @@ WITHOUT_OURS = {
     "services/validator/fleet.py",
     "services/validator/nodes.py",
     "services/validator/pipeline.py",
-    "tiltyard/channel.py",
+    "tiltyard/calls/channel.py",
     "tiltyard/cli/supervisor.py",
 }
 SHAPES = {"unary_unary", "unary_stream", "stream_unary", "stream_stream"}
@@ -88,7 +88,7 @@ def test_channels_are_opened_in_one_place() -> None:
         if any(name_of(call) in ("insecure_channel", "secure_channel") for call in calls_in(tree))
     }
     assert opening - WITHOUT_OURS == set()
-    assert "tiltyard/channel.py" in opening
+    assert "tiltyard/calls/channel.py" in opening
 
 
 def without_deadline(tree: ast.Module, rpcs: set[str]) -> list[int]:
@@ -114,7 +114,7 @@ def test_every_call_over_another_channel_names_its_deadline() -> None:
     missing = {
         f"{file}:{line}"
         for file, tree in sources()
-        if file in WITHOUT_OURS and file != "tiltyard/channel.py"
+        if file in WITHOUT_OURS and file != "tiltyard/calls/channel.py"
         for line in without_deadline(tree, rpcs)
     }
     assert missing == set()

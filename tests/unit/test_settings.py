@@ -8,7 +8,7 @@ import pytest
 
 from services.runtime.settings import ServiceSettings
 from tiltyard.authority import Authority
-from tiltyard.tls import ChannelTls
+from tiltyard.calls.tls import ChannelTls
 
 PARTICIPANT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tiltyard import tracing
-from tiltyard.tracing import Span, TraceContext
+from tiltyard.telemetry import tracing
+from tiltyard.telemetry.tracing import Span, TraceContext
 
 CARRIED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 if TYPE_CHECKING:
+    from tiltyard.calls.tls import ChannelTls
     from tiltyard.client import Client, Node
     from tiltyard.identity import Key
     from tiltyard.keyfiles import KeyLock
-    from tiltyard.tls import ChannelTls
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ def tls_of_environment() -> "ChannelTls | None":
     ca, *own = (os.environ.get(f"TILTYARD_TLS_{name}", "") for name in ("CA", "CERTIFICATE", "KEY"))
     if not ca:
         return None
-    from tiltyard.tls import ChannelTls, InvalidPem
+    from tiltyard.calls.tls import ChannelTls, InvalidPem
 
     certificate, key = (Path(file) if file else None for file in own)
     tls = ChannelTls.of(ca, certificate, key)
@@ -161,7 +161,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def _traced(work: Coroutine[Any, Any, T]) -> T:
-    from tiltyard import tracing
+    from tiltyard.telemetry import tracing
 
     # `train.<locals>.work` is what `tiltyard train` does.
     command = getattr(work, "__qualname__", "").partition(".")[0].strip("_").lower()

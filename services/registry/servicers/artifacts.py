@@ -8,8 +8,8 @@ from services.registry.artifacts import Artifacts
 from services.registry.convert import artifacts as convert
 from services.runtime.auth import current_caller
 from services.runtime.names import parse_artifact
-from tiltyard import metrics
 from tiltyard.registry.v1 import artifact_pb2, artifact_pb2_grpc
+from tiltyard.telemetry import metrics
 
 _RECEIVED = metrics.Counter("tiltyard.artifact.received", unit="By", description="Sizes of artifacts that are whole.")
 _SENT = metrics.Counter("tiltyard.artifact.sent", unit="By", description="Bytes of artifacts sent to readers.")

@@ -7,9 +7,9 @@ from services.runtime.errors import InvalidArgument
 from services.runtime.fields import FieldChecks
 from services.runtime.paging import PageTokens, page_size
 from services.selector.convert.times import duration, timestamp
-from tiltyard.faults import Fault
 from services.selector.records import MAX_MICROS, Deposit, EventKind, LedgerEvent, Stake
 from services.selector.stakes import LedgerPage, Slashed, WithdrawalRequested, Withdrawn
+from tiltyard.faults import Fault
 from tiltyard.selector.v1 import stake_pb2 as pb
 from tiltyard.type.v1 import stake_pb2 as types
 

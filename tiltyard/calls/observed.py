@@ -10,8 +10,8 @@ from typing import Any
 
 import grpc
 
-from tiltyard import metrics, tracing
-from tiltyard.tracing import Attributes, Kind, Span, TraceContext
+from tiltyard.telemetry import metrics, tracing
+from tiltyard.telemetry.tracing import Attributes, Kind, Span, TraceContext
 
 HEADER = "traceparent"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import grpc
 
-from tiltyard.breaker import CircuitBreaker
-from tiltyard.call_tracing import ObservedCall, code_of, making
+from tiltyard.calls.breaker import CircuitBreaker
+from tiltyard.calls.observed import ObservedCall, code_of, making
 from tiltyard.identity import TokenSource
 
 DEADLINE_S = 20.0

@@ -25,8 +25,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import Decision, ParentBased
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
-from tiltyard import metrics, tracing
-from tiltyard.tracing import Attributes, Kind, Span, TraceContext
+from tiltyard.telemetry import metrics, tracing
+from tiltyard.telemetry.tracing import Attributes, Kind, Span, TraceContext
 
 _SCOPE = "tiltyard"
 _LONGEST_CLOSE_S = 0.5

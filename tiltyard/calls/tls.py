@@ -18,7 +18,7 @@ SYSTEM_AUTHORITIES = "system"
 
 _LOOK_EVERY_S = 1.0
 
-_log = logging.getLogger("tiltyard.tls")
+_log = logging.getLogger("tiltyard.calls.tls")
 
 
 class InvalidPem(ValueError):

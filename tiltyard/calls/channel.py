@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from tiltyard.allocator import keep_message_memory
+from tiltyard.calls.allocator import keep_message_memory
+from tiltyard.calls.outgoing import DEADLINE_S, outgoing_interceptors
 from tiltyard.identity import TokenSource
-from tiltyard.outgoing import DEADLINE_S, outgoing_interceptors
 
 if TYPE_CHECKING:
-    from tiltyard.tls import ChannelTls, Pem
+    from tiltyard.calls.tls import ChannelTls, Pem
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 
@@ -19,7 +19,7 @@ SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [
             {
-                # All methods: a change is keyed by what it changes, or carries a request id (see tiltyard.outgoing).
+                # All methods: a change is keyed by what it changes, or carries a request id (see `outgoing`).
                 "name": [{}],
                 "retryPolicy": {
                     "maxAttempts": 4,
@@ -78,8 +78,8 @@ def open_channel(
 ) -> grpc.aio.Channel:
     """A channel to `address` (`HOST:PORT` or `unix:PATH`), plaintext without `tls`; call it in a running loop.
 
-    The files of `tls` are read again when they change. Raises tiltyard.tls.InvalidPem and OSError when they can't be
-    used.
+    The files of `tls` are read again when they change. Raises tls.InvalidPem and OSError when they can't
+    be used.
     """
     keep_message_memory()
     interceptors = outgoing_interceptors(address, tokens=tokens, deadline_s=deadline_s)
@@ -88,7 +88,7 @@ def open_channel(
     if tls is None or address.startswith("unix:"):
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
     # Loading X.509 takes a command 30 ms.
-    from tiltyard.tls import FollowingChannel, channel_credentials
+    from tiltyard.calls.tls import FollowingChannel, channel_credentials
 
     def connect(pem: "Pem") -> grpc.aio.Channel:
         return grpc.aio.secure_channel(address, channel_credentials(pem), options=options, interceptors=interceptors)

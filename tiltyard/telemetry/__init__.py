@@ -39,7 +39,7 @@ def start(service: str) -> bool:
         _log.warning("telemetry is off: OTEL_EXPORTER_OTLP_PROTOCOL is %r, and only grpc is built in", protocol)
         return False
     try:
-        from tiltyard import otlp
+        from tiltyard.telemetry import otlp
     except ImportError as error:
         _log.warning("telemetry is off: it needs pip install 'tiltyard[telemetry]' (%s)", error)
         return False

@@ -8,8 +8,8 @@ from typing import Protocol, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from tiltyard.call_errors import pause_before_retry_s
-from tiltyard.outgoing import new_request_id
+from tiltyard.calls.errors import pause_before_retry_s
+from tiltyard.calls.outgoing import new_request_id
 
 __all__ = ["PATIENCE_S", "new_request_id", "pages", "persist", "watch"]
 
