@@ -9,7 +9,7 @@ from sqlmodel import Session
 from services.registry.rows import COUNTERS, COUNTERS_ID, LEAVES, NODES, Counters, LogNode, RowsOf
 from services.registry.transaction import Leaf
 from services.runtime.database import Group
-from services.runtime.engines import placeholder
+from services.runtime.engines import found_rows, placeholder
 from tiltyard.transparency import HASH_BYTES, Frontier
 
 R = TypeVar("R")
@@ -65,8 +65,8 @@ class RowStaging:
             found = layer.known.get((kind, key), _UNKNOWN)
             if found is not _UNKNOWN:
                 return found  # type: ignore[no-any-return]
-        row = self.connection.exec_driver_sql(kind.reading(self._mark), key).first()
-        record = None if row is None else kind.record(row)
+        rows = found_rows(self.connection, kind.reading(self._mark), key)
+        record = kind.record(rows[0]) if rows else None
         self._kept.known[kind, key] = record
         return record
 

@@ -37,6 +37,7 @@ from services.registry.staging import RowStaging
 from services.registry.task_states import deadline_of
 from services.registry.transaction import Leaf, Reading, Writing
 from services.runtime.database import Database, group_of
+from services.runtime.engines import Written
 from tiltyard.transparency import Frontier, leaf_hash
 
 R = TypeVar("R")
@@ -198,6 +199,10 @@ class SqlWriting(SqlReading):
     def _execute(self, statement: str, values: tuple[Any, ...]) -> Sequence[Any]:
         self._staging.settle(self._session)
         return super()._execute(statement, values)
+
+    def _rows(self, question: Written, **values: Any) -> Sequence[Any]:
+        self._staging.settle(self._session)
+        return super()._rows(question, **values)
 
     def _ask(self, query: Executable) -> Sequence[Any]:
         self._staging.settle(self._session)

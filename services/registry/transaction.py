@@ -53,8 +53,8 @@ class Reading(Protocol):
     def task(self, task: str) -> Task | None: ...
     def tasks(self, listing: Listing) -> Sequence[tuple[Place, Task]]: ...
 
-    def tasks_in(self, *states: TaskState) -> Sequence[Task]:
-        """All tasks in one of the states; for the background loop."""
+    def tasks_in(self, state: TaskState) -> Sequence[Task]:
+        """All tasks in one state; for the background loop."""
         ...
 
     def tasks_due(self, now: datetime) -> Sequence[Task]:

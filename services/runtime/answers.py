@@ -9,7 +9,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Field, SQLModel
 
-from services.runtime.engines import placeholder
+from services.runtime.engines import found_rows, placeholder
 from services.runtime.idempotency import PendingRequest, check_body
 
 Key = tuple[str, str, str]
@@ -93,9 +93,8 @@ def _key(request: PendingRequest) -> Key:
 def _stored(connection: Connection, keys: set[Key]) -> dict[Key, tuple[bytes, bytes]]:
     if not keys:
         return {}
-    found = connection.exec_driver_sql(
-        _select(placeholder(connection), len(keys)), tuple(part for key in keys for part in key)
-    )
+    asked = _select(placeholder(connection), len(keys))
+    found = found_rows(connection, asked, [part for key in keys for part in key])
     return {(sub, method, request_id): (body, answer) for sub, method, request_id, body, answer in found}
 
 

@@ -27,7 +27,7 @@ from services.runtime.answers import (
 from services.runtime.auth import utc_now
 from services.runtime.engines import is_serialization_failure, migrate, reading_engine, writing_engine
 from services.runtime.errors import Unavailable
-from services.runtime.groups import GroupThread, Outcome
+from services.runtime.groups import GroupThread, GroupTurn, Outcome
 from services.runtime.idempotency import PendingRequest, Replayed, pending_request
 
 __all__ = ["Database", "Group", "Staging", "create_remembered_requests", "group_of"]
@@ -131,7 +131,12 @@ class Database:
         self._read_engine = reading_engine(url, readers=_READERS + 1)  # one more for the lookups
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="database-reader")
         self._writer = GroupThread(self._write_group, name="database-writer")
-        self._lookups = GroupThread(self._look_up_group, name="database-lookups")
+        # SQLite finds a few rows sooner than a thread wakes up; PostgreSQL answers over a network.
+        self._lookups: GroupTurn[_Lookup, Any] | GroupThread[_Lookup, Any] = (
+            GroupTurn(self._look_up_group)
+            if self._read_engine.dialect.name == "sqlite"
+            else GroupThread(self._look_up_group, name="database-lookups")
+        )
         self._closed = False
 
     @classmethod
@@ -172,7 +177,7 @@ class Database:
         return await loop.run_in_executor(self._readers, lambda: context.run(self._read, work))
 
     async def lookup(self, work: Callable[[Connection], T]) -> T:
-        """As `read`, for a few rows by their keys: many such questions share a thread and a snapshot."""
+        """As `read`, cheaper, for a few rows by their keys: questions that come together share a snapshot."""
         if self._closed:
             raise Unavailable("DATABASE_CLOSED", "the server is stopping")
         return cast(T, await self._lookups.ask(_Lookup(work, contextvars.copy_context())))

@@ -9,11 +9,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import Connection, event
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlmodel import Field, Session, SQLModel, select
 
 from services.runtime.database import Database
+from services.runtime.engines import found_rows
 from services.runtime.errors import AlreadyExists, Unavailable
 from services.runtime.idempotency import PendingRequest, Replayed, _pending
 
@@ -361,3 +362,48 @@ async def test_what_the_database_is_to_blame_for_is_told_and_harms_no_neighbour(
     assert await database.read(lambda session: session.get(Mark, "kept")) is not None
     with pytest.raises(Unavailable):
         await database.read(fail)
+
+
+def count_of(name: str) -> Callable[[Connection], list[int]]:
+    """The count of one mark, in a list of none or one."""
+    return lambda connection: [
+        row[0] for row in found_rows(connection, "SELECT count FROM marks WHERE name = ?", [name])
+    ]
+
+
+async def test_questions_that_come_together_are_answered_each_for_itself(database: Database) -> None:
+    def fail(_: Connection) -> None:
+        raise LookupError("only mine")
+
+    await database.write(put("a", 1))
+    await database.write(put("b", 2))
+    gone = asyncio.create_task(database.lookup(fail))
+    asked = [asyncio.create_task(database.lookup(work)) for work in (count_of("a"), fail, count_of("b"), count_of("c"))]
+    await asyncio.sleep(0)
+    gone.cancel()
+    first, failed, second, none = await asyncio.gather(*asked, return_exceptions=True)
+    assert (first, second, none) == ([1], [2], [])
+    assert isinstance(failed, LookupError)
+
+
+async def test_rows_are_found_as_the_transaction_sees_them(database: Database) -> None:
+    def work(session: Session) -> list[int]:
+        session.add(Mark(name="a", count=7))
+        session.flush()
+        return count_of("a")(session.connection())
+
+    assert await database.lookup(count_of("a")) == []
+    assert await database.write(work) == [7]
+    assert await database.lookup(count_of("a")) == [7]
+
+
+async def test_a_question_that_the_database_fails_at_is_told_like_any_other(database: Database) -> None:
+    def ask(connection: Connection) -> None:
+        found_rows(connection, "SELECT count FROM nowhere", [])
+
+    for failing in (database.lookup(ask), database.write(lambda session: ask(session.connection()))):
+        with pytest.raises(Unavailable) as refused:
+            await failing
+        assert isinstance(refused.value.__cause__, OperationalError)
+    assert await database.write(put("a")) == "a"
+    assert await database.lookup(count_of("a")) == [0]

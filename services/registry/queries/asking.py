@@ -9,7 +9,7 @@ from sqlalchemy.engine import Connection
 
 from services.registry.listing import Condition, Listing, Place
 from services.registry.rows import RowsOf
-from services.runtime.engines import placeholder
+from services.runtime.engines import Written, found_rows, placeholder
 
 R = TypeVar("R")
 
@@ -33,7 +33,7 @@ class Asking:
         return [kind.record(row) for row in self._execute(statement, tuple(where.values()))]
 
     def _execute(self, statement: str, values: tuple[Any, ...]) -> Sequence[Any]:
-        return self._connection.exec_driver_sql(statement, values).all()
+        return found_rows(self._connection, statement, values)
 
     def _ask(self, query: Executable) -> Sequence[Any]:
         """The rows that a query finds."""
@@ -47,6 +47,13 @@ class Asking:
     def _records(self, kind: RowsOf[R], query: Select[Any]) -> list[R]:
         """The records that a `kind.query()` finds."""
         return [kind.record(row) for row in self._ask(query)]
+
+    def _found(self, kind: RowsOf[R], question: Written, **values: Any) -> list[R]:
+        """The records that a `kind.query()` finds which is asked over and over."""
+        return [kind.record(row) for row in self._rows(question, **values)]
+
+    def _rows(self, question: Written, **values: Any) -> Sequence[Any]:
+        return question.ask(self._connection, **values)
 
     def _placed(self, kind: RowsOf[R], query: Select[Any]) -> list[tuple[int, R]]:
         """As `_records`, each with its position, for a `kind.query(kind.c.position)`."""

@@ -27,8 +27,10 @@ from services.registry.rows import (
     TASKS,
     VALIDATOR_FAULTS,
 )
+from services.runtime.engines import Written, given
 
 _R, _A, _E, _F, _S, _T = (kind.c for kind in (ROUNDS, ASSIGNMENTS, EVALUATIONS, VALIDATOR_FAULTS, SUBMISSIONS, TASKS))
+_ALL = 2**62
 _LEASED = (AssignmentState.OFFERED.name, AssignmentState.ACCEPTED.name)
 _UNENDED = (*_LEASED, AssignmentState.SEALED.name)
 _ENDED = (
@@ -37,6 +39,40 @@ _ENDED = (
     AssignmentState.EXPIRED.name,
     AssignmentState.RELEASED.name,
 )
+
+_TOUCHED = Written(ROUNDS.query().where(_R.state == given("state"), _R.touched > given("after")).order_by(_R.touched))
+_ROUNDS_DUE = Written(
+    ROUNDS.query().where(_R.state == given("state"), _R.deadline <= given("now")).order_by(_R.deadline)
+)
+_ASSIGNMENTS_DUE = Written(
+    ASSIGNMENTS.query().where(_A.state.in_(_LEASED), _A.deadline <= given("now")).order_by(_A.deadline, _A.sequence)
+)
+_UNSETTLED = Written(
+    ASSIGNMENTS.query().where(_A.settled.is_(False), _A.state.in_(_ENDED)).order_by(_A.sequence).limit(given("most"))
+)
+_UNSETTLED_OF = Written(
+    ASSIGNMENTS.query()
+    .where(_A.settled.is_(False), _A.state.in_(_ENDED), _A.task == given("task"))
+    .order_by(_A.sequence)
+    .limit(given("most"))
+)
+_UNSLASHED = Written(
+    VALIDATOR_FAULTS.query(_F.position).where(_F.slashed.is_(False)).order_by(_F.position).limit(given("most"))
+)
+# One by one: each is then the first entry of an index.
+_DEADLINES = [
+    Written(query)
+    for query in (
+        select(func.min(_T.deadline)),
+        select(func.min(_S.deadline)).where(_S.state == SubmissionState.COMMITTED.name),
+        select(func.min(_S.deadline)).where(_S.state == SubmissionState.REVEALED.name, _S.structure_checked.is_(False)),
+        *(
+            select(func.min(_R.deadline)).where(_R.state == state.name)
+            for state in (RoundState.WAITING, RoundState.SEALING, RoundState.OPENING)
+        ),
+        *(select(func.min(_A.deadline)).where(_A.state == state) for state in _LEASED),
+    )
+]
 
 
 class JudgingQuestions(Asking):
@@ -50,12 +86,10 @@ class JudgingQuestions(Asking):
         return self._records(ROUNDS, query.order_by(_R.deadline, _R.task, _R.number))
 
     def rounds_touched(self, state: RoundState, *, after: int) -> Sequence[Round]:
-        query = ROUNDS.query().where(_R.state == state.name, _R.touched > after)
-        return self._records(ROUNDS, query.order_by(_R.touched))
+        return self._found(ROUNDS, _TOUCHED, state=state.name, after=after)
 
     def rounds_due(self, state: RoundState, now: datetime) -> Sequence[Round]:
-        query = ROUNDS.query().where(_R.state == state.name, _R.deadline <= micros_of(now))
-        return self._records(ROUNDS, query.order_by(_R.deadline))
+        return self._found(ROUNDS, _ROUNDS_DUE, state=state.name, now=micros_of(now))
 
     def rounds_unconcluded_in(self, task: str, round_: int) -> bool:
         query = select(_R.number).where(_R.task == task, _R.round == round_)
@@ -76,18 +110,17 @@ class JudgingQuestions(Asking):
         return self._records(ASSIGNMENTS, query.order_by(_A.sequence))
 
     def assignments_due(self, now: datetime) -> Sequence[Assignment]:
-        query = ASSIGNMENTS.query().where(_A.state.in_(_LEASED), _A.deadline <= micros_of(now))
-        return self._records(ASSIGNMENTS, query.order_by(_A.deadline, _A.sequence))
+        return self._found(ASSIGNMENTS, _ASSIGNMENTS_DUE, now=micros_of(now))
 
     def assignments_running(self, since: datetime) -> Sequence[Assignment]:
         query = ASSIGNMENTS.query().where(_A.state.in_(_UNENDED), _A.deadline > micros_of(since))
         return self._records(ASSIGNMENTS, query.order_by(_A.sequence))
 
     def assignments_unsettled(self, *, task: str | None = None, limit: int | None = None) -> Sequence[Assignment]:
-        query = ASSIGNMENTS.query().where(_A.settled.is_(False), _A.state.in_(_ENDED))
-        if task is not None:
-            query = query.where(_A.task == task)
-        return self._records(ASSIGNMENTS, query.order_by(_A.sequence).limit(limit))
+        most = _ALL if limit is None else limit
+        if task is None:
+            return self._found(ASSIGNMENTS, _UNSETTLED, most=most)
+        return self._found(ASSIGNMENTS, _UNSETTLED_OF, task=task, most=most)
 
     def evaluation(self, task: str, number: int, round_: int, validator: str) -> Evaluation | None:
         return self._load(EVALUATIONS, task, number, round_, validator)
@@ -106,27 +139,16 @@ class JudgingQuestions(Asking):
         return self._page(VALIDATOR_FAULTS, listing, *where, number=_F.position)
 
     def faults_unslashed(self, *, limit: int) -> Sequence[tuple[int, ValidatorFault]]:
-        query = VALIDATOR_FAULTS.query(_F.position).where(_F.slashed.is_(False))
-        return self._placed(VALIDATOR_FAULTS, query.order_by(_F.position).limit(limit))
+        # The position is the last column.
+        return [(row[-1], VALIDATOR_FAULTS.record(row)) for row in self._rows(_UNSLASHED, most=limit)]
 
     def draw_receipt(self, draw: str) -> bytes | None:
         kept = self._load(DRAW_RECEIPTS, draw)
         return None if kept is None else kept.receipt
 
     def next_deadline(self) -> datetime | None:
-        revealed = SubmissionState.REVEALED.name
-        questions = [
-            select(func.min(_T.deadline)),
-            select(func.min(_S.deadline)).where(_S.state == SubmissionState.COMMITTED.name),
-            select(func.min(_S.deadline)).where(_S.state == revealed, _S.structure_checked.is_(False)),
-            # One by one: each is then the first entry of an index.
-            *(
-                select(func.min(_R.deadline)).where(_R.state == state.name)
-                for state in (RoundState.WAITING, RoundState.SEALING, RoundState.OPENING)
-            ),
-            *(select(func.min(_A.deadline)).where(_A.state == state) for state in _LEASED),
-        ]
-        known = [micros for micros in map(self._one, questions) if micros is not None]
+        found = [self._rows(question)[0][0] for question in _DEADLINES]
+        known = [micros for micros in found if micros is not None]
         return moment_of(min(known)) if known else None
 
 

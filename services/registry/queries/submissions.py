@@ -19,6 +19,7 @@ from services.registry.records import (
 )
 from services.registry.rows import ARTIFACT_USES, ARTIFACTS, EVALUATIONS, PARTICIPANTS, ROUNDS, SUBMISSIONS, TASKS
 from services.runtime import names
+from services.runtime.engines import Written, given
 from services.runtime.names import AssignmentId
 
 _S, _E, _T, _P, _R, _A, _U = (
@@ -26,6 +27,13 @@ _S, _E, _T, _P, _R, _A, _U = (
 )
 _TRACK_RECORD = 10
 _PLATFORM_FAULTS = (RejectionReason.VALIDATORS_UNAVAILABLE.name, RejectionReason.TASK_CANCELLED.name)
+
+_DUE = Written(SUBMISSIONS.query().where(_S.state == given("state"), _S.deadline <= given("now")).order_by(_S.deadline))
+_UNCHECKED = Written(
+    SUBMISSIONS.query()
+    .where(_S.state == SubmissionState.REVEALED.name, _S.structure_checked.is_(False))
+    .order_by(_S.commit_time, _S.task, _S.number)
+)
 
 
 class SubmissionQuestions(Asking):
@@ -99,12 +107,10 @@ class SubmissionQuestions(Asking):
         return group | {row.id for row in self._ask(select(_P.id).where(_P.owner.in_(sorted(group))))}
 
     def submissions_due(self, state: SubmissionState, now: datetime) -> Sequence[Submission]:
-        query = SUBMISSIONS.query().where(_S.state == state.name, _S.deadline <= micros_of(now))
-        return self._records(SUBMISSIONS, query.order_by(_S.deadline))
+        return self._found(SUBMISSIONS, _DUE, state=state.name, now=micros_of(now))
 
     def submissions_unchecked(self) -> Sequence[Submission]:
-        query = SUBMISSIONS.query().where(_S.state == SubmissionState.REVEALED.name, _S.structure_checked.is_(False))
-        return self._records(SUBMISSIONS, query.order_by(_S.commit_time, _S.task, _S.number))
+        return self._found(SUBMISSIONS, _UNCHECKED)
 
     def public_best(self, task: str, participant: str) -> int | None:
         query = select(func.max(_S.public_best)).where(_S.task == task, _S.participant == participant)

@@ -9,9 +9,21 @@ from services.registry.listing import Listing, Place
 from services.registry.queries.asking import Asking
 from services.registry.records import Endorsement, Member, MembershipState, Participant, Task, TaskState, Verdict
 from services.registry.rows import ENDORSEMENTS, MEMBERS, PARTICIPANTS, TASKS, VERDICTS
+from services.runtime.engines import Written, given
 from tiltyard.type.v1 import participation_pb2
 
 _P, _E, _T, _M, _V = PARTICIPANTS.c, ENDORSEMENTS.c, TASKS.c, MEMBERS.c, VERDICTS.c
+
+_IN = Written(TASKS.query().where(_T.state == given("state")).order_by(_T.position))
+_DUE = Written(TASKS.query().where(_T.deadline <= given("now")).order_by(_T.deadline))
+_WITH_POOL = Written(
+    TASKS.query()
+    .where(_T.state.in_([TaskState.FINAL.name, TaskState.CANCELLED.name]), _T.pool_open)
+    .order_by(_T.position)
+)
+_MEMBERS_IN = Written(
+    MEMBERS.query().where(_M.state == given("state"), _M.removed == given("removed")).order_by(_M.position)
+)
 
 
 class TaskQuestions(Asking):
@@ -33,22 +45,18 @@ class TaskQuestions(Asking):
     def tasks(self, listing: Listing) -> Sequence[tuple[Place, Task]]:
         return self._page(TASKS, listing, number=_T.position)
 
-    def tasks_in(self, *states: TaskState) -> Sequence[Task]:
-        query = TASKS.query().where(_T.state.in_([state.name for state in states]))
-        return self._records(TASKS, query.order_by(_T.position))
+    def tasks_in(self, state: TaskState) -> Sequence[Task]:
+        return self._found(TASKS, _IN, state=state.name)
 
     def tasks_due(self, now: datetime) -> Sequence[Task]:
-        query = TASKS.query().where(_T.deadline <= micros_of(now))
-        return self._records(TASKS, query.order_by(_T.deadline))
+        return self._found(TASKS, _DUE, now=micros_of(now))
 
     def active_validators(self, task: str) -> int:
         found = self.task(task)
         return 0 if found is None else found.validators
 
     def tasks_ended_with_pool(self) -> Sequence[Task]:
-        ended = [state.name for state in (TaskState.FINAL, TaskState.CANCELLED)]
-        query = TASKS.query().where(_T.state.in_(ended), _T.pool_open)
-        return self._records(TASKS, query.order_by(_T.position))
+        return self._found(TASKS, _WITH_POOL)
 
     def member(self, task: str, participant: str) -> Member | None:
         return self._load(MEMBERS, task, participant)
@@ -57,8 +65,7 @@ class TaskQuestions(Asking):
         return self._page(MEMBERS, listing, _M.task == task, number=_M.position)
 
     def members_in(self, state: MembershipState, *, removed: bool) -> Sequence[Member]:
-        query = MEMBERS.query().where(_M.state == state.name, _M.removed == removed)
-        return self._records(MEMBERS, query.order_by(_M.position))
+        return self._found(MEMBERS, _MEMBERS_IN, state=state.name, removed=removed)
 
     def verdicts(self, task: str, *, after: int, limit: int) -> Sequence[tuple[int, Verdict]]:
         query = VERDICTS.query(_V.position).where(_V.task == task, _V.position > after)
