@@ -133,10 +133,11 @@ class Database:
         self._writer = GroupThread(self._write_group, name="database-writer")
         # SQLite finds a few rows sooner than a thread wakes up; PostgreSQL answers over a network.
         self._lookups: GroupTurn[_Lookup, Any] | GroupThread[_Lookup, Any] = (
-            GroupTurn(self._look_up_group)
+            GroupTurn(self._look_up_here)
             if self._read_engine.dialect.name == "sqlite"
             else GroupThread(self._look_up_group, name="database-lookups")
         )
+        self._at_hand: Connection | None = None
         self._closed = False
 
     @classmethod
@@ -203,6 +204,8 @@ class Database:
         await self._writer.close()
         await self._lookups.close()
         await asyncio.to_thread(self._readers.shutdown)
+        if self._at_hand is not None:
+            self._at_hand.close()
         self._write_engine.dispose()
         self._read_engine.dispose()
 
@@ -216,16 +219,15 @@ class Database:
             return work(session)
 
     def _look_up_group(self, group: list[_Lookup]) -> list[Outcome[Any]]:
-        outcomes: list[Outcome[Any]] = []
         with _loss_told("nothing was read"), self._read_engine.connect() as connection:
-            for item in group:
-                try:
-                    outcomes.append((item.context.run(item.work, connection), None))
-                except Exception as failure:
-                    if isinstance(failure, _LOSSES):
-                        raise
-                    outcomes.append((None, failure))
-        return outcomes
+            return _looked_up(group, connection)
+
+    def _look_up_here(self, group: list[_Lookup]) -> list[Outcome[Any]]:
+        # One connection is kept: to take it out of the pool and put it back takes as long as an answer.
+        if self._at_hand is None:
+            self._at_hand = self._read_engine.connect()
+        with _loss_told("nothing was read"), self._at_hand.begin():
+            return _looked_up(group, self._at_hand)
 
     def _write_group(self, group: list[_Write]) -> list[Outcome[Any]]:
         attempt = 1
@@ -300,6 +302,18 @@ class Database:
         if pending is not None and answer is not None:
             answers.add(pending, answer, now_s=int(self._clock().timestamp()))
         return result
+
+
+def _looked_up(group: list[_Lookup], connection: Connection) -> list[Outcome[Any]]:
+    outcomes: list[Outcome[Any]] = []
+    for item in group:
+        try:
+            outcomes.append((item.context.run(item.work, connection), None))
+        except Exception as failure:
+            if isinstance(failure, _LOSSES):
+                raise
+            outcomes.append((None, failure))
+    return outcomes
 
 
 # What the database, not the work, is to blame for. After a lost connection SQLAlchemy asks for a rollback at every use.

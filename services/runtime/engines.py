@@ -1,5 +1,6 @@
 """SQLAlchemy engines set up for SQLite and PostgreSQL, and the migrations run under a lock."""
 
+import contextlib
 import fcntl
 import importlib
 import sqlite3
@@ -58,13 +59,13 @@ def _ready_made_savepoints(dialect: Dialect) -> None:
     """
 
     def savepoint(connection: Connection, name: str) -> None:
-        connection.exec_driver_sql(f"SAVEPOINT {name}")
+        _run(connection, f"SAVEPOINT {name}")
 
     def release(connection: Connection, name: str) -> None:
-        connection.exec_driver_sql(f"RELEASE SAVEPOINT {name}")
+        _run(connection, f"RELEASE SAVEPOINT {name}")
 
     def roll_back(connection: Connection, name: str) -> None:
-        connection.exec_driver_sql(f"ROLLBACK TO SAVEPOINT {name}")
+        _run(connection, f"ROLLBACK TO SAVEPOINT {name}")
 
     vars(dialect).update(do_savepoint=savepoint, do_release_savepoint=release, do_rollback_to_savepoint=roll_back)
 
@@ -127,6 +128,16 @@ def found_rows(connection: Connection, statement: str, values: Values) -> Sequen
         return connection.exec_driver_sql(statement, _driver_values(values)).all()
     finally:
         cursor.close()
+
+
+def _run(connection: Connection, statement: str) -> None:
+    """Runs a statement that has neither values nor rows, as `found_rows` asks a question."""
+    if connection.dialect.name == "sqlite":
+        # What fails is run again the long way, which tells it in SQLAlchemy's terms.
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(connection.connection.cursor()) as cursor:
+            cursor.execute(statement)
+            return
+    connection.exec_driver_sql(statement)
 
 
 def _driver_values(values: Values) -> tuple[Any, ...] | Mapping[str, Any]:
@@ -213,6 +224,6 @@ def _sqlite_engine(url: str, *, begin: str, connections: int, pragmas: tuple[str
 
     @event.listens_for(engine, "begin")
     def begin_transaction(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
+        _run(connection, begin)
 
     return engine
