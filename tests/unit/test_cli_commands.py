@@ -172,6 +172,9 @@ def test_the_command_starts_without_torch_and_sklearn() -> None:
         ("stake", "request-withdrawal", 2**63),
         ("odds", "digits", "--validators", 100),
         ("odds", "digits", "--validators", 0),
+        ("log", "entries", "--start", 2**63),
+        ("log", "inclusion", 2**63),
+        ("log", "consistency", 1, 2**63),
     ],
 )
 def test_numbers_that_no_call_can_take_are_refused_as_usage(tmp_path: Path, arguments: tuple[object, ...]) -> None:

@@ -20,6 +20,8 @@ from tiltyard.cli.output import as_json, print_json
 
 app = typer.Typer(help="Read the record log.", no_args_is_help=True)
 
+_MOST_LEAVES = 2**63 - 1  # as many as the contract can count
+
 
 @app.command("checkpoint")
 def checkpoint(
@@ -41,9 +43,9 @@ def checkpoint(
 
 @app.command("inclusion")
 def inclusion(
-    index: Annotated[int, typer.Argument(help="Index of the leaf, from 0.")],
+    index: Annotated[int, typer.Argument(min=0, max=_MOST_LEAVES, help="Index of the leaf, from 0.")],
     key: KeyOption,
-    size: Annotated[int, typer.Option(help="Size of the tree; 0 for the newest.")] = 0,
+    size: Annotated[int, typer.Option(min=0, max=_MOST_LEAVES, help="Size of the tree; 0 for the newest.")] = 0,
     origin: OriginOption = DEFAULT_ORIGIN,
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
@@ -85,8 +87,8 @@ def inclusion(
 
 @app.command("consistency")
 def consistency(
-    old_size: Annotated[int, typer.Argument(help="Size of the older tree.")],
-    new_size: Annotated[int, typer.Argument(help="Size of the newer tree; 0 for the newest.")],
+    old_size: Annotated[int, typer.Argument(min=0, max=_MOST_LEAVES, help="Size of the older tree.")],
+    new_size: Annotated[int, typer.Argument(min=0, max=_MOST_LEAVES, help="Size of the newer tree; 0 for the newest.")],
     key: KeyOption,
     origin: OriginOption = DEFAULT_ORIGIN,
     registry: RegistryOption = REGISTRY,
@@ -113,8 +115,8 @@ def consistency(
 @app.command("entries")
 def entries(
     key: KeyOption,
-    start: Annotated[int, typer.Option(help="First index, from 0.")] = 0,
-    limit: Annotated[int, typer.Option(help="At most this many; 0 for all.")] = 100,
+    start: Annotated[int, typer.Option(min=0, max=_MOST_LEAVES, help="First index, from 0.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="At most this many; 0 for all.")] = 100,
     origin: OriginOption = DEFAULT_ORIGIN,
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
