@@ -16,6 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from services.runtime.telemetry import configure_logging
+
 FOLDER = Path(__file__).parent
 _WIDTH_OF_A_LOG = 180  # columns; no name is cut where nobody's terminal ends
 
@@ -66,6 +68,7 @@ def main(wanted: list[str]) -> int:
     if unknown:
         print(f"no benchmark named {', '.join(unknown)}; there are: {', '.join(known)}", file=sys.stderr)
         return 2
+    configure_logging("benchmark", "warning", "json")  # a table is what is wanted, not a line for each call
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_LOG)
     results: list[dict[str, Any]] = []
     for name in wanted or known:
