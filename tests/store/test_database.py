@@ -407,3 +407,15 @@ async def test_a_question_that_the_database_fails_at_is_told_like_any_other(data
         assert isinstance(refused.value.__cause__, OperationalError)
     assert await database.write(put("a")) == "a"
     assert await database.lookup(count_of("a")) == [0]
+
+
+async def test_a_lookup_outlives_its_connection(database: Database) -> None:
+    def hang_up(connection: Connection) -> None:
+        driver: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]
+        driver.close()
+
+    await database.write(put("a", 1))
+    with pytest.raises(Exception, match="closed"):
+        await database.lookup(hang_up)
+    assert await database.lookup(count_of("a")) == [1]
+    assert await database.lookup(count_of("a")) == [1]
