@@ -64,7 +64,6 @@ async def upload(
     size_bytes = await asyncio.to_thread(_size, path)
     patience = _Patience(patience_s)
     asked = artifact_pb2.GetUploadRequest(artifact=artifact)
-    answer: grpc.aio.AioRpcError | None = None
     while True:
         at = await persist(lambda: artifacts.GetUpload(asked), patience_s=patience_s)
         # A complete artifact still has to be claimed for this purpose: a header with no bytes left to send.
@@ -81,9 +80,8 @@ async def upload(
         try:
             await artifacts.UploadArtifact(_messages(path, header, progress))
         except grpc.aio.AioRpcError as error:
-            answer = answer if answer and _lost_its_status(error) else error
             if not _may_go_on(error) or patience.is_over():
-                raise answer from None
+                raise
         else:
             if progress:
                 progress(size_bytes, size_bytes)
@@ -94,12 +92,7 @@ async def upload(
 def _may_go_on(error: grpc.aio.AioRpcError) -> bool:
     # Another stream of ours has not ended yet, or was still ending when the server said where it is.
     ours = ("UPLOAD_RUNNING", "WRONG_OFFSET")
-    return is_transient(error) or _lost_its_status(error) or ClientError.of(error).reason in ours
-
-
-def _lost_its_status(error: grpc.aio.AioRpcError) -> bool:
-    # A server that ends a call while we write to it makes grpc.aio fail the write and forget what the server said.
-    return error.code() is grpc.StatusCode.INTERNAL and "Internal error from Core" in (error.details() or "")
+    return is_transient(error) or ClientError.of(error).reason in ours
 
 
 def _size(path: Path) -> int:

@@ -242,6 +242,20 @@ async def test_nobody_hands_in_what_is_not_awaited(arena: RegistryServer, creato
         await arena.upload(node, MODEL, submission="tasks/t/submissions/1")
 
 
+async def test_a_refusal_reaches_whoever_is_still_sending(arena: RegistryServer, dataset: bytes) -> None:
+    # As often as it takes: of a hundred such answers grpc.aio loses two or three.
+    other, content = await arena.participant(), bytes(1 << 20)
+    for number in range(200):
+        call = other.artifacts.UploadArtifact(
+            uploading(header(content, task=f"tasks/none-{number}"), content, chunk=1 << 16)
+        )
+        with refused(NOT_FOUND):
+            await call
+        assert await call.code() is NOT_FOUND
+        assert f"none-{number}" in (await call.details() or "")
+        assert "grpc-status-details-bin" in (await call.trailing_metadata() or ())
+
+
 async def test_an_artifact_that_is_there_is_claimed_without_sending_it_again(
     arena: RegistryServer, creator: Client, dataset: bytes
 ) -> None:

@@ -5,14 +5,15 @@ After OpenTelemetry's conventions for RPC spans and metrics (https://opentelemet
 
 import functools
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 import grpc
 
 from tiltyard.telemetry import metrics, tracing
 from tiltyard.telemetry.tracing import Attributes, Kind, Span, TraceContext
 
+T = TypeVar("T")
 HEADER = "traceparent"
 
 _ANSWERED = metrics.Histogram(
@@ -97,17 +98,21 @@ def making(method: str | bytes, peer: str) -> ObservedCall | None:
     return ObservedCall(Kind.CLIENT, name.lstrip("/"), tracing.current(), peer=peer)
 
 
+def at_once(told: Coroutine[Any, Any, T]) -> T | None:
+    """What grpc.aio offers as a coroutine of a call that is over, when it has nothing to wait for any more."""
+    try:
+        told.send(None)
+    except StopIteration as answered:
+        answer: T = answered.value
+        return answer
+    told.close()
+    return None
+
+
 def code_of(call: Any) -> str:
     """The name of the status of a call that is over."""
-    # grpc.aio offers it as a coroutine, which has nothing to wait for by then.
-    asked = call.code()
-    try:
-        asked.send(None)
-    except StopIteration as answered:
-        code: grpc.StatusCode = answered.value
-        return code.name
-    asked.close()
-    return grpc.StatusCode.UNKNOWN.name
+    code: grpc.StatusCode | None = at_once(call.code())
+    return (code or grpc.StatusCode.UNKNOWN).name
 
 
 class _ObservingUnary(grpc.UnaryUnaryClientInterceptor):

@@ -2,13 +2,13 @@
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import grpc
 
 from tiltyard.calls.breaker import CircuitBreaker
-from tiltyard.calls.observed import ObservedCall, code_of, making
+from tiltyard.calls.observed import ObservedCall, at_once, code_of, making
 from tiltyard.identity import TokenSource
 
 DEADLINE_S = 20.0
@@ -16,6 +16,7 @@ STREAM_DEADLINE_S = 3600.0
 """Streams end sooner or later, too: a watch or a transfer that does goes on where it was."""
 
 _DETAILS_KEY = "grpc-status-details-bin"
+_WRITE_FAILED = "Internal error from Core"
 _DETAIL_FIELDS = ("method", "timeout", "metadata", "credentials", "wait_for_ready")
 
 
@@ -73,6 +74,72 @@ def new_request_id() -> str:
     return secrets.token_hex(16)
 
 
+class KeptAnswer:
+    """A grpc.aio.StreamUnaryCall that keeps what the server answered while it was still written to.
+
+    grpc.aio itself puts INTERNAL in the answer's place when a write fails after it (grpc/grpc#36066).
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._answer: grpc.aio.AioRpcError | None = None
+        call.add_done_callback(self._keep)
+
+    def _keep(self, call: Any) -> None:
+        # Called again when a failed write changes the status.
+        if self._answer is None:
+            code, details, leading, trailing, debug = map(
+                at_once,
+                (
+                    call.code(),
+                    call.details(),
+                    call.initial_metadata(),
+                    call.trailing_metadata(),
+                    call.debug_error_string(),
+                ),
+            )
+            if code is not None and details != _WRITE_FAILED:
+                self._answer = grpc.aio.AioRpcError(code, leading, trailing, details, debug)
+
+    def add_done_callback(self, callback: Callable[["KeptAnswer"], None]) -> None:
+        """Calls `callback` once, when there is an answer."""
+        told = False
+
+        def tell(_: Any) -> None:
+            nonlocal told
+            if not told:
+                told = True
+                callback(self)
+
+        self._call.add_done_callback(tell)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        try:
+            return (yield from self._call.__await__())
+        except grpc.aio.AioRpcError:
+            if self._answer is None:
+                raise
+            raise self._answer from None
+
+    async def code(self) -> grpc.StatusCode:
+        """The status of the call, once it is over."""
+        code: grpc.StatusCode = await self._call.code()
+        return self._answer.code() if self._answer is not None else code
+
+    async def details(self) -> str | None:
+        """What the server said beside the status."""
+        details: str | None = await self._call.details()
+        return self._answer.details() if self._answer is not None else details
+
+    async def trailing_metadata(self) -> grpc.aio.Metadata | None:
+        """The metadata with the answer."""
+        metadata: grpc.aio.Metadata | None = await self._call.trailing_metadata()
+        return self._answer.trailing_metadata() if self._answer is not None else metadata
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+
 # gRPC files an interceptor under the first shape it finds: each shape needs a class of its own.
 class _UnaryUnary(_Outgoing, grpc.aio.UnaryUnaryClientInterceptor):
     async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
@@ -117,7 +184,10 @@ class _UnaryStream(_Outgoing, grpc.aio.UnaryStreamClientInterceptor):
 
 class _StreamUnary(_Outgoing, grpc.aio.StreamUnaryClientInterceptor):
     async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return await self._stream(continuation, client_call_details, request_iterator)
+        async def keeping(*arguments: Any) -> KeptAnswer:
+            return KeptAnswer(await continuation(*arguments))
+
+        return await self._stream(keeping, client_call_details, request_iterator)
 
 
 class _StreamStream(_Outgoing, grpc.aio.StreamStreamClientInterceptor):
