@@ -10,10 +10,10 @@ import grpc
 from tiltyard.calls.channel import open_channel
 from tiltyard.calls.errors import ClientError, FieldViolation, client_errors, explain, is_transient
 from tiltyard.calls.resuming import PATIENCE_S, new_request_id, pages, persist, watch
+from tiltyard.chunks import ArtifactStub
 from tiltyard.identity import Key, TokenSource
 from tiltyard.inference.v2 import inference_pb2_grpc
 from tiltyard.registry.v1 import (
-    artifact_pb2_grpc,
     assignment_pb2_grpc,
     evaluation_pb2_grpc,
     leaderboard_pb2_grpc,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     # Types that exist in the stubs' .pyi files only.
     from tiltyard.calls.tls import ChannelTls
     from tiltyard.inference.v2.inference_pb2_grpc import GRPCInferenceServiceAsyncStub
-    from tiltyard.registry.v1.artifact_pb2_grpc import ArtifactServiceAsyncStub
     from tiltyard.registry.v1.assignment_pb2_grpc import AssignmentServiceAsyncStub
     from tiltyard.registry.v1.evaluation_pb2_grpc import EvaluationServiceAsyncStub
     from tiltyard.registry.v1.leaderboard_pb2_grpc import LeaderboardServiceAsyncStub
@@ -165,9 +164,9 @@ class Client(_Connections):
         return leaderboard_pb2_grpc.LeaderboardServiceStub(self._registry)
 
     @cached_property
-    def artifacts(self) -> "ArtifactServiceAsyncStub":
+    def artifacts(self) -> ArtifactStub:
         """ArtifactService of the registry."""
-        return artifact_pb2_grpc.ArtifactServiceStub(self._registry)
+        return ArtifactStub(self._registry)
 
     @cached_property
     def log(self) -> "LogServiceAsyncStub":

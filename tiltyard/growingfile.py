@@ -3,54 +3,80 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from tiltyard.pagecache import KEPT_BYTES, Passage, PastCache
+
 _READ_BYTES = 1024 * 1024
-# Of a large file the page cache holds about so much; a smaller one stays in it whole.
-_CACHED_BYTES = 32 * 1024 * 1024
+# Less is hashed sooner than another thread wakes up.
+_HASHED_BEHIND_BYTES = 256 * 1024
+
+# For all files: each has one batch here at most, which waits for nothing.
+_hashers = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="hash")
 
 
 class GrowingFile:
     """Opened at its end, made when it isn't there; what it holds already is hashed first. All methods block.
 
     What has been appended survives the death of the process, and after `sync` that of the machine. One thread at a time
-    uses it.
+    uses it. What is appended is hashed while the next comes, and must not change meanwhile.
     """
 
     def __init__(self, path: Path) -> None:
         self._hash = hashlib.sha256()
+        self._hashing: Future[None] | None = None
+        self._path = path
+        self._past: PastCache | None = None
         self._file = path.open("ab+", buffering=0)
         self._file.seek(0)
         while block := self._file.read(_READ_BYTES):
             self._hash.update(block)
         self.size = self._file.tell()
-        self._let_go_at = self.size + _CACHED_BYTES
+        self._passage = Passage(self._file.fileno(), self.size)
 
-    def append(self, chunks: Sequence[bytes]) -> None:
+    def append(self, chunks: Sequence[bytes | memoryview]) -> None:
         """The next bytes. Raises OSError; then what was written counts, and no more."""
-        for chunk in chunks:
-            rest = memoryview(chunk)
-            while rest:
-                written = self._file.write(rest)
-                self._hash.update(rest[:written])
-                self.size += written
-                rest = rest[written:]
-            if self.size >= self._let_go_at:
-                self._let_go()
+        written: list[memoryview] = []
+        try:
+            for chunk in chunks:
+                rest = memoryview(chunk)
+                while rest:
+                    count = self._write(rest)
+                    written.append(rest[:count])
+                    self.size += count
+                    rest = rest[count:]
+                self._passage.reached(self.size)
+        finally:
+            self._take(written)
 
-    def _let_go(self) -> None:
-        """Lets what has been written go to the disk now, and from memory once it is there.
+    def _write(self, data: memoryview) -> int:
+        if self.size < KEPT_BYTES:
+            return self._file.write(data)
+        if self._past is None:
+            self._past = PastCache(self._path)
+        return self._past.write(data, self.size) or self._file.write(data)
 
-        A gigabyte on its way must not push out what others read, and fresh pages can cost more than the bytes in them:
-        a virtual machine gets each from its host. At the end there is little left to wait for. The price: who reads it
-        first reads it from the disk.
-        """
-        self._let_go_at = self.size + _CACHED_BYTES
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), 0, self.size, os.POSIX_FADV_DONTNEED)
+    def _take(self, written: Sequence[memoryview]) -> None:
+        """Hash these after those before."""
+        self._wait()
+        if sum(map(len, written)) < _HASHED_BEHIND_BYTES:
+            self._update(written)
+        else:
+            self._hashing = _hashers.submit(self._update, written)
+
+    def _update(self, written: Sequence[memoryview]) -> None:
+        for piece in written:
+            self._hash.update(piece)
+
+    def _wait(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
+            self._hashing = None
 
     def digest(self) -> bytes:
         """SHA-256 of all of it, 32 bytes."""
+        self._wait()
         return self._hash.digest()
 
     def sync(self) -> None:
@@ -60,3 +86,5 @@ class GrowingFile:
     def close(self) -> None:
         """Let go of it; once more does nothing."""
         self._file.close()
+        if self._past is not None:
+            self._past.close()

@@ -5,17 +5,14 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import grpc
 
+from tiltyard.chunks import ArtifactStub, Chunk
 from tiltyard.client import PATIENCE_S, ClientError, is_transient, persist
 from tiltyard.growingfile import GrowingFile
 from tiltyard.registry.v1 import artifact_pb2
 from tiltyard.writebehind import WriteBehind
-
-if TYPE_CHECKING:
-    from tiltyard.registry.v1.artifact_pb2_grpc import ArtifactServiceAsyncStub
 
 CHUNK_BYTES = 1024 * 1024
 _READ_CHUNKS = 4
@@ -32,8 +29,12 @@ class DigestMismatch(Exception):
 
 def file_digest(path: Path) -> bytes:
     """SHA-256 of a file, 32 bytes. Reads it in pieces, so that its size does not matter."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    digest = hashlib.sha256()
+    piece = memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+    return digest.digest()
 
 
 def artifact_name(digest: bytes) -> str:
@@ -42,7 +43,7 @@ def artifact_name(digest: bytes) -> str:
 
 
 async def upload(
-    artifacts: "ArtifactServiceAsyncStub",
+    artifacts: ArtifactStub,
     path: Path,
     *,
     task: str | None = None,
@@ -101,7 +102,7 @@ def _size(path: Path) -> int:
 
 async def _messages(
     path: Path, header: artifact_pb2.UploadHeader, progress: Progress | None
-) -> AsyncIterator[artifact_pb2.UploadArtifactRequest]:
+) -> AsyncIterator[artifact_pb2.UploadArtifactRequest | Chunk]:
     yield artifact_pb2.UploadArtifactRequest(header=header)
     position = header.offset
     with path.open("rb", buffering=0) as file:
@@ -116,7 +117,7 @@ async def _messages(
                 # Read while these are on their way; a thread for each of them would cost as much as the chunk.
                 ahead = asyncio.ensure_future(asyncio.to_thread(read))
                 for chunk in chunks:
-                    yield artifact_pb2.UploadArtifactRequest(chunk=chunk)
+                    yield Chunk(chunk)
                     position += len(chunk)
                     if progress:
                         progress(position, header.size_bytes)
@@ -126,7 +127,7 @@ async def _messages(
 
 
 async def download(
-    artifacts: "ArtifactServiceAsyncStub",
+    artifacts: ArtifactStub,
     artifact: str,
     destination: Path,
     *,
@@ -168,7 +169,7 @@ def _open_part(part: Path, size_bytes: int) -> GrowingFile:
 
 
 async def _fetch_all(
-    artifacts: "ArtifactServiceAsyncStub",
+    artifacts: ArtifactStub,
     artifact: str,
     file: GrowingFile,
     size_bytes: int,
@@ -190,7 +191,7 @@ async def _fetch_all(
 
 
 async def _fetch(
-    artifacts: "ArtifactServiceAsyncStub",
+    artifacts: ArtifactStub,
     artifact: str,
     file: GrowingFile,
     size_bytes: int,

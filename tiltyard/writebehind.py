@@ -1,59 +1,95 @@
-"""Hashes and writes bytes in a thread while the next ones arrive."""
+"""Writes bytes in a thread while the next ones arrive."""
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+Chunk = bytes | memoryview
 _LIMIT_BYTES = 4 * 1024 * 1024
+
+# For all streams, which take turns: each has one piece of work here at most.
+_writers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="write")
 
 
 class WriteBehind:
-    """Calls `write` in a thread with what has been put, in order and one call at a time; holds some 4 MiB at most.
+    """Calls `write` in a thread with what has been put, in order and one call at a time.
 
-    `write` gets all chunks that have gathered since its last call. What it raises comes out of the next `put` or
-    `flush`; it is not called again afterwards, so that nothing is ever missing in between.
+    `write` gets all chunks that have gathered since its last call, some 4 MiB at most, and is called again as soon as
+    it returns. What it raises comes out of a later `put` or of `flush`; it is not called again afterwards, so that
+    nothing is ever missing in between. Whoever put something has to `flush` before anybody else touches what `write`
+    does. For one task of one event loop.
     """
 
-    def __init__(self, write: Callable[[Sequence[bytes]], None]) -> None:
+    def __init__(self, write: Callable[[Sequence[Chunk]], None]) -> None:
         self._write = write
-        self._gathered: list[bytes] = []
+        self._lock = threading.Lock()
+        self._gathered: list[Chunk] = []
         self._gathered_bytes = 0
-        self._failed = False
-        self._running: asyncio.Future[None] | None = None
+        self._is_writing = False
+        self._room: asyncio.Future[None] | None = None
+        self._written: asyncio.Future[None] | None = None
+        """Of the writing that has begun last: done when nothing was left, or with what `write` raised."""
 
-    async def put(self, chunk: bytes) -> None:
+    async def put(self, chunk: Chunk) -> None:
         """The next bytes; waits only while too many are held."""
-        if self._failed:
-            raise ValueError("what was put before could not be written")
-        self._gathered.append(chunk)
-        self._gathered_bytes += len(chunk)
-        if self._running is not None and (self._running.done() or self._gathered_bytes >= _LIMIT_BYTES):
-            await self._wait()
-        if self._running is None:
-            self._start()
+        if self._written is not None and self._written.done():
+            self._written.result()
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            self._gathered.append(chunk)
+            self._gathered_bytes += len(chunk)
+            begins, self._is_writing = not self._is_writing, True
+            is_full = self._gathered_bytes >= _LIMIT_BYTES
+            if is_full:
+                self._room = loop.create_future()
+        if begins:
+            self._written = loop.create_future()
+            _writers.submit(self._write_gathered, self._written)
+        if is_full and self._room is not None and self._written is not None:
+            await asyncio.wait((self._room, self._written), return_when=asyncio.FIRST_COMPLETED)
 
     async def flush(self) -> None:
-        """Wait until all is written, to the end of a call that runs also when cancelled meanwhile."""
-        while self._running is not None or self._gathered:
-            if self._running is None:
-                self._start()
-            await self._wait()
-
-    def _start(self) -> None:
-        gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
-        self._running = asyncio.ensure_future(asyncio.to_thread(self._write, gathered))
-
-    async def _wait(self) -> None:
-        running = self._running
-        if running is None:
+        """Waits until all is written, to the end of a call that runs also when cancelled meanwhile."""
+        if self._written is None:
             return
         try:
-            await asyncio.shield(running)
+            await asyncio.shield(self._written)
         except asyncio.CancelledError:
             # The thread goes on whatever we do: nobody else may touch what it writes to.
-            await asyncio.wait((running,))
+            await asyncio.wait((self._written,))
             raise
-        finally:
-            self._running = None
-            if running.exception() is not None:
-                self._failed = True
-                self._gathered.clear()
+
+    def _write_gathered(self, written: asyncio.Future[None]) -> None:
+        with self._lock:
+            gathered, self._gathered, self._gathered_bytes = self._gathered, [], 0
+            room, self._room = self._room, None
+        if room is not None:
+            _tell(room, None)
+        try:
+            self._write(gathered)
+        except BaseException as failure:  # whatever it is, whoever puts more hears of it
+            _tell(written, failure)
+            return
+        with self._lock:
+            goes_on = self._is_writing = bool(self._gathered)
+        if goes_on:
+            _writers.submit(self._write_gathered, written)
+        else:
+            _tell(written, None)
+
+
+def _tell(future: asyncio.Future[None], failure: BaseException | None) -> None:
+    # A loop that was closed has nobody waiting.
+    with contextlib.suppress(RuntimeError):
+        future.get_loop().call_soon_threadsafe(_resolve, future, failure)
+
+
+def _resolve(future: asyncio.Future[None], failure: BaseException | None) -> None:
+    if future.done():
+        return
+    if failure is None:
+        future.set_result(None)
+    else:
+        future.set_exception(failure)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from tiltyard.inference.v2 import inference_pb2 as pb
+from tiltyard.varint import encode_varint
 
 _LENGTH = 2
 _RAW_INPUT = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
@@ -53,16 +54,6 @@ def encode_stream_response(head: pb.ModelInferResponse, tensor: bytes | memoryvi
     """A ModelStreamInferResponse with that answer, serialised."""
     front = b"".join((head.SerializeToString(), _RAW_OUTPUT_TAG, encode_varint(len(tensor))))
     return b"".join((_INFER_RESPONSE_TAG, encode_varint(len(front) + len(tensor)), front, tensor))
-
-
-def encode_varint(value: int) -> bytes:
-    """A natural number in protobuf's variable length."""
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
 
 
 def _read_varint(view: memoryview, position: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ class Partial(Protocol):
         """Bytes so far."""
         ...
 
-    def append(self, chunks: Sequence[bytes]) -> None:
+    def append(self, chunks: Sequence[bytes | memoryview]) -> None:
         """The next bytes, out of this process at once: they survive its death."""
         ...
 

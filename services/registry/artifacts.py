@@ -43,7 +43,7 @@ class Artifacts:
         self._clock = clock
         self._downloads = 0
 
-    async def upload(self, caller: str, upload: Upload, chunks: AsyncIterator[bytes]) -> Artifact:
+    async def upload(self, caller: str, upload: Upload, chunks: AsyncIterator[bytes | memoryview]) -> Artifact:
         """Take the bytes from `upload.offset` on; what came before a break is kept for the next try.
 
         Raises FailedPrecondition(UPLOAD_NOT_EXPECTED), ResourceExhausted(TOO_LARGE, UPLOAD_QUOTA),
@@ -129,7 +129,7 @@ class Artifacts:
         return await stored(lambda: self._files.open_partial(caller, upload.sha256, anew=upload.offset == 0))
 
 
-async def _receive(partial: Partial, upload: Upload, chunks: AsyncIterator[bytes]) -> None:
+async def _receive(partial: Partial, upload: Upload, chunks: AsyncIterator[bytes | memoryview]) -> None:
     behind = WriteBehind(partial.append)
     received = partial.size
     try:

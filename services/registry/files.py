@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from services.registry.artifact_files import OpenUpload, Partial, Stored
 from tiltyard.growingfile import GrowingFile
+from tiltyard.pagecache import Passage
 
 _PLACED = ".placed"
 
@@ -27,7 +30,7 @@ class PartialFile:
         """Bytes so far."""
         return self._file.size
 
-    def append(self, chunks: Sequence[bytes]) -> None:
+    def append(self, chunks: Sequence[bytes | memoryview]) -> None:
         """The next bytes, out of this process at once: they survive its death."""
         self._file.append(chunks)
 
@@ -60,7 +63,7 @@ class PlacedFile:
         self._marker = marker
         self.size = size
 
-    def append(self, chunks: Sequence[bytes]) -> None:
+    def append(self, chunks: Sequence[bytes | memoryview]) -> None:
         """There is nothing to append."""
         if any(chunks):
             raise ValueError("the upload is complete")
@@ -139,19 +142,53 @@ class UploadFolder:
         return self._folder / f"{owner}-{sha256}{_PLACED}"
 
 
-class OpenedFile:
-    """A file that is read by position; it stays whole while it is open, also when it is removed."""
+class Readers:
+    """How many read each file now."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[Path] = Counter()
+
+    def come(self, path: Path) -> None:
+        """One more."""
+        with self._lock:
+            self._counts[path] += 1
+
+    def go(self, path: Path) -> None:
+        """One less."""
+        with self._lock:
+            self._counts[path] -= 1
+            if not self._counts[path]:
+                del self._counts[path]
+
+    def is_alone(self, path: Path) -> bool:
+        """Whether there is one."""
+        return self._counts[path] == 1
+
+
+class OpenedFile:
+    """A file that is read by position; it stays whole while it is open, also when it is removed.
+
+    Several at once read it from the disk once: what one of them has read stays in the page cache for the others.
+    """
+
+    def __init__(self, path: Path, readers: Readers) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
         self.size = os.fstat(self._descriptor).st_size
+        self._path = path
+        self._readers = readers
+        self._passage = Passage(self._descriptor)
+        readers.come(path)
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes from `offset` on; fewer at the end."""
+        if self._readers.is_alone(self._path):
+            self._passage.reached(offset)
         return os.pread(self._descriptor, length, offset)
 
     def close(self) -> None:
         """Let go of it."""
+        self._readers.go(self._path)
         os.close(self._descriptor)
 
 
@@ -161,13 +198,14 @@ class DirectoryFiles(UploadFolder):
     def __init__(self, root: Path) -> None:
         self._artifacts = root / "artifacts"
         self._artifacts.mkdir(parents=True, exist_ok=True)
+        self._readers = Readers()
         super().__init__(
             root / "uploads", place=self._put, placed_size=lambda sha256: self._path(sha256).stat().st_size
         )
 
     def open(self, sha256: str) -> OpenedFile:
         """A complete artifact."""
-        return OpenedFile(self._path(sha256))
+        return OpenedFile(self._path(sha256), self._readers)
 
     @contextlib.contextmanager
     def local(self, sha256: str) -> Iterator[Path]:

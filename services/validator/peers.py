@@ -11,11 +11,11 @@ from services.runtime.names import format_artifact, format_task, parse_artifact,
 from services.runtime.rpc_errors import from_rpc_error
 from services.validator.assignments import Assignment, AssignmentState, DigestMismatch, Lease, Node, Order
 from services.validator.leavings import TaskDatasets
+from tiltyard.chunks import ArtifactStub
 from tiltyard.client import new_request_id
 from tiltyard.counting import Metric
 from tiltyard.modelspec import Onnx
 from tiltyard.registry.v1 import (
-    artifact_pb2_grpc,
     assignment_pb2,
     assignment_pb2_grpc,
     evaluation_pb2,
@@ -58,7 +58,7 @@ class RegistryPeer:
     def __init__(self, channel: grpc.aio.Channel, *, clock: Callable[[], datetime]) -> None:
         self._assignments = assignment_pb2_grpc.AssignmentServiceStub(channel)
         self._evaluations = evaluation_pb2_grpc.EvaluationServiceStub(channel)
-        self._artifacts = artifact_pb2_grpc.ArtifactServiceStub(channel)
+        self._artifacts = ArtifactStub(channel)
         self._tasks = task_pb2_grpc.TaskServiceStub(channel)
         self._clock = clock
 

@@ -16,6 +16,7 @@ from tiltyard.calls.observed import ObservedCall
 from tiltyard.inference.v2 import inference_pb2 as pb
 from tiltyard.telemetry import tracing
 from tiltyard.telemetry.tracing import Kind
+from tiltyard.varint import encode_varint
 
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -158,7 +159,7 @@ def encode_request(model: str, rows: EvaluationRows, start: int, stop: int) -> b
     head = pb.ModelInferRequest(model_name=model, id=str(start))
     head.inputs.add(name=INPUT, datatype=rows.datatype, shape=(stop - start, *rows.row_shape))
     features = rows.features(start, stop)
-    return b"".join((head.SerializeToString(), _RAW_INPUT_TAG, _varint(len(features)), features))
+    return b"".join((head.SerializeToString(), _RAW_INPUT_TAG, encode_varint(len(features)), features))
 
 
 def read_logits(response: pb.ModelInferResponse, expected: tuple[int, int]) -> NDArray[np.float32]:
@@ -174,12 +175,3 @@ def read_logits(response: pb.ModelInferResponse, expected: tuple[int, int]) -> N
     if shape != expected or datatype != "FP32" or len(raw) != 4 * expected[0] * expected[1]:
         raise WrongAnswer(f"the output is {datatype} of shape {list(shape)}, not FP32 of shape {list(expected)}")
     return np.frombuffer(raw, dtype="<f4").reshape(expected)
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)

@@ -15,11 +15,11 @@ from services.validator.pipeline import (
     StreamBroken,
     StreamCancelled,
     WrongAnswer,
-    _varint,
 )
 from services.validator.rows import EvaluationRows
 from tiltyard.inference.v2 import inference_pb2 as pb
 from tiltyard.inference.v2 import inference_pb2_grpc as rpc
+from tiltyard.varint import encode_varint
 
 ROWS, WIDTH = 1000, 5
 
@@ -178,4 +178,4 @@ def test_it_can_be_cancelled_from_another_thread(rows):
 @pytest.mark.parametrize("value", [0, 1, 127, 128, 300, 2**21, 2**32])
 def test_lengths_are_encoded_as_protobuf_does(value):
     message = pb.InferParameter(int64_param=value).SerializeToString()
-    assert message == bytes([pb.InferParameter.INT64_PARAM_FIELD_NUMBER << 3]) + _varint(value)
+    assert message == bytes([pb.InferParameter.INT64_PARAM_FIELD_NUMBER << 3]) + encode_varint(value)

@@ -14,7 +14,7 @@ import pytest
 from services.registry import bucket
 from services.registry.artifact_files import ArtifactFiles
 from services.registry.bucket import BucketFiles
-from services.registry.files import PartialFile
+from services.registry.files import DirectoryFiles, PartialFile
 from services.registry.storage import open_artifacts
 from tests.s3_server import S3Server
 
@@ -226,3 +226,25 @@ def test_a_bucket_that_does_not_answer_is_an_os_error(tmp_path: Path, monkeypatc
 def test_another_place_is_refused(place: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="s3://BUCKET/PREFIX"):
         open_artifacts(place, state_dir=tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice")
+def test_a_large_file_is_let_go_of_while_one_reads_it_and_kept_while_several_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _descriptor, _offset, length, _advice: let_go.append(length))
+    monkeypatch.setattr("tiltyard.pagecache.KEPT_BYTES", 100)
+    files = DirectoryFiles(tmp_path)
+    content = os.urandom(400)
+    sha256 = hand_in(files, content)
+    let_go.clear()
+    with contextlib.closing(files.open(sha256)) as first:
+        assert first.read(0, 150) + first.read(150, 50) == content[:200]
+        assert let_go == [150]
+        with contextlib.closing(files.open(sha256)) as second:
+            assert second.read(0, 400) == content
+            assert first.read(300, 50) == content[300:350]
+            assert let_go == [150]
+        assert first.read(350, 50) == content[350:]
+        assert let_go == [150, 350]

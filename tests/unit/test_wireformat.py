@@ -5,8 +5,9 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.modelserver.wireformat import encode_response, encode_stream_response, encode_varint, parse_request
+from services.modelserver.wireformat import encode_response, encode_stream_response, parse_request
 from tiltyard.inference.v2 import inference_pb2 as pb
+from tiltyard.varint import encode_varint
 
 
 def request(raw: list[bytes]) -> pb.ModelInferRequest:

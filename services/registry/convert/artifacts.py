@@ -9,15 +9,16 @@ from services.registry.records import Artifact
 from services.runtime import names
 from services.runtime.errors import InvalidArgument
 from services.runtime.fields import FieldChecks
+from tiltyard.chunks import Chunk
 from tiltyard.registry.v1 import artifact_pb2
 
 MAX_CHUNK_BYTES = 1 << 20
 
 
-async def upload_of(messages: AsyncIterator[artifact_pb2.UploadArtifactRequest], *, max_bytes: int) -> Upload:
+async def upload_of(messages: AsyncIterator[artifact_pb2.UploadArtifactRequest | Chunk], *, max_bytes: int) -> Upload:
     """The header, which is the first message; the chunks are still to come."""
     first = await anext(messages, None)
-    if first is None or first.WhichOneof("content") != "header":
+    if first is None or isinstance(first, Chunk) or first.WhichOneof("content") != "header":
         raise InvalidArgument.field("header", "must be the first message")
     header = first.header
     sha256 = names.parse_artifact(header.artifact, "header.artifact")
@@ -39,7 +40,9 @@ async def upload_of(messages: AsyncIterator[artifact_pb2.UploadArtifactRequest],
     )
 
 
-async def chunks_of(messages: AsyncIterator[artifact_pb2.UploadArtifactRequest]) -> AsyncIterator[bytes]:
+async def chunks_of(
+    messages: AsyncIterator[artifact_pb2.UploadArtifactRequest | Chunk],
+) -> AsyncIterator[bytes | memoryview]:
     """The chunks after the header."""
     async for message in messages:
         if message.WhichOneof("content") != "chunk" or not message.chunk:

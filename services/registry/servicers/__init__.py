@@ -10,8 +10,8 @@ from services.registry.servicers.participants import ParticipantServicer
 from services.registry.servicers.submissions import SubmissionServicer
 from services.registry.servicers.tasks import TaskServicer
 from services.runtime.server import Mount
+from tiltyard import chunks
 from tiltyard.registry.v1 import (
-    artifact_pb2_grpc,
     assignment_pb2_grpc,
     evaluation_pb2_grpc,
     leaderboard_pb2_grpc,
@@ -64,9 +64,6 @@ def mounts(
             f"{_PACKAGE}.LeaderboardService",
             lambda server: leaderboard_pb2_grpc.add_LeaderboardServiceServicer_to_server(leaderboard, server),
         ),
-        Mount(
-            f"{_PACKAGE}.ArtifactService",
-            lambda server: artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(artifacts, server),
-        ),
+        Mount(f"{_PACKAGE}.ArtifactService", lambda server: chunks.add_to_server(artifacts, server)),
         Mount(f"{_PACKAGE}.LogService", lambda server: log_pb2_grpc.add_LogServiceServicer_to_server(log, server)),
     )

@@ -8,6 +8,7 @@ from services.registry.artifacts import Artifacts
 from services.registry.convert import artifacts as convert
 from services.runtime.auth import current_caller
 from services.runtime.names import parse_artifact
+from tiltyard.chunks import Chunk
 from tiltyard.registry.v1 import artifact_pb2, artifact_pb2_grpc
 from tiltyard.telemetry import metrics
 
@@ -23,7 +24,7 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
         self._max_bytes = max_bytes
 
     async def UploadArtifact(
-        self, request_iterator: AsyncIterator[artifact_pb2.UploadArtifactRequest], context: Any
+        self, request_iterator: AsyncIterator[artifact_pb2.UploadArtifactRequest | Chunk], context: Any
     ) -> artifact_pb2.UploadArtifactResponse:
         messages = aiter(request_iterator)
         upload = await convert.upload_of(messages, max_bytes=self._max_bytes)
@@ -35,9 +36,7 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
         sha256 = parse_artifact(request.artifact, "artifact")
         return convert.progress_message(await self._artifacts.progress(current_caller().id, sha256))
 
-    async def DownloadArtifact(
-        self, request: artifact_pb2.DownloadArtifactRequest, context: Any
-    ) -> AsyncIterator[artifact_pb2.DownloadArtifactResponse]:
+    async def DownloadArtifact(self, request: artifact_pb2.DownloadArtifactRequest, context: Any) -> AsyncIterator[Any]:
         offset = convert.offset_of(request)
         caller = current_caller().id
         download = self._artifacts.download(caller, parse_artifact(request.name), offset=offset)
@@ -45,7 +44,7 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
         async with aclosing(download) as chunks:
             async for chunk in chunks:
                 _SENT.add(len(chunk))
-                message = artifact_pb2.DownloadArtifactResponse(chunk=chunk)
+                message = Chunk(chunk)
                 # A slow reader needs one copy here, not two.
                 del chunk
                 yield message
