@@ -4,14 +4,16 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from tiltyard.datasources import Array, DatasetError, read_rows
+from tiltyard.datasetfile import FILE_DTYPE, LABELS_KEY, NUMPY_OF, Tensor, write_file
+from tiltyard.datasources import Array, DatasetError, Spill, read_batches
+from tiltyard.extents import Extent, narrowed
 from tiltyard.tensorfile import TensorEntry, TensorFileError, read_header
 
 __all__ = [
@@ -27,19 +29,13 @@ __all__ = [
 ]
 
 CHUNK_BYTES = 8 * 1024 * 1024
-LABELS_KEY = "labels"
 MAX_CLASSES = 1 << 16
 
-# The file's dtypes in numpy's words, and what the Open Inference Protocol calls them. BF16 has no numpy dtype.
-_NUMPY_OF = {
-    "BOOL": "?", "U8": "<u1", "I8": "<i1", "U16": "<u2", "I16": "<i2", "I32": "<i4", "I64": "<i8",
-    "F16": "<f2", "F32": "<f4", "F64": "<f8",
-}  # fmt: skip
+# What the Open Inference Protocol calls the file's dtypes.
 _OIP_DATATYPE = {
     "BOOL": "BOOL", "U8": "UINT8", "I8": "INT8", "U16": "UINT16", "I16": "INT16", "I32": "INT32", "I64": "INT64",
     "F16": "FP16", "F32": "FP32", "F64": "FP64",
 }  # fmt: skip
-_FILE_DTYPE = {np.dtype(numpy): name for name, numpy in _NUMPY_OF.items()}
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class Dataset:
     @property
     def datatype(self) -> str:
         """The Open Inference Protocol's name of x's dtype."""
-        return _OIP_DATATYPE[_FILE_DTYPE[self.x.dtype]]
+        return _OIP_DATATYPE[FILE_DTYPE[self.x.dtype]]
 
     def row_bytes(self, start: int, stop: int) -> bytes:
         """Rows start to stop of x as they cross the wire.
@@ -133,27 +129,10 @@ def write_dataset(path: Path, x: Array, y: Array, *, labels: Sequence[int | str]
     the classes. The same arrays give the same bytes. Raises DatasetError.
     """
     x, y = np.asarray(x), np.asarray(y)
-    if x.ndim < 2:
-        raise DatasetError(f"x must have the shape (rows, ...features), has {x.shape}")
     if len(x) != len(y):
         raise DatasetError(f"x has {len(x)} rows, but y has {len(y)}")
-    if not len(x):
-        raise DatasetError("a dataset needs at least one row")
-    arrays = {"y": np.ascontiguousarray(_targets(y)), "x": np.ascontiguousarray(smallest(x))}
-    header: dict[str, object] = {} if labels is None else {"__metadata__": {LABELS_KEY: json.dumps(list(labels))}}
-    position = 0
-    for name, values in arrays.items():
-        header[name] = {
-            "dtype": _FILE_DTYPE[values.dtype],
-            "shape": list(values.shape),
-            "data_offsets": [position, position + values.nbytes],
-        }
-        position += values.nbytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    _write_whole(
-        path, [len(encoded).to_bytes(8, "little"), encoded, *(values.data.cast("B") for values in arrays.values())]
-    )
+    x, y = smallest(x), _targets(y)
+    write_file(path, Tensor(x.dtype, x.shape, [x]), Tensor(y.dtype, y.shape, [y]), labels=labels)
 
 
 def smallest(x: Array) -> Array:
@@ -162,22 +141,7 @@ def smallest(x: Array) -> Array:
     float16 stays, other floats become float32, and floats that are all small whole numbers (pixels often are) become
     integers of at most 16 bits. Raises DatasetError for what holds no numbers. What fits already is not copied.
     """
-    kind = x.dtype.kind
-    if kind not in "biuf":
-        raise DatasetError(f"x holds {x.dtype}, which are no numbers")
-    if not x.size:
-        return x.astype("<f4")
-    names: tuple[str, ...] = ("<u1", "<i1", "<u2", "<i2", "<i4", "<i8")
-    if kind == "f":
-        names = names[:4] if bool(np.isfinite(x).all()) and bool((x == np.trunc(x)).all()) else ()
-    low, high = x.min(), x.max()
-    for name in names:
-        if np.iinfo(name).min <= low and high <= np.iinfo(name).max:
-            return x.astype(name, copy=False)
-    if kind != "f":
-        raise DatasetError(f"x holds {high}, which is over the range of int64")
-    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which a scan finds
-        return x.astype("<f2" if x.dtype.itemsize == 2 else "<f4")
+    return narrowed(x, Extent.of(x).smallest)
 
 
 def pack(source: Path, out: Path, *, regression: bool | None = None) -> Packed:
@@ -186,39 +150,29 @@ def pack(source: Path, out: Path, *, regression: bool | None = None) -> Packed:
     Integer and text labels become the classes 0, 1, ... in ascending order, and their originals are kept in the file's
     metadata; floats are targets of a regression. `regression` says it where the numbers leave it open: True takes
     integers as targets, False takes whole floats as labels. Raises OSError and DatasetError.
+
+    The source may be larger than memory: its rows are put aside beside `out`, until all that decides their dtype and
+    classes has been seen. Until then the disk holds them twice. Whatever ends it early leaves nothing.
     """
-    rows = read_rows(source)
-    x, y = rows.x, rows.y
-    if x.ndim == 1:
-        x = x[:, None]
-    if regression is None:
-        regression = y.dtype.kind == "f"
-    if regression:
-        if y.dtype.kind not in "biuf":
-            raise DatasetError("the targets of a regression must be numbers")
-        write_dataset(out, x, y.astype(np.float64))
-        return Packed(len(x), x.shape[1:], None)
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.ndim != 1:
-        raise DatasetError(f"y must have one label for each row, has the shape {y.shape}")
-    if y.dtype.kind == "f":
-        if not bool((y == np.trunc(y)).all()):
-            raise DatasetError("y holds fractions, which are no labels")
-        y = y.astype(np.int64)
-    if y.dtype.kind not in "biuUS":
-        raise DatasetError(f"y holds {y.dtype}, which are no labels")
-    originals, classes = np.unique(y, return_inverse=True)
-    labels = tuple(
-        original.decode(errors="replace")
-        if isinstance(original, bytes)
-        else int(original)
-        if y.dtype.kind == "b"
-        else original
-        for original in originals.tolist()
-    )
-    write_dataset(out, x, classes.astype(np.int64), labels=labels)
-    return Packed(len(x), x.shape[1:], labels)
+    with Spill(out.parent) as x, Spill(out.parent) as y:
+        extent: Extent | None = None
+        for rows in read_batches(source, scratch=out.parent):
+            batch = rows.x[:, None] if rows.x.ndim == 1 else rows.x
+            found = Extent.of(batch)
+            extent = found if extent is None else extent | found
+            x.append(narrowed(batch, found.kept))
+            y.append(rows.y)
+        if extent is None:
+            raise DatasetError("a dataset needs at least one row")
+        features = Tensor(extent.smallest, (x.rows, *x.row_shape), map(extent.stored, x.chunks()))
+        if y.dtype.kind == "f" if regression is None else regression:
+            write_file(out, features, _regression(y))
+            return Packed(x.rows, x.row_shape, None)
+        originals = _classes(y)
+        labels = tuple(_label(original) for original in originals.tolist())
+        classes = (np.searchsorted(originals, part.reshape(-1)).astype("<i8") for part in y.chunks())
+        write_file(out, features, Tensor(np.dtype("<i8"), (y.rows,), classes), labels=labels)
+        return Packed(x.rows, x.row_shape, labels)
 
 
 def scan(dataset: Dataset, input_shape: Sequence[int], classes: int | None) -> list[DatasetViolation]:
@@ -288,9 +242,9 @@ def _labels(raw: str | None) -> tuple[int | str, ...] | None:
 
 
 def _mapped(path: Path, name: str, entry: TensorEntry) -> Array:
-    if entry.dtype not in _NUMPY_OF:
+    if entry.dtype not in NUMPY_OF:
         raise DatasetError(f"{name} has the dtype {entry.dtype}, which a dataset cannot have")
-    dtype = np.dtype(_NUMPY_OF[entry.dtype])
+    dtype = np.dtype(NUMPY_OF[entry.dtype])
     if entry.start == entry.end:
         # Nothing cannot be mapped.
         return np.empty(entry.shape, dtype)
@@ -302,24 +256,42 @@ def _targets(y: Array) -> Array:
     if y.dtype.kind == "f":
         if y.ndim not in (1, 2):
             raise DatasetError(f"targets must have the shape (rows) or (rows, targets), have {y.shape}")
-        with np.errstate(over="ignore"):
-            return y.astype("<f4")
+        return narrowed(y, np.dtype("<f4"))
     if y.dtype.kind not in "biu" or y.ndim != 1:
         raise DatasetError("labels must be one integer for each row")
-    if int(y.min()) < 0 or int(y.max()) >= MAX_CLASSES:
+    if y.size and (int(y.min()) < 0 or int(y.max()) >= MAX_CLASSES):
         raise DatasetError(f"labels must be 0 to {MAX_CLASSES - 1}")
     return y.astype("<i8")
 
 
-def _write_whole(path: Path, parts: Sequence[bytes | memoryview]) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+def _regression(y: Spill) -> Tensor:
+    if y.dtype.kind not in "biuf":
+        raise DatasetError("the targets of a regression must be numbers")
+    if len(y.row_shape) > 1:
+        raise DatasetError(f"targets must have the shape (rows) or (rows, targets), have {(y.rows, *y.row_shape)}")
+    targets = (_targets(part.astype(np.float64)) for part in y.chunks())
+    return Tensor(np.dtype("<f4"), (y.rows, *y.row_shape), targets)
+
+
+def _classes(y: Spill) -> Array:
+    """The labels that there are, each once, in ascending order."""
+    if y.row_shape not in ((), (1,)):
+        raise DatasetError(f"y must have one label for each row, has the shape {(y.rows, *y.row_shape)}")
+    if y.dtype.kind not in "biufUS":
+        raise DatasetError(f"y holds {y.dtype}, which are no labels")
+    found = np.empty(0, y.dtype)
+    for part in y.chunks():
+        if y.dtype.kind == "f" and not bool((part == np.trunc(part)).all()):
+            raise DatasetError("y holds fractions, which are no labels")
+        if y.dtype.kind == "f" and not bool((np.abs(part) < 2.0**63).all()):
+            raise DatasetError(f"y holds {np.abs(part).max()}, which is over the range of int64")
+        found = np.union1d(found, part)
+        if len(found) > MAX_CLASSES:
+            raise DatasetError(f"y holds over {MAX_CLASSES} different labels")
+    return found
+
+
+def _label(original: object) -> int | str:
+    if isinstance(original, bytes):
+        return original.decode(errors="replace")
+    return original if isinstance(original, str) else int(cast("int | float", original))

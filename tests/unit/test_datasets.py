@@ -260,7 +260,7 @@ def test_many_images_are_packed_without_being_in_memory(tmp_path: Path, monkeypa
         folder.mkdir(parents=True, exist_ok=True)
         image.new("RGB", (200, 100), (number, 1, 2)).save(folder / f"{number:02}.png")
     pack(tmp_path / "images", tmp_path / "expected")
-    monkeypatch.setattr("tiltyard.datasources.IN_MEMORY_BYTES", 1024)
+    monkeypatch.setattr("tiltyard.datasources.rows.BATCH_BYTES", 180_000)
     tracemalloc.start()
     try:
         pack(tmp_path / "images", tmp_path / "packed")

@@ -1,0 +1,122 @@
+"""Packing a source holds some batches of it, however large it is; each kind is packed in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tiltyard.datasets import Dataset
+
+# What the values of a source take, and what packing them may add to the process.
+SOURCE_MIB = 128
+ALLOWED_MIB = 32
+COLUMNS = 48
+BLOCK_ROWS = 4096
+BLOCKS = SOURCE_MIB * 1024 * 1024 // (8 * COLUMNS * BLOCK_ROWS)
+
+# A small source of the same kind goes first, so that what is imported is not counted.
+CHILD = """
+import resource, sys
+from pathlib import Path
+from tiltyard.datasets import pack
+
+small, large, out, allowed = *map(Path, sys.argv[1:4]), int(sys.argv[4])
+pack(small, out)
+(line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")]
+resource.setrlimit(resource.RLIMIT_DATA, (int(line.split()[1]) * 1024 + allowed, resource.RLIM_INFINITY))
+pack(large, out)
+"""
+# Pools that keep memory for later would leave some of the large source room.
+PLAIN = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
+
+
+def values() -> np.ndarray:
+    """Rows that no dtype but a float holds, with the column of labels at their end."""
+    x = np.random.default_rng(0).integers(0, 1000, (BLOCK_ROWS, COLUMNS)) / 8
+    x[:, -1] = np.arange(BLOCK_ROWS) % 7
+    return x
+
+
+def csv(path: Path, blocks: int) -> None:
+    block = "".join(f"{','.join(map(str, row[:-1]))},{int(row[-1])}\n" for row in values().tolist())
+    with path.open("w") as file:
+        for _ in range(blocks):
+            file.write(block)
+
+
+def npz(path: Path, blocks: int) -> None:
+    x, y = values()[:, :-1], values()[:, -1].astype(np.int64)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, block in (("x", x), ("y", y)):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                header = np.lib.format.header_data_from_array_1_0(block)
+                shape = (blocks * BLOCK_ROWS, *block.shape[1:])
+                np.lib.format.write_array_header_1_0(file, header | {"shape": shape, "fortran_order": False})
+                for _ in range(blocks):
+                    file.write(block.tobytes())
+
+
+def by_columns(path: Path, blocks: int) -> None:
+    """As pandas writes them: the rows are scattered over the file."""
+    x, y = values()[:, :-1], values()[:, -1].astype(np.int64)
+    np.savez(path, x=np.asfortranarray(np.tile(x, (blocks, 1))), y=np.tile(y, blocks))
+
+
+def table(blocks: int) -> Any:
+    arrow = pytest.importorskip("pyarrow")
+    rows = values()
+    columns = {f"c{index}": rows[:, index] for index in range(COLUMNS - 1)} | {"y": rows[:, -1].astype(np.int64)}
+    return arrow.concat_tables([arrow.table(columns)] * blocks)
+
+
+def parquet(path: Path, blocks: int) -> None:
+    """One row group, the most that a reader of whole row groups would have to hold."""
+    files = pytest.importorskip("pyarrow.parquet")
+    files.write_table(table(blocks), path, row_group_size=blocks * BLOCK_ROWS, use_dictionary=False)
+
+
+def hugging_face(path: Path, blocks: int) -> None:
+    """One record batch in one file, the most that a reader of whole record batches would have to hold."""
+    arrow = pytest.importorskip("pyarrow")
+    path.mkdir()
+    whole = table(blocks).combine_chunks()
+    with arrow.OSFile(str(path / "data.arrow"), "wb") as file, arrow.ipc.new_stream(file, whole.schema) as writer:
+        writer.write_table(whole)
+    (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.csv", csv),
+        ("compressed.npz", npz),
+        ("by-columns.npz", by_columns),
+        ("a.parquet", parquet),
+        ("huggingface", hugging_face),
+    ],
+)
+def test_a_source_several_times_larger_than_its_share_of_memory_is_packed(
+    tmp_path: Path, name: str, write: Callable[[Path, int], None]
+) -> None:
+    (tmp_path / "small").mkdir()
+    small, large, out = tmp_path / "small" / name, tmp_path / name, tmp_path / "out.safetensors"
+    write(small, 2)
+    write(large, BLOCKS)
+    command = [sys.executable, "-c", CHILD, small, large, out, str(ALLOWED_MIB * 1024 * 1024)]
+    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | PLAIN)
+    assert found.returncode == 0, found.stderr
+    dataset = Dataset.open(out)
+    expected = values()
+    assert dataset.x.shape == (BLOCKS * BLOCK_ROWS, COLUMNS - 1)
+    for start, part in dataset.chunks("x"):
+        index = np.arange(start, start + len(part)) % BLOCK_ROWS
+        assert np.array_equal(part, expected[index, :-1].astype(np.float32)), start
+    assert np.array_equal(dataset.y, np.arange(len(dataset)) % BLOCK_ROWS % 7)
+    assert {path.name for path in tmp_path.iterdir()} == {"small", name, out.name}

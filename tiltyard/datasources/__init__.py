@@ -1,0 +1,32 @@
+"""Rows and labels out of the files that people have: npz, CSV, Parquet, folders of images, Hugging Face datasets."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tiltyard.datasources import delimited, huggingface, images, npz, parquet
+from tiltyard.datasources.rows import Array, DatasetError, Rows
+from tiltyard.datasources.spill import Spill, raw
+
+__all__ = ["Array", "DatasetError", "Rows", "Spill", "raw", "read_batches"]
+
+
+def read_batches(source: Path, *, scratch: Path) -> Iterator[Rows]:
+    """The rows of a source, in order, in batches of some MiB: `.npz`, `.csv`, `.tsv`, `.parquet`, or a folder.
+
+    A folder is what `save_to_disk` of Hugging Face's datasets wrote, or has one folder of images a class. No more than
+    a batch is held in memory, and what has to be put aside lies in the folder `scratch`, without a name.
+
+    Raises OSError, and DatasetError for what cannot be read; both say where.
+    """
+    if source.is_dir():
+        return huggingface.batches(source) if huggingface.is_dataset(source) else images.batches(source)
+    readers: dict[str, Callable[[Path], Iterator[Rows]]] = {
+        ".npz": lambda path: npz.batches(path, scratch=scratch),
+        ".csv": lambda path: delimited.batches(path, ","),
+        ".tsv": lambda path: delimited.batches(path, "\t"),
+        ".parquet": lambda path: parquet.batches(path, scratch=scratch),
+    }
+    reader = readers.get(source.suffix.lower())
+    if reader is None:
+        raise DatasetError(f"{source.name}: must be {', '.join(readers)} or a folder of images")
+    return reader(source)
