@@ -104,17 +104,21 @@ class Dataset:
         with self.path.open("rb") as file:
             return os.pread(file.fileno(), max(0, stop - start) * row, self._starts["x"] + start * row)
 
-    def chunks(self, name: str) -> Iterator[tuple[int, Array]]:
+    def chunks(self, name: str, *, most_rows: int | None = None) -> Iterator[tuple[int, Array]]:
         """The rows of `x` or `y` in pieces of about 8 MiB, each with the index of its first row."""
         values = self.x if name == "x" else self.y
-        row_values = math.prod(values.shape[1:])
-        step = max(1, CHUNK_BYTES // max(1, row_values * values.dtype.itemsize))
-        with self.path.open("rb") as file:
-            file.seek(self._starts[name])
-            for start in range(0, len(values), step):
-                rows = min(step, len(values) - start)
-                part = np.fromfile(file, dtype=values.dtype, count=rows * row_values)
-                yield start, part.reshape(rows, *values.shape[1:])
+        step = max(1, CHUNK_BYTES // max(1, math.prod(values.shape[1:]) * values.dtype.itemsize))
+        step = min(step, most_rows or step)
+        for start in range(0, len(values), step):
+            yield start, self.part(name, start, start + step)
+
+    def part(self, name: str, start: int, stop: int) -> Array:
+        """Rows start to stop of `x` or `y`, read past the memory map."""
+        values = self.x if name == "x" else self.y
+        rows, row_values = max(0, min(stop, len(values)) - start), math.prod(values.shape[1:])
+        offset = self._starts[name] + start * row_values * values.dtype.itemsize
+        part = np.fromfile(self.path, values.dtype, rows * row_values, offset=offset)
+        return part.reshape(rows, *values.shape[1:])
 
     def digest(self) -> bytes:
         """SHA-256 of the file, 32 bytes."""

@@ -53,10 +53,13 @@ def _train(folder: Path, say: Say) -> int:
     signal.signal(signal.SIGTERM, lambda _number, _frame: stopped.set())
     dataset = Dataset.open(order.dataset)
     try:
-        say({"event": "data", "report": _data_report(folder, order, dataset, say, stopped).to_json()})
+        report = _data_report(folder, order, dataset, say, stopped)
     except InvalidArgument as error:
         say({"event": "broken", "error": f"dataset: {error.message}"})
         return 1
+    if report is None:
+        return runfolder.STOPPED_STATUS
+    say({"event": "data", "report": report.to_json()})
     if order.config.executor is Executor.RAY:
         # Workers save what they have by the clock only; to end with this process is all that they are told. Not by a
         # handler: Python would run it when Ray's own code comes back, seconds later.
@@ -84,19 +87,25 @@ def _train(folder: Path, say: Say) -> int:
 
 def _data_report(
     folder: Path, order: runfolder.Order, dataset: Dataset, say: Say, stopped: threading.Event
-) -> DataReport:
-    """Looks through the dataset when the training begins; one that resumes has it in its folder."""
+) -> DataReport | None:
+    """Looks through the dataset when the training begins; one that resumes has it in its folder.
+
+    None where it was told to stop while the disk was full.
+    """
     kept = runfolder.data_report(folder)
     if kept.exists():
         return DataReport.from_json(json.loads(kept.read_text()))
     if is_large(order.dataset):
         examine(order.dataset, order.spec, order.loss)
-    report = report_on(dataset, classes=class_count(dataset, order.spec, order.loss))
-    write_when_there_is_room(
-        lambda: runfolder.write_json(kept, report.to_json()),
-        warn=lambda text: say({"event": "warning", "text": text}),
-        wait=stopped.wait,
-    )
+    classes = class_count(dataset, order.spec, order.loss)
+    report: DataReport | None = None
+
+    def look() -> None:
+        nonlocal report
+        report = report or report_on(dataset, classes=classes, scratch=folder)
+        runfolder.write_json(kept, report.to_json())
+
+    write_when_there_is_room(look, warn=lambda text: say({"event": "warning", "text": text}), wait=stopped.wait)
     return report
 
 

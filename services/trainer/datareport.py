@@ -1,14 +1,23 @@
 """What is in a local dataset, found out before the first step: balance, ranges, values that are none, duplicates."""
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
 from tiltyard.datasets import Dataset
+from tiltyard.datasources import Spill
 
 _HASHED_ROWS = 256  # each byte becomes eight for a moment
 _HASH_SEED = 0x7117_4A2D
+# Of short rows: what is found out of each is larger than the row.
+_CHUNK_ROWS = 1 << 16
+# Rows are compared part by part, and of a part so many at once: about 64 bytes a row are in memory then.
+_PART_ROWS = 1 << 18
+_PIECE_ROWS = 1 << 19
+_MAX_PARTS = 256  # each is an open file
 
 
 @dataclass(frozen=True)
@@ -45,42 +54,91 @@ class DataReport:
         return found
 
 
-def report_on(dataset: Dataset, *, classes: int | None) -> DataReport:
-    """Reads the dataset once, in chunks of 8 MiB. `classes` is None for a regression.
+def report_on(dataset: Dataset, *, classes: int | None, scratch: Path) -> DataReport:
+    """Reads the dataset once, in chunks of at most 8 MiB. `classes` is None for a regression.
 
-    Rows are compared by a 64-bit hash: of a billion different rows, two are taken for equal with a chance of 3%.
+    Rows are compared by a 64-bit hash: of a billion different rows, two are taken for equal with a chance of 3%. The
+    hashes are put aside in the folder `scratch`, 16 bytes a row, so that only some of them are in memory. Raises
+    OSError.
     """
     low, high, total, count, not_finite = np.inf, -np.inf, 0.0, 0, 0
-    factors: np.ndarray | None = None
-    hashes = np.empty(len(dataset), np.uint64)
-    for start, part in dataset.chunks("x"):
-        flat = np.ascontiguousarray(part.reshape(len(part), -1))
-        if flat.dtype.kind == "f":
-            finite = np.isfinite(flat)
-            not_finite += int((~finite.all(axis=1)).sum())
-            values = flat[finite].astype(np.float64)
-        else:
-            values = flat
-        if values.size:
-            low, high = min(low, float(values.min())), max(high, float(values.max()))
-            total, count = total + float(values.sum(dtype=np.float64)), count + values.size
-        raw = flat.view(np.uint8).reshape(len(flat), -1)
-        if factors is None:
-            factors = np.random.default_rng(_HASH_SEED).integers(0, 1 << 63, raw.shape[1], np.uint64) * 2 + 1
-        for row in range(0, len(raw), _HASHED_ROWS):
-            some = raw[row : row + _HASHED_ROWS].astype(np.uint64) @ factors
-            hashes[start + row : start + row + len(some)] = some
-    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
-    labels = np.asarray(dataset.y)
-    differs = (labels != labels[first[group]]).reshape(len(labels), -1).any(axis=1)
-    class_rows = () if classes is None else tuple(np.bincount(labels, minlength=classes).tolist())
+    class_rows = np.zeros(classes or 0, np.int64)
+    with _Repeats(len(dataset), scratch) as repeats:
+        for start, part in dataset.chunks("x", most_rows=_CHUNK_ROWS):
+            flat = np.ascontiguousarray(part.reshape(len(part), -1))
+            if flat.dtype.kind == "f":
+                finite = np.isfinite(flat)
+                not_finite += int((~finite.all(axis=1)).sum())
+                values = flat[finite].astype(np.float64)
+            else:
+                values = flat
+            if values.size:
+                low, high = min(low, float(values.min())), max(high, float(values.max()))
+                total, count = total + float(values.sum(dtype=np.float64)), count + values.size
+            labels = dataset.part("y", start, start + len(part))
+            if classes is not None:
+                class_rows += np.bincount(labels, minlength=classes)
+            repeats.add(flat, labels)
+        duplicates, contradicting = repeats.count()
     return DataReport(
         rows=len(dataset),
-        class_rows=class_rows,
+        class_rows=tuple(class_rows.tolist()),
         minimum=low if count else 0.0,
         maximum=high if count else 0.0,
         mean=total / count if count else 0.0,
         not_finite_rows=not_finite,
-        duplicate_rows=len(dataset) - len(first),
-        contradicting_rows=int(differs.sum()),
+        duplicate_rows=duplicates,
+        contradicting_rows=contradicting,
     )
+
+
+class _Repeats:
+    """Finds the rows that repeat an earlier one. Equal rows have equal hashes, and so come into the same part."""
+
+    def __init__(self, rows: int, scratch: Path) -> None:
+        self._open = ExitStack()
+        parts = min(_MAX_PARTS, 1 + rows // _PART_ROWS)
+        self._parts = [self._open.enter_context(Spill(scratch)) for _ in range(parts)]
+        self._factors: dict[int, np.ndarray] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def add(self, x: np.ndarray, y: np.ndarray) -> None:
+        """The next rows, and their labels or targets."""
+        hashes = self._hashes(x)
+        labels = self._hashes(y + y.dtype.type(0))  # a negative zero is a zero
+        # By the upper half: a factor being odd, the lowest bits are little more than those of the bytes.
+        part = ((hashes >> np.uint64(32)) % np.uint64(len(self._parts))).astype(np.uint8)
+        ordered = np.stack([hashes, labels], axis=1)[np.argsort(part, kind="stable")]
+        ends = np.bincount(part, minlength=len(self._parts)).cumsum()
+        for spill, some in zip(self._parts, np.split(ordered, ends[:-1]), strict=True):
+            spill.append(some)
+
+    def count(self) -> tuple[int, int]:
+        """How many rows have the features of an earlier row, and how many of these another label than the first."""
+        duplicates = contradicting = 0
+        for spill in self._parts:
+            known = np.empty((0, 2), np.uint64)
+            for start in range(0, spill.rows, _PIECE_ROWS):
+                piece = spill.between(start, min(start + _PIECE_ROWS, spill.rows))
+                hashes, labels = np.concatenate([known, piece]).T
+                _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
+                duplicates += len(hashes) - len(first)
+                contradicting += int((labels != labels[first[group]]).sum())
+                known = np.stack([hashes[first], labels[first]], axis=1)
+        return duplicates, contradicting
+
+    def _hashes(self, values: np.ndarray) -> np.ndarray:
+        raw = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
+        if raw.shape[1] not in self._factors:
+            factors = np.random.default_rng(_HASH_SEED).integers(0, 1 << 63, raw.shape[1], np.uint64) * 2 + 1
+            self._factors[raw.shape[1]] = factors
+        factors = self._factors[raw.shape[1]]
+        hashes = np.empty(len(raw), np.uint64)
+        for row in range(0, len(raw), _HASHED_ROWS):
+            hashes[row : row + _HASHED_ROWS] = raw[row : row + _HASHED_ROWS].astype(np.uint64) @ factors
+        return hashes

@@ -1,4 +1,4 @@
-"""Packing a source holds some batches of it, however large it is; each kind is packed in a process of its own."""
+"""Packing a source, and looking through a dataset, take the memory of some batches, in a process of their own."""
 
 import json
 import os
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tiltyard.datasets import Dataset
+from services.trainer.datareport import DataReport
+from tiltyard.datasets import Dataset, write_dataset
 
 # What the values of a source take, and what packing them may add to the process.
 SOURCE_MIB = 128
@@ -21,17 +22,30 @@ COLUMNS = 48
 BLOCK_ROWS = 4096
 BLOCKS = SOURCE_MIB * 1024 * 1024 // (8 * COLUMNS * BLOCK_ROWS)
 
-# A small source of the same kind goes first, so that what is imported is not counted.
-CHILD = """
+# Something small of the same kind goes first, so that what is imported is not counted.
+LIMIT = """
 import resource, sys
 from pathlib import Path
-from tiltyard.datasets import pack
+
+def allow(more):
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")]
+    resource.setrlimit(resource.RLIMIT_DATA, (int(line.split()[1]) * 1024 + more, resource.RLIM_INFINITY))
 
 small, large, out, allowed = *map(Path, sys.argv[1:4]), int(sys.argv[4])
+"""
+PACK = """
+from tiltyard.datasets import pack
 pack(small, out)
-(line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")]
-resource.setrlimit(resource.RLIMIT_DATA, (int(line.split()[1]) * 1024 + allowed, resource.RLIM_INFINITY))
+allow(allowed)
 pack(large, out)
+"""
+REPORT = """
+import json
+from services.trainer.datareport import report_on
+from tiltyard.datasets import Dataset
+report_on(Dataset.open(small), classes=7, scratch=out)
+allow(allowed)
+print(json.dumps(report_on(Dataset.open(large), classes=7, scratch=out).to_json()))
 """
 # Pools that keep memory for later would leave some of the large source room.
 PLAIN = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
@@ -92,6 +106,13 @@ def hugging_face(path: Path, blocks: int) -> None:
     (path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
 
 
+def run(what: str, *paths: Path) -> str:
+    command = [sys.executable, "-c", LIMIT + what, *paths, str(ALLOWED_MIB * 1024 * 1024)]
+    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | PLAIN)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "write"),
     [
@@ -109,9 +130,7 @@ def test_a_source_several_times_larger_than_its_share_of_memory_is_packed(
     small, large, out = tmp_path / "small" / name, tmp_path / name, tmp_path / "out.safetensors"
     write(small, 2)
     write(large, BLOCKS)
-    command = [sys.executable, "-c", CHILD, small, large, out, str(ALLOWED_MIB * 1024 * 1024)]
-    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | PLAIN)
-    assert found.returncode == 0, found.stderr
+    run(PACK, small, large, out)
     dataset = Dataset.open(out)
     expected = values()
     assert dataset.x.shape == (BLOCKS * BLOCK_ROWS, COLUMNS - 1)
@@ -120,3 +139,19 @@ def test_a_source_several_times_larger_than_its_share_of_memory_is_packed(
         assert np.array_equal(part, expected[index, :-1].astype(np.float32)), start
     assert np.array_equal(dataset.y, np.arange(len(dataset)) % BLOCK_ROWS % 7)
     assert {path.name for path in tmp_path.iterdir()} == {"small", name, out.name}
+
+
+def test_a_dataset_of_many_small_rows_is_looked_through(tmp_path: Path) -> None:
+    """What is known of a row may take more room than the row."""
+    rows = 3_000_000
+    x = np.arange(rows, dtype=np.uint32).view(np.uint8).reshape(rows, 4)
+    y = np.arange(rows) % 7
+    x[rows // 2 :: 1000] = x[0]
+    small, large = tmp_path / "small.safetensors", tmp_path / "large.safetensors"
+    write_dataset(small, x[:1000], y[:1000])
+    write_dataset(large, x, y)
+    report = DataReport.from_json(json.loads(run(REPORT, small, large, tmp_path)))
+    repeats = np.arange(rows // 2, rows, 1000)
+    assert report.class_rows == tuple(np.bincount(y).tolist())
+    assert (report.duplicate_rows, report.contradicting_rows) == (len(repeats), int((repeats % 7 != 0).sum()))
+    assert {path.name for path in tmp_path.iterdir()} == {small.name, large.name}

@@ -24,7 +24,7 @@ def dataset(folder: Path, x: np.ndarray, y: np.ndarray) -> Dataset:
 
 def test_a_report_counts_classes_duplicates_and_contradictions(tmp_path: Path) -> None:
     x = np.array([[1, 2], [3, 4], [1, 2], [1, 2], [200, 0]], np.uint8)
-    report = report_on(dataset(tmp_path, x, np.array([0, 1, 0, 1, 3])), classes=5)
+    report = report_on(dataset(tmp_path, x, np.array([0, 1, 0, 1, 3])), classes=5, scratch=tmp_path)
     assert report == DataReport(
         rows=5,
         class_rows=(2, 2, 0, 1, 0),
@@ -41,7 +41,7 @@ def test_a_report_counts_classes_duplicates_and_contradictions(tmp_path: Path) -
 
 def test_a_report_of_floats_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
     x = np.array([[1.0, np.nan], [-3.0, 0.5], [np.inf, 7.0]], np.float32)
-    report = report_on(dataset(tmp_path, x, np.zeros((3, 2), np.float32)), classes=None)
+    report = report_on(dataset(tmp_path, x, np.zeros((3, 2), np.float32)), classes=None, scratch=tmp_path)
     assert (report.minimum, report.maximum, report.not_finite_rows, report.class_rows) == (-3.0, 7.0, 2, ())
     assert report.mean == pytest.approx((1 - 3 + 0.5 + 7) / 4)
     assert report.duplicate_rows == 0
@@ -50,8 +50,34 @@ def test_a_report_of_floats_leaves_out_what_is_not_finite(tmp_path: Path) -> Non
 def test_rows_in_different_chunks_are_compared(tmp_path: Path) -> None:
     x = np.random.default_rng(0).integers(0, 256, (5000, 4096), np.uint8)
     x[4999] = x[3]
-    report = report_on(dataset(tmp_path, x, np.arange(5000) % 2), classes=2)
+    report = report_on(dataset(tmp_path, x, np.arange(5000) % 2), classes=2, scratch=tmp_path)
     assert (report.duplicate_rows, report.contradicting_rows) == (1, 0)
+
+
+@pytest.mark.parametrize(("part_rows", "piece_rows"), [(10, 7), (100, 1000), (5000, 64)])
+def test_rows_are_compared_in_parts_and_pieces_as_all_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_rows: int, piece_rows: int
+) -> None:
+    monkeypatch.setattr("services.trainer.datareport._PART_ROWS", part_rows)
+    monkeypatch.setattr("services.trainer.datareport._PIECE_ROWS", piece_rows)
+    monkeypatch.setattr("tiltyard.datasets.CHUNK_BYTES", 128)
+    random = np.random.default_rng(1)
+    x, labels = random.integers(0, 5, (900, 4), np.uint8), random.integers(0, 3, 900)
+    x[500:700] = x[3]  # more of one kind than a part has room for
+    for y in (labels, np.stack([labels, -0.0 * labels], axis=1).astype(np.float32)):
+        seen: dict[bytes, np.ndarray] = {}
+        expected = [0, 0]
+        for row, label in zip(x, y, strict=True):
+            first = seen.get(row.tobytes())
+            if first is None:
+                seen[row.tobytes()] = label
+            else:
+                expected[0] += 1
+                expected[1] += bool(np.any(label != first))
+        found = report_on(dataset(tmp_path, x, y), classes=3 if y is labels else None, scratch=tmp_path)
+        assert [found.duplicate_rows, found.contradicting_rows] == expected
+        assert found.class_rows == (tuple(np.bincount(labels).tolist()) if y is labels else ())
+    assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
 
 
 def test_of_a_large_dataset_a_caller_waits_for_the_header_alone(tmp_path: Path) -> None:

@@ -69,15 +69,14 @@ def show(file: Path, json: JsonOption = False) -> None:
 
 
 def _show(file: Path, json: bool) -> None:
-    import numpy as np
-
     from tiltyard import datasets
 
     try:
         dataset = datasets.Dataset.open(file)
     except (datasets.DatasetError, OSError) as error:
         fail(str(error))
-    classes = int(np.max(dataset.y)) + 1 if dataset.y.dtype.kind == "i" and len(dataset.y) else 0
+    labelled = dataset.y.dtype.kind == "i"
+    classes = 1 + max((int(part.max()) for _, part in dataset.chunks("y")), default=-1) if labelled else 0
     document = {
         "file": str(file),
         "rows": len(dataset),
