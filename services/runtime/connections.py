@@ -1,46 +1,56 @@
 """How long connections live and how many there may be, in all and from one address."""
 
 import asyncio
-import ipaddress
 import os
 import resource
 import socket
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 
 import structlog
 
+from services.runtime.kernel_sockets import OPEN_FILES, Network, Peer, connections, network_of
+from tiltyard.telemetry import metrics
+
 MAX_STREAMS = 1024
 """Calls at once on one connection; a client queues further ones."""
-_OPEN_FILES = "/dev/fd"
 _EVERY_S = 1.0
 _MANY_FILES = 1 << 20
 
 _log = structlog.get_logger("tiltyard.connections")
 
+REFUSALS = metrics.Counter(
+    "tiltyard.connection.refusals",
+    unit="{connection}",
+    description="Connections cut or kept out, by the limit that they were above.",
+)
+
 Option = tuple[str, int]
-_Peer = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
     """Limits of one server; times in seconds, counts of connections, 0 for no such limit.
 
+    `total` and `per_address` may be open at once. After a `burst` no more than `per_second` may come in all, and the
+    same for each address; of IPv6 a network of 64 bits counts as one.
     A connection older than `age_s` is asked to go, and cut `age_grace_s` later: long streams end then, and go on over
     another. One without calls ends after `idle_s`. Who connects has `handshake_s` to say what it wants.
     """
 
     total: int = 0
     per_address: int = 0
+    per_second: float = 0.0
+    burst: int = 20_000
+    per_second_per_address: float = 0.0
+    burst_per_address: int = 2000
     age_s: float = 3600.0
     age_grace_s: float = 600.0
     idle_s: float = 600.0
     handshake_s: float = 20.0
 
     def options(self) -> list[Option]:
-        """gRPC's options for all but `per_address`, and the rules for pings: none sooner than 10 s after another."""
+        """gRPC's options for what it limits itself, and the rules for pings: none sooner than 10 s after another."""
         options = [
             ("grpc.server_handshake_timeout_ms", round(self.handshake_s * 1000)),
             ("grpc.max_concurrent_streams", MAX_STREAMS),
@@ -65,23 +75,23 @@ class Doorkeeper:
     """Cuts the newest connections of an address that holds more than `per_address` of them to the server on `port`.
 
     gRPC for Python says nothing of a connection before its first call, so the open sockets of this process are looked
-    through, once a second, and only while it has more than `per_address` open files. An IPv6 network of 64 bits counts
-    as one address.
+    through, once a second, and only while it has more than `per_address` open files.
     """
 
     def __init__(self, port: int, per_address: int) -> None:
         self._port = port
         self._per_address = per_address
-        self._known: set[_Peer] = set()
+        self._known: set[Peer] = set()
 
     async def run(self) -> None:
         """Looks until cancelled."""
         while True:
             await asyncio.sleep(_EVERY_S)
             try:
-                if len(os.listdir(_OPEN_FILES)) > self._per_address:
+                if len(os.listdir(OPEN_FILES)) > self._per_address:
                     cut = await asyncio.to_thread(self.look)
                     if cut:
+                        REFUSALS.add(cut.total(), reason="CONNECTIONS_PER_ADDRESS")
                         _log.warning("cut connections above the limit of their address", connections=dict(cut))
             except OSError as error:
                 # Listing takes an open file, too, and there may be none left just now; or this system lists none.
@@ -89,45 +99,23 @@ class Doorkeeper:
 
     def look(self) -> Counter[str]:
         """One look through the sockets; how many were cut, by address."""
-        peers: dict[str, list[_Peer]] = defaultdict(list)
-        for _, peer in self._connections():
-            peers[_network(peer[0])].append(peer)
-        condemned: set[_Peer] = set()
+        peers: dict[Network, list[Peer]] = defaultdict(list)
+        for _, peer in connections(self._port):
+            peers[network_of(peer[0])].append(peer)
+        condemned: set[Peer] = set()
         for each in peers.values():
             # Those that an earlier look found come first, and so stay.
             each.sort(key=lambda peer: peer not in self._known)
             condemned.update(each[self._per_address :])
         cut: Counter[str] = Counter()
         if condemned:
-            for connection, peer in self._connections():
+            for connection, peer in connections(self._port):
                 if peer in condemned:
                     # Below gRPC, which then finds the connection ended and closes its own end.
                     connection.shutdown(socket.SHUT_RDWR)
-                    cut[_network(peer[0])] += 1
+                    cut[str(network_of(peer[0]))] += 1
         self._known = {peer for each in peers.values() for peer in each} - condemned
         return cut
-
-    def _connections(self) -> Iterator[tuple[socket.socket, _Peer]]:
-        """The server's connections, each as a further handle of its socket that is closed after use."""
-        for name in os.listdir(_OPEN_FILES):
-            try:
-                # A duplicate can't become another file while it is looked at.
-                duplicate = os.dup(int(name))
-            except OSError:
-                continue  # closed by now
-            try:
-                connection = socket.socket(fileno=duplicate)
-            except OSError:
-                os.close(duplicate)
-                continue  # no socket
-            with closing(connection):
-                if connection.family not in (socket.AF_INET, socket.AF_INET6):
-                    continue
-                try:
-                    if connection.getsockname()[1] == self._port:
-                        yield connection, connection.getpeername()[:2]
-                except OSError:
-                    continue  # it listens, or has ended
 
 
 def raise_file_limit() -> None:
@@ -140,12 +128,3 @@ def file_limit() -> int:
     """The most open files that the system allows this process."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
-
-
-def _network(host: str) -> str:
-    address = ipaddress.ip_address(host.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return str(address.ipv4_mapped)
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(address)

@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
+from services.runtime.arrivals import ArrivalKeeper
 from services.runtime.auth import AccessPolicy, Authenticator, utc_now
 from services.runtime.certificates import ServerTls
 from services.runtime.connections import ConnectionLimits, Doorkeeper, raise_file_limit
@@ -83,7 +84,7 @@ class ArenaServer:
         self._port = 0
         self._drain = Drain()
         self._connections = connections
-        self._doorkeeper: asyncio.Task[None] | None = None
+        self._keepers: list[asyncio.Task[None]] = []
         gate = CallGate(limits) if limits else None
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(self._drain, authenticator, policy, remembered, gate, stream_idle_s)],
@@ -125,7 +126,10 @@ class ArenaServer:
         await self._server.start()
         if self._port and self._connections.per_address:
             doorkeeper = Doorkeeper(self._port, self._connections.per_address)
-            self._doorkeeper = asyncio.create_task(doorkeeper.run(), name="doorkeeper")
+            self._keepers.append(asyncio.create_task(doorkeeper.run(), name="doorkeeper"))
+        if self._port and (self._connections.per_second or self._connections.per_second_per_address):
+            arrivals = ArrivalKeeper(self._port, self._connections)
+            self._keepers.append(asyncio.create_task(arrivals.run(), name="arrivals"))
 
     async def set_serving(self, serving: bool) -> None:
         """What health answers, for the server as a whole ("") and for each mounted service."""
@@ -140,8 +144,8 @@ class ArenaServer:
         draining = asyncio.create_task(self._drain.drain())
         await self._server.stop(grace_s)
         draining.cancel()
-        if self._doorkeeper is not None:
-            self._doorkeeper.cancel()
+        for keeper in self._keepers:
+            keeper.cancel()
 
     async def __aenter__(self) -> Self:
         await self.start()

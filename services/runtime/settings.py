@@ -71,6 +71,14 @@ class ServiceSettings(BaseSettings):
     """Connections at once; 0: three quarters of the open files that the system allows this process."""
     connections_per_address: Annotated[int, Field(ge=0, le=10**7)] = 1000
     """Connections at once from one address (of IPv6: a network of 64 bits); 0: any number."""
+    connections_per_second: Annotated[float, Field(ge=0, le=1e6)] = 1000
+    """Connections a second that may come in all, on Linux; 0: any number."""
+    connections_burst: Annotated[int, Field(ge=1, le=10**7)] = ConnectionLimits.burst
+    """Connections that may come at once after a while with few, as after a restart."""
+    connections_per_second_per_address: Annotated[float, Field(ge=0, le=1e6)] = 100
+    """Connections a second that may come from one address, on Linux; 0: any number."""
+    connections_burst_per_address: Annotated[int, Field(ge=1, le=10**7)] = ConnectionLimits.burst_per_address
+    """Connections that may come at once from one address."""
     connection_age_s: Annotated[float, Field(ge=0, le=1e7)] = ConnectionLimits.age_s
     """A connection that old is asked to go, and cut ten minutes later; 0: never."""
     stream_idle_s: Annotated[float, Field(ge=0, le=1e6)] = 60.0
@@ -183,7 +191,15 @@ class ServiceSettings(BaseSettings):
     def connection_limits(self) -> ConnectionLimits:
         """What connections there may be."""
         total = self.connections or 3 * file_limit() // 4
-        return ConnectionLimits(total, self.connections_per_address, self.connection_age_s)
+        return ConnectionLimits(
+            total=total,
+            per_address=self.connections_per_address,
+            per_second=self.connections_per_second,
+            burst=self.connections_burst,
+            per_second_per_address=self.connections_per_second_per_address,
+            burst_per_address=self.connections_burst_per_address,
+            age_s=self.connection_age_s,
+        )
 
     @field_validator("listen")
     @classmethod

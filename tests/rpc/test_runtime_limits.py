@@ -267,10 +267,12 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument(method: str) ->
         assert await running.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def connect(server: ArenaServer, count: int, *, source: str = "127.0.0.1", say: bytes = PREFACE) -> list[socket.socket]:
+def connect(
+    server: ArenaServer, count: int, *, source: str = "127.0.0.1", say: bytes = PREFACE, timeout_s: float = 5
+) -> list[socket.socket]:
     opened = []
     for _ in range(count):
-        connection = socket.create_connection(("127.0.0.1", server.port), timeout=5, source_address=(source, 0))
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout_s, source_address=(source, 0))
         connection.sendall(say)
         connection.setblocking(False)
         opened.append(connection)

@@ -163,3 +163,22 @@ def test_a_certificate_needs_its_key(
     with pytest.raises(SystemExit):
         SampleSettings.load()
     assert capsys.readouterr().err.startswith("TILTYARD_TLS_KEY: ")
+
+
+def test_limits_of_connections_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"": 10, "_PER_ADDRESS": 20, "_PER_SECOND": 30.5, "_BURST": 40}
+    values |= {"_PER_SECOND_PER_ADDRESS": 50.5, "_BURST_PER_ADDRESS": 60}
+    for name, value in values.items():
+        monkeypatch.setenv(f"TILTYARD_CONNECTIONS{name}", str(value))
+    limits = SampleSettings.load().connection_limits
+    assert (limits.total, limits.per_address) == (10, 20)
+    assert (limits.per_second, limits.burst) == (30.5, 40)
+    assert (limits.per_second_per_address, limits.burst_per_address) == (50.5, 60)
+
+
+def test_as_many_as_may_be_connected_may_come_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a restart, and a second time before the first has been forgotten."""
+    limits = SampleSettings.load().connection_limits
+    assert limits.burst_per_address >= 2 * limits.per_address
+    assert limits.per_second_per_address > 0
+    assert limits.burst >= 10 * limits.per_address
