@@ -109,12 +109,6 @@ def at_once(told: Coroutine[Any, Any, T]) -> T | None:
     return None
 
 
-def code_of(call: Any) -> str:
-    """The name of the status of a call that is over."""
-    code: grpc.StatusCode | None = at_once(call.code())
-    return (code or grpc.StatusCode.UNKNOWN).name
-
-
 class _ObservingUnary(grpc.UnaryUnaryClientInterceptor):
     def __init__(self, parent: TraceContext | None, peer: str) -> None:
         self._parent = parent

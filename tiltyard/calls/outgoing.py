@@ -2,13 +2,14 @@
 
 import asyncio
 import secrets
-from collections.abc import Callable, Generator, Sequence
+import time
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from typing import Any
 
 import grpc
 
 from tiltyard.calls.breaker import CircuitBreaker
-from tiltyard.calls.observed import ObservedCall, at_once, code_of, making
+from tiltyard.calls.observed import ObservedCall, at_once, making
 from tiltyard.identity import TokenSource
 
 DEADLINE_S = 20.0
@@ -17,6 +18,8 @@ STREAM_DEADLINE_S = 3600.0
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _WRITE_FAILED = "Internal error from Core"
+# A stream that its caller ends, or lets run into its deadline, says nothing of the peer.
+_OURS = (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
 _DETAIL_FIELDS = ("method", "timeout", "metadata", "credentials", "wait_for_ready")
 
 
@@ -45,18 +48,81 @@ class _Outgoing:
             changes["metadata"] = grpc.aio.Metadata(*(details.metadata or ()), *headers)
         return grpc.aio.ClientCallDetails(**changes)
 
-    async def _stream(self, continuation: Any, details: Any, requests: Any) -> Any:
+    async def _stream(self, continuation: Any, details: Any, requests: Any) -> tuple[Any, "_Stream"]:
         """A call with a stream in it, which goes on after this."""
         observed = making(details.method, self._address)
-        if observed is None:
-            return await continuation(self._prepared(details, STREAM_DEADLINE_S, None), requests)
         try:
             call = await continuation(self._prepared(details, STREAM_DEADLINE_S, observed), requests)
         except BaseException as error:
-            observed.failed(error)
+            if observed is not None:
+                observed.failed(error)
             raise
-        call.add_done_callback(lambda ended: observed.answered(code_of(ended)))
-        return call
+        stream = _Stream(self._breaker, observed, self._deadline_s)
+        call.add_done_callback(stream.over)
+        return call, stream
+
+    async def _messages(self, continuation: Any, details: Any, requests: Any) -> Any:
+        call, stream = await self._stream(continuation, details, requests)
+        return _Messages(call, stream.brought)
+
+
+class _Stream:
+    """What one stream says of the peer, to the breaker and to telemetry.
+
+    A message is an answer when it comes, not when the stream ends. Unanswered is one that finds nobody: it ends without
+    a message or a reason, and before a unary call would have. A watch that was silent for longer had a peer.
+    """
+
+    __slots__ = ("_breaker", "_deadline_s", "_observed", "_started", "_told")
+
+    def __init__(self, breaker: CircuitBreaker, observed: ObservedCall | None, deadline_s: float) -> None:
+        self._breaker = breaker
+        self._observed = observed
+        self._deadline_s = deadline_s
+        self._started = time.monotonic()
+        self._told = False
+
+    def brought(self) -> None:
+        """A first message has come."""
+        self._told = True
+        self._breaker.answered()
+
+    def over(self, call: Any) -> None:
+        """The stream has ended."""
+        code = at_once(call.code()) or grpc.StatusCode.UNKNOWN
+        if self._observed is not None:
+            self._observed.answered(code.name)
+            self._observed = None  # a failed write may change the status once more
+        if self._told or code in _OURS:
+            return
+        self._told = True
+        if code is not grpc.StatusCode.UNAVAILABLE or _DETAILS_KEY in (at_once(call.trailing_metadata()) or ()):
+            self._breaker.answered()
+        elif time.monotonic() - self._started < self._deadline_s:
+            self._breaker.unanswered()
+
+
+class _Messages:
+    """The messages of a stream; tells when the first has come. The others cost nothing more."""
+
+    __slots__ = ("_brought", "_first", "_next")
+
+    def __init__(self, call: Any, brought: Callable[[], None]) -> None:
+        self._next = aiter(call).__anext__
+        self._brought = brought
+        self._first = True
+
+    def __aiter__(self) -> "_Messages":
+        return self
+
+    def __anext__(self) -> Awaitable[Any]:
+        return self._await_first() if self._first else self._next()
+
+    async def _await_first(self) -> Any:
+        message = await self._next()
+        self._first = False
+        self._brought()
+        return message
 
 
 def _repeatable(request: Any) -> Any:
@@ -179,7 +245,7 @@ class _UnaryUnary(_Outgoing, grpc.aio.UnaryUnaryClientInterceptor):
 
 class _UnaryStream(_Outgoing, grpc.aio.UnaryStreamClientInterceptor):
     async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return await self._stream(continuation, client_call_details, request)
+        return await self._messages(continuation, client_call_details, request)
 
 
 class _StreamUnary(_Outgoing, grpc.aio.StreamUnaryClientInterceptor):
@@ -187,12 +253,12 @@ class _StreamUnary(_Outgoing, grpc.aio.StreamUnaryClientInterceptor):
         async def keeping(*arguments: Any) -> KeptAnswer:
             return KeptAnswer(await continuation(*arguments))
 
-        return await self._stream(keeping, client_call_details, request_iterator)
+        return (await self._stream(keeping, client_call_details, request_iterator))[0]
 
 
 class _StreamStream(_Outgoing, grpc.aio.StreamStreamClientInterceptor):
     async def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
-        return await self._stream(continuation, client_call_details, request_iterator)
+        return await self._messages(continuation, client_call_details, request_iterator)
 
 
 def outgoing_interceptors(
