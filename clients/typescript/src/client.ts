@@ -11,6 +11,7 @@ import {
 import { deadlineMiddleware, type DeadlineOptions } from "nice-grpc-client-middleware-deadline";
 import { errorDetailsClientMiddleware } from "nice-grpc-error-details";
 
+import { CircuitBreaker, breaking } from "./breaker.js";
 import { DEADLINE_MS, bearer, channelOptions, deadlines, repeatable } from "./calling.js";
 import { arenaErrors } from "./errors.js";
 import { Key, TokenSource } from "./identity.js";
@@ -58,6 +59,7 @@ export interface TlsOptions {
 
 class Connections {
   readonly #channels = new Map<string, Channel>();
+  readonly #breakers = new Map<string, CircuitBreaker>();
   readonly #services = new Map<CompatServiceDefinition, unknown>();
 
   constructor(
@@ -80,12 +82,15 @@ class Connections {
     if (known !== undefined) return known as Calls<Service>;
     const channel = this.#channels.get(address) ?? createChannel(address, credentials(this.tls), channelOptions());
     this.#channels.set(address, channel);
+    const breaker = this.#breakers.get(address) ?? new CircuitBreaker(address);
+    this.#breakers.set(address, breaker);
     // The last is the outermost: a failure is taken apart where it arrives and leaves as an ArenaError.
     const calls = createClientFactory()
       .use(bearer(new TokenSource(this.key, audience)))
       .use(errorDetailsClientMiddleware)
       .use(deadlineMiddleware)
       .use(deadlines(this.deadlineMs))
+      .use(breaking(breaker, this.deadlineMs))
       .use(repeatable(service))
       .use(arenaErrors)
       .create(service, channel) as Calls<Service>;

@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { after, test } from "node:test";
 
-import { ServerError, Status, createServer, type Server } from "nice-grpc";
+import { Status, createServer } from "nice-grpc";
+import { ErrorInfo, RichServerError, errorDetailsServerMiddleware } from "nice-grpc-error-details";
 
 import { STREAM_DEADLINE_MS, deadlines } from "../src/calling.js";
 import { ArenaError, Client, Key } from "../src/index.js";
@@ -18,7 +19,7 @@ after(() => {
 
 /** A client of a registry that closes a task when `close` does not throw, and never answers what its tasks are. */
 async function connected(close: (request: CloseTaskRequest) => void, deadlineMs?: number): Promise<Client> {
-  const server: Server = createServer();
+  const server = createServer().use(errorDetailsServerMiddleware);
   server.add(SERVED, {
     closeTask: async (request: CloseTaskRequest) => {
       close(request);
@@ -34,7 +35,7 @@ async function connected(close: (request: CloseTaskRequest) => void, deadlineMs?
 }
 
 function unavailable(): never {
-  throw new ServerError(Status.UNAVAILABLE, "not now");
+  throw new RichServerError(Status.UNAVAILABLE, "not now", [ErrorInfo.fromPartial({ reason: "AWAY" })]);
 }
 
 test("a call that is never answered ends by the client's deadline", { timeout: 10_000 }, async () => {
