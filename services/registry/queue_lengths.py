@@ -37,7 +37,7 @@ class QueueLengths:
 
     async def run(self) -> None:
         """Counts without end."""
-        while metrics.collecting():
+        while metrics.collecting:
             await self._database.read(_count)
             await asyncio.sleep(_EVERY_S)
 

@@ -20,8 +20,9 @@ from services.runtime.errors import InvalidArgument, Unavailable, Unimplemented
 from services.runtime.idempotency import InFlight, RequestMemory, RequestScope, use_memory
 from services.runtime.limits import CallGate
 from services.runtime.rpc_errors import to_rpc_status
-from tiltyard.calls.observed import ObservedCall, answering, observing
+from tiltyard.calls.observed import Calls, answering
 from tiltyard.telemetry import metrics
+from tiltyard.telemetry.tracing import Kind
 
 # grpc types neither handlers nor contexts usefully: messages are of any type here.
 Handler = Any
@@ -165,16 +166,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         plain, surrounded = self._known.get(method, (None, None))
         if plain is not handler:
-            surrounded = _surrounded(handler, functools.partial(self._around, method), self._stream_idle_s)
+            calls = None if method.startswith(_QUIET) else Calls(Kind.SERVER, method[1:])
+            surrounded = _surrounded(handler, functools.partial(self._around, method, calls), self._stream_idle_s)
             self._known[method] = (handler, surrounded)
         return surrounded
 
     @asynccontextmanager
-    async def _around(self, method: str, context: Context) -> AsyncIterator[None]:
+    async def _around(self, method: str, calls: Calls | None, context: Context) -> AsyncIterator[None]:
         started = time.monotonic()
         code: grpc.StatusCode | None = None
         headers = context.invocation_metadata() or ()
-        observed = _observed(method, headers)
+        observed = answering(calls, headers) if calls is not None else None
         try:
             with self._drain.watching(method, context), self._admitted(method, headers, context):
                 if self._scope is not None:
@@ -191,7 +193,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             code = code or _code(context)
             self._log_call(method, code, time.monotonic() - started)
             if observed is not None:
-                observed.answered(code.name)
+                observed.answered(code)
 
     @contextmanager
     def _admitted(self, method: str, headers: Headers, context: Context) -> Iterator[None]:
@@ -228,16 +230,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             duration_ms=round(duration_s * 1000, 2),
             caller=caller.id if caller else None,
         )
-
-
-def _observed(method: str, headers: Headers) -> ObservedCall | None:
-    """The call as telemetry tells of it, whose span is the current one from here on; None where nobody looks."""
-    if not observing() or method.startswith(_QUIET):
-        return None
-    observed = answering(method, headers)
-    # Each call has its own task and so its own context: nothing to reset.
-    observed.enter()
-    return observed
 
 
 def _code(context: Context) -> grpc.StatusCode:

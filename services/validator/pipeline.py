@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.validator.rows import EvaluationRows
-from tiltyard.calls.observed import ObservedCall
+from tiltyard.calls.observed import Calls, ObservedCall
 from tiltyard.inference.v2 import inference_pb2 as pb
 from tiltyard.telemetry import tracing
 from tiltyard.telemetry.tracing import Kind
@@ -84,7 +84,7 @@ class BatchStream:
             method: grpc.StreamStreamMultiCallable[bytes, pb.ModelStreamInferResponse] = channel.stream_stream(
                 METHOD, None, pb.ModelStreamInferResponse.FromString
             )
-            observed = ObservedCall(Kind.CLIENT, METHOD.lstrip("/"), self._trace, peer=self._address)
+            observed = ObservedCall.begin(Calls(Kind.CLIENT, METHOD.lstrip("/"), peer=self._address), self._trace)
             with self._lock:
                 if self._stopped.is_set():
                     raise StreamCancelled
@@ -96,7 +96,7 @@ class BatchStream:
                 self._raise(error)
             finally:
                 self._stop(call)
-                observed.answered(call.code().name)
+                observed.answered(call.code())
 
     def cancel(self) -> None:
         """Ends `run` with StreamCancelled."""

@@ -15,6 +15,10 @@ from pathlib import Path
 import grpc
 import pytest
 import structlog
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue
+from opentelemetry.proto.trace.v1 import trace_pb2
+from opentelemetry.sdk.resources import Resource
 
 from services.runtime.errors import NotFound, ResourceExhausted
 from services.runtime.server import ArenaServer
@@ -137,7 +141,7 @@ async def test_health_is_asked_too_often_to_be_told(kept: Kept) -> None:
 
 def test_nothing_is_observed_where_nobody_looks() -> None:
     assert not observed.observing()
-    assert observed.making("/a.B/C", "127.0.0.1:1") is None
+    assert observed.CallsMade("127.0.0.1:1").begin("/a.B/C") is None
 
 
 def test_without_the_variables_nothing_of_opentelemetry_is_imported() -> None:
@@ -227,6 +231,44 @@ def test_everything_queued_is_sent_at_the_end(monkeypatch: pytest.MonkeyPatch, t
         assert (inner.name, inner.parent, inner.trace, inner.error) == ("inner", outer.id, outer.trace, "KeyError")
         assert (outer.service, outer.parent, outer.error, outer.kind) == ("mine", "", "", "INTERNAL")
         assert outer.attributes == {"tiltyard.rows": 3, "tiltyard.share": 0.5, "tiltyard.good": True}
+
+
+@pytest.mark.parametrize("kind", tracing.Kind)
+@pytest.mark.parametrize("parent", [None, tracing.TraceContext("0a" * 16, "0b" * 8, True)])
+@pytest.mark.parametrize("error", ["", "UNAVAILABLE"])
+@pytest.mark.parametrize("size", [1, 300])
+def test_spans_are_on_the_wire_as_protobuf_would_have_them(
+    kept: Kept, kind: tracing.Kind, parent: tracing.TraceContext | None, error: str, size: int
+) -> None:
+    with tracing.Span("n" * size, kind, parent, (("text", "v" * size), ("number", -1), ("good", True))) as span:
+        span.error = error
+    context = span.context
+    assert context is not None
+    expected = trace_pb2.Span(
+        trace_id=bytes.fromhex(context.trace_id),
+        span_id=bytes.fromhex(context.span_id),
+        parent_span_id=b"" if parent is None else bytes.fromhex(parent.span_id),
+        name="n" * size,
+        kind=trace_pb2.Span.SpanKind.ValueType(kind),
+        start_time_unix_nano=span.start_ns,
+        end_time_unix_nano=span.end_ns,
+    )
+    for key, value in (
+        ("text", {"string_value": "v" * size}),
+        ("number", {"int_value": -1}),
+        ("good", {"bool_value": True}),
+    ):
+        expected.attributes.add(key=key, value=AnyValue(**value))
+    if error:
+        expected.status.code, expected.status.message = trace_pb2.Status.STATUS_CODE_ERROR, error
+    exporter = otlp.SpanExporter(Resource({"service.name": "mine"}))
+    request = ExportTraceServiceRequest.FromString(exporter.encoded([span, span]))
+    exporter.shutdown()
+    (resource,) = request.resource_spans
+    (scope,) = resource.scope_spans
+    assert [(each.key, each.value.string_value) for each in resource.resource.attributes] == [("service.name", "mine")]
+    assert scope.scope.name == "tiltyard"
+    assert list(scope.spans) == [expected, expected]
 
 
 @pytest.mark.parametrize(("sampler", "recorded"), [("parentbased_always_off", 1), ("always_off", 0), ("always_on", 3)])

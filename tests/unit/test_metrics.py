@@ -1,5 +1,6 @@
 """Counters, gauges and histograms, before anybody exports them."""
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -47,6 +48,39 @@ def test_histograms_count_by_upper_bound() -> None:
     (found,) = histogram.distributions().values()
     assert found.counts == [2, 2, 1]
     assert (found.count, found.total, found.lowest, found.highest) == (5, 14, 0.5, 9)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_no_value_is_lost_between_those_who_record_and_those_who_collect() -> None:
+    histogram = metrics.Histogram("h", unit="s", description="", bounds=(1, 2))
+
+    def record() -> None:
+        for number in range(20_000):
+            histogram.record(number % 3 + 0.5)
+
+    threads = [threading.Thread(target=record) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    seen = 0
+    while any(thread.is_alive() for thread in threads):
+        for found in histogram.distributions().values():
+            assert seen <= found.count == sum(found.counts)
+            seen = found.count
+    (found,) = histogram.distributions().values()
+    assert found.count == 60_000
+    assert found.counts == [20_001, 20_001, 19_998]
+    assert (found.total, found.lowest, found.highest) == (89_997, 0.5, 2.5)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_distribution_that_is_kept_tells_of_nothing_before_its_first_value() -> None:
+    histogram = metrics.Histogram("h", unit="s", description="", bounds=(1,))
+    kept = histogram.under((("state", "a"),))
+    assert histogram.distributions() == {}
+    kept.record(3)
+    histogram.record(0.5, state="a")
+    (found,) = histogram.distributions().values()
+    assert found.counts == [1, 1]
 
 
 @pytest.mark.usefixtures("fresh")

@@ -1,6 +1,7 @@
 """Trace contexts and spans: what is carried, what is recorded, and what costs nothing."""
 
 import asyncio
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,8 @@ CARRIED = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 class Kept:
     """A recorder that keeps what it is given; roots are recorded where `sampling`."""
+
+    follows_parents = True
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -113,3 +116,34 @@ def test_a_span_is_recorded_once(kept: Kept) -> None:
         span.end()
         span.end()
     assert kept.spans == [span]
+
+
+def test_no_two_spans_have_one_id(kept: Kept) -> None:
+    for _ in range(1000):
+        with tracing.span("outer"), tracing.span("inner"):
+            pass
+    contexts = [span.context for span in kept.spans if span.context]
+    assert len({context.span_id for context in contexts}) == 2000
+    assert len({context.trace_id for context in contexts}) == 1000
+    assert all(tracing.parse(context.traceparent) == context for context in contexts)
+
+
+def test_a_forked_process_chooses_ids_of_its_own(kept: Kept) -> None:
+    with tracing.span("before"):
+        pass
+    told, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        with tracing.span("child") as span:
+            os.write(tell, span.context.traceparent.encode() if span.context else b"")
+        os._exit(0)
+    os.waitpid(child, 0)
+    with os.fdopen(told, "rb") as pipe:
+        os.close(tell)
+        theirs = tracing.parse(pipe.read().decode())
+    with tracing.span("parent") as ours:
+        pass
+    assert theirs is not None
+    assert ours.context is not None
+    assert ours.context.span_id != theirs.span_id
+    assert ours.context.trace_id != theirs.trace_id

@@ -3,18 +3,20 @@
 After OpenTelemetry's conventions for RPC spans and metrics (https://opentelemetry.io/docs/specs/semconv/rpc/).
 """
 
-import functools
 import time
 from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import grpc
 
 from tiltyard.telemetry import metrics, tracing
+from tiltyard.telemetry.metrics import Buckets
 from tiltyard.telemetry.tracing import Attributes, Kind, Span, TraceContext
 
 T = TypeVar("T")
 HEADER = "traceparent"
+
+_OK = grpc.StatusCode.OK
 
 _ANSWERED = metrics.Histogram(
     "rpc.server.call.duration", unit="s", description="Duration of calls answered.", bounds=metrics.CALL_SECONDS
@@ -28,37 +30,68 @@ _SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "IN
 
 def observing() -> bool:
     """Whether calls are worth a span or a number in this process."""
-    return tracing.recording() or metrics.collecting()
+    return tracing.recorder is not None or metrics.collecting
 
 
-@functools.lru_cache(maxsize=4096)
-def _attributes(kind: Kind, method: str, code: str, peer: str) -> tuple[Attributes, str]:
-    """What span and metric say of a call, and its error."""
-    error = code if (code in _SERVER_ERRORS if kind is Kind.SERVER else code != "OK") else ""
-    attributes: dict[str, str | int] = {
-        "rpc.system.name": "grpc",
-        "rpc.method": method,
-        "rpc.response.status_code": code,
-    }
-    if error:
-        attributes["error.type"] = error
-    if peer:
-        host, _, port = peer.rpartition(":")
-        attributes["server.address"] = host or peer
-        if port.isdigit():
-            attributes["server.port"] = int(port)
-    return tuple(attributes.items()), error
+class Ending(NamedTuple):
+    """What span and metric say of the calls of one method that ended alike."""
+
+    attributes: Attributes
+    error: str
+    durations: Buckets
+
+
+class Calls:
+    """The calls of one method: those answered here, or those made to the address `peer`.
+
+    Whoever takes part in many of them keeps this: all that they share is put together once. `method` is
+    `package.Service/Method`.
+    """
+
+    __slots__ = ("_peer", "endings", "kind", "method")
+
+    def __init__(self, kind: Kind, method: str, *, peer: str = "") -> None:
+        self.kind = kind
+        self.method = method
+        self._peer = peer
+        self.endings: dict[str, Ending] = {}
+
+    def first_ended(self, code: str) -> Ending:
+        """What is said of those that ended with this status code, kept in `endings` from now on."""
+        answered = self.kind is Kind.SERVER
+        error = code if (code in _SERVER_ERRORS if answered else code != "OK") else ""
+        attributes: dict[str, str | int] = {
+            "rpc.system.name": "grpc",
+            "rpc.method": self.method,
+            "rpc.response.status_code": code,
+        }
+        if error:
+            attributes["error.type"] = error
+        if self._peer:
+            host, _, port = self._peer.rpartition(":")
+            attributes["server.address"] = host or self._peer
+            if port.isdigit():
+                attributes["server.port"] = int(port)
+        told = tuple(attributes.items())
+        ending = Ending(told, error, (_ANSWERED if answered else _MADE).under(told))
+        self.endings[code] = ending
+        return ending
 
 
 class ObservedCall(Span):
-    """One call from its first moment to `answered`. `name` is `package.Service/Method`, `peer` the address called."""
+    """One call from its first moment to `answered`: `begin` it, or let `answering` or `CallsMade` do so."""
 
-    __slots__ = ("_started", "peer")
+    __slots__ = ("calls", "started")
 
-    def __init__(self, kind: Kind, name: str, parent: TraceContext | None, *, peer: str = "") -> None:
-        super().__init__(name, kind, parent, ())
-        self.peer = peer
-        self._started = time.perf_counter()
+    calls: Calls
+    started: float
+
+    @classmethod
+    def begin(cls, calls: Calls, parent: TraceContext | None) -> Self:
+        """One of `calls`, as part of the span `parent`."""
+        call = cls(calls.method, calls.kind, parent, ())
+        call.calls, call.started = calls, time.perf_counter()
+        return call
 
     @property
     def headers(self) -> tuple[tuple[str, str], ...]:
@@ -66,36 +99,64 @@ class ObservedCall(Span):
         context = self.context
         return () if context is None else ((HEADER, context.traceparent),)
 
-    def answered(self, code: str) -> None:
-        """It was answered with this status code, by its name."""
-        self.attributes, self.error = _attributes(self.kind, self.name, code, self.peer)
+    def answered(self, code: grpc.StatusCode) -> None:
+        """It was answered with this status code."""
+        # An enumeration's `name` is a function of Python's.
+        name = "OK" if code is _OK else code.name
+        calls = self.calls
+        self.attributes, self.error, durations = calls.endings.get(name) or calls.first_ended(name)
         self.end()
-        if metrics.collecting():
-            durations = _ANSWERED if self.kind is Kind.SERVER else _MADE
-            durations.record_under(self.attributes, time.perf_counter() - self._started)
+        if metrics.collecting:
+            durations.record(time.perf_counter() - self.started)
 
     def failed(self, error: BaseException) -> None:
         """It was ended by an error of this side before there was an answer."""
-        code = error.code() if isinstance(error, grpc.aio.AioRpcError) else grpc.StatusCode.CANCELLED
-        self.answered(code.name)
+        self.answered(error.code() if isinstance(error, grpc.aio.AioRpcError) else grpc.StatusCode.CANCELLED)
 
 
-def answering(method: str, headers: Sequence[tuple[str, str | bytes]]) -> ObservedCall:
-    """A call that has arrived; `headers` may name the trace of its caller."""
+def answering(calls: Calls, headers: Sequence[tuple[str, str | bytes]]) -> ObservedCall | None:
+    """A call that has arrived, whose span is the current one of its task; None where nobody looks.
+
+    `headers` may name the trace of its caller.
+    """
+    if tracing.recorder is None and not metrics.collecting:
+        return None
     parent = None
     for name, value in headers:
         if name == HEADER:
             parent = tracing.parse(value) if isinstance(value, str) else None
             break
-    return ObservedCall(Kind.SERVER, method[1:], parent)
+    call = ObservedCall(calls.method, calls.kind, parent, ())
+    call.calls, call.started = calls, time.perf_counter()
+    if call.context is not None:
+        # Each call has its own task and so its own context: nothing to reset.
+        tracing.enter(call.context)
+    return call
 
 
-def making(method: str | bytes, peer: str) -> ObservedCall | None:
-    """A call that goes out to the address `peer`, as part of the span at hand; None where nobody looks."""
-    if not observing():
-        return None
-    name = method.decode() if isinstance(method, bytes) else method
-    return ObservedCall(Kind.CLIENT, name.lstrip("/"), tracing.current(), peer=peer)
+class CallsMade:
+    """The calls made to the address `peer`, by their method."""
+
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
+        self._calls: dict[str | bytes, Calls] = {}
+
+    def begin(self, method: str | bytes) -> ObservedCall | None:
+        """A call to `/package.Service/Method`, as part of the span at hand; None where nobody looks."""
+        if tracing.recorder is None and not metrics.collecting:
+            return None
+        calls = self._calls.get(method) or self.of(method)
+        call = ObservedCall(calls.method, calls.kind, tracing.current(), ())
+        call.calls, call.started = calls, time.perf_counter()
+        return call
+
+    def of(self, method: str | bytes) -> Calls:
+        """Those of `/package.Service/Method`."""
+        calls = self._calls.get(method)
+        if calls is None:
+            name = method.decode() if isinstance(method, bytes) else method
+            calls = self._calls[method] = Calls(Kind.CLIENT, name.lstrip("/"), peer=self._peer)
+        return calls
 
 
 def at_once(told: Coroutine[Any, Any, T]) -> T | None:
@@ -112,13 +173,13 @@ def at_once(told: Coroutine[Any, Any, T]) -> T | None:
 class _ObservingUnary(grpc.UnaryUnaryClientInterceptor):
     def __init__(self, parent: TraceContext | None, peer: str) -> None:
         self._parent = parent
-        self._peer = peer
+        self._made = CallsMade(peer)
 
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        observed = ObservedCall(Kind.CLIENT, client_call_details.method.lstrip("/"), self._parent, peer=self._peer)
+        observed = ObservedCall.begin(self._made.of(client_call_details.method), self._parent)
         metadata = (*(client_call_details.metadata or ()), *observed.headers)
         call = continuation(client_call_details._replace(metadata=metadata), request)
-        call.add_done_callback(lambda ended: observed.answered(ended.code().name))
+        call.add_done_callback(lambda ended: observed.answered(ended.code()))
         return call
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from tiltyard.calls.breaker import CircuitBreaker
-from tiltyard.calls.observed import ObservedCall, at_once, making
+from tiltyard.calls.observed import CallsMade, ObservedCall, at_once
 from tiltyard.identity import TokenSource
 
 DEADLINE_S = 20.0
@@ -30,10 +30,10 @@ class _Outgoing:
     """
 
     def __init__(self, address: str, tokens: TokenSource | None, deadline_s: float, breaker: CircuitBreaker) -> None:
-        self._address = address
         self._tokens = tokens
         self._deadline_s = deadline_s
         self._breaker = breaker
+        self._made = CallsMade(address)
 
     def _prepared(self, details: Any, deadline_s: float, observed: ObservedCall | None) -> grpc.aio.ClientCallDetails:
         """The call with token, deadline and trace. Raises AioRpcError instead of calling a peer that is dead."""
@@ -45,12 +45,12 @@ class _Outgoing:
         if self._tokens is not None:
             headers = (*headers, ("authorization", f"Bearer {self._tokens.token()}"))
         if headers:
-            changes["metadata"] = grpc.aio.Metadata(*(details.metadata or ()), *headers)
+            changes["metadata"] = (*(details.metadata or ()), *headers)
         return grpc.aio.ClientCallDetails(**changes)
 
     async def _stream(self, continuation: Any, details: Any, requests: Any) -> tuple[Any, "_Stream"]:
         """A call with a stream in it, which goes on after this."""
-        observed = making(details.method, self._address)
+        observed = self._made.begin(details.method)
         try:
             call = await continuation(self._prepared(details, STREAM_DEADLINE_S, observed), requests)
         except BaseException as error:
@@ -91,7 +91,7 @@ class _Stream:
         """The stream has ended."""
         code = at_once(call.code()) or grpc.StatusCode.UNKNOWN
         if self._observed is not None:
-            self._observed.answered(code.name)
+            self._observed.answered(code)
             self._observed = None  # a failed write may change the status once more
         if self._told or code in _OURS:
             return
@@ -209,7 +209,7 @@ class KeptAnswer:
 # gRPC files an interceptor under the first shape it finds: each shape needs a class of its own.
 class _UnaryUnary(_Outgoing, grpc.aio.UnaryUnaryClientInterceptor):
     async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        observed = making(client_call_details.method, self._address)
+        observed = self._made.begin(client_call_details.method)
         if observed is None:
             return (await self._call(continuation, client_call_details, request, None))[0]
         try:
@@ -217,7 +217,7 @@ class _UnaryUnary(_Outgoing, grpc.aio.UnaryUnaryClientInterceptor):
         except BaseException as error:
             observed.failed(error)
             raise
-        observed.answered(code.name)
+        observed.answered(code)
         return call
 
     async def _call(

@@ -5,7 +5,7 @@ Names, units and attributes follow OpenTelemetry's semantic conventions where th
 """
 
 import threading
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
 Value = str | int | float | bool
@@ -18,18 +18,16 @@ OVERFLOW: Key = (("otel.metric.overflow", True),)
 # https://opentelemetry.io/docs/specs/semconv/rpc/rpc-metrics/: seconds.
 CALL_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 
-_collecting = False
+_COUNTED_AT_ONCE = 256
+
+collecting = False
+"""Whether instruments count; read it only."""
 
 
-def collect(collecting: bool) -> None:
+def collect(on: bool) -> None:
     """Instruments count from now on, or no longer."""
-    global _collecting
-    _collecting = collecting
-
-
-def collecting() -> bool:
-    """Whether instruments count."""
-    return _collecting
+    global collecting
+    collecting = on
 
 
 class Instrument:
@@ -62,7 +60,7 @@ class Counter(Instrument):
 
     def add(self, amount: float = 1, **attributes: Value) -> None:
         """Adds to the sum of these attributes."""
-        if not _collecting:
+        if not collecting:
             return
         key = tuple(attributes.items())
         with self._lock:
@@ -85,7 +83,7 @@ class Gauge(Instrument):
 
     def set(self, value: float, **attributes: Value) -> None:
         """The value of these attributes is now this."""
-        if not _collecting:
+        if not collecting:
             return
         key = tuple(attributes.items())
         with self._lock:
@@ -96,7 +94,7 @@ class Gauge(Instrument):
 
         Where nobody collects by now, it is not kept.
         """
-        if not _collecting:
+        if not collecting:
             return
         with self._lock:
             self._sources.append(source)
@@ -114,10 +112,13 @@ class Gauge(Instrument):
 class Buckets:
     """One distribution of a histogram. `counts` has one more entry than `bounds`: what lies above the last."""
 
-    __slots__ = ("_bounds", "count", "counts", "highest", "lowest", "total")
+    __slots__ = ("_bounds", "_lock", "_recorded", "count", "counts", "highest", "lowest", "total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
+        self._lock = threading.Lock()
+        # Values are counted many at a time: one by one it takes ten times as long.
+        self._recorded: list[float] = []
         self.counts = [0] * (len(bounds) + 1)
         self.count = 0
         self.total = 0.0
@@ -125,20 +126,38 @@ class Buckets:
         self.highest = float("-inf")
 
     def record(self, value: float) -> None:
-        """Counts one value, in the bucket whose upper bound it does not pass."""
-        self.counts[bisect_left(self._bounds, value)] += 1
-        self.count += 1
-        self.total += value
-        if value < self.lowest:
-            self.lowest = value
-        if value > self.highest:
-            self.highest = value
+        """Takes one value, which the next copy counts."""
+        recorded = self._recorded
+        recorded.append(value)
+        if len(recorded) >= _COUNTED_AT_ONCE:
+            with self._lock:
+                self._count()
+
+    def _count(self) -> None:
+        """Counts what was recorded, each value in the bucket whose upper bound it does not pass."""
+        # Others may append meanwhile, at the end.
+        values = sorted(self._recorded)
+        del self._recorded[: len(values)]
+        if not values:
+            return
+        below = 0
+        for bucket, bound in enumerate(self._bounds):
+            up_to = bisect_right(values, bound, below)
+            self.counts[bucket] += up_to - below
+            below = up_to
+        self.counts[-1] += len(values) - below
+        self.count += len(values)
+        self.total += sum(values)
+        self.lowest = min(self.lowest, values[0])
+        self.highest = max(self.highest, values[-1])
 
     def copy(self) -> "Buckets":
         """As it is now."""
         taken = Buckets(self._bounds)
-        taken.counts, taken.count, taken.total = list(self.counts), self.count, self.total
-        taken.lowest, taken.highest = self.lowest, self.highest
+        with self._lock:
+            self._count()
+            taken.counts, taken.count, taken.total = list(self.counts), self.count, self.total
+            taken.lowest, taken.highest = self.lowest, self.highest
         return taken
 
 
@@ -152,22 +171,23 @@ class Histogram(Instrument):
 
     def record(self, value: float, **attributes: Value) -> None:
         """Counts one value."""
-        if _collecting:
-            self.record_under(tuple(attributes.items()), value)
+        if collecting:
+            self.under(tuple(attributes.items())).record(value)
 
-    def record_under(self, key: Key, value: float) -> None:
-        """`record` for those who keep the attributes' tuple, where every microsecond counts."""
+    def under(self, key: Key) -> Buckets:
+        """The distribution of these attributes, for those who keep it, since every microsecond counts there."""
         with self._lock:
-            buckets = self._buckets.get(key)
-            if buckets is None:
-                key = _bounded(key, self._buckets)
-                buckets = self._buckets.setdefault(key, Buckets(self.bounds))
-            buckets.record(value)
+            found = self._buckets.get(key)
+            if found is None:
+                found = self._buckets.setdefault(_bounded(key, self._buckets), Buckets(self.bounds))
+            return found
 
     def distributions(self) -> Mapping[Key, Buckets]:
         """The distributions as they are."""
         with self._lock:
-            return {key: buckets.copy() for key, buckets in self._buckets.items()}
+            kept = dict(self._buckets)
+        copies = {key: buckets.copy() for key, buckets in kept.items()}
+        return {key: copy for key, copy in copies.items() if copy.count}
 
 
 def _bounded(key: Key, series: Mapping[Key, object]) -> Key:

@@ -5,10 +5,12 @@ A trace outlives a call where its context is kept beside the work: `carried()` i
 `tiltyard.telemetry` installs the recorder that does.
 """
 
+import functools
+import os
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from enum import IntEnum
@@ -43,8 +45,15 @@ class TraceContext(NamedTuple):
         return f"00-{self.trace_id}-{self.span_id}-{'01' if self.sampled else '00'}"
 
 
+# What TraceContext(...) does, without a function of Python's between.
+_context: Callable[[tuple[str, str, bool]], TraceContext] = functools.partial(tuple.__new__, TraceContext)
+
+
 class Recorder(Protocol):
     """Where ended spans go. Both methods are called on hot paths and from any thread."""
+
+    follows_parents: bool
+    """Whether a span is recorded where its parent is; only those without one are asked for then."""
 
     def samples(self, trace_id: str, name: str, parent: TraceContext | None) -> bool:
         """Whether a span is to be recorded."""
@@ -55,26 +64,37 @@ class Recorder(Protocol):
         ...
 
 
+recorder: Recorder | None = None
+"""Who records spans in this process, or None where nobody does; read it only."""
+
 _current: ContextVar[TraceContext | None] = ContextVar("tiltyard_trace", default=None)
-_recorder: Recorder | None = None
+
+current: Callable[[], TraceContext | None] = _current.get
+"""The innermost span that surrounds the caller; None outside of any, and while nobody records."""
+
+enter: Callable[[TraceContext], object] = _current.set
+"""Makes this the current span of a task that is its own, whose context nobody needs to reset."""
+
 # Of its own: what seeds the shared one must not make two processes choose the same ids.
 _random = random.Random()  # noqa: S311
+# To write one number in hex takes as long as all else about a span: ids are made many at a time.
+_IDS_AT_ONCE = 256
+_ids: list[str] = []
 
 
-def install(recorder: Recorder | None) -> None:
+def _forget_ids() -> None:
+    _random.seed()
+    _ids.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_ids)
+
+
+def install(new: Recorder | None) -> None:
     """Records spans from now on, or with None no longer."""
-    global _recorder
-    _recorder = recorder
-
-
-def recording() -> bool:
-    """Whether anybody records spans in this process."""
-    return _recorder is not None
-
-
-def current() -> TraceContext | None:
-    """The innermost span that surrounds the caller; None outside of any, and while nobody records."""
-    return _current.get()
+    global recorder
+    recorder = new
 
 
 def carried() -> str:
@@ -86,7 +106,10 @@ def carried() -> str:
 def parse(traceparent: str) -> TraceContext | None:
     """The context in a traceparent; None for anything else, since a trace is never worth refusing a call."""
     found = _TRACEPARENT.fullmatch(traceparent)
-    return None if found is None else TraceContext(found[1], found[2], bool(int(found[3], 16) & 1))
+    if found is None:
+        return None
+    trace_id, span_id, flags = found.groups()
+    return _context((trace_id, span_id, flags == "01" or bool(int(flags, 16) & 1)))
 
 
 class Span:
@@ -103,17 +126,23 @@ class Span:
         self.parent = parent
         self.attributes = attributes
         self.error = ""
-        self.start_ns = self.end_ns = 0
+        self.end_ns = 0
         self._token: Token[TraceContext | None] | None = None
-        if _recorder is None:
+        # Every call passes here, mostly through cold memory: each function or object more costs it a microsecond.
+        if recorder is None:
             self.context = None
-            return
-        trace_id = parent.trace_id if parent is not None else _trace_id()
-        if not _recorder.samples(trace_id, name, parent):
+        elif parent is None:
+            trace_id = _id() + _id()
+            self.context = _context((trace_id, _id(), recorder.samples(trace_id, name, None)))
+        elif parent.sampled if recorder.follows_parents else recorder.samples(parent.trace_id, name, parent):
+            try:
+                span_id = _ids.pop()
+            except IndexError:
+                span_id = _id()
+            self.context = _context((parent.trace_id, span_id, True))
+        else:
             # Nothing will point at this span: those below it go on with its parent's id.
-            self.context = TraceContext(trace_id, parent.span_id if parent is not None else _span_id(), False)
-            return
-        self.context = TraceContext(trace_id, _span_id(), True)
+            self.context = _context((parent.trace_id, parent.span_id, False))
         self.start_ns = time.time_ns()
 
     def set(self, **attributes: Value) -> None:
@@ -126,13 +155,8 @@ class Span:
         if self.end_ns or self.context is None or not self.context.sampled:
             return
         self.end_ns = time.time_ns()
-        if _recorder is not None:
-            _recorder.record(self)
-
-    def enter(self) -> None:
-        """Makes this the current span of a task that is its own; `end` it by hand."""
-        if self.context is not None:
-            _current.set(self.context)
+        if recorder is not None:
+            recorder.record(self)
 
     def __enter__(self) -> Self:
         if self.context is not None:
@@ -151,12 +175,15 @@ class Span:
         self.end()
 
 
-def _trace_id() -> str:
-    return f"{_random.getrandbits(128) or 1:032x}"
-
-
-def _span_id() -> str:
-    return f"{_random.getrandbits(64) or 1:016x}"
+def _id() -> str:
+    """A fresh span id, or half of a trace id."""
+    try:
+        return _ids.pop()
+    except IndexError:
+        digits = _random.randbytes(8 * _IDS_AT_ONCE).hex()
+        made = (digits[at : at + 16] for at in range(0, len(digits), 16))
+        _ids.extend(each for each in made if int(each, 16))
+        return _id()
 
 
 def span(name: str, *, parent: str | None = None, kind: Kind = Kind.INTERNAL, **attributes: Value) -> Span:
@@ -175,10 +202,10 @@ def _named(attributes: Mapping[str, Value]) -> Attributes:
 @contextmanager
 def untraced() -> Iterator[None]:
     """For what is done every second whether there is work or not: calls made within are not recorded, by nobody."""
-    if _recorder is None:
+    if recorder is None:
         yield
         return
-    token = _current.set(TraceContext(_trace_id(), _span_id(), False))
+    token = _current.set(TraceContext(_id() + _id(), _id(), False))
     try:
         yield
     finally:
