@@ -25,7 +25,8 @@ from services.registry.transaction import Leaf
 from tiltyard.type.v1 import envelope_pb2, task_pb2
 
 R = TypeVar("R")
-_CONFIGS = 256
+_TASKS = 256
+_NONE = "{}"
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ def _finding_of(text: str) -> Finding:
     return Finding(**{**values, "counts": None if counts is None else Counts(**counts)})
 
 
-@lru_cache(_CONFIGS)
+@lru_cache(_TASKS)
 def _config_of(kept: bytes) -> TaskConfig:
-    # Read with every submission and every lease of a task, and hardly ever changed.
+    # Stays the same while the task's other columns count its submissions.
     return config_of(task_pb2.TaskConfig.FromString(kept))
 
 
@@ -78,11 +79,11 @@ ENVELOPE = Codec(
 )
 SCORES = Codec(
     lambda scores: json.dumps({str(round_): _score_json(score) for round_, score in scores.items()}),
-    lambda text: {int(round_): _score_of(values) for round_, values in json.loads(text).items()},
+    lambda text: {} if text == _NONE else {int(round_): _score_of(made) for round_, made in json.loads(text).items()},
 )
 DRAWS = Codec(
     lambda draws: json.dumps({str(round_): draw for round_, draw in draws.items()}),
-    lambda text: {int(round_): draw for round_, draw in json.loads(text).items()},
+    lambda text: {} if text == _NONE else {int(round_): draw for round_, draw in json.loads(text).items()},
 )
 FINDING = Codec(lambda finding: json.dumps(dataclasses.asdict(finding)), _finding_of)
 
@@ -91,7 +92,8 @@ class RowsOf(Generic[R]):
     """The rows of one kind of record. Building it fails where a field has no column.
 
     `key` names the fields that find a row; without any, rows are only ever added. `beside` names columns that no field
-    has, whose values are given with each record. Fields that are left out come last and have defaults.
+    has, whose values are given with each record. Fields that are left out come last and have defaults. So many records
+    are `remembered` by their rows: for those that are read with many calls and seldom change.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class RowsOf(Generic[R]):
         key: Sequence[str] = (),
         beside: Sequence[str] = (),
         left_out: frozenset[str] = frozenset(),
+        remembered: int = 0,
         **codecs: Codec,
     ) -> None:
         table = row.metadata.tables[str(row.__tablename__)]
@@ -119,6 +122,7 @@ class RowsOf(Generic[R]):
         self._values = attrgetter(*self._names)
         self._codecs = [(place, codecs[name]) for place, name in enumerate(self._names) if name in codecs]
         self._codec_of = codecs
+        self._record_of = lru_cache(remembered)(self._decoded) if remembered else self._decoded
 
     def values(self, record: R, *beside: Any) -> tuple[Any, ...]:
         """The values of the columns that are written, in their order."""
@@ -133,7 +137,10 @@ class RowsOf(Generic[R]):
 
     def record(self, row: Sequence[Any]) -> R:
         """The record that a row holds, whose first columns are those of `query`."""
-        values = list(row[: len(self._names)])
+        return self._record_of(tuple(row[: len(self._names)]))
+
+    def _decoded(self, row: tuple[Any, ...]) -> R:
+        values = list(row)
         for place, codec in self._codecs:
             values[place] = codec.decode(values[place])
         return self._record(*values)
@@ -249,6 +256,7 @@ TASKS = RowsOf(
     tables.TaskRow,
     key=("id",),
     beside=("deadline",),
+    remembered=_TASKS,
     config=CONFIG,
     state=_enum(records.TaskState),
     create_time=TIME,

@@ -192,10 +192,9 @@ def _find(tx: Reading, task: str, number: int) -> Submission:
 
 
 def _view(tx: Reading, task: Task, submission: Submission) -> SubmissionView:
-    assigned = tx.assignments(submission.task, submission.number)
     return SubmissionView(
         submission=visible(task, submission),
-        validators=tuple(dict.fromkeys(assignment.validator for assignment in assigned)),
+        validators=tuple(tx.validators_of(submission.task, submission.number)),
         ranking_round=task.ranking_round or FIRST_ROUND,
     )
 

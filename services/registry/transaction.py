@@ -155,6 +155,10 @@ class Reading(Protocol):
         """By round and position."""
         ...
 
+    def validators_of(self, task: str, number: int) -> Sequence[str]:
+        """All who were assigned a submission so far, each once, in order of their first round and position."""
+        ...
+
     def assignments_of(self, validator: str, *, after: int, limit: int) -> Sequence[Assignment]:
         """Those whose sequence is above `after`, by sequence."""
         ...

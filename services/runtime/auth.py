@@ -127,6 +127,7 @@ class AccessPolicy:
 
     def __init__(self, rules: Mapping[str, frozenset[Role]] | None = None) -> None:
         self._rules = {"/grpc.channelz.v1.Channelz/*": frozenset({Role.OPERATOR}), **(rules or {})}
+        self._asked_for: dict[str, frozenset[Role]] = {}
 
     def is_free(self, method: str) -> bool:
         """Whether `method` answers without a token."""
@@ -134,9 +135,10 @@ class AccessPolicy:
 
     def check(self, method: str, caller: Caller) -> None:
         """Raises PermissionDenied when `caller` has none of the roles that `method` asks for."""
-        rule = self._rules.get(method)
+        rule = self._asked_for.get(method)
         if rule is None:
-            rule = self._rules.get(method.rpartition("/")[0] + "/*", frozenset({Role.PARTICIPANT}))
+            whole_service = self._rules.get(method.rpartition("/")[0] + "/*", frozenset({Role.PARTICIPANT}))
+            rule = self._asked_for[method] = self._rules.get(method, whole_service)
         if rule.isdisjoint(caller.roles):
             roles = ", ".join(sorted(role.value for role in rule))
             raise PermissionDenied("ROLE_REQUIRED", f"{method} needs the role {roles}", method=method, roles=roles)

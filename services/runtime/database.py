@@ -1,6 +1,7 @@
 """One database for each process: a writer that commits in groups, and readers on consistent snapshots."""
 
 import asyncio
+import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 import structlog
 from sqlalchemy import delete
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DataError, IntegrityError, InterfaceError, OperationalError, PendingRollbackError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, OperationalError, PendingRollbackError
 from sqlmodel import Session, col
 
 from services.runtime.answers import (
@@ -25,9 +26,9 @@ from services.runtime.answers import (
     find_answer,
 )
 from services.runtime.auth import utc_now
-from services.runtime.engines import is_serialization_failure, migrate, reading_engine, writing_engine
+from services.runtime.engines import is_serialization_failure, look_afresh, migrate, reading_engine, writing_engine
 from services.runtime.errors import Unavailable
-from services.runtime.groups import GroupThread, GroupTurn, Outcome
+from services.runtime.groups import GroupThread, Outcome
 from services.runtime.idempotency import PendingRequest, Replayed, pending_request
 
 __all__ = ["Database", "Group", "Staging", "create_remembered_requests", "group_of"]
@@ -132,8 +133,8 @@ class Database:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="database-reader")
         self._writer = GroupThread(self._write_group, name="database-writer")
         # SQLite finds a few rows sooner than a thread wakes up; PostgreSQL answers over a network.
-        self._lookups: GroupTurn[_Lookup, Any] | GroupThread[_Lookup, Any] = (
-            GroupTurn(self._look_up_here)
+        self._lookups: GroupThread[_Lookup, Any] | None = (
+            None
             if self._read_engine.dialect.name == "sqlite"
             else GroupThread(self._look_up_group, name="database-lookups")
         )
@@ -178,9 +179,11 @@ class Database:
         return await loop.run_in_executor(self._readers, lambda: context.run(self._read, work))
 
     async def lookup(self, work: Callable[[Connection], T]) -> T:
-        """As `read`, cheaper, for a few rows by their keys: questions that come together share a snapshot."""
+        """As `read`, cheaper, for a few rows by their keys: others wait until it returns."""
         if self._closed:
             raise Unavailable("DATABASE_CLOSED", "the server is stopping")
+        if self._lookups is None:
+            return self._look_up_here(work)
         return cast(T, await self._lookups.ask(_Lookup(work, contextvars.copy_context())))
 
     async def lookup_remembered(self, pending: PendingRequest) -> bytes | None:
@@ -202,7 +205,8 @@ class Database:
             return
         self._closed = True
         await self._writer.close()
-        await self._lookups.close()
+        if self._lookups is not None:
+            await self._lookups.close()
         await asyncio.to_thread(self._readers.shutdown)
         if self._at_hand is not None:
             self._at_hand.close()
@@ -222,12 +226,28 @@ class Database:
         with _loss_told("nothing was read"), self._read_engine.connect() as connection:
             return _looked_up(group, connection)
 
-    def _look_up_here(self, group: list[_Lookup]) -> list[Outcome[Any]]:
+    def _look_up_here(self, work: Callable[[Connection], T]) -> T:
         # One connection is kept: to take it out of the pool and put it back takes as long as an answer.
-        if self._at_hand is None:
-            self._at_hand = self._read_engine.connect()
-        with _loss_told("nothing was read"), self._at_hand.begin():
-            return _looked_up(group, self._at_hand)
+        try:
+            connection = self._at_hand
+            if connection is None:
+                connection = self._at_hand = self._read_engine.connect()
+                look_afresh(connection)
+            try:
+                return work(connection)
+            finally:
+                look_afresh(connection)
+        except (DBAPIError, PendingRollbackError):
+            self._let_go()
+            with _loss_told("nothing was read"):
+                raise
+
+    def _let_go(self) -> None:
+        connection, self._at_hand = self._at_hand, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                connection.invalidate()
+                connection.close()
 
     def _write_group(self, group: list[_Write]) -> list[Outcome[Any]]:
         attempt = 1

@@ -130,6 +130,18 @@ def found_rows(connection: Connection, statement: str, values: Values) -> Sequen
         cursor.close()
 
 
+def look_afresh(connection: Connection) -> None:
+    """Ends the snapshot of a connection that is always in a transaction; its next question sees what is there by then.
+
+    For SQLite, whose BEGIN holds nothing until something is read. SQLAlchemy's own transactions cost far more.
+    """
+    if not connection.in_transaction():
+        connection.begin()
+        return
+    _run(connection, "ROLLBACK")
+    _run(connection, "BEGIN")
+
+
 def _run(connection: Connection, statement: str) -> None:
     """Runs a statement that has neither values nor rows, as `found_rows` asks a question."""
     if connection.dialect.name == "sqlite":

@@ -1,4 +1,4 @@
-"""What has queued up is done as one group, in a thread of its own or in the event loop, and each asker is answered."""
+"""What has queued up is done as one group, in a thread of its own, and each asker is answered."""
 
 import asyncio
 import contextlib
@@ -74,38 +74,3 @@ def _resolve(answers: list[tuple[asyncio.Future[Result], Outcome[Result]]]) -> N
             done.set_result(result)  # type: ignore[arg-type]
         else:
             done.set_exception(failure)
-
-
-class GroupTurn(Generic[Item, Result]):
-    """Calls `work`, in the event loop, with all items that were asked for in one turn of it.
-
-    For work that is done sooner than a thread wakes up; everything else waits for it. `work` is as `GroupThread`'s.
-    """
-
-    def __init__(self, work: Callable[[list[Item]], Sequence[Outcome[Result]]]) -> None:
-        self._work = work
-        self._asked: list[tuple[Item, asyncio.Future[Result]]] = []
-
-    async def ask(self, item: Item) -> Result:
-        """The result of `item`; raises what it failed with."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[Result] = loop.create_future()
-        if not self._asked:
-            loop.call_soon(self._answer)
-        self._asked.append((item, done))
-        return await done
-
-    async def close(self) -> None:
-        """Nothing is left behind: what was asked is answered in the same turn."""
-
-    def _answer(self) -> None:
-        asked, self._asked = self._asked, []
-        group = [entry for entry in asked if not entry[1].cancelled()]
-        if not group:
-            return
-        outcomes: Sequence[Outcome[Result]]
-        try:
-            outcomes = self._work([item for item, _ in group])
-        except Exception as failure:
-            outcomes = [(None, failure)] * len(group)
-        _resolve([(done, outcome) for (_, done), outcome in zip(group, outcomes, strict=True)])

@@ -6,21 +6,24 @@ All of it is one interceptor: each further one would cost every call a wrapper, 
 import asyncio
 import functools
 import inspect
+import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from services.runtime.auth import AccessPolicy, Authenticator, maybe_caller, set_caller
+from services.runtime.auth import AccessPolicy, Authenticator, Caller, maybe_caller, set_caller
 from services.runtime.errors import InvalidArgument, Unavailable, Unimplemented
 from services.runtime.idempotency import InFlight, RequestMemory, RequestScope, use_memory
 from services.runtime.limits import CallGate
 from services.runtime.rpc_errors import to_rpc_status
-from tiltyard.calls.observed import Calls, answering
+from tiltyard.calls.observed import Calls, ObservedCall, answering
 from tiltyard.telemetry import metrics
 from tiltyard.telemetry.tracing import Kind
 
@@ -28,7 +31,7 @@ from tiltyard.telemetry.tracing import Kind
 Handler = Any
 Context = Any
 Headers = Sequence[tuple[str, Any]]
-Around = Callable[[Context], AbstractAsyncContextManager[None]]
+Around = Callable[[Context], "_Surroundings"]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 
 _HEALTH = "/grpc.health.v1.Health/"
@@ -149,7 +152,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         gate: CallGate | None = None,
         stream_idle_s: float = 0.0,
     ) -> None:
-        self._drain = drain
+        self.drain = drain
         self._gate = gate
         self._stream_idle_s = stream_idle_s
         self._authenticator = authenticator
@@ -159,6 +162,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Bound once: an unbound logger costs every call a new one, printed or not.
         self._log = _log.bind()
 
+    def _method(self, name: str) -> "_Method":
+        return _Method(
+            name,
+            free=self._policy.is_free(name),
+            quiet=name.startswith(_QUIET),
+            watch=name.rpartition("/")[2].startswith("Watch"),
+            health=name.startswith(_HEALTH),
+            calls=None if name.startswith(_QUIET) else Calls(Kind.SERVER, name[1:]),
+        )
+
     async def intercept_service(self, continuation: Continuation, handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None:
@@ -166,70 +179,131 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         plain, surrounded = self._known.get(method, (None, None))
         if plain is not handler:
-            calls = None if method.startswith(_QUIET) else Calls(Kind.SERVER, method[1:])
-            surrounded = _surrounded(handler, functools.partial(self._around, method, calls), self._stream_idle_s)
+            around = functools.partial(self._around, self._method(method))
+            surrounded = _surrounded(handler, around, self._stream_idle_s)
             self._known[method] = (handler, surrounded)
         return surrounded
 
-    @asynccontextmanager
-    async def _around(self, method: str, calls: Calls | None, context: Context) -> AsyncIterator[None]:
-        started = time.monotonic()
-        code: grpc.StatusCode | None = None
-        headers = context.invocation_metadata() or ()
-        observed = answering(calls, headers) if calls is not None else None
-        try:
-            with self._drain.watching(method, context), self._admitted(method, headers, context):
-                if self._scope is not None:
-                    use_memory(self._scope)
-                yield
-        except asyncio.CancelledError:
-            code = grpc.StatusCode.CANCELLED
-            raise
-        except grpc.aio.AbortError:
-            raise  # the method has answered by itself
-        except Exception as error:
-            await _abort(method, context, error)
-        finally:
-            code = code or _code(context)
-            self._log_call(method, code, time.monotonic() - started)
-            if observed is not None:
-                observed.answered(code)
+    def _around(self, method: "_Method", context: Context) -> "_Surroundings":
+        return _Surroundings(self, method, context)
 
-    @contextmanager
-    def _admitted(self, method: str, headers: Headers, context: Context) -> Iterator[None]:
-        """Names the caller for the call when its token proves one whom the policy and the limits admit, or raises."""
-        if self._authenticator is None:
-            yield
-            return
-        authorization = next((value for key, value in headers if key == "authorization"), None)
-        free = self._policy.is_free(method)
-        if self._gate is not None and (free or not self._authenticator.knows(authorization)):
+    def enter(self, method: "_Method", context: Context, headers: Headers) -> Caller | None:
+        """Names the caller for the call when its token proves one whom the policy and the limits admit, or raises.
+
+        A caller that is named here has its call counted until `leave`.
+        """
+        caller = None if self._authenticator is None else self._admit(self._authenticator, method, context, headers)
+        if self._scope is not None:
+            use_memory(self._scope)
+        return caller
+
+    def _admit(
+        self, authenticator: Authenticator, method: "_Method", context: Context, headers: Headers
+    ) -> Caller | None:
+        authorization = None
+        for key, value in headers:
+            if key == "authorization":
+                authorization = value
+                break
+        if self._gate is not None and (method.free or not authenticator.knows(authorization)):
             self._gate.admit_stranger(context.peer())
-        if free:
-            yield
-            return
-        caller = self._authenticator.authenticate(authorization)
-        self._policy.check(method, caller)
+        if method.free:
+            return None
+        caller = authenticator.authenticate(authorization)
+        self._policy.check(method.name, caller)
         # Each call has its own task and so its own context: nothing to reset.
         set_caller(caller)
-        if self._gate is None:
-            yield
-            return
-        with self._gate.call_of(caller):
-            yield
+        if self._gate is not None:
+            self._gate.begin(caller)
+        return caller
 
-    def _log_call(self, method: str, code: grpc.StatusCode, duration_s: float) -> None:
+    def leave(self, caller: Caller | None) -> None:
+        """The end of a call that `enter` has admitted."""
+        if self._gate is not None and caller is not None:
+            self._gate.end(caller)
+
+    def log_call(self, method: "_Method", code: grpc.StatusCode, duration_s: float) -> None:
         """One line a call: at level info when it failed or took long, at debug when there is nothing to learn."""
-        remarkable = code is not grpc.StatusCode.OK or duration_s >= _SLOW_S
-        log = self._log.info if remarkable and not method.startswith(_QUIET) else self._log.debug
+        remarkable = (code is not grpc.StatusCode.OK or duration_s >= _SLOW_S) and not method.quiet
+        if not remarkable and not self._log.is_enabled_for(logging.DEBUG):
+            return
         caller = maybe_caller()
-        log(
+        (self._log.info if remarkable else self._log.debug)(
             "call",
-            method=method,
+            method=method.name,
             code=code.name,
             duration_ms=round(duration_s * 1000, 2),
             caller=caller.id if caller else None,
         )
+
+
+@dataclass(frozen=True)
+class _Method:
+    """What is known of a method before its first call."""
+
+    name: str
+    free: bool
+    """Of tokens."""
+    quiet: bool
+    watch: bool
+    health: bool
+    calls: Calls | None
+    """As telemetry tells of them."""
+
+
+class _Surroundings:
+    """One call, from its first moment to its answer.
+
+    Written out, with neither generators nor context managers of its own: they would take as long as all they surround.
+    """
+
+    __slots__ = ("_caller", "_context", "_entered", "_interceptor", "_method", "_observed", "_started", "_task")
+
+    def __init__(self, interceptor: CallInterceptor, method: _Method, context: Context) -> None:
+        self._interceptor = interceptor
+        self._method = method
+        self._context = context
+        self._entered = False
+        self._caller: Caller | None = None
+        self._observed: ObservedCall | None = None
+
+    async def __aenter__(self) -> None:
+        self._started = time.monotonic()
+        headers = self._context.invocation_metadata() or ()
+        calls = self._method.calls
+        self._observed = answering(calls, headers) if calls is not None else None
+        try:
+            self._task = self._interceptor.drain.begin(self._method)
+            self._entered = True
+            self._caller = self._interceptor.enter(self._method, self._context, headers)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, None)
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        code: grpc.StatusCode | None = None
+        interceptor, method, context = self._interceptor, self._method, self._context
+        try:
+            if self._entered:
+                interceptor.leave(self._caller)
+                interceptor.drain.end(method, self._task)
+            if error is None:
+                return
+            if isinstance(error, asyncio.CancelledError):
+                if not interceptor.drain.ends(method, context):
+                    code = grpc.StatusCode.CANCELLED
+                    return
+                error = _draining()
+            # With AbortError the method has answered by itself.
+            if isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
+                await _abort(method.name, context, error)
+        finally:
+            code = code or _code(context)
+            interceptor.log_call(method, code, time.monotonic() - self._started)
+            if self._observed is not None:
+                self._observed.answered(code)
 
 
 def _code(context: Context) -> grpc.StatusCode:
@@ -263,31 +337,29 @@ class Drain:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    @contextmanager
-    def watching(self, method: str, context: Context) -> Iterator[None]:
-        """Around one call: lets `drain` wait for it, or end it when it is a watch."""
+    def begin(self, method: "_Method") -> "asyncio.Task[Any]":
+        """The beginning of a call: from here on `drain` waits for it, or ends it when it is a watch."""
+        if method.watch and self._draining:
+            raise _draining()
         task = asyncio.current_task()
         assert task is not None  # a call is a task
-        watching = method.rpartition("/")[2].startswith("Watch")
-        if watching and self._draining:
-            raise _draining()
-        group = self._group(method, watching)
-        group.add(task)
+        self._group(method).add(task)
         self._note_idle()
-        try:
-            yield
-        except asyncio.CancelledError:
-            if watching and self._draining and not context.cancelled():
-                raise _draining() from None
-            raise
-        finally:
-            group.discard(task)
-            self._note_idle()
+        return task
 
-    def _group(self, method: str, watching: bool) -> set[asyncio.Task[Any]]:
-        if method.startswith(_HEALTH):
+    def end(self, method: "_Method", task: "asyncio.Task[Any]") -> None:
+        """The end of a call that has begun."""
+        self._group(method).discard(task)
+        self._note_idle()
+
+    def ends(self, method: "_Method", context: Context) -> bool:
+        """Whether a call that was cancelled was so by `drain`, and not by its caller."""
+        return method.watch and self._draining and not context.cancelled()
+
+    def _group(self, method: "_Method") -> set[asyncio.Task[Any]]:
+        if method.health:
             return self._watching_health
-        return self._watching if watching else self._running
+        return self._watching if method.watch else self._running
 
     def _note_idle(self) -> None:
         if self._running or self._watching:

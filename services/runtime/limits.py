@@ -3,8 +3,7 @@
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.runtime.auth import Caller, Role
@@ -69,11 +68,12 @@ class CallGate:
         if self._limits.per_second and not peer.startswith("unix:"):
             self._take(self._addresses, peer.rpartition(":")[0], "callers without a known token at your address")
 
-    @contextmanager
-    def call_of(self, caller: Caller) -> Iterator[None]:
-        """Around a call of `caller`. Raises ResourceExhausted: CALL_RATE with the wait, or CALLS_IN_FLIGHT."""
-        if not self._limits.exempt.isdisjoint(caller.roles):
-            yield
+    def begin(self, caller: Caller) -> None:
+        """Before a call of `caller`. Raises ResourceExhausted: CALL_RATE with the wait, or CALLS_IN_FLIGHT.
+
+        A call that was let in is to `end`.
+        """
+        if self._is_exempt(caller):
             return
         if self._limits.per_second:
             self._take(self._participants, caller.id, f"participants/{caller.id}")
@@ -85,12 +85,17 @@ class CallGate:
                 limit=str(self._limits.in_flight),
             )
         self._running[caller.id] = running + 1
-        try:
-            yield
-        finally:
-            running = self._running.pop(caller.id) - 1
-            if running:
-                self._running[caller.id] = running
+
+    def end(self, caller: Caller) -> None:
+        """After a call that `begin` has let in."""
+        if self._is_exempt(caller):
+            return
+        running = self._running.pop(caller.id) - 1
+        if running:
+            self._running[caller.id] = running
+
+    def _is_exempt(self, caller: Caller) -> bool:
+        return not self._limits.exempt.isdisjoint(caller.roles)
 
     def _take(self, buckets: Buckets, name: str, who: str) -> None:
         wait_s = buckets.take(name)

@@ -47,6 +47,9 @@ _ROUNDS_DUE = Written(
 _ASSIGNMENTS_DUE = Written(
     ASSIGNMENTS.query().where(_A.state.in_(_LEASED), _A.deadline <= given("now")).order_by(_A.deadline, _A.sequence)
 )
+_VALIDATORS_OF = Written(
+    select(_A.validator).where(_A.task == given("task"), _A.number == given("number")).order_by(_A.round, _A.position)
+)
 _UNSETTLED = Written(
     ASSIGNMENTS.query().where(_A.settled.is_(False), _A.state.in_(_ENDED)).order_by(_A.sequence).limit(given("most"))
 )
@@ -100,6 +103,10 @@ class JudgingQuestions(Asking):
 
     def assignments(self, task: str, number: int, round_: int | None = None) -> Sequence[Assignment]:
         return self._all(ASSIGNMENTS, order=("round", "position"), task=task, number=number, **_of_round(round_))
+
+    def validators_of(self, task: str, number: int) -> Sequence[str]:
+        assigned = self._rows(_VALIDATORS_OF, task=task, number=number)
+        return tuple(dict.fromkeys(validator for (validator,) in assigned))
 
     def assignments_of(self, validator: str, *, after: int, limit: int) -> Sequence[Assignment]:
         query = ASSIGNMENTS.query().where(_A.validator == validator, _A.sequence > after)
