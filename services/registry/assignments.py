@@ -134,7 +134,7 @@ class Assignments:
                 log_assignment(tx, leased)
             return Lease(leased, _order(tx, task, submission, leased.round))
 
-        return await self._store.write(write)
+        return await self._store.write(write, quick=True)
 
     async def renew(self, caller: str, assignment: AssignmentId, *, token: str) -> Assignment:
         """Prolong a running lease by the task's lease time, never beyond the deadline of the round."""
@@ -145,7 +145,7 @@ class Assignments:
             round_, task, _ = _surroundings(tx, found)
             return tx.put_assignment(replace(found, deadline=_lease_end(tx, task, round_), update_time=tx.now))
 
-        return await self._store.write(write)
+        return await self._store.write(write, quick=True)
 
     async def decline(self, caller: str, assignment: AssignmentId, *, token: str) -> Assignment:
         """Give a duty back that was offered, or whose lease the caller holds."""
@@ -158,7 +158,7 @@ class Assignments:
                 raise ended(found)
             return end_assignment(tx, found, AssignmentState.DECLINED)
 
-        return await self._store.write(write)
+        return await self._store.write(write, quick=True)
 
 
 def own_assignment(tx: Reading, assignment: AssignmentId, caller: str) -> Assignment:

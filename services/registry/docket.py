@@ -1,6 +1,6 @@
 """Which rounds are worth a look: those that changed, and those whose deadline has come. A turn costs what is due."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime
 
 from services.registry.records import Round, RoundState
@@ -42,6 +42,10 @@ class Docket:
         for round_ in batch:
             del self._due[key_of(round_)]
         return batch
+
+    def news(self, tx: Reading, now: datetime) -> Collection[Round]:
+        """Empty where `look` would find nothing."""
+        return self._due.values() or tx.rounds_touched(self._state, after=self._seen) or tx.rounds_due(self._state, now)
 
     def is_due(self, tx: Reading, round_: Round, now: datetime) -> bool:
         """Whether there is something to do for this round as it is."""

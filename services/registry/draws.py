@@ -24,8 +24,8 @@ from services.registry.rounds import (
     FIRST_ROUND,
     HOLDOUT_ROUND,
     give_up,
+    headcount,
     offer,
-    standing,
     start_round,
     submission_of,
     task_of,
@@ -93,6 +93,8 @@ class Draws:
 
     async def start_rounds_of_holdout(self) -> int:
         """Every SCORED submission of a closed task with an accepted holdout gets its round 2."""
+        if not await self._store.finds(lambda tx: tx.tasks_in(TaskState.CLOSED)):
+            return 0
         if not await self._store.read(_without_holdout_round):
             return 0
 
@@ -107,6 +109,8 @@ class Draws:
     async def draw(self) -> int:
         """Rounds that wait are drawn, and offered to the first k; those that waited for too long are given up."""
         now = self._clock()
+        if not self._refused and not await self._store.finds(lambda tx: self._undrawn.news(tx, now)):
+            return 0
         waiting = await self._store.read(lambda tx: self._to_draw(tx, now))
         return await each(waiting, self._draw_one, undone=lambda undrawn: self._undrawn.put_back(undrawn.round))
 
@@ -172,6 +176,8 @@ class Draws:
             rounds = self._short.look(tx, now)
             return [_Short(round_, _missing(tx, round_, now), _paused(tx, round_.task)) for round_ in rounds]
 
+        if not await self._store.finds(lambda tx: self._short.news(tx, now)):
+            return 0
         short = [found for found in await self._store.read(find) if found.missing > 0]
         return await each(short, self._call_one, undone=lambda found: self._short.put_back(found.round))
 
@@ -210,6 +216,8 @@ class Draws:
             settled.append(assignment)
             return 1
 
+        if not await self._store.finds(lambda tx: tx.assignments_unsettled(limit=1)):
+            return 0
         owed = await self._store.read(_owed)
         try:
             return await each(owed, settle_one)
@@ -294,7 +302,7 @@ def _missing(tx: Reading, round_: Round, now: datetime) -> int:
     """How many validators a round lacks; none where there is nobody left, or no time."""
     if round_.state is not RoundState.SEALING or round_.exhausted or now >= round_.deadline:
         return 0
-    return max(0, round_.wanted - standing(tx, round_).live)
+    return max(0, round_.wanted - sum(headcount(tx, round_)))
 
 
 def _note_exhausted(tx: Writing, seen: Round) -> int:

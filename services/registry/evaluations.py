@@ -78,7 +78,7 @@ class Evaluations:
             )
             return evaluation
 
-        return await self._store.write(write)
+        return await self._store.write(write, quick=True)
 
     async def open(
         self, caller: str, assignment: AssignmentId, *, report: Report, envelope: Envelope, salt: bytes
@@ -115,7 +115,7 @@ class Evaluations:
             )
             return opened
 
-        return await self._store.write(write)
+        return await self._store.write(write, quick=True)
 
     async def get(self, caller: str, evaluation: AssignmentId, *, hashes: bool = False) -> EvaluationView:
         """One evaluation, without its report where it is hidden yet. `hashes`: with those of predictions."""

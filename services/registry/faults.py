@@ -39,4 +39,6 @@ class ValidatorFaults:
 
             return await self._store.write(note)
 
+        if not await self._store.finds(lambda tx: tx.faults_unslashed(limit=1)):
+            return 0
         return await each(await self._store.read(lambda tx: tx.faults_unslashed(limit=_SLASHED_A_TURN)), slash_one)

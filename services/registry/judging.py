@@ -25,6 +25,7 @@ from services.registry.rounds import (
     end_assignment,
     end_round,
     give_up,
+    headcount,
     record_fault,
     reject,
     reports_of,
@@ -52,7 +53,7 @@ class Judging:
     async def expire_assignments(self) -> int:
         """Duties that were not accepted, or not sealed, in time: the next reserve may have them."""
         now = self._clock()
-        if not await self._store.read(lambda tx: tx.assignments_due(now)):
+        if not await self._store.finds(lambda tx: tx.assignments_due(now)):
             return 0
 
         def expire(tx: Writing) -> int:
@@ -85,6 +86,8 @@ class Judging:
             with traced(step, seen):
                 return await self._store.write(write)
 
+        if not await self._store.finds(lambda tx: docket.news(tx, now)):
+            return 0
         due = await self._store.read(lambda tx: docket.look(tx, now))
         return await each(due, do, undone=docket.put_back)
 
@@ -94,10 +97,12 @@ def _quorum(tx: Reading, round_: Round) -> int:
 
 
 def _sealing_is_over(tx: Reading, round_: Round, now: datetime) -> bool:
-    found = standing(tx, round_)
-    if found.reported >= round_.wanted or now >= round_.deadline:
+    if now >= round_.deadline:
         return True
-    return round_.exhausted and (not found.pending or found.live < _quorum(tx, round_))
+    pending, reported = headcount(tx, round_)
+    if reported >= round_.wanted:
+        return True
+    return round_.exhausted and (not pending or pending + reported < _quorum(tx, round_))
 
 
 def _ask_to_open(tx: Writing, round_: Round) -> None:

@@ -115,6 +115,8 @@ class Memberships:
             pending = [m for m in tx.members_in(MembershipState.PENDING, removed=False) if m.create_time <= before]
             return [self._application(tx, member, known_task(tx, member.task)) for member in pending]
 
+        if not await self._store.finds(lambda tx: tx.members_in(MembershipState.PENDING, removed=False)):
+            return 0
         return await each(await self._store.read(left_behind), self._finish)
 
     async def _finish(self, application: _Application) -> int:
@@ -133,6 +135,8 @@ class Memberships:
             left = tx.members_in(MembershipState.LEFT, removed=False)
             return [member for member in left if not _has_duties(tx, member)]
 
+        if not await self._store.finds(lambda tx: tx.members_in(MembershipState.LEFT, removed=False)):
+            return 0
         return await each(await self._store.read(free), self._remove)
 
     async def _remove(self, member: Member) -> int:

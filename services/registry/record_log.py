@@ -147,7 +147,7 @@ class RecordLog:
 
     async def take_ledger_events(self) -> int:
         """A step of the referee: changes of the selector's state become leaves, each once and in order."""
-        position = await self._store.read(lambda tx: tx.ledger_position())
+        position = await self._store.look_up(lambda tx: tx.ledger_position())
         # Asked every second, whether there is anything or not.
         with tracing.untraced():
             events = await self._selection.ledger_events(start=position + 1, limit=_EVENTS_A_TURN)

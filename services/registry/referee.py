@@ -20,6 +20,7 @@ _LONGEST_PAUSE_S = 1.0
 # A deadline that no step can act on yet must not keep a processor busy.
 _SHORTEST_PAUSE_S = 0.05
 _LONGEST_REST_S = 0.25
+_SHORTEST_REST_S = 0.04
 
 _TURN = metrics.Histogram(
     "tiltyard.referee.turn.duration",
@@ -62,7 +63,8 @@ class Referee:
             # Calls and turns share a processor, and under load there is always a wake-up: a turn is followed by a rest
             # as long as itself, a longer one where it found nothing to do.
             took_s = time.perf_counter() - started
-            await asyncio.sleep(min(_LONGEST_REST_S, took_s if done else 3 * took_s))
+            rest_s = took_s if done else max(_SHORTEST_REST_S, 3 * took_s)
+            await asyncio.sleep(min(_LONGEST_REST_S, rest_s))
             await self._alarm.wait_for_referee(await self._pause_s())
 
     async def turn(self) -> int:
@@ -79,7 +81,7 @@ class Referee:
         return done
 
     async def _pause_s(self) -> float:
-        deadline = await self._store.read(lambda tx: tx.next_deadline())
+        deadline = await self._store.look_up(lambda tx: tx.next_deadline())
         if deadline is None:
             return _LONGEST_PAUSE_S
         due_s = (deadline - self._clock()).total_seconds()

@@ -90,6 +90,15 @@ def standing(tx: Reading, round_: Round) -> Standing:
     )
 
 
+def headcount(tx: Reading, round_: Round) -> tuple[int, int]:
+    """How many are `pending` in the standing of a round, and how many have `reported`; cheaper to know."""
+    states = tx.assignment_states(round_.task, round_.number, round_.round)
+    if AssignmentState.OPENED in states:
+        found = standing(tx, round_)
+        return len(found.pending), found.reported
+    return sum(state in PENDING for state in states), states.count(AssignmentState.SEALED)
+
+
 def start_round(tx: Writing, submission: Submission, task: Task, round_: int) -> Round:
     """A round that waits for its draw, for as long as the task allows."""
     started = Round(

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
-
-from sqlmodel import Session
 
 from services.registry.rows import COUNTERS, COUNTERS_ID, LEAVES, NODES, Counters, LogNode, RowsOf
 from services.registry.transaction import Leaf
 from services.runtime.database import Group
-from services.runtime.engines import found_rows, placeholder
+from services.runtime.engines import found_rows, placeholder, run_many
 from tiltyard.transparency import HASH_BYTES, Frontier
 
 R = TypeVar("R")
@@ -55,6 +54,7 @@ class RowStaging:
 
     def __init__(self, group: Group) -> None:
         self.connection = group.connection
+        self._group = group
         self._mark = placeholder(group.connection)
         self._kept = _Layer()
         self._own = _Layer()
@@ -106,12 +106,12 @@ class RowStaging:
         for (level, index), value in self.frontier().append(leaf.hash)[1:]:
             self.add(NODES, LogNode(level, index, value))
 
-    def settle(self, session: Session) -> None:
+    def settle(self) -> None:
         """Write all that was put off, the running work's own rows inside its savepoint."""
         if not self._kept.is_written:
             self._write(self._kept)
         if not self._own.is_written:
-            session.connection()
+            self._group.session.connection()
             self._write(self._own)
 
     def keep(self) -> None:
@@ -132,7 +132,7 @@ class RowStaging:
         self._write(self._kept)
 
     def _write(self, layer: _Layer) -> None:
-        execute, mark = self.connection.exec_driver_sql, self._mark
+        execute, mark = partial(run_many, self.connection), self._mark
         for kind, rows in layer.put.items():
             written = [row for row in rows.values() if row is not None]
             if written:

@@ -1,13 +1,11 @@
 """The registry's store: works of the domain as transactions, states and leaves changed together."""
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import Executable, update
-from sqlmodel import Session
 
 from services.registry import rows
 from services.registry.changes import ChangeBoard
@@ -15,7 +13,7 @@ from services.registry.convert.times import micros_of
 from services.registry.convert.verdicts import verdict_message
 from services.registry.entries import Entry
 from services.registry.leaves import leaf_bytes
-from services.registry.queries import SqlReading
+from services.registry.queries import FirstReading, SqlReading
 from services.registry.records import (
     Artifact,
     ArtifactUse,
@@ -36,7 +34,7 @@ from services.registry.rows import Counters, RowsOf
 from services.registry.staging import RowStaging
 from services.registry.task_states import deadline_of
 from services.registry.transaction import Leaf, Reading, Writing
-from services.runtime.database import Database, group_of
+from services.runtime.database import Database, Group
 from services.runtime.engines import Written
 from tiltyard.transparency import Frontier, leaf_hash
 
@@ -47,10 +45,10 @@ T = TypeVar("T")
 class SqlWriting(SqlReading):
     """`transaction.Writing` of one work, over its group's staging."""
 
-    def __init__(self, session: Session, now: datetime) -> None:
-        self._staging = group_of(session).staging(RowStaging)
+    def __init__(self, group: Group, now: datetime) -> None:
+        self._staging = group.staging(RowStaging)
         super().__init__(self._staging.connection)
-        self._session = session
+        self._group = group
         self._now = now
         self.topics: set[str] = set()
 
@@ -163,8 +161,8 @@ class SqlWriting(SqlReading):
 
     def note_slashed(self, position: int) -> None:
         faults = rows.VALIDATOR_FAULTS.c
-        self._staging.settle(self._session)
-        self._session.connection().execute(
+        self._staging.settle()
+        self._group.session.connection().execute(
             update(faults.slashed.table).where(faults.position == position).values(slashed=True)
         )
 
@@ -197,15 +195,15 @@ class SqlWriting(SqlReading):
         return self._staging.load(kind, key)
 
     def _execute(self, statement: str, values: tuple[Any, ...]) -> Sequence[Any]:
-        self._staging.settle(self._session)
+        self._staging.settle()
         return super()._execute(statement, values)
 
     def _rows(self, question: Written, **values: Any) -> Sequence[Any]:
-        self._staging.settle(self._session)
+        self._staging.settle()
         return super()._rows(question, **values)
 
     def _ask(self, query: Executable) -> Sequence[Any]:
-        self._staging.settle(self._session)
+        self._staging.settle()
         return super()._ask(query)
 
     def _counters(self) -> Counters:
@@ -227,29 +225,30 @@ class SqlStore:
         self._changes = changes
         self._clock = clock
 
-    async def write(self, work: Callable[[Writing], T], *, final: bool = True) -> T:
+    async def write(self, work: Callable[[Writing], T], *, final: bool = True, quick: bool = False) -> T:
         """Run `work` in one durable transaction; see `transaction.Store`."""
         topics: set[str] = set()
 
-        def run(session: Session) -> T:
-            writing = SqlWriting(session, self._clock())
+        def run(group: Group) -> T:
+            # It may run more than once before it counts.
+            writing = SqlWriting(group, self._clock())
             result = work(writing)
             topics.update(writing.topics)
             return result
 
-        written = asyncio.ensure_future(self._database.write(run, final=final))
-        # Announced even when the caller has gone: what is committed is for the others to see.
-        written.add_done_callback(lambda done: self._announce(done, topics))
-        return await asyncio.shield(written)
+        def announce() -> None:
+            self._changes.announce(topics)
+
+        return await self._database.write_staged(run, final=final, quick=quick, committed=announce)
 
     async def read(self, work: Callable[[Reading], T]) -> T:
         """Run `work` on one consistent snapshot."""
-        return await self._database.read(lambda session: work(SqlReading(session.connection())))
+        return await self._database.query(lambda connection: work(SqlReading(connection)))
+
+    async def finds(self, question: Callable[[Reading], Collection[object]]) -> bool:
+        """Whether `question` finds anything; see `transaction.Store`."""
+        return bool(await self._database.lookup(lambda connection: question(FirstReading(connection))))
 
     async def look_up(self, work: Callable[[Reading], T]) -> T:
         """Run `work`, which reads a few rows by their keys, on one consistent snapshot; see `transaction.Store`."""
         return await self._database.lookup(lambda connection: work(SqlReading(connection)))
-
-    def _announce(self, done: "asyncio.Future[Any]", topics: set[str]) -> None:
-        if not done.cancelled() and done.exception() is None:
-            self._changes.announce(topics)

@@ -50,6 +50,8 @@ class StructureChecks:
 
     async def check(self) -> int:
         """Revealed submissions are rejected by what is wrong with their file, or get their first round."""
+        if not await self._store.finds(lambda tx: tx.submissions_unchecked()):
+            return 0
         return await each(await self._store.read(_revealed), self._check_one)
 
     async def _check_one(self, revealed: _Revealed) -> int:

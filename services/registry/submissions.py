@@ -94,7 +94,7 @@ class Submissions:
             tx.append(SubmissionCommitted(task=task, number=submission.number, statement=statement))
             return _view(tx, found, submission)
 
-        return await self._store.write(write)
+        return await self._store.write(write, quick=True)
 
     async def reveal(self, caller: str, *, reveal: Reveal, statement: Envelope) -> SubmissionView:
         """Open a commitment whose model has been uploaded; copies are rejected at once, whichever comes to light."""
@@ -165,7 +165,7 @@ class Submissions:
     async def expire_reveals(self) -> int:
         """A step of the referee: commitments that were not opened in time are rejected."""
         now = self._clock()
-        if not await self._store.read(lambda tx: tx.submissions_due(SubmissionState.COMMITTED, now)):
+        if not await self._store.finds(lambda tx: tx.submissions_due(SubmissionState.COMMITTED, now)):
             return 0
 
         def expire(tx: Writing) -> int:

@@ -44,6 +44,8 @@ class TaskTurns:
         def uploaded(tx: Reading) -> list[Task]:
             return [t for t in tx.tasks_in(TaskState.PREPARING) if t.open_time is None and _has_dataset(tx, t)]
 
+        if not await self._store.finds(lambda tx: tx.tasks_in(TaskState.PREPARING)):
+            return 0
         return await each(await self._store.read(uploaded), self._scan_evaluation_dataset)
 
     async def _scan_evaluation_dataset(self, task: Task) -> int:
@@ -70,6 +72,8 @@ class TaskTurns:
         def scanned(tx: Reading) -> list[Task]:
             return [task for task in tx.tasks_in(TaskState.PREPARING) if task.open_time is not None]
 
+        if not await self._store.finds(lambda tx: tx.tasks_in(TaskState.PREPARING)):
+            return 0
         return await each(await self._store.read(scanned), self._open_task)
 
     async def _open_task(self, task: Task) -> int:
@@ -88,7 +92,7 @@ class TaskTurns:
     async def mind_deadlines(self) -> int:
         """PREPARING for too long is CANCELLED, OPEN tasks are CLOSED in time, holdouts not published have FAILED."""
         now = self._clock()
-        if not await self._store.read(lambda tx: tx.tasks_due(now)):
+        if not await self._store.finds(lambda tx: tx.tasks_due(now)):
             return 0
 
         def record(tx: Writing) -> int:
@@ -110,6 +114,8 @@ class TaskTurns:
         def published(tx: Reading) -> list[Task]:
             return [task for task in tx.tasks_in(TaskState.CLOSED) if task.holdout is HoldoutState.PUBLISHED]
 
+        if not await self._store.finds(lambda tx: tx.tasks_in(TaskState.CLOSED)):
+            return 0
         return await each(await self._store.read(published), self._scan_holdout)
 
     async def _scan_holdout(self, task: Task) -> int:
@@ -148,10 +154,14 @@ class TaskTurns:
 
             return await self._store.write(write)
 
+        if not await self._store.finds(lambda tx: tx.tasks_in(TaskState.CLOSED)):
+            return 0
         return await each(await self._store.read(closed), disclose_some)
 
     async def rank(self) -> int:
         """Closed tasks of which every submission has ended in every round are FINAL."""
+        if not await self._store.finds(lambda tx: tx.tasks_in(TaskState.CLOSED)):
+            return 0
         if not await self._store.read(_to_rank):
             return 0
 
@@ -171,6 +181,8 @@ class TaskTurns:
             ended = tx.tasks_ended_with_pool()
             return [task for task in ended if not tx.assignments_unsettled(task=task.id, limit=1)]
 
+        if not await self._store.finds(lambda tx: tx.tasks_ended_with_pool()):
+            return 0
         return await each(await self._store.read(ready), self._close_pool)
 
     async def _close_pool(self, task: Task) -> int:

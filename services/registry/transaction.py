@@ -15,6 +15,7 @@ from services.registry.records import (
     Artifact,
     ArtifactUse,
     Assignment,
+    AssignmentState,
     Endorsement,
     Evaluation,
     Member,
@@ -183,6 +184,10 @@ class Reading(Protocol):
         """Ended ones (OPENED, DECLINED, EXPIRED, RELEASED) that are not settled, by sequence."""
         ...
 
+    def assignment_states(self, task: str, number: int, round_: int) -> Sequence[AssignmentState]:
+        """Of the assignments of a round."""
+        ...
+
     def evaluation(self, task: str, number: int, round_: int, validator: str) -> Evaluation | None: ...
     def evaluations(self, task: str, number: int, round_: int | None = None) -> Sequence[Evaluation]:
         """By round and validator."""
@@ -297,16 +302,24 @@ class Writing(Reading, Protocol):
 class Store(Protocol):
     """Runs works against the database."""
 
-    async def write(self, work: Callable[[Writing], T], *, final: bool = True) -> T:
+    async def write(self, work: Callable[[Writing], T], *, final: bool = True, quick: bool = False) -> T:
         """Run `work` in one durable transaction; what it raises rolls back its changes alone.
 
         With `final` the result is remembered under the caller's request id, so the last write of a domain call
-        returns what the domain call returns.
+        returns what the domain call returns. A `quick` work reads and changes a few rows by their keys, and is done
+        cheaper: others wait until it returns.
         """
         ...
 
     async def read(self, work: Callable[[Reading], T]) -> T:
         """Run `work` on one consistent snapshot."""
+        ...
+
+    async def finds(self, question: Callable[[Reading], Collection[object]]) -> bool:
+        """Whether a list that the background loop asks for holds anything.
+
+        Cheaper than to read it: no more than its first entry is, so `question` must not pick among them.
+        """
         ...
 
     async def look_up(self, work: Callable[[Reading], T]) -> T:

@@ -26,19 +26,25 @@ from services.runtime.answers import (
     find_answer,
 )
 from services.runtime.auth import utc_now
-from services.runtime.engines import is_serialization_failure, look_afresh, migrate, reading_engine, writing_engine
+from services.runtime.engines import (
+    begin_at_once,
+    is_serialization_failure,
+    look_afresh,
+    migrate,
+    reading_engine,
+    writing_engine,
+)
 from services.runtime.errors import Unavailable
-from services.runtime.groups import GroupThread, Outcome
+from services.runtime.groups import GroupThread, GroupTurns, Outcome, Steps
 from services.runtime.idempotency import PendingRequest, Replayed, pending_request
 
-__all__ = ["Database", "Group", "Staging", "create_remembered_requests", "group_of"]
+__all__ = ["Database", "Group", "Staging", "create_remembered_requests"]
 from tiltyard.telemetry import metrics
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Staging")
 
 _READERS = 4
-_GROUP = "tiltyard.group"
 _SERIALIZATION_ATTEMPTS = 8
 
 _GROUP_SIZES = metrics.Histogram(
@@ -76,8 +82,15 @@ class Group:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.session = Session(bind=connection, join_transaction_mode="create_savepoint", info={_GROUP: self})
+        self._session: Session | None = None
         self._stagings: dict[Any, Staging] = {}
+
+    @property
+    def session(self) -> Session:
+        """Made at its first use: it costs several times what a work does that has none."""
+        if self._session is None:
+            self._session = Session(bind=self.connection, join_transaction_mode="create_savepoint")
+        return self._session
 
     def staging(self, make: Callable[["Group"], S]) -> S:
         """The group's one staging of this kind, made at its first use."""
@@ -86,8 +99,17 @@ class Group:
             found = self._stagings[make] = make(self)
         return cast(S, found)
 
+    def keep(self) -> None:
+        """A work has come to its end: its changes belong to the group."""
+        if self._session is not None and self._session.in_transaction():
+            self._session.commit()
+
     def ended(self, *, well: bool) -> None:
-        """A work has ended."""
+        """A work has ended; unless it did so well, its changes are undone."""
+        if self._session is not None:
+            # An exception rolls back to the savepoint. Where that fails too (the disk is full and SQLite has given the
+            # whole transaction up), so does the commit.
+            self._session.close()
         for staging in self._stagings.values():
             if well:
                 staging.keep()
@@ -100,17 +122,18 @@ class Group:
             staging.write()
 
 
-def group_of(session: Session) -> Group:
-    """The group in which a work of `Database.write` runs with this session."""
-    return cast(Group, session.info[_GROUP])
-
-
 @dataclass(frozen=True)
 class _Write:
-    work: Callable[[Session], Any]
+    work: Callable[[Group], Any]
     context: contextvars.Context
     pending: PendingRequest | None
     final: bool
+    quick: bool
+    committed: Callable[[], None] | None
+
+    def done(self) -> None:
+        if self.committed is not None:
+            self.committed()
 
 
 @dataclass(frozen=True)
@@ -131,7 +154,14 @@ class Database:
         self._write_engine = writing_engine(url)
         self._read_engine = reading_engine(url, readers=_READERS + 1)  # one more for the lookups
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="database-reader")
-        self._writer = GroupThread(self._write_group, name="database-writer")
+        # A work on SQLite is done sooner than threads take turns; on PostgreSQL each statement goes over a network.
+        works_here = self._write_engine.dialect.name == "sqlite"
+        self._writer = GroupTurns(
+            self._write_group,
+            is_quick=lambda item: works_here and item.quick,
+            done=_Write.done,
+            name="database-writer",
+        )
         # SQLite finds a few rows sooner than a thread wakes up; PostgreSQL answers over a network.
         self._lookups: GroupThread[_Lookup, Any] | None = (
             None
@@ -160,6 +190,21 @@ class Database:
         of the group gets that error. Inside an `@idempotent` call, the `final` write stores the answer in the same
         transaction: its result must be the result of the whole domain call. Writes before it say `final=False`.
         """
+        return await self.write_staged(lambda group: work(group.session), final=final)
+
+    async def write_staged(
+        self,
+        work: Callable[[Group], T],
+        *,
+        final: bool = True,
+        quick: bool = False,
+        committed: Callable[[], None] | None = None,
+    ) -> T:
+        """As `write`, for a work that puts its changes off, or asks for a session only where it needs one.
+
+        One that is `quick` changes a few rows by their keys: others wait until it returns. `committed` is called in the
+        event loop once the group is, before anybody hears of the result, and also where the caller has gone.
+        """
         if self._closed:
             raise Unavailable("DATABASE_CLOSED", "the server is stopping")
         pending = pending_request()
@@ -167,16 +212,25 @@ class Database:
             raise RuntimeError(f"a second final write under request id {pending.request_id!r}: say final=False")
         if pending is not None and pending.stored:
             pending = None
-        item = _Write(work, contextvars.copy_context(), pending, final)
+        item = _Write(work, contextvars.copy_context(), pending, final, quick, committed)
         return cast(T, await self._writer.ask(item))
 
     async def read(self, work: Callable[[Session], T]) -> T:
         """Runs `work` in a read-only transaction that sees one consistent snapshot, beside the writer."""
+
+        def read(connection: Connection) -> T:
+            with Session(bind=connection) as session:
+                return work(session)
+
+        return await self.query(read)
+
+    async def query(self, work: Callable[[Connection], T]) -> T:
+        """As `read`, for questions that need no session."""
         if self._closed:
             raise Unavailable("DATABASE_CLOSED", "the server is stopping")
         context = contextvars.copy_context()
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._readers, lambda: context.run(self._read, work))
+        return await loop.run_in_executor(self._readers, lambda: context.run(self._query, work))
 
     async def lookup(self, work: Callable[[Connection], T]) -> T:
         """As `read`, cheaper, for a few rows by their keys: others wait until it returns."""
@@ -213,14 +267,10 @@ class Database:
         self._write_engine.dispose()
         self._read_engine.dispose()
 
-    def _read(self, work: Callable[[Session], T]) -> T:
+    def _query(self, work: Callable[[Connection], T]) -> T:
         # Never committed: nothing a work does here can last.
-        with (
-            _loss_told("nothing was read"),
-            self._read_engine.connect() as connection,
-            Session(bind=connection) as session,
-        ):
-            return work(session)
+        with _loss_told("nothing was read"), self._read_engine.connect() as connection:
+            return work(connection)
 
     def _look_up_group(self, group: list[_Lookup]) -> list[Outcome[Any]]:
         with _loss_told("nothing was read"), self._read_engine.connect() as connection:
@@ -249,15 +299,18 @@ class Database:
                 connection.invalidate()
                 connection.close()
 
-    def _write_group(self, group: list[_Write]) -> list[Outcome[Any]]:
+    def _write_group(self, group: list[_Write]) -> Steps[Any]:
         attempt = 1
         while True:
             try:
-                outcomes = self._commit(group)
+                outcomes = yield from self._commit(group)
             except _NotWritten as error:
                 if len(group) > 1:
                     # What one of them put off cannot be written: each in a commit of its own, so that only that fails.
-                    return [outcome for item in group for outcome in self._alone(item)]
+                    alone: list[Outcome[Any]] = []
+                    for item in group:
+                        alone += yield from self._alone(item)
+                    return alone
                 raise error.cause from None
             except BaseException as error:
                 if _must_run_again(error) and attempt < _SERIALIZATION_ATTEMPTS:
@@ -272,34 +325,44 @@ class Database:
                 item.pending.stored = True
         return outcomes
 
-    def _alone(self, item: _Write) -> list[Outcome[Any]]:
+    def _alone(self, item: _Write) -> Steps[Any]:
         try:
-            return self._write_group([item])
+            return (yield from self._write_group([item]))
         except Exception as failure:
             return [(None, failure)]
 
-    def _commit(self, items: list[_Write]) -> list[Outcome[Any]]:
+    def _commit(self, items: list[_Write]) -> Steps[Any]:
         _GROUP_SIZES.record(len(items))
         outcomes: list[Outcome[Any]] = []
-        with self._write_engine.connect() as connection, connection.begin():
-            group = Group(connection)
-            answers = Answers(connection, [item.pending for item in items if item.pending is not None])
-            for item in items:
-                try:
-                    outcomes.append((item.context.run(self._run, group, answers, item), None))
-                except Exception as failure:
-                    # A lost connection has lost the whole group; a full disk, say, the one work that met it.
-                    if _must_run_again(failure) or connection.invalidated:
-                        raise
-                    outcomes.append((None, _told(failure, "nothing was changed")))
-            try:
-                group.write()
-                answers.write()
-            except (IntegrityError, DataError) as unfit:
-                if _must_run_again(unfit):
-                    raise
-                raise _NotWritten(unfit) from unfit
+        with self._write_engine.connect() as connection:
+            transaction = begin_at_once(connection)
+            if transaction is None:
+                yield
+                transaction = connection.begin()
+            with transaction:
+                self._perform(items, connection, outcomes)
+                yield
         return outcomes
+
+    def _perform(self, items: list[_Write], connection: Connection, outcomes: list[Outcome[Any]]) -> None:
+        """Everything of a group but its commit."""
+        group = Group(connection)
+        answers = Answers(connection, [item.pending for item in items if item.pending is not None])
+        for item in items:
+            try:
+                outcomes.append((item.context.run(self._run, group, answers, item), None))
+            except Exception as failure:
+                # A lost connection has lost the whole group; a full disk, say, the one work that met it.
+                if _must_run_again(failure) or connection.invalidated:
+                    raise
+                outcomes.append((None, _told(failure, "nothing was changed")))
+        try:
+            group.write()
+            answers.write()
+        except (IntegrityError, DataError) as unfit:
+            if _must_run_again(unfit):
+                raise
+            raise _NotWritten(unfit) from unfit
 
     def _run(self, group: Group, answers: Answers, item: _Write) -> Any:
         pending = item.pending
@@ -307,17 +370,13 @@ class Database:
             answer = answers.find(pending)
             if answer is not None:
                 raise Replayed(answer)
-        session, well = group.session, False
+        well = False
         try:
-            result = item.work(session)
+            result = item.work(group)
             answer = pending.encode(result) if pending is not None and item.final else None
-            if session.in_transaction():
-                session.commit()
+            group.keep()
             well = True
         finally:
-            # An exception rolls back to the savepoint. Where that fails too (the disk is full and SQLite has given the
-            # whole transaction up), so does the commit.
-            session.close()
             group.ended(well=well)
         if pending is not None and answer is not None:
             answers.add(pending, answer, now_s=int(self._clock().timestamp()))

@@ -13,8 +13,8 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import BindParameter, Select, bindparam, event, text
-from sqlalchemy.engine import Connection, Dialect, Engine, make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.engine import Connection, Dialect, Engine, RootTransaction, make_url
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import QueuePool
 from sqlmodel import create_engine
 
@@ -97,37 +97,64 @@ class Written:
 
     def ask(self, connection: Connection, **values: Any) -> Sequence[Any]:
         """The rows that it finds inside the connection's transaction."""
+        return found_rows(connection, *self._given(connection, values))
+
+    def ask_first(self, connection: Connection, **values: Any) -> Sequence[Any]:
+        """The first of the rows that it finds, or none."""
+        return found_rows(connection, *self._given(connection, values), most=1)
+
+    def _given(self, connection: Connection, values: Mapping[str, Any]) -> tuple[str, Values]:
         known = self._by_driver.get(connection.dialect.name)
         if known is None:
             known = self._by_driver[connection.dialect.name] = self._write(connection.dialect)
         statement, constants, positions = known
         named = {**constants, **values}
-        return found_rows(connection, statement, named if positions is None else [named[name] for name in positions])
+        return statement, named if positions is None else [named[name] for name in positions]
 
     def _write(self, dialect: Dialect) -> tuple[str, Mapping[str, Any], Sequence[str] | None]:
         written = self._query.compile(dialect=dialect, compile_kwargs={"render_postcompile": True})
         return str(written), written.params, written.positiontup if written.positional else None
 
 
-def found_rows(connection: Connection, statement: str, values: Values) -> Sequence[Any]:
-    """The rows that a question in the driver's SQL finds, inside the connection's transaction.
+def found_rows(connection: Connection, statement: str, values: Values, *, most: int | None = None) -> Sequence[Any]:
+    """The rows that a question in the driver's SQL finds in the connection's transaction, or the first `most` of them.
 
     SQLite answers many questions in a microsecond, for each of which SQLAlchemy makes a context and a result of its
     own: from 13 microseconds for one column to 30 for forty.
     """
     if connection.dialect.name != "sqlite":
-        return connection.exec_driver_sql(statement, _driver_values(values)).all()
+        return _found_by(connection, statement, values, most)
     if not connection.in_transaction():
         connection.begin()
     cursor = connection.connection.cursor()
     try:
         cursor.execute(statement, values)
-        return cursor.fetchall()
+        return cursor.fetchall() if most is None else cursor.fetchmany(most)
     except sqlite3.Error:
         # Asked again the long way: what fails is told, and dealt with, in SQLAlchemy's terms.
-        return connection.exec_driver_sql(statement, _driver_values(values)).all()
+        return _found_by(connection, statement, values, most)
     finally:
         cursor.close()
+
+
+def _found_by(connection: Connection, statement: str, values: Values, most: int | None) -> Sequence[Any]:
+    with connection.exec_driver_sql(statement, _driver_values(values)) as found:
+        return found.all() if most is None else found.fetchmany(most)
+
+
+def begin_at_once(connection: Connection) -> RootTransaction | None:
+    """Begins a transaction, or answers None where another process is writing to the file: `begin` waits for it."""
+    if connection.dialect.name != "sqlite":
+        return connection.begin()
+    _run(connection, "PRAGMA busy_timeout=0")
+    try:
+        return connection.begin()
+    except OperationalError as error:
+        if getattr(error.orig, "sqlite_errorcode", None) != sqlite3.SQLITE_BUSY:
+            raise
+        return None
+    finally:
+        _run(connection, f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
 
 
 def look_afresh(connection: Connection) -> None:
@@ -140,6 +167,18 @@ def look_afresh(connection: Connection) -> None:
         return
     _run(connection, "ROLLBACK")
     _run(connection, "BEGIN")
+
+
+def run_many(connection: Connection, statement: str, rows: Sequence[Sequence[Any]]) -> None:
+    """Runs a statement in the driver's SQL once for each row of values, inside the connection's transaction."""
+    if connection.dialect.name != "sqlite":
+        connection.exec_driver_sql(statement, list(map(tuple, rows)))
+        return
+    with contextlib.closing(connection.connection.cursor()) as cursor:
+        try:
+            cursor.executemany(statement, rows)
+        except sqlite3.Error as error:
+            raise DBAPIError.instance(statement, None, error, sqlite3.Error, dialect=connection.dialect) from error
 
 
 def _run(connection: Connection, statement: str) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlmodel import Field, Session, SQLModel, select
 
-from services.runtime.database import Database
+from services.runtime.database import Database, Group
 from services.runtime.engines import found_rows
 from services.runtime.errors import AlreadyExists, Unavailable
 from services.runtime.idempotency import PendingRequest, Replayed, _pending
@@ -429,3 +429,81 @@ async def test_a_lookup_leaves_no_snapshot_behind(database: Database, tmp_path: 
     busy, *_ = other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     other.close()
     assert busy == 0
+
+
+def quickly(
+    database: Database, name: str, committed: Callable[[], None] | None = None
+) -> "asyncio.Task[threading.Thread]":
+    """Writes a mark by a quick work, whose result is the thread that it ran in."""
+
+    def work(group: Group) -> threading.Thread:
+        group.connection.exec_driver_sql("INSERT INTO marks VALUES (?, 0)", (name,))
+        return threading.current_thread()
+
+    return asyncio.create_task(database.write_staged(work, quick=True, committed=committed))
+
+
+async def test_quick_works_run_in_the_loop_and_others_take_their_group_to_the_thread(database: Database) -> None:
+    commits = []
+    event.listen(database._write_engine, "commit", lambda connection: commits.append(threading.current_thread()))
+    here = threading.current_thread()
+    assert await quickly(database, "a") is here
+    (committer,) = commits
+    assert committer is not here
+    mixed = await asyncio.gather(quickly(database, "b"), database.write(lambda _: threading.current_thread()))
+    assert set(mixed) == {committer}
+    assert await database.read(names) == ["a", "b"]
+
+
+async def test_a_quick_work_that_fails_harms_no_neighbour(database: Database) -> None:
+    async def fail() -> None:
+        def work(group: Group) -> None:
+            group.session.add(Mark(name="lost", count=0))
+            group.session.flush()
+            raise LookupError("no")
+
+        await database.write_staged(work, quick=True)
+
+    failed, *_ = await asyncio.gather(fail(), quickly(database, "a"), return_exceptions=True)
+    assert isinstance(failed, LookupError)
+    assert await database.read(names) == ["a"]
+
+
+async def test_a_quick_work_waits_for_another_process_in_the_thread(database: Database, tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "state" / "test.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    writing = quickly(database, "a")
+    # The loop goes on: this read would not be answered otherwise.
+    assert await database.read(names) == []
+    assert not writing.done()
+    other.execute("COMMIT")
+    other.close()
+    assert await writing is not threading.current_thread()
+    assert await database.read(names) == ["a"]
+
+
+async def test_what_is_committed_is_told_also_where_the_asker_has_gone(database: Database) -> None:
+    told = []
+    begun, gone = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def work(group: Group) -> None:
+        loop.call_soon_threadsafe(begun.set)
+        asyncio.run_coroutine_threadsafe(gone.wait(), loop).result(10)
+
+    async def fail() -> None:
+        await database.write_staged(_failing, committed=lambda: told.append("failed"))
+
+    writing = asyncio.create_task(database.write_staged(work, committed=lambda: told.append("gone")))
+    await begun.wait()
+    writing.cancel()
+    await asyncio.wait([writing])
+    gone.set()
+    with pytest.raises(LookupError):
+        await fail()
+    await quickly(database, "b", committed=lambda: told.append("b"))
+    assert told == ["gone", "b"]
+
+
+def _failing(group: Group) -> None:
+    raise LookupError("no")

@@ -1,6 +1,6 @@
 """The registry's process dies between any two lines, and the next one goes on to the same record log."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,14 +39,17 @@ class MortalStore:
         self._store = store
         self._mortality = mortality
 
-    async def write(self, work: Callable[[Writing], T], *, final: bool = True) -> T:
+    async def write(self, work: Callable[[Writing], T], *, final: bool = True, quick: bool = False) -> T:
         self._mortality.moment()
-        result = await self._store.write(work, final=final)
+        result = await self._store.write(work, final=final, quick=quick)
         self._mortality.moment()
         return result
 
     async def read(self, work: Callable[[Reading], T]) -> T:
         return await self._store.read(work)
+
+    async def finds(self, question: Callable[[Reading], Collection[object]]) -> bool:
+        return await self._store.finds(question)
 
     async def look_up(self, work: Callable[[Reading], T]) -> T:
         return await self._store.look_up(work)

@@ -50,6 +50,9 @@ _ASSIGNMENTS_DUE = Written(
 _VALIDATORS_OF = Written(
     select(_A.validator).where(_A.task == given("task"), _A.number == given("number")).order_by(_A.round, _A.position)
 )
+_STATES_OF = Written(
+    select(_A.state).where(_A.task == given("task"), _A.number == given("number"), _A.round == given("round"))
+)
 _UNSETTLED = Written(
     ASSIGNMENTS.query().where(_A.settled.is_(False), _A.state.in_(_ENDED)).order_by(_A.sequence).limit(given("most"))
 )
@@ -128,6 +131,10 @@ class JudgingQuestions(Asking):
         if task is None:
             return self._found(ASSIGNMENTS, _UNSETTLED, most=most)
         return self._found(ASSIGNMENTS, _UNSETTLED_OF, task=task, most=most)
+
+    def assignment_states(self, task: str, number: int, round_: int) -> Sequence[AssignmentState]:
+        found = self._rows(_STATES_OF, task=task, number=number, round=round_)
+        return [AssignmentState[state] for (state,) in found]
 
     def evaluation(self, task: str, number: int, round_: int, validator: str) -> Evaluation | None:
         return self._load(EVALUATIONS, task, number, round_, validator)
