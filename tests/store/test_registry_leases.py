@@ -305,13 +305,13 @@ async def test_a_turn_looks_only_at_what_has_changed_or_come_due(world: World, m
         await world.submit(NODES[0], model_bytes(str(index)))
     await world.turn()
     looked_at: list[int] = []
-    read_all = SqlReading.assignments
+    read_states = SqlReading.assignment_states
 
-    def counted(self: SqlReading, task: str, number: int, round_: int | None = None) -> Any:
+    def counted(self: SqlReading, task: str, number: int, round_: int) -> Any:
         looked_at.append(number)
-        return read_all(self, task, number, round_)
+        return read_states(self, task, number, round_)
 
-    monkeypatch.setattr(SqlReading, "assignments", counted)
+    monkeypatch.setattr(SqlReading, "assignment_states", counted)
     await world.turn()
     assert looked_at == []
     await world.accept((await world.duties(7))[0])
