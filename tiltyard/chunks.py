@@ -70,16 +70,16 @@ DOWNLOADED = ChunkCodec(artifact_pb2.DownloadArtifactResponse)
 
 
 class ArtifactStub(_GeneratedStub):
-    """The generated stub of ArtifactService, which takes and brings `Chunk`s in place of messages that hold one."""
+    """The generated stub of ArtifactService, and beside it the two methods with chunks as `Chunk`s."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         super().__init__(channel)
-        self.UploadArtifact: Any = channel.stream_unary(
+        self.upload_chunks: Any = channel.stream_unary(
             f"/{SERVICE}/{UPLOAD}",
             request_serializer=UPLOADED.encode,
             response_deserializer=artifact_pb2.UploadArtifactResponse.FromString,
         )
-        self.DownloadArtifact: Any = channel.unary_stream(
+        self.download_chunks: Any = channel.unary_stream(
             f"/{SERVICE}/{DOWNLOAD}",
             request_serializer=artifact_pb2.DownloadArtifactRequest.SerializeToString,
             response_deserializer=DOWNLOADED.decode,

@@ -79,7 +79,7 @@ async def upload(
             header.base_model = True
         patience.moved_to(header.offset)
         try:
-            await artifacts.UploadArtifact(_messages(path, header, progress))
+            await artifacts.upload_chunks(_messages(path, header, progress))
         except grpc.aio.AioRpcError as error:
             if not _may_go_on(error) or patience.is_over():
                 raise
@@ -198,7 +198,7 @@ async def _fetch(
     progress: Progress | None,
 ) -> None:
     offset = file.size
-    call = artifacts.DownloadArtifact(artifact_pb2.DownloadArtifactRequest(name=artifact, offset=offset))
+    call = artifacts.download_chunks(artifact_pb2.DownloadArtifactRequest(name=artifact, offset=offset))
     behind = WriteBehind(file.append)
     try:
         async for message in call:

@@ -37,9 +37,9 @@ from services.runtime.engines import (
 from services.runtime.errors import Unavailable
 from services.runtime.groups import GroupThread, GroupTurns, Outcome, Steps
 from services.runtime.idempotency import PendingRequest, Replayed, pending_request
+from tiltyard.telemetry import metrics
 
 __all__ = ["Database", "Group", "Staging", "create_remembered_requests"]
-from tiltyard.telemetry import metrics
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Staging")

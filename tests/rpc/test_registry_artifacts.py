@@ -24,6 +24,7 @@ from tiltyard.client import Client
 from tiltyard.identity import Key
 from tiltyard.registry.v1.artifact_pb2 import (
     DownloadArtifactRequest,
+    DownloadArtifactResponse,
     GetArtifactRequest,
     GetUploadRequest,
     UploadArtifactRequest,
@@ -254,6 +255,18 @@ async def test_a_refusal_reaches_whoever_is_still_sending(arena: RegistryServer,
         assert await call.code() is NOT_FOUND
         assert f"none-{number}" in (await call.details() or "")
         assert "grpc-status-details-bin" in (await call.trailing_metadata() or ())
+
+
+async def test_the_generated_methods_and_those_with_chunks_are_the_same_calls(
+    arena: RegistryServer, creator: Client, dataset: bytes
+) -> None:
+    name = artifact_name(dataset)
+    await creator.artifacts.upload_chunks(uploading(header(dataset), dataset))
+    request = DownloadArtifactRequest(name=name)
+    messages = [message async for message in creator.artifacts.DownloadArtifact(request)]
+    assert all(isinstance(message, DownloadArtifactResponse) for message in messages)
+    assert b"".join(message.chunk for message in messages) == dataset
+    assert b"".join([each.chunk async for each in creator.artifacts.download_chunks(request)]) == dataset
 
 
 async def test_an_artifact_that_is_there_is_claimed_without_sending_it_again(

@@ -13,7 +13,10 @@ app = typer.Typer(help="Pack and show datasets.", no_args_is_help=True)
 
 @app.command("pack")
 def pack(
-    source: Annotated[Path, typer.Argument(help="npz with x and y, CSV, Parquet, or a folder of images by class.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="npz with x and y, CSV, Parquet, a folder of images by class, or a Hugging Face dataset."),
+    ],
     out: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
     json: JsonOption = False,
 ) -> None:

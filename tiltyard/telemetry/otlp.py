@@ -28,6 +28,7 @@ from opentelemetry.sdk.util import instrumentation
 
 from tiltyard.telemetry import metrics, tracing
 from tiltyard.telemetry.tracing import Attributes, Kind, Span, TraceContext
+from tiltyard.varint import encode_varint
 
 _SCOPE = "tiltyard"
 _LONGEST_CLOSE_S = 0.5
@@ -238,7 +239,7 @@ def _outline(name: str, kind: int, attributes: Attributes, error: str, more: int
         message.status.code = trace_pb2.Status.STATUS_CODE_ERROR
         message.status.message = error
     told = message.SerializeToString()
-    return b"\x12" + _varint(len(told) + more) + told
+    return b"\x12" + encode_varint(len(told) + more) + told
 
 
 # Calls of one method that end alike differ in ids and times only.
@@ -247,16 +248,7 @@ _template = functools.lru_cache(maxsize=4096)(_outline)
 
 def _field(number: int, content: bytes) -> bytes:
     """A field of bytes, or of a message (https://protobuf.dev/programming-guides/encoding/)."""
-    return bytes((number << 3 | 2,)) + _varint(len(content)) + content
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+    return bytes((number << 3 | 2,)) + encode_varint(len(content)) + content
 
 
 def _pairs(attributes: Sequence[tuple[str, object]]) -> list[KeyValue]:
