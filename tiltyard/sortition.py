@@ -127,9 +127,11 @@ def check_order(seed: bytes, places: Sequence[ProvedPlace], *, root: bytes, leaf
 def quota_limit(weight: int, *, reference_weight: int, limit: int) -> int:
     """How often an owner group of this weight may be assigned in one window: max(1, floor(limit * share)).
 
-    The share is its weight over that of the reference stake, 1 at most.
+    The share is its weight over that of the reference stake, 1 at most. A reference stake so far below the minimum that
+    it weighs nothing in integers counts as 1.
     """
-    return max(1, limit * min(weight, reference_weight) // reference_weight)
+    reference = max(1, reference_weight)
+    return max(1, limit * min(weight, reference) // reference)
 
 
 def _uniform(stream: bytes, bound: int) -> int:

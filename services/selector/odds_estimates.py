@@ -1,5 +1,6 @@
 """What a validator may expect: its weight, its chance of being drawn, and what is left of its quota."""
 
+import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from datetime import datetime
 
 from services.runtime.errors import NotFound
 from services.selector.pool_trees import PoolWeights
-from services.selector.pools import find_pool
+from services.selector.pools import open_pool
 from services.selector.quotas import Quota, quota
 from services.selector.transaction import Store, Transaction
 from tiltyard.curves import Split, best_split
@@ -31,23 +32,30 @@ class OddsEstimates:
     def __init__(self, store: Store, *, clock: Callable[[], datetime]) -> None:
         self._store = store
         self._clock = clock
-        # The writer's trees are the writer's. Readers run beside each other, so these are used by one at a time.
+        # An estimate takes as long as many lookups: with one at a time the others find a reader that is free.
+        self._turn = asyncio.Lock()
+        # The writer's trees are the writer's. An estimate whose asker has gone goes on beside the next one's.
         self._weights = PoolWeights()
         self._lock = threading.Lock()
 
     async def estimate(self, task: str, *, participant: str, validators: int) -> OddsEstimate:
         """The odds of a draw of `validators` in which the creator's owner group alone is passed over.
 
-        Raises NotFound when the participant is no validator of the task that can be drawn.
+        Raises NotFound when the participant is no validator of the task that can be drawn, FailedPrecondition for a
+        closed pool.
         """
 
         def work(transaction: Transaction) -> OddsEstimate:
-            pool = find_pool(transaction, task)
+            pool = open_pool(transaction, task)
             candidate = transaction.candidate(task, participant)
             group = transaction.owner_group(participant)
             leaf = transaction.leaf(task, group)
             if candidate is None or not candidate.weight or leaf is None:
-                raise NotFound("NOT_A_VALIDATOR", "the participant is no validator of this task", task=task)
+                raise NotFound(
+                    "NOT_A_VALIDATOR",
+                    "the participant is no validator of this task, or has less than the least stake left",
+                    task=task,
+                )
             creators = transaction.leaf(task, transaction.owner_group(pool.creator))
             with self._lock:
                 tree = self._weights.current(transaction, pool)
@@ -66,4 +74,5 @@ class OddsEstimates:
                 ),
             )
 
-        return await self._store.read(work)
+        async with self._turn:
+            return await self._store.read(work)

@@ -20,6 +20,9 @@ from services.selector.records import (
 from services.selector.transaction import Store, Transaction
 from tiltyard.faults import Fault, cost_micros
 
+MAX_UNBONDINGS = 32
+"""Amounts of one participant that may wait at once: each is told with its stake, of which a page holds a thousand."""
+
 
 @dataclass(frozen=True)
 class WithdrawalRequested:
@@ -119,7 +122,10 @@ class Stakes:
         return await self._store.write(work)
 
     async def request_withdrawal(self, participant: str, amount_micros: int) -> WithdrawalRequested:
-        """Moves available stake to unbonding. Raises FailedPrecondition when more is asked for than is available."""
+        """Moves available stake to unbonding.
+
+        Raises FailedPrecondition when more is asked for than is available, or as many amounts wait as may.
+        """
 
         def work(transaction: Transaction) -> WithdrawalRequested:
             accounts = transaction.accounts(participant)
@@ -129,6 +135,15 @@ class Stakes:
                     f"{amount_micros} micro-units were asked for, {accounts.available_micros} are available",
                     available_micros=str(accounts.available_micros),
                     locked_micros=str(accounts.locked_micros),
+                )
+            waiting = transaction.unbondings(participant)
+            if len(waiting) >= MAX_UNBONDINGS:
+                release_time = waiting[0].release_time.isoformat()
+                raise FailedPrecondition(
+                    "TOO_MANY_UNBONDING",
+                    f"{len(waiting)} amounts wait, as many as may; the first can be withdrawn at {release_time}",
+                    release_time=release_time,
+                    limit=str(MAX_UNBONDINGS),
                 )
             now = self._clock()
             transaction.put_accounts(

@@ -21,6 +21,7 @@ from services.runtime.channels import open_peer
 from services.runtime.server import ArenaServer
 from services.selector.bootstrap import build
 from services.selector.settings import SelectorSettings
+from services.selector.stakes import MAX_UNBONDINGS
 from tiltyard import bls
 from tiltyard.cli import app
 from tiltyard.identity import Key
@@ -281,6 +282,19 @@ async def test_a_withdrawal_waits(arena: Arena) -> None:
     withdrawn = await arena.alice.stakes.Withdraw(stake_pb2.WithdrawRequest())
     assert (withdrawn.withdrawn_micros, withdrawn.stake.unbonding_micros) == (4, 0)
     assert withdrawn.stake.available_micros == 6
+
+
+async def test_no_more_amounts_wait_than_fit_in_an_answer(arena: Arena) -> None:
+    await arena.deposit(arena.alice.name, MAX_UNBONDINGS + 1)
+    one = stake_pb2.RequestWithdrawalRequest(amount_micros=1)
+    for _ in range(MAX_UNBONDINGS):
+        requested = await arena.alice.stakes.RequestWithdrawal(one)
+    assert len(requested.stake.unbondings) == MAX_UNBONDINGS
+    async with refused(grpc.StatusCode.FAILED_PRECONDITION, reason="TOO_MANY_UNBONDING") as metadata:
+        await arena.alice.stakes.RequestWithdrawal(one)
+    arena.clock.now = datetime.fromisoformat(metadata["release_time"])
+    assert (await arena.alice.stakes.Withdraw(stake_pb2.WithdrawRequest())).withdrawn_micros == MAX_UNBONDINGS
+    assert (await arena.alice.stakes.RequestWithdrawal(one)).stake.unbonding_micros == 1
 
 
 @pytest.mark.parametrize("amount", [0, -5])
@@ -548,6 +562,19 @@ async def test_a_bad_policy_is_refused_by_its_field(arena: Arena, policy: dict[s
         await arena.open_pool(**policy)
 
 
+@pytest.mark.parametrize(
+    "window",
+    [Duration(), Duration(seconds=1, nanos=-(10**9)), Duration(seconds=1, nanos=10**9), Duration(seconds=2**40)],
+)
+async def test_a_rate_window_is_a_second_or_longer(arena: Arena, window: Duration) -> None:
+    policy = task_types.SelectionPolicy(rate=task_types.ValidatorRate(window=window))
+    request = pool_pb2.OpenPoolRequest(
+        task=TASK, policy=policy, open_time=_timestamp(arena.clock()), creator=someone("creator")
+    )
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT, field="policy.rate.window"):
+        await arena.service.pools.OpenPool(request)
+
+
 async def test_a_pool_needs_its_opening_time(arena: Arena) -> None:
     async with refused(grpc.StatusCode.INVALID_ARGUMENT, field="open_time"):
         await arena.service.pools.OpenPool(pool_pb2.OpenPoolRequest(task=TASK, creator=someone("creator")))
@@ -622,6 +649,9 @@ async def test_a_closed_pool_gives_all_stakes_back_and_ends_its_draws(arena: Are
         await arena.service.draws.ExtendDraw(draw_pb2.ExtendDrawRequest(draw=receipt.draw, picks=4))
     async with refused(grpc.StatusCode.FAILED_PRECONDITION, reason="POOL_CLOSED"):
         await arena.add_validator(someone("late"))
+    odds = draw_pb2.EstimateOddsRequest(task=TASK, validators=1, participant=someone("a"))
+    async with refused(grpc.StatusCode.FAILED_PRECONDITION, reason="POOL_CLOSED"):
+        await arena.alice.draws.EstimateOdds(odds)
 
 
 async def test_an_unknown_pool_is_not_found(arena: Arena) -> None:
@@ -834,6 +864,21 @@ async def test_an_owner_that_signs_for_members_makes_them_one_in_pools_they_are_
 
 
 # Quotas
+
+
+async def test_a_reference_stake_that_weighs_nothing_gives_every_group_the_whole_limit(arena: Arena) -> None:
+    """The creator chooses the least stake, and may choose a reference stake far below it."""
+    rate = task_types.ValidatorRate(limit=7, window=Duration(seconds=3600), reference_stake_micros=1)
+    policy = task_types.SelectionPolicy(curve=task_types.CURVE_LOG, validator_min_stake_micros=2**40, rate=rate)
+    await arena.service.pools.OpenPool(
+        pool_pb2.OpenPoolRequest(
+            task=TASK, policy=policy, open_time=_timestamp(arena.clock()), creator=someone("creator")
+        )
+    )
+    await arena.add_validator(arena.alice.name, 2**40 // MINIMUM + 1)
+    assert len((await arena.draw(validators=1)).picks) == 1
+    odds = await arena.alice.draws.EstimateOdds(draw_pb2.EstimateOddsRequest(task=TASK, validators=1))
+    assert (odds.quota_used, odds.quota_limit) == (1, 7)
 
 
 async def test_a_quota_is_used_up_refunded_and_refilled(arena: Arena) -> None:

@@ -299,6 +299,15 @@ def test_exact_and_simulated_odds_agree() -> None:
     assert odds(SumTree([("a", 1), ("b", 1), ("c", 2)]), 2, 2).probability == pytest.approx(exact[2])
 
 
+def test_odds_of_many_places_are_told_as_well_by_fewer_draws() -> None:
+    tree = SumTree((str(index), 1 + index) for index in range(200))
+    told = [odds(tree, index, 99) for index in range(0, 200, 20)]
+    assert all(0 < each.standard_error < each.probability / 150 for each in told)
+    # More places than the simulation has, and all of one weight: no order says anything else than another.
+    alike = SumTree((str(index), 1) for index in range(6000))
+    assert odds(alike, 0, 5000).probability == pytest.approx(5000 / 6000)
+
+
 @pytest.mark.parametrize("size", [6, 30])
 @pytest.mark.parametrize("picks", [1, 3])
 def test_odds_leave_out_who_is_always_passed_over(size: int, picks: int) -> None:

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from services.runtime import names
 from services.runtime.fields import FieldChecks
 from services.selector.convert.stake import shown_weight
-from services.selector.convert.times import LAST_SECOND, duration, timestamp, to_datetime
+from services.selector.convert.times import LAST_SECOND, MAX_NANOS, duration, timestamp, to_datetime
 from services.selector.eligibility import Applicant, Facts
 from services.selector.pools import Admission
 from services.selector.records import MAX_MICROS, EvidenceKind, Policy, Role, Verdict
@@ -65,12 +65,12 @@ def policy(message: task_types.SelectionPolicy, defaults: ArenaDefaults) -> Poli
     ):
         checks.range(field, value, minimum=0, maximum=MAX_MICROS, unit="micro-units")
     checks.range("policy.rate.limit", message.rate.limit, minimum=0, maximum=_MAX_LIMIT)
-    has_window = message.rate.HasField("window")
-    if has_window:
-        checks.range("policy.rate.window", message.rate.window.seconds, minimum=1, maximum=_MAX_WINDOW_S, unit="s")
+    window_s, nanos = _DEFAULT_WINDOW_S, 0
+    if message.rate.HasField("window"):
+        window_s, nanos = message.rate.window.seconds, message.rate.window.nanos
+        if checks.range("policy.rate.window", window_s, minimum=1, maximum=_MAX_WINDOW_S, unit="s"):
+            checks.range("policy.rate.window", nanos, minimum=0, maximum=MAX_NANOS, unit="ns beside the seconds")
     checks.finish()
-    window_s = message.rate.window.seconds if has_window else _DEFAULT_WINDOW_S
-    nanos = message.rate.window.nanos if has_window else 0
     minimum = message.validator_min_stake_micros or defaults.validator_min_stake_micros
     alpha = (message.alpha_millis or _DEFAULT_ALPHA_MILLIS) if kind is CurveKind.POWER else 0
     return Policy(
@@ -134,6 +134,7 @@ def opening(request: pb.OpenPoolRequest, defaults: ArenaDefaults) -> Opening:
     checks = FieldChecks()
     if checks.require("open_time", request.HasField("open_time")):
         checks.range("open_time", request.open_time.seconds, minimum=0, maximum=LAST_SECOND, unit="s since 1970")
+        checks.range("open_time", request.open_time.nanos, minimum=0, maximum=MAX_NANOS, unit="ns beside the seconds")
     checks.finish()
     return Opening(task, policy(request.policy, defaults), to_datetime(request.open_time), creator)
 

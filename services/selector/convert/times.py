@@ -7,6 +7,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 # Far enough for every task, near enough that adding rate windows stays within the calendar.
 LAST_SECOND = 2**33
+MAX_NANOS = 999_999_999
 
 
 def timestamp(time: datetime) -> Timestamp:
@@ -24,5 +25,5 @@ def duration(span: timedelta) -> Duration:
 
 
 def to_datetime(time: Timestamp) -> datetime:
-    """A time whose seconds have been checked to lie in [0, LAST_SECOND], cut to the microsecond."""
+    """A time cut to the microsecond; seconds are known to lie in [0, LAST_SECOND], nanoseconds in [0, MAX_NANOS]."""
     return datetime.fromtimestamp(time.seconds, UTC) + timedelta(microseconds=time.nanos // 1000)

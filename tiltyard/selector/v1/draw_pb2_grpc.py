@@ -116,7 +116,8 @@ class DrawServiceServicer:
     def EstimateOdds(self, request, context):
         """EstimateOdds tells a participant its weight, its chance of being drawn, and its quota.
 
-        Errors: NOT_FOUND when it is not a validator of the task.
+        Errors: NOT_FOUND (NOT_A_VALIDATOR) when it is not a validator of the task, or slashing has taken it below the least stake;
+        NOT_FOUND for an unknown pool, FAILED_PRECONDITION (POOL_CLOSED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

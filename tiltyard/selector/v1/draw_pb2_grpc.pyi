@@ -61,7 +61,8 @@ class DrawServiceStub:
     EstimateOdds: _grpc.UnaryUnaryMultiCallable[_draw_pb2.EstimateOddsRequest, _draw_pb2.EstimateOddsResponse]
     """EstimateOdds tells a participant its weight, its chance of being drawn, and its quota.
 
-    Errors: NOT_FOUND when it is not a validator of the task.
+    Errors: NOT_FOUND (NOT_A_VALIDATOR) when it is not a validator of the task, or slashing has taken it below the least stake;
+    NOT_FOUND for an unknown pool, FAILED_PRECONDITION (POOL_CLOSED).
     """
     GetSelectorKey: _grpc.UnaryUnaryMultiCallable[_draw_pb2.GetSelectorKeyRequest, _draw_pb2.GetSelectorKeyResponse]
     """GetSelectorKey reads the BLS public key that every draw of this selector is signed with."""
@@ -99,7 +100,8 @@ class DrawServiceAsyncStub(DrawServiceStub):
     EstimateOdds: _aio.UnaryUnaryMultiCallable[_draw_pb2.EstimateOddsRequest, _draw_pb2.EstimateOddsResponse]  # type: ignore[assignment]
     """EstimateOdds tells a participant its weight, its chance of being drawn, and its quota.
 
-    Errors: NOT_FOUND when it is not a validator of the task.
+    Errors: NOT_FOUND (NOT_A_VALIDATOR) when it is not a validator of the task, or slashing has taken it below the least stake;
+    NOT_FOUND for an unknown pool, FAILED_PRECONDITION (POOL_CLOSED).
     """
     GetSelectorKey: _aio.UnaryUnaryMultiCallable[_draw_pb2.GetSelectorKeyRequest, _draw_pb2.GetSelectorKeyResponse]  # type: ignore[assignment]
     """GetSelectorKey reads the BLS public key that every draw of this selector is signed with."""
@@ -164,7 +166,8 @@ class DrawServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_draw_pb2.EstimateOddsResponse, _abc.Awaitable[_draw_pb2.EstimateOddsResponse]]:
         """EstimateOdds tells a participant its weight, its chance of being drawn, and its quota.
 
-        Errors: NOT_FOUND when it is not a validator of the task.
+        Errors: NOT_FOUND (NOT_A_VALIDATOR) when it is not a validator of the task, or slashing has taken it below the least stake;
+        NOT_FOUND for an unknown pool, FAILED_PRECONDITION (POOL_CLOSED).
         """
 
     @_abc_1.abstractmethod

@@ -95,7 +95,8 @@ class StakeServiceServicer:
         """RequestWithdrawal moves available stake to unbonding, from where Withdraw takes it after the waiting time.
 
         Errors: FAILED_PRECONDITION (STAKE_NOT_AVAILABLE) when more is asked for than is available; locked stake stays locked
-        while a pool that uses it is open.
+        while a pool that uses it is open. FAILED_PRECONDITION (TOO_MANY_UNBONDING, with the time when the first of them can be
+        withdrawn in the metadata) when 32 amounts of the caller wait already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

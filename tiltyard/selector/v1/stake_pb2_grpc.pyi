@@ -47,7 +47,8 @@ class StakeServiceStub:
     """RequestWithdrawal moves available stake to unbonding, from where Withdraw takes it after the waiting time.
 
     Errors: FAILED_PRECONDITION (STAKE_NOT_AVAILABLE) when more is asked for than is available; locked stake stays locked
-    while a pool that uses it is open.
+    while a pool that uses it is open. FAILED_PRECONDITION (TOO_MANY_UNBONDING, with the time when the first of them can be
+    withdrawn in the metadata) when 32 amounts of the caller wait already.
     """
     Withdraw: _grpc.UnaryUnaryMultiCallable[_stake_pb2.WithdrawRequest, _stake_pb2.WithdrawResponse]
     """Withdraw takes all unbonding stake whose waiting time is over out of the ledger.
@@ -90,7 +91,8 @@ class StakeServiceAsyncStub(StakeServiceStub):
     """RequestWithdrawal moves available stake to unbonding, from where Withdraw takes it after the waiting time.
 
     Errors: FAILED_PRECONDITION (STAKE_NOT_AVAILABLE) when more is asked for than is available; locked stake stays locked
-    while a pool that uses it is open.
+    while a pool that uses it is open. FAILED_PRECONDITION (TOO_MANY_UNBONDING, with the time when the first of them can be
+    withdrawn in the metadata) when 32 amounts of the caller wait already.
     """
     Withdraw: _aio.UnaryUnaryMultiCallable[_stake_pb2.WithdrawRequest, _stake_pb2.WithdrawResponse]  # type: ignore[assignment]
     """Withdraw takes all unbonding stake whose waiting time is over out of the ledger.
@@ -142,7 +144,8 @@ class StakeServiceServicer(metaclass=_abc_1.ABCMeta):
         """RequestWithdrawal moves available stake to unbonding, from where Withdraw takes it after the waiting time.
 
         Errors: FAILED_PRECONDITION (STAKE_NOT_AVAILABLE) when more is asked for than is available; locked stake stays locked
-        while a pool that uses it is open.
+        while a pool that uses it is open. FAILED_PRECONDITION (TOO_MANY_UNBONDING, with the time when the first of them can be
+        withdrawn in the metadata) when 32 amounts of the caller wait already.
         """
 
     @_abc_1.abstractmethod
