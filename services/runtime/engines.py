@@ -23,6 +23,14 @@ from services.runtime import migrations as shared_environment
 _BUSY_TIMEOUT_MS = 10_000
 _MIGRATION_LOCK = 0x74696C74  # any constant that all services agree on ("tilt")
 _SERIALIZATION_STATES = ("40001", "40P01")  # serialization_failure, deadlock_detected
+# libpq would wait for a server that is gone without a word for as long as the kernel does, a quarter of an hour.
+_POSTGRES_PATIENCE = {
+    "connect_timeout": 10,  # seconds, as the next two
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,  # milliseconds
+}
 
 
 def writing_engine(url: str) -> Engine:
@@ -32,7 +40,7 @@ def writing_engine(url: str) -> Engine:
         pragmas = ("journal_mode=WAL", "synchronous=FULL")
         engine = _sqlite_engine(url, begin="BEGIN IMMEDIATE", connections=1, pragmas=pragmas)
     else:
-        engine = create_engine(url, pool_size=1, max_overflow=0, isolation_level="SERIALIZABLE", pool_pre_ping=True)
+        engine = postgres_engine(url, pool_size=1, max_overflow=0, isolation_level="SERIALIZABLE", pool_pre_ping=True)
     _ready_made_savepoints(engine.dialect)
     return engine
 
@@ -40,7 +48,7 @@ def writing_engine(url: str) -> Engine:
 def reading_engine(url: str, *, readers: int) -> Engine:
     """An engine whose transactions see one snapshot and cannot write."""
     if not _is_sqlite(url):
-        engine = create_engine(
+        engine = postgres_engine(
             url, pool_size=readers, max_overflow=0, isolation_level="REPEATABLE READ", pool_pre_ping=True
         )
 
@@ -50,6 +58,14 @@ def reading_engine(url: str, *, readers: int) -> Engine:
 
         return engine
     return _sqlite_engine(url, begin="BEGIN", connections=readers, pragmas=("query_only=ON",))
+
+
+def postgres_engine(url: str, **options: Any) -> Engine:
+    """An engine whose connections notice within half a minute that the server is gone; the URL may say otherwise."""
+    parsed = make_url(url)
+    patience = _POSTGRES_PATIENCE if parsed.get_driver_name().startswith("psycopg") else {}
+    own = {name: value for name, value in patience.items() if name not in parsed.query}
+    return create_engine(parsed, connect_args=own, **options)
 
 
 def _ready_made_savepoints(dialect: Dialect) -> None:

@@ -16,10 +16,12 @@ from types import TracebackType
 from typing import IO, Protocol, Self
 
 import structlog
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import make_url, text
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
+
+from services.runtime.engines import postgres_engine
 
 _EVERY_S = 0.5
 
@@ -63,7 +65,7 @@ class _AdvisoryLock:
     def __init__(self, url: str, name: str) -> None:
         # Of the server alone, not of the process: the same for all who name the same thing.
         self._key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
-        self._engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        self._engine = postgres_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         self._connection: Connection | None = None
 
     def take(self) -> bool:
