@@ -1,4 +1,4 @@
-"""Writes docs/reference from the comments of the protos: `make docs`, or `python docs/reference.py DIR`."""
+"""Writes docs/reference, from the protos' comments and the settings: `make docs`, or `python docs/reference.py DIR`."""
 
 import re
 import sys
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import reference_settings
 from google.protobuf import descriptor_pb2
 from grpc_tools import protoc
 
@@ -67,14 +68,14 @@ def pages() -> dict[str, str]:
     found = packages()
     homes = {f".{each.name}": each.page for each in found}
     written = {each.page: "\n".join(_page(each, homes)).rstrip() + "\n" for each in found}
-    return {"README.md": _index(found), **written}
+    return {"README.md": _index(found), "settings.md": reference_settings.page(), **written}
 
 
 def _index(found: Sequence[Package]) -> str:
     lines = [
         "# Reference",
         "",
-        "Made from the comments of `protos/` by `make docs`.",
+        "Made from the comments of `protos/` by `make docs`. What services can be told: [settings](settings.md).",
         "",
         "| package | services |",
         "|---|---|",

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, get_args
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -40,20 +40,25 @@ class ServiceSettings(BaseSettings):
     state_dir: Path = Path("state")
     """The folder of all durable state of this process."""
     database_url: str = ""
-    """Default: `sqlite:///{state_dir}/{service}.db`."""
+    """`sqlite:///PATH` or `postgresql+psycopg://...`; default: `sqlite:///{state_dir}/{service}.db`."""
     key_file: Path = Path()
-    """Default: `{state_dir}/key.pem`, created at the first start."""
+    """The key of this process (PEM). Default: `{state_dir}/key.pem`, created at the first start."""
     key_passphrase_file: Path | None = None
     """A file whose first line is the passphrase of this process's keys: new ones are encrypted under it."""
     key_encryption_required: bool = False
     """Refuses keys that lie on disk unencrypted."""
     operators: ParticipantIds = frozenset()
+    """The participant ids of those who run the arena (of a node: this node), comma-separated."""
     services: ParticipantIds = frozenset()
+    """The participant ids of services that may call, comma-separated: the selector obeys its registry by this."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least urgent lines that are written: `debug` has one for each call."""
     log_format: LogFormat = Field(default_factory=default_format)
+    """`json` or `console`; default: `console` on a terminal, `json` elsewhere."""
     tls_certificate: Path | None = None
+    """The certificate chain of this process (PEM): shown to clients, and to peers that ask for one."""
     tls_key: Path | None = None
-    """The certificate chain of this process and its key (PEM): shown to clients, and to peers that ask for one."""
+    """The key of that certificate (PEM)."""
     tls_client_ca: Path | None = None
     """With it, a client must show a certificate that this authority signed (mutual TLS)."""
     tls_ca: str = ""
@@ -112,6 +117,14 @@ class ServiceSettings(BaseSettings):
         if not filled.get("key_file"):
             filled["key_file"] = state_dir / "key.pem"
         return filled
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_empty_path(cls, value: object, info: ValidationInfo) -> object:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if value == "" and Path in (annotation, *get_args(annotation)):
+            raise ValueError("a path must not be empty")  # it would be the folder that the process was started in
+        return value
 
     @field_validator("operators", "services", mode="before")
     @classmethod
