@@ -29,8 +29,8 @@ test: install
 soak: install
 	$(BIN)/python -m pytest -m soak --timeout 7200
 
-# The folder of an arena of containers, what it has beside compose.yaml (OVERLAYS="observability gpu"), and a folder of
-# wheels for an engine that reaches no index.
+# The folder of an arena of containers, what it has beside compose.yaml (OVERLAYS="observability gpu"; left out: as the last
+# time; none: nothing), and a folder of wheels for an engine that reaches no index.
 ARENA ?= deploy/state
 OVERLAYS ?=
 WHEELS ?=

@@ -1,9 +1,9 @@
 """`make up`: makes an arena's keys, passwords and settings once, builds its images, starts it and waits for its health.
 
-Everything it makes lies in one folder: settings.env, secrets/ (owned by the user of the images), ids/ (the participant
-id of each service and node), operator.pem, and with the overlay `tls` an authority and its certificates. What is there
-already stays, so that a second run changes only what the environment says: each TILTYARD_ variable that a compose file
-names is taken from there and kept in settings.env.
+Everything it makes lies in one folder: settings.env, environment/ (what else each service is told), secrets/ (owned by
+the user of the images), ids/ (the participant id of each service and node), operator.pem, and with the overlay `tls` an
+authority and its certificates. What is there already stays, so that a second run changes only what it is told: each
+TILTYARD_ variable that a compose file names is taken from the environment and kept in settings.env, as overlays are.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from services.runtime.settings import is_loopback
 from tiltyard.authority import Authority
 from tiltyard.identity import Key
 
@@ -35,20 +36,26 @@ WHEELS_PORT = 7490
 HEALTHY_AFTER_S = 240.0
 RENEW_BEFORE = timedelta(days=45)
 PORTS = {"registry": 7401, "selector": 7402, "trainer": 7403}
+NO_OVERLAY = "none"
+OVERLAY_FILE = r"compose\.([\w-]+)\.yaml"
+ENVIRONMENT = "# Settings of {name} beside those that compose.yaml gives it (docs/reference/settings.md), NAME=VALUE.\n"
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Set up and start an arena of containers.")
     parser.add_argument("folder", type=Path, help="where its keys and settings lie")
-    parser.add_argument("--overlay", action="append", default=[], help="tls, gpu ...: compose.NAME.yaml too")
+    parser.add_argument(
+        "--overlay",
+        action="append",
+        default=[],
+        help="tls, gpu ...: compose.NAME.yaml too; left out, those of the last time; none: compose.yaml alone",
+    )
     parser.add_argument(
         "--wheels", type=Path, help="take packages from this folder alone, for an engine without an index"
     )
     arguments = parser.parse_args()
-    arena = Arena(
-        arguments.folder.absolute(), ["compose.yaml", *(f"compose.{each}.yaml" for each in arguments.overlay)]
-    )
+    arena = Arena(arguments.folder.absolute(), arguments.overlay)
     arena.prepare()
     with served(arguments.wheels) as building:
         arena.compose("build", environment=building)
@@ -63,9 +70,12 @@ def main() -> None:
 class Arena:
     """One arena's folder, and docker compose with the settings in it."""
 
-    def __init__(self, folder: Path, files: Sequence[str]) -> None:
+    def __init__(self, folder: Path, overlays: Sequence[str] = ()) -> None:
+        """With the overlays of the last time where none are named; `none` is an arena without."""
         self._folder = folder
-        self._files = [HERE / name for name in files]
+        kept = self._kept().get("COMPOSE_FILE", "")
+        named = [each for each in overlays if each != NO_OVERLAY] if overlays else re.findall(OVERLAY_FILE, kept)
+        self._files = [HERE / "compose.yaml", *(HERE / f"compose.{each}.yaml" for each in named)]
         for file in self._files:
             if not file.is_file():
                 raise SystemExit(f"there is no {file}")
@@ -73,8 +83,14 @@ class Arena:
 
     def prepare(self) -> None:
         """Makes what is not there yet. Interrupted at any point, the next run goes on."""
+        self._refuse_plaintext_beyond_loopback()
         ids = self._folder / "ids"
         ids.mkdir(parents=True, exist_ok=True)
+        self._environments.mkdir(exist_ok=True)
+        for name in KEYS:
+            if not (self._environments / f"{name}.env").exists():
+                # Credentials of a bucket, say, are settings, too.
+                write(self._environments / f"{name}.env", ENVIRONMENT.format(name=name), mode=0o600)
         self._secrets.mkdir(exist_ok=True)
         # A container's root without capabilities passes through, and nobody lists it.
         self._secrets.chmod(0o711)
@@ -125,6 +141,18 @@ class Arena:
     def _certificates(self) -> Path:
         return self._folder / "certificates"
 
+    @property
+    def _environments(self) -> Path:
+        return self._folder / "environment"
+
+    def _refuse_plaintext_beyond_loopback(self) -> None:
+        """Services in containers listen on all addresses of theirs, so that they cannot refuse it: here it is known."""
+        told = self._kept() | os.environ
+        bind = told.get("TILTYARD_BIND") or "127.0.0.1"
+        encrypted = HERE / "compose.tls.yaml" in self._files or told.get("TILTYARD_PLAINTEXT_ANYWHERE") == "true"
+        if not encrypted and not is_loopback(bind):
+            raise SystemExit(f"TILTYARD_BIND={bind} needs OVERLAYS=tls, or TILTYARD_PLAINTEXT_ANYWHERE=true")
+
     def _certify(self) -> None:
         """Issues each service a certificate, and another before it ends; services that run follow the files."""
         authority = Authority.open(self._folder / "authority")
@@ -142,15 +170,21 @@ class Arena:
             write(file, issued.certificate.read_text())
             issued.key.unlink()
 
-    def _settings(self, ids: Path) -> dict[str, str]:
+    def _kept(self) -> dict[str, str]:
         file = self._folder / "settings.env"
-        kept = dict(line.split("=", 1) for line in file.read_text().splitlines()) if file.exists() else {}
+        lines = file.read_text().splitlines() if file.exists() else []
+        return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+
+    def _settings(self, ids: Path) -> dict[str, str]:
+        kept = self._kept()
         named = {name for path in self._files for name in re.findall(r"\$\{(TILTYARD_[A-Z_]+)", path.read_text())}
+        named.add("TILTYARD_PLAINTEXT_ANYWHERE")
         # Where packages came from is a matter of one build.
         given = {name: os.environ[name] for name in named if name in os.environ and "_PIP_" not in name}
         made = {
             "COMPOSE_FILE": os.pathsep.join(map(str, self._files)),
             "TILTYARD_SECRETS": str(self._secrets),
+            "TILTYARD_ENVIRONMENTS": str(self._environments),
             "TILTYARD_CERTIFICATES": str(self._certificates),
             "TILTYARD_OPERATORS": (ids / "operator").read_text().strip(),
             "TILTYARD_REGISTRY_ID": (ids / "registry").read_text().strip(),

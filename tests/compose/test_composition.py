@@ -1,4 +1,4 @@
-"""The real composition on a Docker engine: a task by README's own commands, killed containers, an upgrade, an end."""
+"""The real composition on a Docker engine: a task by README's commands, killed containers, an upgrade, a backup."""
 
 import json
 import os
@@ -110,11 +110,15 @@ def wait_for(condition: Callable[[], bool], what: str, *, timeout_s: float = 120
         time.sleep(0.5)
 
 
+def blocks(page: str) -> list[str]:
+    """The shell commands of a page, block by block."""
+    return re.findall(r"^```sh\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
 def readme_block() -> str:
     """README's commands for an arena of containers, from `make up` to the leaderboard."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    (block,) = (each for each in blocks if each.startswith("make up\n"))
-    return str(block)
+    (block,) = (each for each in blocks("README.md") if each.startswith("make up\n"))
+    return block
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +230,16 @@ def upgrade(arena: Composition) -> None:
     )
     wait_for(lambda: bool(arena.inspect("registry")["State"]["Health"]["Status"] == "healthy"), "the new registry")
     assert arena.inspect("registry")["Config"]["Labels"]["org.opencontainers.image.version"] == NEXT
+
+
+def test_a_backup_brings_back_an_arena_of_which_nothing_is_left(arena: Composition) -> None:
+    before = [arena.document(f"tiltyard leaderboard {task}") for task in ("digits", "storm")]
+    back_up, restore = blocks("docs/howto/host-the-arena.md")
+    arena.shell(back_up)
+    arena.shell("deploy/arena down --volumes")
+    arena.shell(restore, timeout_s=BUILD_TIMEOUT_S)
+    assert [arena.document(f"tiltyard leaderboard {task}") for task in ("digits", "storm")] == before
+    arena.shell(f"tiltyard log verify {arena.environment['TILTYARD_REGISTRY']}")
 
 
 def test_services_end_when_told_to_and_have_kept_everything_when_they_come_back_with_tls(arena: Composition) -> None:

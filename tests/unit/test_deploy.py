@@ -27,7 +27,7 @@ SETTINGS = {
 }
 KUBERNETES_VERSION = "1.33"
 # What a shell in the container reads.
-COMMAND_LINE = {"TILTYARD_KEY"}
+COMMAND_LINE = {"TILTYARD_KEY", "TILTYARD_SELECTOR"}
 
 
 def composition(*names: str) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""What `make up` keeps from one time to the next, and what it refuses before anything is started."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from deploy.arena import HERE, KEYS, Arena
+
+
+@pytest.fixture(autouse=True)
+def _nothing_told_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [each for each in os.environ if each.startswith(("TILTYARD_", "COMPOSE_"))]:
+        monkeypatch.delenv(name)
+
+
+def files(folder: Path, *overlays: str) -> list[str]:
+    """The compose files of an arena that is set up with these overlays."""
+    arena = Arena(folder, overlays)
+    arena.prepare()
+    return [Path(each).name for each in arena.settings["COMPOSE_FILE"].split(os.pathsep)]
+
+
+def test_an_arena_with_tls_stays_one_until_it_is_told_otherwise(tmp_path: Path) -> None:
+    assert files(tmp_path) == ["compose.yaml"]
+    assert files(tmp_path, "tls", "observability") == ["compose.yaml", "compose.tls.yaml", "compose.observability.yaml"]
+    assert files(tmp_path) == ["compose.yaml", "compose.tls.yaml", "compose.observability.yaml"]
+    assert files(tmp_path, "tls") == ["compose.yaml", "compose.tls.yaml"]
+    assert files(tmp_path, "none") == ["compose.yaml"]
+    assert files(tmp_path) == ["compose.yaml"]
+
+
+def test_an_overlay_that_there_is_not_is_refused_by_its_file(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=str(HERE / r"compose.nonsense.yaml")):
+        Arena(tmp_path, ["nonsense"])
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "10.0.0.7", "::", "arena.example.org"])
+def test_ports_beyond_loopback_want_encryption_or_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("TILTYARD_BIND", address)
+    with pytest.raises(SystemExit, match="TILTYARD_BIND"):
+        Arena(tmp_path).prepare()
+    assert not list(tmp_path.iterdir())
+    Arena(tmp_path / "encrypted", ["tls"]).prepare()
+    monkeypatch.setenv("TILTYARD_PLAINTEXT_ANYWHERE", "true")
+    Arena(tmp_path / "told").prepare()
+    # The word is kept, as the address is.
+    monkeypatch.delenv("TILTYARD_PLAINTEXT_ANYWHERE")
+    monkeypatch.delenv("TILTYARD_BIND")
+    Arena(tmp_path / "told").prepare()
+    with pytest.raises(SystemExit, match="TILTYARD_BIND"):
+        Arena(tmp_path / "encrypted", ["none"]).prepare()
+
+
+def test_what_the_operator_writes_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TILTYARD_ORIGIN", "arena.example.org")
+    Arena(tmp_path).prepare()
+    assert {each.name for each in (tmp_path / "environment").iterdir()} == {f"{name}.env" for name in KEYS}
+    (tmp_path / "environment/selector.env").write_text("TILTYARD_UNBONDING_TIME_S=60\n")
+    with (tmp_path / "settings.env").open("a") as settings:
+        settings.write("\n# a remark\nTILTYARD_REGISTRY_PORT=9001\n")
+    ids = {each.name: each.read_text() for each in (tmp_path / "ids").iterdir()}
+    monkeypatch.delenv("TILTYARD_ORIGIN")
+    again = Arena(tmp_path)
+    again.prepare()
+    kept = {"TILTYARD_ORIGIN": "arena.example.org", "TILTYARD_REGISTRY_PORT": "9001"}
+    assert kept.items() <= again.settings.items()
+    assert (tmp_path / "environment/selector.env").read_text() == "TILTYARD_UNBONDING_TIME_S=60\n"
+    assert {each.name: each.read_text() for each in (tmp_path / "ids").iterdir()} == ids
