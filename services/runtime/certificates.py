@@ -6,8 +6,14 @@ from pathlib import Path
 
 import grpc
 import structlog
+from cryptography import x509
 
 from tiltyard.calls.tls import FollowedPem, Pem, PemFiles
+from tiltyard.telemetry import metrics
+
+_END = metrics.Gauge(
+    "tiltyard.certificate.end.time", unit="s", description="When the certificate shown to callers ends, in Unix time."
+)
 
 _log = structlog.get_logger("tiltyard.calls.tls")
 
@@ -47,4 +53,5 @@ class ServerTls:
 def _configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:
     assert pem.key is not None  # a server has both
     assert pem.certificate is not None
+    _END.set(x509.load_pem_x509_certificates(pem.certificate)[0].not_valid_after_utc.timestamp())
     return grpc.ssl_server_certificate_configuration([(pem.key, pem.certificate)], root_certificates=pem.ca)

@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
+from services.runtime import process_metrics
 from services.runtime.arrivals import ArrivalKeeper
 from services.runtime.auth import AccessPolicy, Authenticator, utc_now
 from services.runtime.certificates import ServerTls
@@ -197,6 +198,7 @@ async def serve(
     `switch_s` is how long one thread keeps the interpreter while another waits for it.
     """
     raise_file_limit()
+    process_metrics.follow_disk(settings.state_dir)
     if remembered is not None:
         sys.setswitchinterval(switch_s)
     stop = asyncio.Event()

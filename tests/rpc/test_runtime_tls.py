@@ -19,6 +19,7 @@ from tiltyard.calls import tls
 from tiltyard.calls.channel import open_channel
 from tiltyard.calls.resuming import persist
 from tiltyard.calls.tls import ChannelTls, InvalidPem, PemFiles
+from tiltyard.telemetry import metrics
 
 HOSTS = ("127.0.0.1", "localhost")
 
@@ -144,6 +145,25 @@ async def test_a_server_shows_a_replaced_certificate_without_a_restart(authority
             # What was connected before goes on, and who connects now gets through.
             await ask(before)
         await check(server.address, client_tls(authority))
+
+
+async def test_the_end_of_the_certificate_is_told_and_moves_with_it(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "collecting", True)
+    tls = server_tls(authority)
+    (told,) = (each for each in metrics.declared() if each.name == "tiltyard.certificate.end.time")
+    assert isinstance(told, metrics.Gauge)
+    async with ArenaServer("127.0.0.1:0", [], authenticator=None, tls=tls) as server:
+        assert told.values() == {(): end_of(tls.certificate)}
+        authority.issue("server", HOSTS, days=7)
+        await serial_shown(server.address, authority)
+        assert told.values() == {(): end_of(tls.certificate)}
+    assert told.values()[()] < (datetime.now(UTC) + timedelta(days=8)).timestamp()
+
+
+def end_of(certificate: Path) -> float:
+    return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc.timestamp()
 
 
 async def test_a_half_replaced_pair_leaves_the_earlier_one(authority: Authority, tmp_path: Path) -> None:

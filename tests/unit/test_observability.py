@@ -42,8 +42,8 @@ def declared() -> Iterator[tuple[str, str, str]]:
 
 
 def in_prometheus() -> set[str]:
-    """What the collector's Prometheus exporter calls them."""
-    return {
+    """What the collector's Prometheus exporter calls them, and what Prometheus says of its own rules."""
+    return {"ALERTS"} | {
         name.replace(".", "_") + UNITS[re.sub(r"\{.*?\}", "", unit)] + suffix
         for kind, name, unit in declared()
         for suffix in SUFFIXES[kind]
@@ -51,7 +51,8 @@ def in_prometheus() -> set[str]:
 
 
 def asked_for(query: str) -> set[str]:
-    return set(re.findall(r"\b(?:tiltyard|rpc|process)_[a-z_]+(?=[\[{) ]|$)", re.sub(r"\{.*?\}", "", query))) - set(
+    names = r"\b(?:ALERTS|(?:tiltyard|rpc|process|system)_[a-z_]+)(?=[\[{) ]|$)"
+    return set(re.findall(names, re.sub(r"\{.*?\}", "", query))) - set(
         re.findall(r"[a-z_]+", " ".join(re.findall(r"by \((.*?)\)", query)))
     )
 
