@@ -1,14 +1,17 @@
 """The command line without a service: keys, tokens, signatures, datasets, and how it refuses."""
 
 import base64
+import importlib.metadata
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -130,6 +133,32 @@ def test_a_service_that_is_away_is_named_in_one_line(tmp_path: Path, command: tu
 @pytest.mark.parametrize("command", [("nonsense",), ("task", "show"), ("key", "new"), ("demo", "--trainers", "0")])
 def test_wrong_usage_exits_2(command: tuple[str, ...]) -> None:
     assert tiltyard(*command).exit_code == 2
+
+
+def groups(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The command and all below it that have commands of their own."""
+    if hasattr(command, "commands"):
+        yield path
+        for name, below in command.commands.items():
+            yield from groups(below, (*path, name))
+
+
+@pytest.mark.parametrize("group", list(groups(typer.main.get_command(app))), ids=" ".join)
+def test_help_says_of_each_command_a_whole_sentence_on_a_narrow_terminal(group: tuple[str, ...]) -> None:
+    usage, said = tiltyard(*group, "--help", COLUMNS="80").stdout.split("Commands:")
+    assert "--help" in usage
+    assert [line for line in said.splitlines() if line.endswith("...")] == []
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert tiltyard("--version").stdout == f"tiltyard {importlib.metadata.version('tiltyard')}\n"
+
+
+@pytest.mark.parametrize("command", [("dataset", "show"), ("dataset", "pack"), ("draw", "verify", "--key", "key")])
+def test_a_file_that_is_not_there_is_named_in_one_line(tmp_path: Path, command: tuple[str, ...]) -> None:
+    missing = tmp_path / "nothing"
+    result = tiltyard(*command, missing, *([tmp_path / "out"] if "pack" in command else []))
+    assert (result.exit_code, result.stderr) == (1, f"error: {missing}: No such file or directory\n")
 
 
 def test_a_dataset_is_packed_and_shown(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The `tiltyard` command: everything that a participant, an operator or an onlooker does from a shell."""
 
 import os
+from typing import Annotated
 
 import typer
 
@@ -37,6 +38,26 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"max_content_width": 120},  # as wide as the terminal, up to this
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"tiltyard {version('tiltyard')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _tiltyard(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version."),
+    ] = False,
+) -> None:
+    """What precedes every command."""
+
+
 app.command("demo")(demo.demo)
 app.command("up")(up.up)
 app.add_typer(keys.app, name="key")

@@ -84,7 +84,10 @@ def export(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Download the record log, and the leaderboards that go with it, into a folder for `tiltyard log verify DIR`."""
+    """Download the record log for `tiltyard log verify DIR`.
+
+    The leaderboards that go with it, too.
+    """
     from tiltyard.audit import write_record
 
     async def work() -> None:
@@ -113,7 +116,10 @@ def watch(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Be a witness: keep each checkpoint, cosign it, and exit with 1 when the log rewrites or forks its history."""
+    """Be a witness of the log.
+
+    Keeps each checkpoint, cosigns it, and exits with 1 when the log rewrites or forks its history.
+    """
     from tiltyard.transparency import InvalidNote
     from tiltyard.witness import Alarm, Witness
 

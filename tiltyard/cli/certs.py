@@ -32,7 +32,9 @@ def dev(
     days: Annotated[float, typer.Option(min=0.001, max=3650, help="How long certificates are good.")] = 90,
     json: JsonOption = False,
 ) -> None:
-    """Make an authority in DIR (once) and a certificate for each service and for clients (each time anew).
+    """Make an authority and certificates of it in DIR.
+
+    The authority once; a certificate for each service and for clients each time anew.
 
     Services take new files without a restart. Each certificate is good for localhost and for its own name as a host.
     """
@@ -53,7 +55,7 @@ def dev(
         authority = Authority.open(folder)
         issued = [authority.issue(each, hosts[each], days=days) for each in names]
     except (ValueError, OSError) as error:
-        fail(str(error))
+        fail(error)
     if json:
         print_json(
             {

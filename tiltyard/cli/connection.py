@@ -53,10 +53,17 @@ class CommandError(Exception):
     """What a command refuses, in one line for the person who typed it."""
 
 
-def fail(message: str) -> NoReturn:
+def fail(problem: str | Exception) -> NoReturn:
     """Ends the command with one line on standard error and status 1."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {in_words(problem)}", file=sys.stderr)
     raise typer.Exit(1)
+
+
+def in_words(problem: str | Exception) -> str:
+    """What went wrong; of a file its name comes first, and no number of the system's."""
+    if isinstance(problem, OSError) and problem.filename is not None and problem.strerror:
+        return f"{problem.filename}: {problem.strerror}"
+    return str(problem)
 
 
 def key_lock() -> "KeyLock":
@@ -68,7 +75,7 @@ def key_lock() -> "KeyLock":
     try:
         return KeyLock.read(Path(file) if file else None, required=required)
     except (ValueError, OSError) as error:
-        raise CommandError(f"TILTYARD_KEY_PASSPHRASE_FILE: {error}") from None
+        raise CommandError(f"TILTYARD_KEY_PASSPHRASE_FILE: {in_words(error)}") from None
 
 
 def load_key(path: Path) -> "Key":
@@ -88,7 +95,7 @@ def load_key(path: Path) -> "Key":
     except FileNotFoundError:
         raise CommandError(f"there is no key in {path}; `tiltyard key new {path}` makes one") from None
     except (OSError, ValueError) as error:
-        raise CommandError(str(error)) from None
+        raise CommandError(in_words(error)) from None
 
 
 def tls_of_environment() -> "ChannelTls | None":
@@ -104,7 +111,7 @@ def tls_of_environment() -> "ChannelTls | None":
         if tls is not None:
             tls.files.read()
     except (InvalidPem, OSError) as error:
-        raise CommandError(f"TILTYARD_TLS_*: {error}") from None
+        raise CommandError(f"TILTYARD_TLS_*: {in_words(error)}") from None
     return tls
 
 
@@ -155,7 +162,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         DigestMismatch,
         OSError,
     ) as error:
-        fail(explain(error))
+        fail(error if isinstance(error, OSError) else explain(error))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 

@@ -26,7 +26,7 @@ def pack(
     try:
         datasets.pack(source, out)
     except (datasets.DatasetError, OSError) as error:
-        fail(str(error))
+        fail(error)
     _show(out, json)
 
 
@@ -35,7 +35,9 @@ def digits(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go.")],
     shards: Annotated[int, typer.Option(min=1, max=50, help="Training nodes to divide the rest among.")] = 1,
 ) -> None:
-    """Write the 1,797 handwritten digits that scikit-learn ships, as `tiltyard demo` divides them.
+    """Write scikit-learn's handwritten digits, ready for a task.
+
+    There are 1,797, divided as `tiltyard demo` divides them.
 
     DIR gets evaluation.safetensors with 30 % of them, a shard-N.safetensors for each training node, and task.json.
     """
@@ -62,7 +64,7 @@ def digits(
         (folder / "task.json").write_text(json.dumps(as_json(config), indent=2) + "\n")
         print(f"{folder / 'task.json'}: models {', '.join(model.name for model in models_for(divided))}")
     except (CommandError, OSError) as error:
-        fail(str(error))
+        fail(error)
 
 
 @app.command("show")
@@ -77,7 +79,7 @@ def _show(file: Path, json: bool) -> None:
     try:
         dataset = datasets.Dataset.open(file)
     except (datasets.DatasetError, OSError) as error:
-        fail(str(error))
+        fail(error)
     labelled = dataset.y.dtype.kind == "i"
     classes = 1 + max((int(part.max()) for _, part in dataset.chunks("y")), default=-1) if labelled else 0
     document = {

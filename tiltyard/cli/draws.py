@@ -127,7 +127,7 @@ def verify(
         text = receipt.read_text(encoding="utf-8")
         selector = bytes.fromhex(key.read_text(encoding="ascii").strip())
     except OSError as error:
-        fail(str(error))
+        fail(error)
     except UnicodeDecodeError:
         fail("receipt and key are text files")
     except ValueError:
@@ -159,7 +159,10 @@ def odds(
     selector: SelectorOption = SELECTOR,
     json: JsonOption = False,
 ) -> None:
-    """Show a validator's weight, its chance of being drawn, its quota, and what splitting the stake would gain."""
+    """Show a validator's weight, chance and quota in a task.
+
+    Also what splitting the stake would gain.
+    """
     from tiltyard.selector.v1 import draw_pb2
 
     async def work() -> None:

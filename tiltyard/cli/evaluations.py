@@ -63,7 +63,9 @@ def list_evaluations(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """List a submission's evaluations: what each validator counted, and what the registry made of it.
+    """List a submission's evaluations.
+
+    What each validator counted, and what the registry made of it.
 
     What the training node's own endpoint answered stands in a column of its own: such a report has no vote.
     """
@@ -186,7 +188,9 @@ def predict(
     origin: OriginOption = DEFAULT_ORIGIN,
     registry: RegistryOption = REGISTRY,
 ) -> None:
-    """Recompute the predictions of a model as the reference for disputes does: CPU, float32, rows in order.
+    """Recompute the predictions of a model.
+
+    As the reference for disputes does: CPU, float32, rows in order.
 
     Writes one little-endian int32 a row. For whoever has the dataset: the task's creator, or a drawn validator.
     """
@@ -216,7 +220,9 @@ def capture_command(
     colluding: Annotated[int, typer.Option(min=0, help="How many of them collude.")] = 10,
     json: JsonOption = False,
 ) -> None:
-    """How often colluding validators take a score away from honest ones, for each number of validators per submission.
+    """Say how often colluding validators decide a score.
+
+    For each number of validators per submission.
 
     No server is asked: the chances follow from the draw and the rules of consensus.
     """

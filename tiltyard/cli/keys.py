@@ -38,7 +38,7 @@ def _load(path: Path) -> "Key":
     try:
         return load_key(path)
     except CommandError as error:
-        fail(str(error))
+        fail(error)
 
 
 def _print(key: "Key", path: Path, json: bool) -> None:
@@ -73,7 +73,9 @@ def new(
     passphrase_file: PassphraseOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Make a new Ed25519 key in FILE (PKCS #8 PEM, readable by you alone); never overwrites.
+    """Make a new Ed25519 key in FILE; never overwrites.
+
+    PKCS #8 PEM, readable by you alone.
 
     It is encrypted with --encrypt, with --passphrase-file, and where TILTYARD_KEY_PASSPHRASE_FILE is set.
     """
@@ -89,7 +91,7 @@ def new(
     except FileExistsError:
         fail(f"{file} is there already")
     except (OSError, ValueError, CommandError) as error:
-        fail(str(error))
+        fail(error)
     _print(key, file, json)
 
 
@@ -112,7 +114,9 @@ def export(
     passphrase_file: PassphraseOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Write a copy of the key in FILE for safe keeping: encrypted, with its id and a checksum in clear text.
+    """Write an encrypted copy of the key in FILE for safe keeping.
+
+    Its id and a checksum stand in clear text.
 
     The passphrase is asked for, or read from a file. The copy is read again and compared before its id is printed.
     """
@@ -127,7 +131,7 @@ def export(
     except FileExistsError:
         fail(f"{copy} is there already")
     except (OSError, ValueError, CommandError) as error:
-        fail(str(error))
+        fail(error)
     _print(key, copy, json)
 
 
@@ -139,7 +143,9 @@ def import_(
     plaintext: Annotated[bool, typer.Option("--plaintext", help="Write FILE unencrypted, with mode 0600.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Make FILE from a copy, after its checksum, passphrase and id have been checked; prints the id.
+    """Make FILE from a copy that `key export` wrote.
+
+    Checksum, passphrase and id are checked first; prints the id.
 
     FILE is encrypted under the passphrase in TILTYARD_KEY_PASSPHRASE_FILE, or else the copy's own.
     """
@@ -158,7 +164,7 @@ def import_(
     except FileExistsError:
         fail(f"{file} is there already")
     except (OSError, ValueError, CommandError) as error:
-        fail(str(error))
+        fail(error)
     _print(key, file, json)
 
 
@@ -192,7 +198,10 @@ def token(
     audience: Annotated[str, typer.Option(help="registry, selector, or the id of the node that is called.")],
     origin: OriginOption = DEFAULT_ORIGIN,
 ) -> None:
-    """Print a bearer token of four minutes, for grpcurl: -H "authorization: Bearer $(tiltyard token ...)"."""
+    """Print a bearer token of four minutes, for grpcurl.
+
+    -H "authorization: Bearer $(tiltyard token ...)"
+    """
     from tiltyard.identity import issue_token
 
     signer = _load(key)
@@ -206,7 +215,7 @@ def sign(
     key: KeyOption,
     file: Annotated[str, typer.Argument(help="JSON of the statement; - reads standard input.")] = "-",
 ) -> None:
-    """Sign a statement given as JSON and print its Envelope as JSON, ready for grpcurl."""
+    """Sign a statement given as JSON, for grpcurl. Prints its Envelope as JSON."""
     from google.protobuf.json_format import Parse, ParseError
 
     from tiltyard.statements import STATEMENT_KINDS, sign_statement

@@ -200,7 +200,10 @@ def leave(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """End your part in a task; the stake is free once your last duty in it has ended."""
+    """End your part in a task.
+
+    The stake is free once your last duty in it has ended.
+    """
     from tiltyard.client import new_request_id
     from tiltyard.registry.v1 import membership_pb2
 

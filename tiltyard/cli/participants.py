@@ -38,7 +38,10 @@ def register(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Register the key under NAME; registering again changes the name, and the endpoint where one is given."""
+    """Register the key under NAME.
+
+    Registering again changes the name, and the endpoint where one is given.
+    """
     from tiltyard.client import new_request_id
     from tiltyard.registry.v1 import participant_pb2
 
@@ -148,7 +151,7 @@ def bind_owner(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Bind the key to the owner who signed STATEMENT: in draws both count as one."""
+    """Bind the key to an owner: in draws both count as one."""
     from google.protobuf.json_format import Parse, ParseError
 
     from tiltyard.client import new_request_id

@@ -50,7 +50,7 @@ def leaderboard(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Show a task's ranking; with --watch and --json one document a line."""
+    """Show a task's ranking. With --watch and --json one document a line."""
     from tiltyard.client import watch as resume
     from tiltyard.registry.v1 import leaderboard_pb2
 

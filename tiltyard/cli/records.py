@@ -50,7 +50,10 @@ def inclusion(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Prove that a leaf is in the log, checked against the signed checkpoint where it is of the same size."""
+    """Prove that a leaf is in the log.
+
+    Checked against the signed checkpoint where it is of the same size.
+    """
     from tiltyard.registry.v1 import log_pb2
     from tiltyard.transparency import leaf_hash, verify_inclusion
 
@@ -94,7 +97,7 @@ def consistency(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Print the proof that the log of one size is a beginning of the log of another."""
+    """Prove that the log of one size begins that of another."""
     from tiltyard.registry.v1 import log_pb2
 
     async def work() -> None:
@@ -121,7 +124,10 @@ def entries(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """List entries of the log; with --json each with its bytes as they were hashed."""
+    """List entries of the log.
+
+    With --json each with its bytes as they were hashed.
+    """
     from tiltyard.registry.v1 import log_pb2
     from tiltyard.type.v1 import log_pb2 as log_type_pb2
 

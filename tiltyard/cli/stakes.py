@@ -119,7 +119,10 @@ def request_withdrawal(
     selector: SelectorOption = SELECTOR,
     json: JsonOption = False,
 ) -> None:
-    """Ask available stake back; `tiltyard stake withdraw` takes it after the waiting time."""
+    """Ask available stake back.
+
+    `tiltyard stake withdraw` takes it after the waiting time.
+    """
     from tiltyard.client import new_request_id
     from tiltyard.selector.v1 import stake_pb2
 

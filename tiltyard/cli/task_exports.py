@@ -34,7 +34,9 @@ def export(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Write the whole record log, the task's ranking, and all its datasets and models that the key may read.
+    """Write all that can be checked of a task into a folder.
+
+    The whole record log, the task's ranking, and all its datasets and models that the key may read.
 
     The log is whole, so it proves each of its leaves; what other tasks did is part of what weights and charges rest on.
     """

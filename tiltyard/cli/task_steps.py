@@ -126,7 +126,10 @@ def holdout(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Upload and publish the holdout of a closed task, which decides its final ranking. For the creator."""
+    """Publish the holdout of a closed task. For the creator.
+
+    It is uploaded, and decides the final ranking.
+    """
     from tiltyard.client import new_request_id
     from tiltyard.registry.v1 import task_pb2
     from tiltyard.transfers import upload

@@ -77,7 +77,7 @@ def create(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Create a task, upload its evaluation dataset, and wait until it is open."""
+    """Create a task. Uploads its evaluation dataset, and waits until it is open."""
     from tiltyard.client import new_request_id, watch
     from tiltyard.registry.v1 import task_pb2
     from tiltyard.transfers import upload
@@ -173,7 +173,10 @@ def watch_task(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Print the task now and after each change until it has ended; with --json one document a line."""
+    """Print the task now and after each change until it ends.
+
+    With --json one document a line.
+    """
     from tiltyard.client import watch
     from tiltyard.registry.v1 import task_pb2
 

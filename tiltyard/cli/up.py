@@ -79,7 +79,10 @@ def up(
     ] = 7400,
     origin: OriginOption = DEFAULT_ORIGIN,
 ) -> None:
-    """Run registry, selector, trainer and validator until interrupted; what dies is started again."""
+    """Run one of each service until interrupted.
+
+    What dies is started again.
+    """
     run(_up(state.absolute(), port_base, origin))
 
 

@@ -37,7 +37,7 @@ def join(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Join TASK as a validator with the key, which must be the validator's own."""
+    """Join TASK as a validator. The key must be the validator's own."""
 
     async def work() -> None:
         async with connect(key, origin, registry) as client:
@@ -131,7 +131,7 @@ def watch(
 def drain(
     key: KeyOption, validator: ValidatorOption = VALIDATOR, node: NodeOption = "", json: JsonOption = False
 ) -> None:
-    """Let the runs in progress end, take no new ones, and stop the validator."""
+    """Let the runs in progress end, and stop the validator."""
     from tiltyard.validator.v1 import validator_pb2
 
     async def work() -> None:

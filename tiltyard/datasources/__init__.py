@@ -28,5 +28,6 @@ def read_batches(source: Path, *, scratch: Path) -> Iterator[Rows]:
     }
     reader = readers.get(source.suffix.lower())
     if reader is None:
+        source.stat()  # what is not there has no kind, either
         raise DatasetError(f"{source.name}: must be {', '.join(readers)} or a folder of images")
     return reader(source)

@@ -19,7 +19,10 @@ def demo(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end; all else to stderr.")] = False,
     state: Annotated[Path | None, typer.Option(help="Folder for all state; default: a fresh temporary one.")] = None,
 ) -> None:
-    """Run one task from its creation to its leaderboard; exits 0 only when everything checked is right."""
+    """Run a whole task with a process for each participant.
+
+    Exits 0 only when everything that was checked is right.
+    """
     from tiltyard.cli.demo.story import Demo
     from tiltyard.cli.output import print_json
 
