@@ -8,11 +8,13 @@ import typer
 
 from tiltyard.cli.connection import (
     DEFAULT_ORIGIN,
+    REGISTRY,
     SELECTOR,
     CommandError,
     JsonOption,
     KeyOption,
     OriginOption,
+    RegistryOption,
     SelectorOption,
     connect,
     fail,
@@ -152,10 +154,13 @@ def verify(
 def odds(
     key: KeyOption,
     task: Annotated[str, typer.Argument(metavar="TASK", help="tasks/{task}, or the last part of it.")] = "",
-    validators: Annotated[int, typer.Option(min=1, max=99, help="How many are drawn.")] = 3,
+    validators: Annotated[
+        int | None, typer.Option(min=1, max=99, help="How many are drawn; as many as the task says when left out.")
+    ] = None,
     draw: Annotated[str, typer.Option(help="Say why this draw did not pick the participant.")] = "",
     participant: Annotated[str, typer.Option(help="participants/{id} or the id; the key's own when left out.")] = "",
     origin: OriginOption = DEFAULT_ORIGIN,
+    registry: RegistryOption = REGISTRY,
     selector: SelectorOption = SELECTOR,
     json: JsonOption = False,
 ) -> None:
@@ -168,16 +173,24 @@ def odds(
     async def work() -> None:
         if not task and not draw:
             raise CommandError("name a task, or a draw with --draw")
-        async with connect(key, origin, selector=selector) as client:
+        async with connect(key, origin, registry=registry, selector=selector) as client:
             whose = participant_name(participant or client.key.id)
             if draw:
                 await _explain(client, await _receipt(client, draw), whose, as_document=json)
                 return
-            request = draw_pb2.EstimateOddsRequest(task=task_name(task), validators=validators, participant=whose)
+            drawn = validators or await _drawn(client, task_name(task))
+            request = draw_pb2.EstimateOddsRequest(task=task_name(task), validators=drawn, participant=whose)
             answer = await client.draws.EstimateOdds(request)
-        print_json(as_json(answer)) if json else _print_odds(answer, validators)
+        print_json(as_json(answer)) if json else _print_odds(answer, drawn)
 
     run(work())
+
+
+async def _drawn(client: "Client", task: str) -> int:
+    """How many validators the task's submissions are given."""
+    from tiltyard.registry.v1 import task_pb2
+
+    return (await client.tasks.GetTask(task_pb2.GetTaskRequest(name=task))).task.config.validators_per_submission
 
 
 def _print_odds(answer: "selector_pb2.EstimateOddsResponse", validators: int) -> None:

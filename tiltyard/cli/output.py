@@ -70,7 +70,8 @@ class ProgressLine:
         self._description = description
         self._unit = unit
         self._bar: Progress | None = None
-        self._last_line = 0.0
+        self._last_time = 0.0
+        self._last_line = ""
         if sys.stderr.isatty():
             from rich import console, progress
 
@@ -92,7 +93,9 @@ class ProgressLine:
             self._bar.update(self._task, completed=done, total=total or None, description=f"{self._description} {text}")
             return
         now = time.monotonic()
-        if now - self._last_line >= _PLAIN_EVERY_S or (total and done >= total):
-            self._last_line = now
-            line = f"{self._description}: {done}/{total}{self._unit and ' '}{self._unit} {text}"
-            print(line.rstrip(), file=sys.stderr, flush=True)
+        if now - self._last_time >= _PLAIN_EVERY_S or (total and done >= total):
+            counted = f"{done}/{total}{self._unit and ' '}{self._unit} " if total else ""
+            line = f"{self._description}: {counted}{text}".rstrip()
+            if line != self._last_line:
+                self._last_time, self._last_line = now, line
+                print(line, file=sys.stderr, flush=True)

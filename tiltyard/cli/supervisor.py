@@ -1,8 +1,10 @@
 """Runs services as child processes on fixed ports, starts again what dies, and leaves no orphan behind."""
 
 import asyncio
+import contextlib
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -23,6 +25,9 @@ _HEALTHY_AFTER_S = 10.0
 # Deaths in a row before its first SERVING after which a service is taken for broken.
 _FALSE_STARTS = 3
 _LOG_TAIL_BYTES = 2000
+# Of each log as much is kept twice at most: what is written now, and what was written before.
+_LOG_BYTES = 32 << 20
+_LOOK_AT_LOGS_S = 30.0
 # After that a watch of somebody's health begins anew.
 _WATCH_S = 60.0
 
@@ -75,8 +80,10 @@ class Supervisor:
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._served: set[str] = set()
         self._stopping = False
+        self._bounding: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Supervisor":
+        self._bounding = asyncio.create_task(self._bound_logs(), name="bound logs")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -132,6 +139,14 @@ class Supervisor:
             if late:
                 await asyncio.wait(late)
         self._keepers.clear()
+        if self._bounding is not None:
+            self._bounding.cancel()
+
+    async def _bound_logs(self) -> None:
+        while True:
+            for name in list(self._programs):
+                await asyncio.to_thread(bound_log, self.log_file(name))
+            await asyncio.sleep(_LOOK_AT_LOGS_S)
 
     async def _keep(self, program: Program) -> None:
         pause_s, false_starts = _FIRST_PAUSE_S, 0
@@ -217,6 +232,20 @@ async def _watch_health(address: str) -> None:
             except grpc.aio.AioRpcError:
                 # It went away while it started; the next watch waits for the next connection.
                 await asyncio.sleep(_FIRST_PAUSE_S)
+
+
+def bound_log(path: Path, most_bytes: int = _LOG_BYTES) -> None:
+    """Puts a log longer than `most_bytes` aside as `{name}.1`, in the place of the one before, and empties it.
+
+    Its writer appends, and goes on in the emptied file; what it writes between the copy and that is lost.
+    """
+    if not path.exists() or path.stat().st_size <= most_bytes:
+        return
+    earlier = path.with_name(f"{path.name}.1")
+    with contextlib.suppress(OSError):  # where the disk is full, what was is not worth what comes
+        shutil.copyfile(path, earlier)
+        earlier.chmod(0o600)
+    os.truncate(path, 0)
 
 
 def free_ports(count: int) -> list[int]:

@@ -93,6 +93,8 @@ async def follow_to_end(node: "Node", training: "trainer_pb2.Training", record: 
 def describe(training: "trainer_pb2.Training") -> str:
     """A few words on a training's last step."""
     progress = training.progress
+    if not progress.total_steps:
+        return "waiting for its first step"
     words = f"loss {progress.loss:.4f}, {progress.samples_per_second:,.0f} rows/s"
     if progress.device_memory_bytes:
         words += f", {progress.device_memory_bytes / 2**30:.1f} GiB on {training.device}"
