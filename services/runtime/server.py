@@ -273,7 +273,17 @@ async def _forget_requests(database: "Database") -> None:
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Runs a composition root to its end: `run(main())` under `if __name__ == "__main__"`."""
+    """Runs a composition root to its end: `run(main())` under `if __name__ == "__main__"`.
+
+    What ends it before is logged whole, and told once more in the last line on standard error; the status is 1.
+    """
     # An interrupt that came before serve() took the signals over ends the process just the same.
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(main)
+        try:
+            asyncio.run(main)
+        except Exception as error:
+            _log.critical("ended by an error", exc_info=error)
+            # SQLAlchemy puts the statement and a link behind what the database has said.
+            cause = getattr(error, "orig", None) or error
+            sys.stderr.write(f"{type(cause).__name__}: {' '.join(str(cause).split())}\n")
+            raise SystemExit(1) from None

@@ -22,6 +22,7 @@ PREFIX = "TILTYARD_"
 _COMMAND_LINE = frozenset(
     {"TILTYARD_KEY", "TILTYARD_REGISTRY", "TILTYARD_SELECTOR", "TILTYARD_TRAINER", "TILTYARD_VALIDATOR"}
 )
+_DATABASE_URL = re.compile(r"sqlite:///|postgresql\+\w+://")
 _PARTICIPANT_ID = re.compile("[0-9a-f]{40}")
 
 ParticipantIds = Annotated[frozenset[str], NoDecode]
@@ -124,6 +125,13 @@ class ServiceSettings(BaseSettings):
         annotation = cls.model_fields[info.field_name or ""].annotation
         if value == "" and Path in (annotation, *get_args(annotation)):
             raise ValueError("a path must not be empty")  # it would be the folder that the process was started in
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, value: str) -> str:
+        if not _DATABASE_URL.match(value):
+            raise ValueError("must be sqlite:///PATH or postgresql+psycopg://...")
         return value
 
     @field_validator("operators", "services", mode="before")

@@ -69,6 +69,8 @@ def test_everything_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
         ("TILTYARD_ORIGIN", "has space"),
         ("TILTYARD_ORIGIN", ""),
         ("TILTYARD_STATE_DIR", ""),
+        ("TILTYARD_DATABASE_URL", "state/registry.db"),
+        ("TILTYARD_DATABASE_URL", "postgresql://arena:hunter2@db/arena"),
         ("TILTYARD_KEY_PASSPHRASE_FILE", ""),
         ("TILTYARD_TLS_CLIENT_CA", ""),
         ("TILTYARD_LOG_LEVEL", "loud"),
