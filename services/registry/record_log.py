@@ -26,7 +26,9 @@ T = TypeVar("T")
 MAX_PAGE_BYTES = 2 * 1024 * 1024
 _EVENTS_A_TURN = 500
 _SIGNED = metrics.Gauge(
-    "tiltyard.log.checkpoint.time", unit="s", description="When the newest checkpoint was signed, in Unix time."
+    "tiltyard.log.checkpoint.time",
+    unit="s",
+    description="When the newest checkpoint was signed, or this process began where none was, in Unix time.",
 )
 _LEAVES_A_READ = 100
 
@@ -75,6 +77,8 @@ class RecordLog:
 
     async def begin(self, *, operators: Collection[str]) -> None:
         """Write leaf 0 where there is none: who runs this arena. Raises Unavailable without the selector."""
+        # Where nobody ever comes for a checkpoint, that is to be noticed, too.
+        _SIGNED.set(self._clock().timestamp())
         if not await self.is_empty():
             return
         genesis = Genesis(

@@ -227,8 +227,8 @@ async def test_calls_to_a_dead_peer_fail_at_once_and_work_again_when_it_is_back(
         started = time.monotonic()
         codes = [await code_of(get_stake(channel)) for _ in range(20)]
         assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
-        # Each would have made four attempts with pauses of 0.2 s and more in between.
-        assert time.monotonic() - started < 0.5
+        # Each would have made four attempts with pauses of 0.2 s and more in between: 12 s.
+        assert time.monotonic() - started < 5
         async with serving(peer, f"127.0.0.1:{port}"):
             async with asyncio.timeout(20):
                 while True:
@@ -257,7 +257,7 @@ async def test_calls_to_a_peer_that_hangs_fail_at_once() -> None:
         started = time.monotonic()
         for _ in range(20):
             assert await code_of(get_stake(channel)) in expected
-        assert time.monotonic() - started < 2  # 20 deadlines are 6 s
+        assert time.monotonic() - started < 5  # 20 deadlines are 6 s
     hang.set()
     listener.close()
     await listener.wait_closed()

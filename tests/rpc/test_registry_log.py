@@ -1,6 +1,7 @@
 """LogService over a real server: what an outsider can check."""
 
 import grpc
+import pytest
 
 from tests.registry_fakes import SELECTOR_KEY
 from tests.registry_server import ORIGIN, RegistryServer, refused
@@ -13,6 +14,7 @@ from tiltyard.registry.v1.log_pb2 import (
     Leaf,
     ListEntriesRequest,
 )
+from tiltyard.telemetry import metrics
 from tiltyard.transparency import (
     Checkpoint,
     leaf_hash,
@@ -46,6 +48,20 @@ async def test_the_first_leaf_says_who_runs_the_arena(arena: RegistryServer) -> 
     assert genesis.log_key == arena.registry.log_key
     assert genesis.selector_key == SELECTOR_KEY
     assert list(genesis.operators) == [f"participants/{arena.operator.id}"]
+
+
+async def test_the_age_of_the_newest_checkpoint_is_told_where_nobody_has_asked_for_one(
+    arena: RegistryServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "collecting", True)
+    (told,) = (each for each in metrics.declared() if each.name == "tiltyard.log.checkpoint.time")
+    assert isinstance(told, metrics.Gauge)
+    await arena.registry.log.begin(operators=())
+    began = told.values()[()]
+    assert began == arena.clock.now.timestamp()
+    arena.clock.advance(seconds=3600)
+    await (await arena.client(Key.generate())).log.GetCheckpoint(GetCheckpointRequest())
+    assert told.values()[()] - began == 3600
 
 
 async def test_the_root_follows_from_the_leaves_and_the_note_is_signed(arena: RegistryServer) -> None:

@@ -1,6 +1,8 @@
 """What `make up` keeps from one time to the next, and what it refuses before anything is started."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,16 @@ def test_what_the_operator_writes_stays(tmp_path: Path, monkeypatch: pytest.Monk
     assert kept.items() <= again.settings.items()
     assert (tmp_path / "environment/selector.env").read_text() == "TILTYARD_UNBONDING_TIME_S=60\n"
     assert {each.name: each.read_text() for each in (tmp_path / "ids").iterdir()} == ids
+
+
+def test_a_machine_without_docker_is_told_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "sed", "dirname"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name) or "/bin/false")
+    Arena(tmp_path / "arena").prepare()
+    environment = {"PATH": str(tmp_path / "bin"), "ARENA": str(tmp_path / "arena")}
+    done = subprocess.run(
+        [tmp_path / "bin/bash", HERE / "arena", "ps"], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "there is no docker compose" in done.stderr

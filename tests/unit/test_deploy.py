@@ -230,5 +230,19 @@ def test_services_budgets_and_policies_choose_pods_that_there_are(manifests: lis
                 assert "podSelector" not in peer or any(chooses(peer["podSelector"], those) for those in labels)
 
 
+def test_every_setting_of_the_composition_is_told() -> None:
+    page = (DEPLOY.parent / "docs/howto/host-the-arena.md").read_text()
+    told = {
+        each for row in re.findall(r"^\| (`[A-Z_`, ]+)", page, re.MULTILINE) for each in re.findall(r"`(\w+)`", row)
+    }
+    text = "".join(path.read_text() for path in DEPLOY.glob("compose*.yaml"))
+    made = r"SECRETS|CERTIFICATES|ENVIRONMENTS|OPERATORS|REGISTRY_ID|BUILD_NETWORK|PIP_\w+"
+    for name in set(re.findall(rf"\$\{{TILTYARD_(?!{made})([A-Z_]+)", text)):
+        words = name.split("_")
+        # After the first of a row the others are named by their ends.
+        endings = {"_" + "_".join(words[start:]) for start in range(len(words))}
+        assert {f"TILTYARD_{name}", *endings} & told, name
+
+
 def test_overlays_are_files() -> None:
     assert {path.name for path in DEPLOY.glob("compose.*.yaml")} == {f"compose.{each}.yaml" for each in OVERLAYS}
