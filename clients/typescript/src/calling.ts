@@ -15,6 +15,7 @@ import type { DeadlineOptions } from "nice-grpc-client-middleware-deadline";
 import type { TokenSource } from "./identity.js";
 
 const MAX_MESSAGE_BYTES = 4 * 1024 * 1024;
+const LOOPBACK = /^(localhost|127\.\d+\.\d+\.\d+|\[::1\]):\d+$/;
 
 /** Milliseconds that a call with one answer may take. */
 export const DEADLINE_MS = 20_000;
@@ -39,8 +40,8 @@ const SERVICE_CONFIG = JSON.stringify({
   retryThrottling: { maxTokens: 100, tokenRatio: 0.1 },
 });
 
-/** Options of every channel: repeats, keepalive, quick reconnects, message limits. */
-export function channelOptions(): ChannelOptions {
+/** Options of a channel to `address`: repeats, keepalive, quick reconnects, message limits. */
+export function channelOptions(address: string): ChannelOptions {
   return {
     "grpc.service_config": SERVICE_CONFIG,
     "grpc.enable_retries": 1,
@@ -51,6 +52,8 @@ export function channelOptions(): ChannelOptions {
     "grpc.max_reconnect_backoff_ms": 2_000,
     "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
     "grpc.max_send_message_length": MAX_MESSAGE_BYTES,
+    // A proxy from the environment can't reach this machine's loopback interface.
+    "grpc.enable_http_proxy": LOOPBACK.test(address) ? 0 : 1,
   };
 }
 

@@ -80,7 +80,7 @@ class Connections {
   ): Calls<Service> {
     const known = this.#services.get(service);
     if (known !== undefined) return known as Calls<Service>;
-    const channel = this.#channels.get(address) ?? createChannel(address, credentials(this.tls), channelOptions());
+    const channel = this.#channels.get(address) ?? createChannel(address, credentials(this.tls), channelOptions(address));
     this.#channels.set(address, channel);
     const breaker = this.#breakers.get(address) ?? new CircuitBreaker(address);
     this.#breakers.set(address, breaker);

@@ -1,5 +1,7 @@
 /** Receipts of draws, checked with nothing but the selector's public key (docs/sortition.md, Receipts). */
 
+import { isDeepStrictEqual } from "node:util";
+
 import { bigEndian, equal, toInteger, utf8 } from "./bytes.js";
 import * as bls from "./bls.js";
 import { drawSeed } from "./commitments.js";
@@ -19,15 +21,49 @@ export function receiptLeaf(receipt: DrawReceipt): Uint8Array {
   return leafHash(DrawReceipt.encode({ ...receipt, signed: undefined }).finish());
 }
 
-/** Reads what `tiltyard draw export` writes. Throws ReceiptInvalid for anything else. */
+/**
+ * Reads what `tiltyard draw export` writes; fields that have their default value may be left out.
+ *
+ * Throws ReceiptInvalid for anything else, a value written in another way, twice or under another name included: what is
+ * not signed cannot hide.
+ */
 export function receiptFromJson(text: string): DrawReceipt {
+  let document: Record<string, unknown>;
+  let receipt: DrawReceipt;
   try {
-    const document = JSON.parse(text) as Record<string, unknown>;
-    const receipt = DrawReceipt.fromJSON(document);
-    return { ...receipt, drawTime: timestamp(document["draw_time"]) };
+    document = JSON.parse(text) as Record<string, unknown>;
+    receipt = { ...DrawReceipt.fromJSON(document), drawTime: timestamp(document["draw_time"]) };
   } catch (error) {
     throw new ReceiptInvalid(`this is no receipt: ${String(error)}`, { cause: error });
   }
+  // No string of a receipt has white space in it, and JSON.parse keeps one of two values of a name.
+  const isOnce = text.replace(/[ \t\r\n]/g, "") === JSON.stringify(document);
+  if (!isOnce || !isDeepStrictEqual(withoutDefaults(document), written(receipt))) {
+    throw new ReceiptInvalid("a value is not written in the one way that protobuf's JSON form has for it");
+  }
+  return receipt;
+}
+
+/** The JSON form of a receipt with the contract's snake_case names, without the fields that have their default value. */
+function written(receipt: DrawReceipt): unknown {
+  const { drawTime, ...rest } = receipt;
+  const document = renamed(DrawReceipt.toJSON({ ...rest, drawTime: undefined })) as Record<string, unknown>;
+  return drawTime ? { ...document, draw_time: timestampText(drawTime) } : document;
+}
+
+function renamed(value: unknown): unknown {
+  if (Array.isArray(value)) return value.map(renamed);
+  if (typeof value !== "object" || value === null) return value;
+  const name = (camel: string) => camel.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`);
+  return Object.fromEntries(Object.entries(value).map(([key, each]) => [name(key), renamed(each)]));
+}
+
+function withoutDefaults(value: unknown): unknown {
+  if (Array.isArray(value)) return value.map(withoutDefaults);
+  if (typeof value !== "object" || value === null) return value;
+  const isDefault = (each: unknown) => each === "" || each === 0 || each === "0" || (Array.isArray(each) && !each.length);
+  const set = Object.entries(value).filter(([, each]) => !isDefault(each));
+  return Object.fromEntries(set.map(([key, each]) => [key, withoutDefaults(each)]));
 }
 
 /** Throws ReceiptInvalid unless all of the receipt follows from its seed and its pool's root, signed by this key. */
@@ -135,4 +171,11 @@ function timestamp(text: unknown): { seconds: bigint; nanos: number } | undefine
   const parts = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z$/.exec(String(text));
   if (!parts) throw new RangeError(`not a time: ${String(text)}`);
   return { seconds: BigInt(Date.parse(`${parts[1]}Z`) / 1000), nanos: Number((parts[2] ?? "").padEnd(9, "0")) };
+}
+
+/** The same with as many digits of a second as protobuf writes: none, three, six or nine. */
+function timestampText({ seconds, nanos }: { seconds: bigint; nanos: number }): string {
+  const second = new Date(Number(seconds) * 1000).toISOString().slice(0, 19);
+  const digits = String(nanos).padStart(9, "0").replace(/(000){1,2}$/, "");
+  return nanos ? `${second}.${digits}Z` : `${second}Z`;
 }

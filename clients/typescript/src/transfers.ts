@@ -40,11 +40,11 @@ export async function upload(client: Client, path: string, purpose: Purpose, pro
   const sizeBytes = BigInt((await stat(path)).size);
   const patience = new Patience();
   for (;;) {
-    const at = await client.artifacts.getUpload({ artifact });
-    // A complete artifact still has to be claimed for this purpose: a header with no bytes left to send.
-    const offset = at.complete ? sizeBytes : at.offset;
-    patience.movedTo(offset);
     try {
+      const at = await client.artifacts.getUpload({ artifact });
+      // A complete artifact still has to be claimed for this purpose: a header with no bytes left to send.
+      const offset = at.complete ? sizeBytes : at.offset;
+      patience.movedTo(offset);
       await client.artifacts.uploadArtifact(messages(path, { artifact, sizeBytes, offset, purpose }, progress));
       progress?.(sizeBytes, sizeBytes);
       return artifact;

@@ -61,6 +61,16 @@ test("a call of any shape has a deadline, its own before ours", async () => {
   assert.deepEqual(seen, [7, STREAM_DEADLINE_MS, STREAM_DEADLINE_MS, 5]);
 });
 
+test("a proxy from the environment is not asked for this machine", async () => {
+  process.env["http_proxy"] = "http://127.0.0.1:1";
+  try {
+    const client = await connected(() => undefined);
+    await client.tasks.closeTask({ name: "tasks/t" });
+  } finally {
+    delete process.env["http_proxy"];
+  }
+});
+
 test("a change goes out with a request id that stays the same through repeats", { timeout: 20_000 }, async () => {
   const ids: string[] = [];
   const client = await connected(({ requestId }) => {

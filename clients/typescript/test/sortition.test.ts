@@ -78,3 +78,28 @@ test("receipts hold under their key, and not with a value changed that the signa
     assert.throws(() => verifyReceipt(changed, fromHex(selector_key)), ReceiptInvalid);
   }
 });
+
+test("nothing can stand in a receipt's file that is not signed", () => {
+  for (const { receipt } of shared.receipts as { receipt: Record<string, unknown> }[]) {
+    const [pick] = receipt["picks"] as Record<string, unknown>[];
+    const time = String(receipt["draw_time"]);
+    for (const change of [
+      { note: "drawn by hand" },
+      { poolRoot: receipt["pool_root"], pool_root: "A".repeat(43) + "=" },
+      { pool_root: String(receipt["pool_root"]).replace("=", "") },
+      { pool_size: Number(receipt["pool_size"]) },
+      { round: "1" },
+      { draw_time: time.replace("Z", "000Z") },
+      { task: null },
+      { picks: [{ ...pick, weight: 1 }, ...(receipt["picks"] as object[]).slice(1)] },
+    ]) {
+      assert.throws(() => receiptFromJson(JSON.stringify({ ...receipt, ...change })), ReceiptInvalid, JSON.stringify(change));
+    }
+    const twice = JSON.stringify(receipt).replace("{", '{"assigned": 1,');
+    assert.throws(() => receiptFromJson(twice), ReceiptInvalid);
+    const indented = JSON.stringify({ ...receipt, draw_time: "2030-01-02T03:04:05Z" }, null, 2);
+    assert.equal(receiptFromJson(indented).drawTime?.nanos, 0);
+    assert.equal(receiptFromJson(indented.replace("05Z", "05.120Z")).drawTime?.nanos, 120_000_000);
+    assert.throws(() => receiptFromJson("[]"), ReceiptInvalid);
+  }
+});

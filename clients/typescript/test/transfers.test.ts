@@ -1,0 +1,48 @@
+import assert from "node:assert/strict";
+import { mkdtemp, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { after, before, test } from "node:test";
+
+import { Status } from "nice-grpc";
+
+import { ArenaError, upload, type Client } from "../src/index.js";
+
+let folder: string;
+
+before(async () => {
+  folder = await mkdtemp(join(tmpdir(), "tiltyard-transfers-"));
+});
+
+after(() => rm(folder, { recursive: true }));
+
+/** A client of a registry that is away when it is asked for the first time, and when it is sent the file for the first. */
+function patchy(code: Status): { client: Client; asked: string[] } {
+  const asked: string[] = [];
+  const answer = <Value>(method: string, value: Value): Promise<Value> => {
+    asked.push(method);
+    const isFirst = asked.filter((each) => each === method).length === 1;
+    return isFirst ? Promise.reject(new ArenaError(code, "away", "", {}, [], undefined)) : Promise.resolve(value);
+  };
+  const artifacts = {
+    getUpload: () => answer("getUpload", { complete: false, offset: 0n }),
+    uploadArtifact: () => answer("uploadArtifact", {}),
+  };
+  return { client: { artifacts } as unknown as Client, asked };
+}
+
+test("an upload outlasts a server that is away when it is asked how far it got", async () => {
+  const path = join(folder, "model");
+  await writeFile(path, "bytes");
+  const { client, asked } = patchy(Status.UNAVAILABLE);
+  assert.match(await upload(client, path, { $case: "task", value: "tasks/t" }), /^artifacts\/[0-9a-f]{64}$/);
+  assert.deepEqual(asked, ["getUpload", "getUpload", "uploadArtifact", "getUpload", "uploadArtifact"]);
+});
+
+test("an upload that is refused is not tried again", async () => {
+  const path = join(folder, "model");
+  await writeFile(path, "bytes");
+  const { client, asked } = patchy(Status.PERMISSION_DENIED);
+  await assert.rejects(upload(client, path, { $case: "task", value: "tasks/t" }), ArenaError);
+  assert.deepEqual(asked, ["getUpload"]);
+});
