@@ -29,6 +29,7 @@ class BlsKey:
     def __init__(self, seed: bytes) -> None:
         if len(seed) != SEED_BYTES:
             raise ValueError(f"a key is made from {SEED_BYTES} bytes, not {len(seed)}")
+        self._seed = seed
         self._key: PrivateKey = AugSchemeMPL.key_gen(seed)
         # Given with each message, it need not be computed again: a fifth of the time of a signature.
         self._point: G1Element = self._key.get_g1()
@@ -42,16 +43,42 @@ class BlsKey:
         holds no seed, that is encrypted under another passphrase, or that is not encrypted where it must be.
         """
         try:
-            content, closed = read_secret(path)
+            return cls.load(path, lock)
         except FileNotFoundError:
             with contextlib.suppress(FileExistsError):
-                write_secret(path, _sealed(secrets.token_bytes(SEED_BYTES), lock))
-            content, closed = read_secret(path)
-        return cls(_opened(content, lock, closed, path))
+                cls(secrets.token_bytes(SEED_BYTES)).save(path, lock)
+            return cls.load(path, lock)
+
+    @classmethod
+    def load(cls, path: Path, lock: KeyLock = KeyLock()) -> "BlsKey":  # noqa: B008 - frozen
+        """The key in a file, as `load_or_create` reads it. Raises OSError and ValueError."""
+        content, closed = read_secret(path)
+        return cls(_opened(content, lock, closed, str(path)))
+
+    @classmethod
+    def from_pem(cls, pem: bytes, passphrase: bytes, *, source: str = "this") -> "BlsKey":
+        """The key in an encrypted PEM. Raises ValueError, naming its `source`."""
+        return cls(_opened(pem, KeyLock(passphrase, required=True), True, source))
+
+    def to_pem(self, passphrase: bytes) -> bytes:
+        """The seed as PEM, encrypted under a passphrase."""
+        return _sealed(self._seed, KeyLock(passphrase))
+
+    def save(self, path: Path, lock: KeyLock = KeyLock()) -> None:  # noqa: B008 - frozen
+        """Writes the seed with mode 0600, whole or not at all; FileExistsError where a file is.
+
+        Encrypted where `lock` has a passphrase. Raises ValueError where it needs one and has none.
+        """
+        write_secret(path, _sealed(self._seed, lock))
 
     def sign(self, message: bytes) -> bytes:
         """The one signature over `message`, 96 bytes."""
         return AugSchemeMPL.sign(self._key, message, self._point).to_bytes()
+
+
+def is_seed_file(content: bytes) -> bool:
+    """Whether a key file is one of these, and not of an Ed25519 key."""
+    return is_encrypted(content, label=_LABEL) or len(content.strip()) == 2 * SEED_BYTES
 
 
 def is_public_key(public_key: bytes) -> bool:
@@ -85,24 +112,24 @@ def _sealed(seed: bytes, lock: KeyLock) -> bytes:
     return seed.hex().encode() + b"\n"
 
 
-def _opened(content: bytes, lock: KeyLock, closed: bool, path: Path) -> bytes:
+def _opened(content: bytes, lock: KeyLock, closed: bool, source: str) -> bytes:
     """The seed in such a file."""
     if is_encrypted(content, label=_LABEL):
         if lock.passphrase is None:
-            raise ValueError(f"{path} is encrypted, and no passphrase is given")
+            raise ValueError(f"{source} is encrypted, and no passphrase is given")
         marked = decrypt_pem(content, lock.passphrase, label=_LABEL)
         # A wrong passphrase that happened to leave good padding leaves no mark.
         if not marked.startswith(_SEED_MARK) or len(marked) != len(_SEED_MARK) + SEED_BYTES:
-            raise ValueError(f"{path} is encrypted under another passphrase")
+            raise ValueError(f"{source} is encrypted under another passphrase")
         return marked.removeprefix(_SEED_MARK)
     if lock.required:
-        raise ValueError(f"{path} is not encrypted, as keys must be here")
+        raise ValueError(f"{source} is not encrypted, as keys must be here")
     try:
         seed = bytes.fromhex(content.decode())
     except ValueError as error:
-        raise ValueError(f"{path} holds no BLS key seed of {2 * SEED_BYTES} hex digits") from error
+        raise ValueError(f"{source} holds no BLS key seed of {2 * SEED_BYTES} hex digits") from error
     if len(seed) != SEED_BYTES:
-        raise ValueError(f"{path} holds no BLS key seed of {2 * SEED_BYTES} hex digits")
+        raise ValueError(f"{source} holds no BLS key seed of {2 * SEED_BYTES} hex digits")
     if not closed:
-        raise ValueError(f"{path} may be read by others: chmod 600 {path}")
+        raise ValueError(f"{source} may be read by others: chmod 600 {source}")
     return seed

@@ -196,6 +196,33 @@ def test_a_key_survives_export_and_import(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_the_selectors_key_survives_export_and_import(tmp_path: Path) -> None:
+    passphrase, file, copy, back = (tmp_path / name for name in ("passphrase", "bls.key", "bls.copy", "back.key"))
+    passphrase.write_text("for the safe")
+    key = BlsKey.load_or_create(file)
+    options = ("--passphrase-file", passphrase)
+    exported = document(tiltyard("key", "export", file, copy, *options, "--json"))
+    assert exported["id"] == exported["public_key"] == key.public_key.hex()
+    assert file.read_text().strip() not in copy.read_text()
+    document(tiltyard("key", "import", copy, back, *options, "--plaintext", "--json"))
+    assert back.read_bytes() == file.read_bytes()
+    own, locked = tmp_path / "own", tmp_path / "locked.key"
+    own.write_text("correct horse")
+    environment = {"TILTYARD_KEY_PASSPHRASE_FILE": str(own)}
+    document(tiltyard("key", "import", copy, locked, *options, "--json", **environment))
+    assert BlsKey.load_or_create(locked, LOCK).public_key == key.public_key
+    assert document(tiltyard("key", "show", locked, "--json", **environment))["id"] == exported["id"]
+    assert "no passphrase is given" in refusal(tiltyard("key", "show", locked))
+    wrong = tmp_path / "wrong"
+    wrong.write_text("for the save")
+    assert "another passphrase" in refusal(
+        tiltyard("key", "import", copy, tmp_path / "new.key", "--passphrase-file", wrong)
+    )
+    file.chmod(0o644)
+    assert "chmod 600" in refusal(tiltyard("key", "export", file, tmp_path / "another", *options))
+
+
+@pytest.mark.usefixtures("quick")
 def test_copies_never_overwrite_and_say_what_is_wrong(tmp_path: Path) -> None:
     passphrase, wrong, file, copy = (tmp_path / name for name in ("passphrase", "wrong", "me.pem", "me.copy"))
     passphrase.write_text("for the safe")

@@ -1,7 +1,6 @@
 """`tiltyard key`, `token` and `sign`: keys, and what they prove to a server or to everyone."""
 
 import getpass
-import hashlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,18 +17,16 @@ from tiltyard.cli.connection import (
     key_lock,
     load_key,
 )
+from tiltyard.cli.key_copies import id_of, key_copy, load_any_key, public_key_of, read_key_copy
 from tiltyard.cli.output import as_json, print_json
 
 if TYPE_CHECKING:
+    from tiltyard.cli.key_copies import AnyKey
     from tiltyard.identity import Key
 
 PassphraseOption = Annotated[
     Path | None, typer.Option(help="A file whose first line is the passphrase, instead of typing it.")
 ]
-
-_COPY_TITLE = "Tiltyard key, encrypted copy"
-_COPY_ID = "id "
-_COPY_SUM = "sha256 of what follows "
 
 app = typer.Typer(help="Make, show and copy keys.", no_args_is_help=True)
 
@@ -41,11 +38,12 @@ def _load(path: Path) -> "Key":
         fail(error)
 
 
-def _print(key: "Key", path: Path, json: bool) -> None:
+def _print(key: "AnyKey", path: Path, json: bool) -> None:
+    public_key = public_key_of(key).hex()
     if json:
-        print_json({"id": key.id, "public_key": key.public_bytes.hex(), "file": str(path)})
+        print_json({"id": id_of(key), "public_key": public_key, "file": str(path)})
     else:
-        print(f"id          {key.id}\npublic key  {key.public_bytes.hex()}")
+        print(f"id          {id_of(key)}\npublic key  {public_key}")
 
 
 def _new_passphrase(file: Path | None, what: str) -> bytes:
@@ -103,8 +101,11 @@ def id_(file: Path) -> None:
 
 @app.command("show")
 def show(file: Path, json: JsonOption = False) -> None:
-    """Print the participant id and the public key of the key in FILE."""
-    _print(_load(file), file, json)
+    """Print id and public key of the key in FILE; the id of a selector's BLS key is its public key."""
+    try:
+        _print(load_any_key(file), file, json)
+    except CommandError as error:
+        fail(str(error))
 
 
 @app.command("export")
@@ -118,15 +119,16 @@ def export(
 
     Its id and a checksum stand in clear text.
 
-    The passphrase is asked for, or read from a file. The copy is read again and compared before its id is printed.
+    FILE is any key of a participant or a service, the selector's BLS key included. The passphrase is asked for, or read
+    from a file. The copy is read again and compared before its id is printed.
     """
     from tiltyard.keyfiles import write_secret
 
     try:
-        key = load_key(file)
+        key = load_any_key(file)
         passphrase = _new_passphrase(passphrase_file, str(copy))
         write_secret(copy, key_copy(key, passphrase))
-        if read_key_copy(copy, passphrase).public_bytes != key.public_bytes:
+        if public_key_of(read_key_copy(copy, passphrase)) != public_key_of(key):
             raise CommandError(f"{copy} does not hold the key that was written: is the disk sound?")
     except FileExistsError:
         fail(f"{copy} is there already")
@@ -166,31 +168,6 @@ def import_(
     except (OSError, ValueError, CommandError) as error:
         fail(error)
     _print(key, file, json)
-
-
-def key_copy(key: "Key", passphrase: bytes) -> bytes:
-    """A copy for safe keeping: an encrypted PEM key below lines that say whose it is and what it must hash to."""
-    pem = key.to_pem(passphrase)
-    head = f"{_COPY_TITLE}\n{_COPY_ID}{key.id}\n{_COPY_SUM}{hashlib.sha256(pem).hexdigest()}\n"
-    return head.encode() + pem
-
-
-def read_key_copy(path: Path, passphrase: bytes) -> "Key":
-    """The key in such a copy. Raises CommandError when it is none, is damaged, or holds another key than it says."""
-    from tiltyard.identity import Key
-
-    content = path.read_bytes()
-    title, _, rest = content.partition(b"\n")
-    named, _, rest = rest.partition(b"\n")
-    checksum, _, pem = rest.partition(b"\n")
-    if title.decode(errors="replace") != _COPY_TITLE:
-        raise CommandError(f"{path} is no copy that `tiltyard key export` wrote")
-    if checksum.decode(errors="replace") != _COPY_SUM + hashlib.sha256(pem).hexdigest():
-        raise CommandError(f"{path} is damaged: its checksum is another")
-    key = Key.from_pem(pem, passphrase, source=str(path))
-    if named.decode(errors="replace") != _COPY_ID + key.id:
-        raise CommandError(f"{path} holds the key of {key.id}, not the one that it names")
-    return key
 
 
 def token(
