@@ -2,7 +2,8 @@
 
 Ours and theirs take turns in one run, and medians are shown. The pure parts count CPU time of one thread, the calls are
 answers a second with 16 in flight: the selector's draws of 5 from 1000 are proved, signed, charged and committed, while
-the bare server commits a row and echoes the request.
+the bare server commits a row and echoes the request. No draw can do without one BLS signature over its anchor, so a
+second bare method makes one, too: that is the limit.
 """
 
 import asyncio
@@ -25,6 +26,7 @@ import grpc
 import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from tiltyard.bls import BlsKey
 from tiltyard.calls.channel import open_channel
 from tiltyard.identity import Key, TokenSource
 from tiltyard.selector.v1 import draw_pb2, draw_pb2_grpc, pool_pb2, pool_pb2_grpc, stake_pb2, stake_pb2_grpc
@@ -39,10 +41,10 @@ _MEMORY_LEAVES = 1_000_000
 _MEMORY_GOAL_MB = 500
 _IN_FLIGHT = 16
 _ROUNDS = 15
-_ROUND_S = 0.7
+_ROUND_S = 0.5
 _VALIDATORS = 1000
 _MINIMUM = 1_000_000
-_BARE = "/benchmark.v1.Draws/Draw"
+_BARE = "/benchmark.v1.Draws/"
 
 
 def run() -> list[dict[str, Any]]:
@@ -51,7 +53,7 @@ def run() -> list[dict[str, Any]]:
     for size, goal in _SIZES.items():
         results += _algorithm(size, goal)
     results.append(_memory())
-    results.append(_calls())
+    results += _calls()
     return results
 
 
@@ -143,7 +145,7 @@ def _memory() -> dict[str, Any]:
 # Calls
 
 
-def _calls() -> dict[str, Any]:
+def _calls() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name, ExitStack() as processes:
         folder = Path(name)
         keys = {role: Key.generate() for role in ("operator", "service")}
@@ -157,16 +159,20 @@ def _calls() -> dict[str, Any]:
         }
         processes.enter_context(_process(["-m", "services.selector"], settings, folder / "ours.log"))
         processes.enter_context(_process(["-m", __name__, str(folder)], {}, folder / "bare.log"))
-        pairs = asyncio.run(_measure(folder, keys))
-    return {
-        "name": f"DrawValidators of {_PICKS} from {_VALIDATORS}, durable",
-        "ours": median(mine for mine, _ in pairs),
-        "unit": "calls/s",
-        "against": "bare grpc.aio echo, one SQLite commit each",
-        "theirs": median(other for _, other in pairs),
-        "ratio": median(mine / other for mine, other in pairs),
-        "goal": 0.5,
-    }
+        rounds = asyncio.run(_measure(folder, keys))
+    against = (("one SQLite commit each", 0.5), ("one SQLite commit and one BLS signature each", None))
+    return [
+        {
+            "name": f"DrawValidators of {_PICKS} from {_VALIDATORS}, durable",
+            "ours": median(rates[0] for rates in rounds),
+            "unit": "calls/s",
+            "against": f"bare grpc.aio echo, {work}",
+            "theirs": median(rates[column] for rates in rounds),
+            "ratio": median(rates[0] / rates[column] for rates in rounds),
+            "goal": goal,
+        }
+        for column, (work, goal) in enumerate(against, start=1)
+    ]
 
 
 @contextmanager
@@ -180,7 +186,8 @@ def _process(arguments: list[str], settings: dict[str, str], log: Path) -> Itera
         process.wait()
 
 
-async def _measure(folder: Path, keys: dict[str, Key]) -> list[tuple[float, float]]:
+async def _measure(folder: Path, keys: dict[str, Key]) -> list[tuple[float, float, float]]:
+    """Rates of the selector's draws, of the bare server, and of the bare server that signs, in turns."""
     audience = "tiltyard.local/selector"
     address = f"unix:{folder}/ours.sock"
     async with (
@@ -191,10 +198,14 @@ async def _measure(folder: Path, keys: dict[str, Key]) -> list[tuple[float, floa
         await asyncio.wait_for(asyncio.gather(operator.channel_ready(), bare.channel_ready()), 60)
         await _fill(operator, service)
         numbers = count(1)
-        ours, theirs = _draw_call(service, numbers), _bare_call(bare, numbers)
-        for call in (ours, theirs):
+        ours = _draw_call(service, numbers)
+        committed, signed = _bare_call(bare, "Commit", numbers), _bare_call(bare, "CommitAndSign", numbers)
+        for call in (ours, committed, signed):
             await call()
-        return [(await _calls_per_s(ours), await _calls_per_s(theirs)) for _ in range(_ROUNDS)]
+        return [
+            (await _calls_per_s(ours), await _calls_per_s(committed), await _calls_per_s(signed))
+            for _ in range(_ROUNDS)
+        ]
 
 
 async def _fill(operator: grpc.aio.Channel, service: grpc.aio.Channel) -> None:
@@ -252,9 +263,9 @@ def _draw_call(channel: grpc.aio.Channel, numbers: Iterator[int]) -> Callable[[]
     return call
 
 
-def _bare_call(channel: grpc.aio.Channel, numbers: Iterator[int]) -> Callable[[], Awaitable[object]]:
+def _bare_call(channel: grpc.aio.Channel, name: str, numbers: Iterator[int]) -> Callable[[], Awaitable[object]]:
     method = channel.unary_unary(
-        _BARE, draw_pb2.DrawValidatorsRequest.SerializeToString, draw_pb2.DrawValidatorsRequest.FromString
+        _BARE + name, draw_pb2.DrawValidatorsRequest.SerializeToString, draw_pb2.DrawValidatorsRequest.FromString
     )
     return lambda: method(_request(next(numbers)), timeout=20)
 
@@ -283,16 +294,27 @@ async def _serve_bare(folder: Path) -> None:
     ):
         connection.execute(statement)
 
-    async def echo(request: draw_pb2.DrawValidatorsRequest, _context: object) -> draw_pb2.DrawValidatorsRequest:
+    key = BlsKey(bytes(range(32)))
+
+    async def commit(request: draw_pb2.DrawValidatorsRequest, _context: object) -> draw_pb2.DrawValidatorsRequest:
         # Outside of a transaction each statement is one, and durable when it returns.
         connection.execute("INSERT INTO draws (submission, anchor) VALUES (?, ?)", (request.submission, request.anchor))
         return request
 
-    method = grpc.unary_unary_rpc_method_handler(
-        echo, draw_pb2.DrawValidatorsRequest.FromString, draw_pb2.DrawValidatorsRequest.SerializeToString
-    )
+    async def commit_and_sign(
+        request: draw_pb2.DrawValidatorsRequest, context: object
+    ) -> draw_pb2.DrawValidatorsRequest:
+        await asyncio.to_thread(key.sign, request.anchor)
+        return await commit(request, context)
+
+    methods = {
+        name: grpc.unary_unary_rpc_method_handler(
+            work, draw_pb2.DrawValidatorsRequest.FromString, draw_pb2.DrawValidatorsRequest.SerializeToString
+        )
+        for name, work in (("Commit", commit), ("CommitAndSign", commit_and_sign))
+    }
     server = grpc.aio.server()
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("benchmark.v1.Draws", {"Draw": method})])
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("benchmark.v1.Draws", methods)])
     server.add_insecure_port(f"unix:{folder}/bare.sock")
     await server.start()
     await server.wait_for_termination()
