@@ -26,6 +26,7 @@ TOKEN_LIFETIME_S = 240
 _ID_DIGITS = 40
 _RENEWAL_S = 60
 _MAX_TOKEN_CHARS = 4096
+_SHOWN_CHARS = 300
 
 
 class InvalidToken(Exception):
@@ -228,7 +229,8 @@ def verify_token(
     accepted = {audience} if isinstance(audience, str) else audience
     named = claims.get("aud")
     if not isinstance(named, str) or named not in accepted:
-        raise InvalidToken("the token is for another audience")
+        # Signed by the caller, but its text: shown as one line of ASCII, and no longer than names are.
+        raise InvalidToken(f"the token is for another audience, {ascii(named)[:_SHOWN_CHARS]}, not {min(accepted)!r}")
     issued_at, expires_at = _moment(claims, "iat"), _moment(claims, "exp")
     if expires_at - issued_at > max_age_s:
         raise InvalidToken(f"the token lives longer than {max_age_s:g} seconds")

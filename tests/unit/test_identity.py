@@ -105,7 +105,8 @@ def test_the_tokens_below_are_refused_for_what_was_changed_only() -> None:
 @pytest.mark.parametrize(
     ("token", "reason"),
     [
-        (_token({"aud": "tiltyard.local/selector"}), "another audience"),
+        (_token({"aud": "tiltyard.local/selector"}), f"another audience, 'tiltyard.local/selector', not '{AUDIENCE}'"),
+        (_token({"aud": "\u202e\n" + "x" * 1000}), r"another audience, '\u202e\n" + "x" * 291 + ", not"),
         (_token({"aud": None}), "another audience"),
         (_token({"aud": [AUDIENCE, "tiltyard.local/selector"]}), "another audience"),
         (_token({"sub": "0" * 40}), "hash to sub"),
