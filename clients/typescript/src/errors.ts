@@ -31,7 +31,15 @@ export class ArenaError extends Error {
 
   /** Whether the same call may well succeed a little later, as after a restart of the server. */
   get isTransient(): boolean {
-    return this.code === Status.UNAVAILABLE || this.code === Status.DEADLINE_EXCEEDED;
+    return this.leastPauseMs !== undefined;
+  }
+
+  /** The least milliseconds to wait before the same call is made again; undefined where waiting does not help. */
+  get leastPauseMs(): number | undefined {
+    if (this.code === Status.UNAVAILABLE || this.code === Status.DEADLINE_EXCEEDED) return 0;
+    // Too many calls a second; other quotas fill up in hours.
+    if (this.reason === "CALL_RATE") return 1000 * (this.retryAfterS ?? 0);
+    return undefined;
   }
 
   /** The error of a call with its google.rpc details (ErrorInfo, BadRequest, RetryInfo) read. */

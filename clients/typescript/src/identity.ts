@@ -8,7 +8,7 @@ import {
   verify as verifyWith,
   type KeyObject,
 } from "node:crypto";
-import { readFile, writeFile } from "node:fs/promises";
+import { readFile, stat, writeFile } from "node:fs/promises";
 
 import { sha256, toHex, utf8 } from "./bytes.js";
 
@@ -47,9 +47,11 @@ export class Key {
     return new Key(createPrivateKey(passphrase === undefined ? pem : { key: pem, passphrase }));
   }
 
-  /** The key in a PKCS #8 PEM file. */
+  /** The key in a PKCS #8 PEM file. Throws Error for one that is not encrypted and that others may read. */
   static async load(path: string, passphrase?: string): Promise<Key> {
-    return Key.fromPem(await readFile(path, "utf8"), passphrase);
+    const pem = await readFile(path, "utf8");
+    if (!pem.includes("-----BEGIN ENCRYPTED PRIVATE KEY-----")) await checkClosed(path);
+    return Key.fromPem(pem, passphrase);
   }
 
   /** Writes PKCS #8 PEM with mode 0600, encrypted when there is a `passphrase`; fails where a file is already. */
@@ -65,6 +67,14 @@ export class Key {
   sign(message: Uint8Array): Uint8Array {
     return new Uint8Array(signWith(null, message, this.#privateKey));
   }
+}
+
+/** As for Python: no right for anybody else on one's own file; another's may be the group's, as secrets are mounted. */
+async function checkClosed(path: string): Promise<void> {
+  if (process.getuid === undefined) return; // Windows keeps rights in another way
+  const { mode, uid } = await stat(path);
+  const others = uid === process.getuid() ? 0o077 : 0o037;
+  if (mode & others) throw new Error(`${path} may be read by others: chmod 600 ${path}`);
 }
 
 /** Whether `signature` is the holder's of `publicKey` (raw, 32 bytes) over `message`. */

@@ -32,6 +32,7 @@ export async function* watch<Request extends { cursor?: string }, Message extend
   let waitMs = FIRST_WAIT_MS;
   let giveUpAt = Date.now() + patienceMs;
   for (;;) {
+    let pauseMs: number;
     try {
       for await (const message of method({ ...request, cursor })) {
         cursor = message.cursor;
@@ -41,9 +42,12 @@ export async function* watch<Request extends { cursor?: string }, Message extend
       }
       return;
     } catch (error) {
-      if (!(error instanceof ArenaError) || !error.isTransient || Date.now() + waitMs > giveUpAt) throw error;
+      const leastMs = error instanceof ArenaError ? error.leastPauseMs : undefined;
+      if (leastMs === undefined) throw error;
+      pauseMs = Math.max(waitMs, leastMs);
+      if (Date.now() + pauseMs > giveUpAt) throw error;
     }
-    await pause(waitMs);
+    await pause(pauseMs);
     waitMs = Math.min(2 * waitMs, LONGEST_WAIT_MS);
   }
 }

@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { mkdtemp, rm, stat } from "node:fs/promises";
+import { chmod, mkdtemp, rm, stat } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
@@ -37,6 +37,9 @@ test("a key survives its file, plain and encrypted, and never overwrites one", a
     await key.save(join(folder, "secret.pem"), "correct horse");
     assert.equal((await Key.load(join(folder, "secret.pem"), "correct horse")).id, key.id);
     await assert.rejects(Key.load(join(folder, "secret.pem"), "battery"));
+    for (const name of ["plain.pem", "secret.pem"]) await chmod(join(folder, name), 0o644);
+    await assert.rejects(Key.load(join(folder, "plain.pem")), /chmod 600/);
+    assert.equal((await Key.load(join(folder, "secret.pem"), "correct horse")).id, key.id);
   } finally {
     await rm(folder, { recursive: true });
   }

@@ -1,0 +1,45 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { Status } from "nice-grpc";
+
+import { ArenaError, watch } from "../src/index.js";
+
+function refusal(code: Status, reason: string, retryAfterS?: number): ArenaError {
+  return new ArenaError(code, "no", reason, {}, [], retryAfterS);
+}
+
+/** A watch whose stream brings one message more at each try and then fails with the next of `errors`, or ends. */
+function breaking(errors: ArenaError[]): { seen: () => Promise<string[]>; cursors: string[] } {
+  const cursors: string[] = [];
+  async function* method({ cursor = "" }: { cursor?: string }) {
+    cursors.push(cursor);
+    yield { cursor: String(cursors.length) };
+    const error = errors[cursors.length - 1];
+    if (error) throw error;
+  }
+  const seen = async () => {
+    const messages: string[] = [];
+    for await (const { cursor } of watch(method, {})) messages.push(cursor);
+    return messages;
+  };
+  return { seen, cursors };
+}
+
+test("a watch goes on after a restart, and after the wait that a server names to who calls too often", async () => {
+  const tooMany = refusal(Status.RESOURCE_EXHAUSTED, "CALL_RATE", 0.02);
+  assert.equal(tooMany.leastPauseMs, 20);
+  const { seen, cursors } = breaking([refusal(Status.UNAVAILABLE, ""), tooMany]);
+  assert.deepEqual(await seen(), ["1", "2", "3"]);
+  assert.deepEqual(cursors, ["", "1", "2"]);
+});
+
+test("a watch ends with what waiting does not help, or takes longer than its patience", async () => {
+  for (const error of [
+    refusal(Status.PERMISSION_DENIED, "NOT_A_MEMBER"),
+    refusal(Status.RESOURCE_EXHAUSTED, "QUOTA_USED_UP", 1),
+    refusal(Status.RESOURCE_EXHAUSTED, "CALL_RATE", 3_600),
+  ]) {
+    await assert.rejects(breaking([error]).seen(), error);
+  }
+});
