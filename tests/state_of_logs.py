@@ -28,7 +28,7 @@ def registry_differences(record: Record, database: Path) -> list[str]:
             said, _ = open_statement(entry.endorsement_changed.statement, envelope_pb2.EndorsementStatement)
             word = (_last(said.endorser), _last(said.subject), said.field)
             (endorsed.discard if said.revoke else endorsed.add)(word)
-    story = replay.story
+    story = replay.reading.story
     with closing(_open(database)) as tables:
         kept = {
             "participants": dict(_rows(tables, "SELECT id, display_name FROM participants")),

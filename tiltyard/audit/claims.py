@@ -76,6 +76,7 @@ def audit(record: Record, *, shown: Sequence[leaderboard_pb2.Leaderboard] = (), 
     findings = _Findings()
     _check_root(record, log_key, findings)
     replay = Replay()
+    reading = replay.reading
     for index, leaf in enumerate(record.leaves):
         try:
             entry = record.entries[index]
@@ -91,15 +92,15 @@ def audit(record: Record, *, shown: Sequence[leaderboard_pb2.Leaderboard] = (), 
             findings.add(Claim.ENVELOPES, index, str(error))
     for place, found in replay.settle():
         findings.add(found.claim, place, found.reason)
-    boards = _check_leaderboards(replay.story, shown, replay.counts, findings)
-    counts = {**replay.counts, Claim.ROOT: len(record.leaves)}
+    boards = _check_leaderboards(reading.story, shown, reading.counts, findings)
+    counts = {**reading.counts, Claim.ROOT: len(record.leaves)}
     first = {failure.claim: failure for failure in reversed(findings.failures)}
     return Audit(
         size=len(record.leaves),
         checks=tuple(Check(claim, counts.get(claim, 0), first.get(claim)) for claim in Claim),
         failures=tuple(findings.failures),
         leaderboards=boards,
-        hidden=tuple(name for name, task in replay.story.tasks.items() if task.hides),
+        hidden=tuple(name for name, task in reading.story.tasks.items() if task.hides),
         pending=replay.pending,
     )
 

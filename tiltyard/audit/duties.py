@@ -1,14 +1,11 @@
 """Validators' duties, step by step: leases, the faults that end them, and what these cost."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from tiltyard.audit.reading import Reading
 from tiltyard.audit.story import Duty, Story
 from tiltyard.audit.wrong import Claim, Wrong, demand
 from tiltyard.type.v1 import evaluation_pb2, log_pb2, stake_pb2
-
-if TYPE_CHECKING:
-    from tiltyard.audit.replay import Replay
 
 _OFFERED = evaluation_pb2.ASSIGNMENT_STATE_OFFERED
 _ACCEPTED = evaluation_pb2.ASSIGNMENT_STATE_ACCEPTED
@@ -37,9 +34,9 @@ _SLASHED_FOR: dict[int, int] = {
 }
 
 
-def assigned(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.AssignmentChanged) -> None:
+def assigned(reading: Reading, index: int, leaf: bytes, entry: log_pb2.AssignmentChanged) -> None:
     """One step of a validator's duty."""
-    story, name = replay.story, entry.assignment
+    story, name = reading.story, entry.assignment
     submission, round_, validator = parts(name, "/assignments/")
     duty = story.duties.get(name)
     if duty is None:
@@ -57,7 +54,7 @@ def assigned(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.Assignmen
         duty.state, duty.index = entry.state, index
     ended = entry.state not in (_OFFERED, _ACCEPTED)
     demand(entry.HasField("deadline") <= (not ended), Claim.HISTORY, f"{name} has ended, and has a deadline")
-    replay.counts[Claim.HISTORY] += 1
+    reading.counts[Claim.HISTORY] += 1
 
 
 def seal(story: Story, name: str, evaluation: str) -> None:
@@ -78,9 +75,9 @@ def open_report(story: Story, name: str, evaluation: str) -> None:
         duty.state = _OPENED
 
 
-def faulted(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.ValidatorFault) -> None:
+def faulted(reading: Reading, index: int, leaf: bytes, entry: log_pb2.ValidatorFault) -> None:
     """A validator did not do its duty, or did it wrongly."""
-    story, name = replay.story, entry.assignment
+    story, name = reading.story, entry.assignment
     submission, round_, _ = parts(name, "/assignments/")
     duty = story.duties.get(name)
     demand(duty is not None, Claim.HISTORY, f"{name} was never given to anybody")
@@ -91,7 +88,7 @@ def faulted(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.ValidatorF
         duty.owed = 0
     demand((name, entry.kind) not in story.faults, Claim.HISTORY, f"{name} is named at fault twice")
     story.faults.add((name, entry.kind))
-    replay.counts[Claim.HISTORY] += 1
+    reading.counts[Claim.HISTORY] += 1
 
 
 def unnamed_faults(story: Story) -> Iterator[tuple[int, str]]:

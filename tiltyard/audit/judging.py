@@ -1,18 +1,15 @@
 """Commits, reveals, draws, seals, reports and scores, each held against what must come before it."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from tiltyard.audit import duties
+from tiltyard.audit.reading import Reading
 from tiltyard.audit.scores import ScoreMismatch, check_opened_score, check_score
 from tiltyard.audit.story import FIRST_ROUND, HOLDOUT_ROUND, Story, Submission, Task
 from tiltyard.audit.wrong import Claim, Wrong, demand
 from tiltyard.commitments import evaluation_seal, holdout_anchor, matches, submission_commitment
 from tiltyard.receipts import ReceiptInvalid, verify_receipt
 from tiltyard.type.v1 import draw_pb2, envelope_pb2, evaluation_pb2, log_pb2, participation_pb2, task_pb2
-
-if TYPE_CHECKING:
-    from tiltyard.audit.replay import Replay
 
 _COMMITTED = evaluation_pb2.SUBMISSION_STATE_COMMITTED
 _REVEALED = evaluation_pb2.SUBMISSION_STATE_REVEALED
@@ -37,11 +34,11 @@ _STRUCTURE = (
 _ACTIVE_NODE = (participation_pb2.ROLE_TRAINING_NODE, participation_pb2.MEMBERSHIP_STATE_ACTIVE)
 
 
-def committed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.SubmissionCommitted) -> None:
+def committed(reading: Reading, index: int, leaf: bytes, entry: log_pb2.SubmissionCommitted) -> None:
     """A model is committed to, by an active training node of an open task."""
-    story = replay.story
-    commit, signer = replay.open(entry.statement, envelope_pb2.CommitStatement)
-    task = replay.task(commit.task)
+    story = reading.story
+    commit, signer = reading.open(entry.statement, envelope_pb2.CommitStatement)
+    task = reading.task(commit.task)
     demand(commit.participant == signer, Claim.ENVELOPES, f"{commit.participant} did not sign, {signer} did")
     demand(
         entry.submission == f"{task.name}/submissions/{task.submissions + 1}",
@@ -57,13 +54,13 @@ def committed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.Submissi
         f"{signer} is no active training node of {task.name}",
     )
     task.submissions += 1
-    story.submissions[entry.submission] = Submission(entry.submission, task, commit, replay.time_ns)
+    story.submissions[entry.submission] = Submission(entry.submission, task, commit, reading.time_ns)
 
 
-def revealed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.SubmissionRevealed) -> None:
+def revealed(reading: Reading, index: int, leaf: bytes, entry: log_pb2.SubmissionRevealed) -> None:
     """A commitment is opened."""
-    submission = _submission(replay.story, entry.submission)
-    reveal, signer = replay.open(entry.statement, envelope_pb2.RevealStatement)
+    submission = _submission(reading.story, entry.submission)
+    reveal, signer = reading.open(entry.statement, envelope_pb2.RevealStatement)
     commit = submission.commit
     demand(commit.participant == signer, Claim.ENVELOPES, f"{commit.participant} did not sign, {signer} did")
     demand(reveal.submission == submission.name, Claim.ENVELOPES, f"the reveal is of {reveal.submission}")
@@ -78,12 +75,12 @@ def revealed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.Submissio
     right = matches(expected, commit.commitment)
     demand(right, Claim.COMMITMENTS, f"{submission.name} was committed to with another model or salt")
     submission.reveal, submission.reveal_leaf, submission.state = reveal, leaf, _REVEALED
-    replay.counts[Claim.COMMITMENTS] += 1
+    reading.counts[Claim.COMMITMENTS] += 1
 
 
-def changed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.SubmissionChanged) -> None:
+def changed(reading: Reading, index: int, leaf: bytes, entry: log_pb2.SubmissionChanged) -> None:
     """The registry concludes a state."""
-    story, submission = replay.story, _submission(replay.story, entry.submission)
+    story, submission = reading.story, _submission(reading.story, entry.submission)
     name, before = submission.name, submission.state
     hidden, score = bool(submission.hidden), submission.scores.get(FIRST_ROUND)
     if entry.state == _EVALUATING:
@@ -95,13 +92,13 @@ def changed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.Submission
         demand(stands, Claim.SCORES, f"{name} is scored, but no score was concluded")
     elif entry.state == _REJECTED:
         demand(before != _REJECTED, Claim.HISTORY, f"{name} is rejected twice")
-        _check_rejection(story, submission, entry, replay.time_ns)
+        _check_rejection(story, submission, entry, reading.time_ns)
     else:
         raise Wrong(Claim.HISTORY, f"{name} goes to a state that only its submitter brings about")
     submission.state = entry.state
     if entry.state == _REJECTED:
         submission.reason, submission.end_index = entry.reason, index
-    replay.counts[Claim.HISTORY] += 1
+    reading.counts[Claim.HISTORY] += 1
 
 
 def _check_rejection(story: Story, submission: Submission, entry: log_pb2.SubmissionChanged, time_ns: int) -> None:
@@ -141,9 +138,9 @@ def _gives(score: evaluation_pb2.Score, reason: "evaluation_pb2.RejectionReason.
     )
 
 
-def drawn(replay: "Replay", index: int, leaf: bytes, receipt: draw_pb2.DrawReceipt) -> None:
+def drawn(reading: Reading, index: int, leaf: bytes, receipt: draw_pb2.DrawReceipt) -> None:
     """Validators are drawn, or the order of a draw is extended."""
-    story, submission = replay.story, _submission(replay.story, receipt.submission)
+    story, submission = reading.story, _submission(reading.story, receipt.submission)
     what, reveal, task = receipt.draw, submission.reveal, submission.task
     demand(reveal is not None, Claim.DRAWS, f"{what} is for {submission.name}, which was never revealed")
     if receipt.round == FIRST_ROUND:
@@ -170,7 +167,7 @@ def drawn(replay: "Replay", index: int, leaf: bytes, receipt: draw_pb2.DrawRecei
     else:
         _check_extension(earlier, receipt)
     story.draws[key] = receipt
-    replay.counts[Claim.DRAWS] += 1
+    reading.counts[Claim.DRAWS] += 1
 
 
 def _check_extension(earlier: draw_pb2.DrawReceipt, later: draw_pb2.DrawReceipt) -> None:
@@ -182,10 +179,10 @@ def _check_extension(earlier: draw_pb2.DrawReceipt, later: draw_pb2.DrawReceipt)
     demand(same, Claim.DRAWS, f"{later.draw} does not go on where it stopped")
 
 
-def sealed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.EvaluationSealed) -> None:
+def sealed(reading: Reading, index: int, leaf: bytes, entry: log_pb2.EvaluationSealed) -> None:
     """A report is sealed under a lease."""
-    story, name = replay.story, entry.evaluation
-    seal, signer = replay.open(entry.statement, envelope_pb2.SealStatement)
+    story, name = reading.story, entry.evaluation
+    seal, signer = reading.open(entry.statement, envelope_pb2.SealStatement)
     _, _, validator = duties.parts(name, "/evaluations/")
     demand(validator == signer, Claim.ENVELOPES, f"{validator} did not sign, {signer} did")
     assignment = name.replace("/evaluations/", "/assignments/")
@@ -195,10 +192,10 @@ def sealed(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.EvaluationS
     story.seals[name] = seal
 
 
-def opened(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.EvaluationOpened) -> None:
+def opened(reading: Reading, index: int, leaf: bytes, entry: log_pb2.EvaluationOpened) -> None:
     """A sealed report is laid open."""
-    story, name = replay.story, entry.evaluation
-    report, signer = replay.open(entry.report, envelope_pb2.EvaluationReport)
+    story, name = reading.story, entry.evaluation
+    report, signer = reading.open(entry.report, envelope_pb2.EvaluationReport)
     submission_name, round_, validator = duties.parts(name, "/evaluations/")
     submission = _submission(story, submission_name)
     demand(validator == signer, Claim.ENVELOPES, f"{validator} did not sign, {signer} did")
@@ -215,12 +212,12 @@ def opened(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.EvaluationO
     demand(round_ not in submission.scores, Claim.SCORES, f"{name} is opened after the score was concluded")
     duties.open_report(story, seal.assignment, name)
     story.reports[submission_name, round_][name] = report
-    replay.counts[Claim.SEALS] += 1
+    reading.counts[Claim.SEALS] += 1
 
 
-def concluded(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.ScoreConcluded) -> None:
+def concluded(reading: Reading, index: int, leaf: bytes, entry: log_pb2.ScoreConcluded) -> None:
     """A score, or a commitment to one."""
-    story, submission = replay.story, _submission(replay.story, entry.submission)
+    story, submission = reading.story, _submission(reading.story, entry.submission)
     if not entry.HasField("score"):
         hidden = submission.task.hides and len(entry.commitment) == 32 and not entry.salt
         demand(hidden and not submission.hidden, Claim.SCORES, f"the score of {submission.name} is kept back")
@@ -243,7 +240,7 @@ def concluded(replay: "Replay", index: int, leaf: bytes, entry: log_pb2.ScoreCon
     if entry.salt:
         _check_conclusion(story, submission, score)
     submission.scores[score.round] = score
-    replay.counts[Claim.SCORES] += 1
+    reading.counts[Claim.SCORES] += 1
 
 
 def _check_conclusion(story: Story, submission: Submission, score: evaluation_pb2.Score) -> None:

@@ -1,8 +1,9 @@
 """Eligibility verdicts held against their evidence, and memberships against the verdicts."""
 
+from tiltyard.audit.reading import Reading
 from tiltyard.audit.story import PendingVerdict, Story
 from tiltyard.audit.wrong import Claim, demand
-from tiltyard.type.v1 import evaluation_pb2, log_pb2, participation_pb2
+from tiltyard.type.v1 import envelope_pb2, evaluation_pb2, log_pb2, participation_pb2
 
 CREATOR = participation_pb2.ROLE_TASK_CREATOR
 
@@ -15,8 +16,9 @@ _REFUSED = participation_pb2.MEMBERSHIP_STATE_REFUSED
 _STEPS: dict[int, tuple[int, ...]] = {_ACTIVE: (_PAUSED, _LEFT), _PAUSED: (_ACTIVE, _LEFT)}
 
 
-def take_verdict(story: Story, index: int, verdict: participation_pb2.EligibilityVerdict) -> None:
+def verdict_given(reading: Reading, index: int, leaf: bytes, verdict: participation_pb2.EligibilityVerdict) -> None:
     """Decides again from the evidence; the stake that it names waits for the ledger."""
+    story = reading.story
     what = f"the verdict on {verdict.participant} in {verdict.task}"
     demand(verdict.participant in story.participants, Claim.HISTORY, f"{what} is about nobody who has registered")
     for fact in verdict.evidence:
@@ -55,8 +57,17 @@ def check_field(story: Story, task: str, creator: str, field: str) -> None:
         demand(known, Claim.VERDICTS, f"{endorser} has never endorsed {creator} in {task}'s field")
 
 
-def take_membership(story: Story, entry: log_pb2.MembershipChanged) -> None:
-    """One change of who takes part."""
+def membership_changed(reading: Reading, index: int, leaf: bytes, entry: log_pb2.MembershipChanged) -> None:
+    """Somebody enters a task at their own signed wish, pauses, goes on, or leaves."""
+    reading.task(entry.task)
+    if entry.HasField("statement"):
+        said, signer = reading.open(entry.statement, envelope_pb2.JoinStatement)
+        demand(
+            (said.task, said.participant, said.role) == (entry.task, signer, entry.role),
+            Claim.ENVELOPES,
+            f"{signer} asked for another task or role",
+        )
+    story = reading.story
     who, key = entry.participant, (entry.task, entry.participant)
     role, before = story.members.get(key, (entry.role, _LEFT))
     if before in (_LEFT, _REFUSED):
@@ -71,6 +82,7 @@ def take_membership(story: Story, entry: log_pb2.MembershipChanged) -> None:
     if entry.state in (_ACTIVE, _PAUSED):
         demand_eligible(story, entry.task, who, entry.role)
     story.members[key] = (entry.role, entry.state)
+    reading.counts[Claim.HISTORY] += 1
 
 
 def _suffices(story: Story, verdict: participation_pb2.EligibilityVerdict, fact: participation_pb2.Evidence) -> bool:
