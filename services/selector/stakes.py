@@ -246,7 +246,12 @@ class Stakes:
 
         def work(transaction: Transaction) -> Sequence[Stake]:
             listed = transaction.list_accounts(after=after, limit=limit)
-            return [stake_of(transaction, accounts.participant) for accounts in listed]
+            everybody = [accounts.participant for accounts in listed]
+            groups, waiting = transaction.owner_groups(everybody), transaction.unbondings_of(everybody)
+            return [
+                Stake(accounts, groups[accounts.participant], tuple(waiting[accounts.participant]))
+                for accounts in listed
+            ]
 
         return await self._store.read(work)
 

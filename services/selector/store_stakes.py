@@ -1,8 +1,9 @@
 """Accounts, deposits, unbonding stake, punishments and events in SQL."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
+from sqlalchemy import bindparam
 from sqlmodel import Session, col, func, select
 
 from services.selector.columns import connection_of, from_us, insert_rows, table_of, to_us, weight_bytes, weight_of
@@ -11,6 +12,12 @@ from services.selector.rows import AccountsRow, DepositRow, EventRow, SlashRow, 
 from tiltyard.faults import Fault
 
 _EVENTS = table_of(EventRow)
+_UNBONDINGS = table_of(UnbondingRow)
+_WAITING = (
+    _UNBONDINGS.select()
+    .where(_UNBONDINGS.c.participant.in_(bindparam("names", expanding=True)), _UNBONDINGS.c.amount_micros > 0)
+    .order_by(_UNBONDINGS.c.release_time_us, _UNBONDINGS.c.number)
+)
 _LAST_SEQUENCE = select(func.max(_EVENTS.c.sequence))
 
 
@@ -64,15 +71,14 @@ class SqlStakeRecords:
         return last.total_micros if last else 0
 
     def unbondings(self, participant: str) -> Sequence[Unbonding]:
-        query = (
-            select(UnbondingRow)
-            .where(UnbondingRow.participant == participant, UnbondingRow.amount_micros > 0)
-            .order_by(col(UnbondingRow.release_time_us), col(UnbondingRow.number))
-        )
-        return [
-            Unbonding(row.participant, row.number, row.amount_micros, from_us(row.release_time_us))
-            for row in self._session.exec(query)
-        ]
+        return self.unbondings_of([participant])[participant]
+
+    def unbondings_of(self, participants: Collection[str]) -> Mapping[str, Sequence[Unbonding]]:
+        found: dict[str, list[Unbonding]] = {participant: [] for participant in participants}
+        for row in connection_of(self._session).execute(_WAITING, {"names": list(found)}):
+            waiting = Unbonding(row.participant, row.number, row.amount_micros, from_us(row.release_time_us))
+            found[row.participant].append(waiting)
+        return found
 
     def add_unbonding(self, participant: str, amount_micros: int, release_time: datetime) -> None:
         query = select(func.max(UnbondingRow.number)).where(UnbondingRow.participant == participant)

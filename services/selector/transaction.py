@@ -45,6 +45,10 @@ class StakeRecords(Protocol):
         """Those not yet withdrawn, by release time."""
         ...
 
+    def unbondings_of(self, participants: Collection[str]) -> Mapping[str, Sequence[Unbonding]]:
+        """The same of each."""
+        ...
+
     def add_unbonding(self, participant: str, amount_micros: int, release_time: datetime) -> None: ...
 
     def put_unbonding(self, unbonding: Unbonding) -> None:

@@ -1,14 +1,20 @@
 """What a draw, an estimate or a stake asks is answered from an index on SQLite, however large the pool is."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from datetime import timedelta
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import Engine, create_engine, event
 from sqlmodel import Session
 
+from services.runtime.auth import utc_now
 from services.runtime.engines import migrate
+from services.selector.pool_trees import PoolTrees
+from services.selector.records import Accounts
+from services.selector.stakes import Stakes
 from services.selector.store import SqlTransaction
+from services.selector.transaction import Store
 
 QUESTIONS: dict[str, Callable[[SqlTransaction], Any]] = {
     "who can be picked by way of leaves": lambda tx: tx.seated("t", leaf_indices=[1, 2, 3], version=5),
@@ -58,3 +64,25 @@ def test_a_question_reads_no_whole_table_and_no_whole_pool(engine: Engine, name:
     # By the task alone is the whole pool; a table of pools has one row of it.
     whole = [step for step in tables if step.startswith("SCAN") or (step.endswith("(task=?)") and "pools" not in step)]
     assert not whole, steps
+
+
+async def test_a_page_of_stakes_is_read_in_as_many_questions_as_one_of_them(engine: Engine) -> None:
+    asked: list[str] = []
+    with engine.connect() as connection, Session(bind=connection) as session:
+        transaction = SqlTransaction(session)
+        for number in range(20):
+            transaction.put_accounts(Accounts(f"{number:040x}", unbonding_micros=2))
+            transaction.add_unbonding(f"{number:040x}", 2, utc_now())
+        session.flush()
+
+        class Reader:
+            async def read(self, work: Callable[[Any], Any]) -> Any:
+                return work(transaction)
+
+        stakes = Stakes(cast(Store, Reader()), PoolTrees(), clock=utc_now, unbonding_time=timedelta(0))
+        event.listen(connection, "before_cursor_execute", lambda *arguments: asked.append(arguments[2]))
+        page = await stakes.list(after="", limit=20)
+        questions = len(asked)
+        await stakes.list(after=f"{18:040x}", limit=20)
+    assert [stake.unbondings[0].amount_micros for stake in page] == [2] * 20
+    assert len(asked) == 2 * questions
