@@ -140,8 +140,8 @@ class Pools:
             if pool.closed:
                 return
             now = self._clock()
-            for candidate in transaction.active_candidates(task):
-                _release(transaction, candidate, now)
+            transaction.unlock_all(task, now)
+            transaction.release_candidates(task)
             transaction.put_pool(replace(pool, closed=True))
             transaction.append_events([LedgerEvent(EventKind.POOL_CLOSED, now, task=task)])
             self._trees.forget(task)

@@ -20,6 +20,12 @@ _GROUPS_OF = select(_GROUPS.c.participant, _GROUPS.c.owner_group).where(
 )
 _POOLS = table_of(PoolRow)
 _POOL = _POOLS.select().where(_POOLS.c.task == bindparam("name"))
+_CANDIDATES = table_of(CandidateRow)
+_RELEASE = (
+    _CANDIDATES.update()
+    .where(_CANDIDATES.c.task == bindparam("pool"), _CANDIDATES.c.active)
+    .values(locked_micros=0, weight=bindparam("nothing"), active=False)
+)
 _SEATS = table_of(SeatRow)
 _LEAVES = table_of(LeafRow)
 _LEAF_CHANGES = (
@@ -114,9 +120,9 @@ class SqlPoolRecords:
             )
         )
 
-    def active_candidates(self, task: str) -> Sequence[Candidate]:
-        query = select(CandidateRow).where(CandidateRow.task == task, col(CandidateRow.active))
-        return [_candidate(row) for row in self._session.exec(query.order_by(CandidateRow.participant))]
+    def release_candidates(self, task: str) -> None:
+        connection_of(self._session).execute(_RELEASE, {"pool": task, "nothing": weight_bytes(0)})
+        self._session.expire_all()
 
     def candidacies(self, participant: str) -> Sequence[Candidate]:
         query = select(CandidateRow).where(CandidateRow.participant == participant, col(CandidateRow.active))

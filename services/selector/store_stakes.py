@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import bindparam
+from sqlalchemy import bindparam, text
 from sqlmodel import Session, col, func, select
 
 from services.selector.columns import connection_of, from_us, insert_rows, table_of, to_us, weight_bytes, weight_of
@@ -17,6 +17,19 @@ _WAITING = (
     _UNBONDINGS.select()
     .where(_UNBONDINGS.c.participant.in_(bindparam("names", expanding=True)), _UNBONDINGS.c.amount_micros > 0)
     .order_by(_UNBONDINGS.c.release_time_us, _UNBONDINGS.c.number)
+)
+# Of a pool of a million, in two statements.
+_UNLOCK = text(
+    "UPDATE accounts SET available_micros = available_micros + held.micros, "
+    "locked_micros = accounts.locked_micros - held.micros "
+    "FROM (SELECT participant AS holder, locked_micros AS micros FROM candidates WHERE task = :task AND active) held "
+    "WHERE participant = held.holder AND held.micros > 0"
+)
+_TELL_UNLOCKED = text(
+    "INSERT INTO ledger_events (sequence, kind, time_us, participant, amount_micros, task, draw, owner_group, weight, "
+    "reference, funding_account, fault) "
+    "SELECT :last + row_number() OVER (ORDER BY participant), :kind, :now_us, participant, locked_micros, task, '', "
+    "'', :weight, '', '', '' FROM candidates WHERE task = :task AND active AND locked_micros > 0"
 )
 _LAST_SEQUENCE = select(func.max(_EVENTS.c.sequence))
 
@@ -114,6 +127,19 @@ class SqlStakeRecords:
                 taken_micros=slash.taken_micros,
             )
         )
+
+    def unlock_all(self, task: str, now: datetime) -> None:
+        connection, last = connection_of(self._session), self.last_sequence()
+        told = {
+            "task": task,
+            "last": last,
+            "kind": EventKind.UNLOCKED.value,
+            "now_us": to_us(now),
+            "weight": weight_bytes(0),
+        }
+        connection.execute(_UNLOCK, {"task": task})
+        self._sequence = last + connection.execute(_TELL_UNLOCKED, told).rowcount
+        self._session.expire_all()
 
     def append_events(self, events: Sequence[LedgerEvent]) -> None:
         if not events:

@@ -59,6 +59,13 @@ class StakeRecords(Protocol):
 
     def add_slash(self, slash: Slash) -> None: ...
 
+    def unlock_all(self, task: str, now: datetime) -> None:
+        """Gives back what a task has locked of its active candidates, of whom there may be a million.
+
+        Each UNLOCKED is an event, in order of participant id.
+        """
+        ...
+
     def append_events(self, events: Sequence[LedgerEvent]) -> None:
         """Gives the events the next sequence numbers."""
         ...
@@ -103,8 +110,8 @@ class PoolRecords(Protocol):
 
     def put_candidate(self, candidate: Candidate) -> None: ...
 
-    def active_candidates(self, task: str) -> Sequence[Candidate]:
-        """By participant id."""
+    def release_candidates(self, task: str) -> None:
+        """No candidate of the task is active any more, nor has it anything locked."""
         ...
 
     def candidacies(self, participant: str) -> Sequence[Candidate]:

@@ -454,6 +454,43 @@ async def test_the_pool_can_be_recomputed_from_the_events(selector: Selector) ->
     await selector.store.read(compare)
 
 
+async def test_a_closed_pool_gives_everybody_back_what_it_holds_and_other_pools_hold_theirs(selector: Selector) -> None:
+    for task in ("t", "u"):
+        await selector.open(task)
+    for number in (3, 1, 2):
+        await selector.deposit(someone(number), 3 * MINIMUM)
+        await selector.admit(someone(number))
+    await selector.deposit(someone(4), 3 * MINIMUM)
+    await selector.admit(someone(4), role=Role.TRAINING_NODE)
+    await selector.admit(someone(4), task="u")
+    await selector.deposit(someone(5), 3 * MINIMUM)
+    await selector.admit(someone(5))
+    await selector.pools.remove(task="t", participant=someone(5))
+    await selector.stakes.slash(someone(2), fault=Fault.CONTRADICTION, evidence="all of it")
+    before = (await selector.stakes.list_events(start=1, limit=1000)).next_sequence
+    held = await selector.stakes.get(someone(4))
+
+    await selector.pools.close("t")
+    events = (await selector.stakes.list_events(start=before, limit=1000)).events
+    of_node = POLICY.training_node_min_stake_micros
+    assert [(event.kind, event.participant, event.amount_micros) for event in events] == [
+        (EventKind.UNLOCKED, someone(1), 3 * MINIMUM),
+        (EventKind.UNLOCKED, someone(3), 3 * MINIMUM),
+        (EventKind.UNLOCKED, someone(4), of_node),
+        (EventKind.POOL_CLOSED, "", 0),
+    ]
+    assert [event.sequence for event in events] == list(range(before, before + 4))
+    node = (await selector.stakes.get(someone(4))).accounts
+    assert (node.available_micros, node.locked_micros) == (of_node, held.accounts.locked_micros - of_node)
+    assert node.locked_micros > 0
+    for number, available in ((1, 3 * MINIMUM), (2, 0), (3, 3 * MINIMUM), (5, 3 * MINIMUM)):
+        accounts = (await selector.stakes.get(someone(number))).accounts
+        assert (accounts.available_micros, accounts.locked_micros) == (available, 0)
+    # Whoever was in it is free for the other.
+    await selector.admit(someone(1), task="u")
+    assert (await selector.stakes.get(someone(1))).accounts.locked_micros == 3 * MINIMUM
+
+
 @dataclass
 class Books:
     """One participant's accounts as the events tell them; `outside` is where deposits come from and withdrawals go."""
