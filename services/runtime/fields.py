@@ -43,6 +43,17 @@ class FieldChecks:
             return self.require(field, False, "holds control characters")
         return True
 
+    def compared_text(self, field: str, value: str, *, max_chars: int) -> bool:
+        """As `text`, for one by which things are told apart: what looks alike must be alike.
+
+        No white space at its ends, and in Unicode's composed form (NFC).
+        """
+        if not self.text(field, value, max_chars=max_chars):
+            return False
+        if value != value.strip():
+            return self.require(field, False, "has white space at its beginning or end")
+        return self.require(field, unicodedata.is_normalized("NFC", value), "is not in Unicode's composed form (NFC)")
+
     def range(self, field: str, value: float, *, minimum: float, maximum: float, unit: str = "") -> bool:
         """A finite number in [minimum, maximum]."""
         if math.isfinite(value) and minimum <= value <= maximum:

@@ -244,6 +244,9 @@ async def test_a_deposit_becomes_available_and_is_counted_once_for_each_referenc
         ({"reference": "r" * 201}, "reference"),
         ({"funding_account": ""}, "funding_account"),
         ({"funding_account": "a\nb"}, "funding_account"),
+        ({"funding_account": "bank "}, "funding_account"),
+        ({"funding_account": "Zoe\u0308"}, "funding_account"),
+        ({"reference": "\u00a0r"}, "reference"),
         ({"request_id": "r" * 65}, "request_id"),
     ],
 )

@@ -26,8 +26,8 @@ def deposit(request: pb.DepositRequest) -> Deposit:
     participant = names.parse_participant(request.participant, "participant")
     checks = FieldChecks()
     checks.range("amount_micros", request.amount_micros, minimum=1, maximum=MAX_MICROS, unit="micro-units")
-    checks.text("reference", request.reference, max_chars=_REFERENCE_CHARS)
-    checks.text("funding_account", request.funding_account, max_chars=_REFERENCE_CHARS)
+    checks.compared_text("reference", request.reference, max_chars=_REFERENCE_CHARS)
+    checks.compared_text("funding_account", request.funding_account, max_chars=_REFERENCE_CHARS)
     checks.finish()
     return Deposit(request.reference, participant, request.amount_micros, request.funding_account)
 

@@ -113,9 +113,11 @@ class DepositRequest(_message.Message):
     amount_micros: _builtins.int
     """Amount in micro-units, 1 or more."""
     reference: _builtins.str
-    """Where the payment can be found outside, 1 to 200 characters; unique."""
+    """Where the payment can be found outside, 1 to 200 characters in Unicode's composed form (NFC), without white space at the
+    ends; unique.
+    """
     funding_account: _builtins.str
-    """The money's source, 1 to 200 characters: participants funded from one account are one owner group."""
+    """The money's source, of such characters too: participants funded from one account are one owner group."""
     request_id: _builtins.str
     """Idempotency key, at most 64 characters."""
     def __init__(
