@@ -16,6 +16,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from tiltyard.cli import app
+from tiltyard.cli.connection import with_tls_hint
 from tiltyard.cli.supervisor import free_ports
 from tiltyard.identity import Key, verify_token
 from tiltyard.statements import open_statement
@@ -211,3 +212,15 @@ def test_numbers_that_no_call_can_take_are_refused_as_usage(tmp_path: Path, argu
     result = tiltyard(*arguments, "--key", tmp_path / "me.pem")
     assert result.exit_code == 2
     assert "Input should be" in result.stderr
+
+
+def test_a_connection_that_a_server_ends_without_a_word_may_be_for_want_of_tls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended = "the service cannot be reached: last error: UNAVAILABLE: ipv4:127.0.0.1:7401: Socket closed"
+    monkeypatch.delenv("TILTYARD_TLS_CA", raising=False)
+    assert "TILTYARD_TLS_CA" in with_tls_hint(ended)
+    monkeypatch.setenv("TILTYARD_TLS_CA", "ca.pem")
+    assert "TILTYARD_TLS_CERTIFICATE" in with_tls_hint(ended)
+    for other in ("the service cannot be reached: Connection refused", "NOT_FOUND: Socket closed"):
+        assert with_tls_hint(other) == other

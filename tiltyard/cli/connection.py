@@ -48,6 +48,8 @@ TRAINER = "127.0.0.1:7403"
 VALIDATOR = "127.0.0.1:7404"
 """Where `tiltyard up` puts them by default."""
 
+_ENDED = ("Socket closed", "Connection reset", "Broken pipe")
+
 
 class CommandError(Exception):
     """What a command refuses, in one line for the person who typed it."""
@@ -162,9 +164,21 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         DigestMismatch,
         OSError,
     ) as error:
-        fail(error if isinstance(error, OSError) else explain(error))
+        fail(error if isinstance(error, OSError) else with_tls_hint(explain(error)))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def with_tls_hint(line: str) -> str:
+    """What went wrong, with what may be behind it where a server ends the connection without a word.
+
+    So does one that hears plaintext where it wants TLS, or misses a certificate: gRPC tells of neither.
+    """
+    if not line.startswith("the service cannot be reached") or not any(each in line for each in _ENDED):
+        return line
+    if os.environ.get("TILTYARD_TLS_CA"):
+        return f"{line} (if it asks for a certificate: TILTYARD_TLS_CERTIFICATE and TILTYARD_TLS_KEY name yours)"
+    return f"{line} (if it speaks TLS: TILTYARD_TLS_CA names its authority)"
 
 
 async def _traced(work: Coroutine[Any, Any, T]) -> T:
