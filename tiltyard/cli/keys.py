@@ -101,7 +101,10 @@ def id_(file: Path) -> None:
 
 @app.command("show")
 def show(file: Path, json: JsonOption = False) -> None:
-    """Print id and public key of the key in FILE; the id of a selector's BLS key is its public key."""
+    """Print id and public key of the key in FILE.
+
+    The selector's BLS key has no other id than its public key.
+    """
     try:
         _print(load_any_key(file), file, json)
     except CommandError as error:
