@@ -10,18 +10,9 @@ from sqlmodel import Session
 from services.registry import rows
 from services.registry.changes import ChangeBoard
 from services.registry.convert.drafts import draft_of
-from services.registry.records import (
-    Assignment,
-    AssignmentState,
-    ModelFormat,
-    Round,
-    RoundState,
-    Submission,
-    SubmissionState,
-    Task,
-    TaskState,
-)
+from services.registry.records import Assignment, Round, Submission, Task
 from services.registry.rows import COUNTERS_ID
+from services.registry.states import AssignmentState, ModelFormat, RoundState, SubmissionState, TaskState
 from services.registry.store import SqlStore
 from services.registry.tables import AssignmentRow, CountersRow, RoundRow, SubmissionRow
 from services.runtime.auth import utc_now

@@ -5,16 +5,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
-from services.registry.records import (
-    Draw,
-    Evidence,
-    Role,
-    SelectionPolicy,
-    Task,
-    ValidatorFaultKind,
-    Verdict,
-)
+from services.registry.records import Draw, Evidence, Task, Verdict
 from services.registry.selection import Candidacy, Eligibility, EligibilityFacts
+from services.registry.states import Role, ValidatorFaultKind
+from services.registry.task_config import SelectionPolicy
 from services.runtime import names
 from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, Unavailable
 from tiltyard.commitments import tagged_hash

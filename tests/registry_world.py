@@ -25,37 +25,26 @@ from services.registry.faults import ValidatorFaults
 from services.registry.judging import Judging
 from services.registry.leaderboard import Leaderboard
 from services.registry.outages import Outages
-from services.registry.records import (
-    Artifact,
-    ArtifactPurpose,
-    ArtifactUse,
-    Assignment,
-    Curve,
-    DatasetDigest,
-    Limits,
-    Loss,
-    Member,
-    MembershipState,
-    Metric,
-    Role,
-    Round,
-    Schedule,
-    ScoreVisibility,
-    SelectionPolicy,
-    Submission,
-    Task,
-    TaskConfig,
-    TaskState,
-    ValidatorRate,
-)
+from services.registry.records import Artifact, ArtifactUse, Assignment, Member, Round, Submission, Task
 from services.registry.scans import DatasetScans
 from services.registry.selection import EligibilityFacts
 from services.registry.servicers.assignments import AssignmentServicer
 from services.registry.servicers.evaluations import EvaluationServicer
 from services.registry.servicers.submissions import SubmissionServicer
+from services.registry.states import (
+    ArtifactPurpose,
+    Curve,
+    Loss,
+    MembershipState,
+    Metric,
+    Role,
+    ScoreVisibility,
+    TaskState,
+)
 from services.registry.store import SqlStore
 from services.registry.structure import StructureChecks
 from services.registry.submissions import Submissions
+from services.registry.task_config import DatasetDigest, Limits, Schedule, SelectionPolicy, TaskConfig, ValidatorRate
 from services.registry.task_turns import TaskTurns
 from services.registry.transaction import Store
 from services.runtime import names

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 from safetensors.numpy import save
 
-from services.registry.records import AssignmentState, TaskState
+from services.registry.states import AssignmentState, TaskState
 from services.runtime import names
 from services.runtime.names import AssignmentId
 from tests.registry_fakes import FakeSelection

@@ -3,22 +3,18 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from services.registry.records import (
-    Artifact,
+from services.registry.records import Artifact, ArtifactUse, Assignment, Submission, Task
+from services.registry.rounds import FIRST_ROUND, HOLDOUT_ROUND
+from services.registry.states import (
     ArtifactPurpose,
-    ArtifactUse,
-    Assignment,
     AssignmentState,
-    DatasetDigest,
     HoldoutState,
     MembershipState,
     Role,
-    Submission,
     SubmissionState,
-    Task,
     TaskState,
 )
-from services.registry.rounds import FIRST_ROUND, HOLDOUT_ROUND
+from services.registry.task_config import DatasetDigest
 from services.registry.task_states import holdout_deadline, own_task
 from services.registry.transaction import Reading
 from services.runtime.errors import (

@@ -7,19 +7,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from services.registry.duty_watch import Told, tell, told_all
-from services.registry.records import (
-    Assignment,
-    AssignmentState,
-    DatasetDigest,
-    Limits,
-    Metric,
-    ModelFormat,
-    Round,
-    RoundState,
-    Submission,
-    Task,
-)
+from services.registry.records import Assignment, Round, Submission, Task
 from services.registry.rounds import FIRST_ROUND, end_assignment, log_assignment
+from services.registry.states import AssignmentState, Metric, ModelFormat, RoundState
+from services.registry.task_config import DatasetDigest, Limits
 from services.registry.transaction import Changes, Reading, Store, Writing
 from services.registry.watching import watch
 from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied

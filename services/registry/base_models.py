@@ -6,8 +6,9 @@ from contextlib import closing
 from datetime import datetime
 
 from services.registry.artifact_rights import readable
-from services.registry.records import Artifact, TaskConfig
+from services.registry.records import Artifact
 from services.registry.structure import ModelFiles
+from services.registry.task_config import TaskConfig
 from services.registry.transaction import Reading, Store
 from services.runtime.errors import InvalidArgument, NotFound, PermissionDenied
 from tiltyard.modelfile import check_model_file

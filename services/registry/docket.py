@@ -3,7 +3,8 @@
 from collections.abc import Callable, Collection
 from datetime import datetime
 
-from services.registry.records import Round, RoundState
+from services.registry.records import Round
+from services.registry.states import RoundState
 from services.registry.transaction import Reading
 from services.registry.turns import fairly
 

@@ -7,19 +7,7 @@ from datetime import datetime, timedelta
 from services.registry.docket import Docket, RoundKey, key_of
 from services.registry.entries import DrawMade, SubmissionChanged
 from services.registry.listing import Condition, Listing
-from services.registry.records import (
-    Assignment,
-    Draw,
-    HoldoutState,
-    MembershipState,
-    Role,
-    Round,
-    RoundState,
-    Submission,
-    SubmissionState,
-    Task,
-    TaskState,
-)
+from services.registry.records import Assignment, Draw, Round, Submission, Task
 from services.registry.rounds import (
     FIRST_ROUND,
     HOLDOUT_ROUND,
@@ -31,6 +19,7 @@ from services.registry.rounds import (
     task_of,
 )
 from services.registry.selection import Selection
+from services.registry.states import HoldoutState, MembershipState, Role, RoundState, SubmissionState, TaskState
 from services.registry.transaction import Reading, Store, Writing
 from services.registry.turns import each, traced
 from services.runtime.errors import ArenaError, FailedPrecondition, Unavailable

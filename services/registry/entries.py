@@ -6,18 +6,17 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from services.registry.records import (
+from services.registry.records import Score, Verdict
+from services.registry.states import (
     AssignmentState,
     MembershipState,
     RejectionReason,
     Role,
-    Score,
     SubmissionState,
-    TaskConfig,
     TaskState,
     ValidatorFaultKind,
-    Verdict,
 )
+from services.registry.task_config import TaskConfig
 from tiltyard.identity import Envelope
 
 

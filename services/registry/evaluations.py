@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from services.registry.assignments import check_lease, dataset_of, ended, own_assignment
 from services.registry.entries import EvaluationSealed
-from services.registry.records import Assignment, AssignmentState, Counts, Evaluation, Finding, Submission, Task
+from services.registry.records import Assignment, Counts, Evaluation, Finding, Submission, Task
 from services.registry.rounds import FIRST_ROUND
+from services.registry.states import AssignmentState
 from services.registry.transaction import Reading, Store, Writing
 from services.runtime.errors import AlreadyExists, FailedPrecondition, FieldViolation, InvalidArgument, NotFound
 from services.runtime.names import AssignmentId, format_assignment

@@ -7,18 +7,7 @@ from datetime import datetime
 
 from services.registry.docket import Docket
 from services.registry.entries import ScoreConcluded, SubmissionChanged
-from services.registry.records import (
-    AssignmentState,
-    EvaluationVerdict,
-    RejectionReason,
-    Round,
-    RoundState,
-    Score,
-    Submission,
-    SubmissionState,
-    Task,
-    ValidatorFaultKind,
-)
+from services.registry.records import Round, Score, Submission, Task
 from services.registry.rounds import (
     FIRST_ROUND,
     Standing,
@@ -33,6 +22,14 @@ from services.registry.rounds import (
     standing,
     submission_of,
     task_of,
+)
+from services.registry.states import (
+    AssignmentState,
+    EvaluationVerdict,
+    RejectionReason,
+    RoundState,
+    SubmissionState,
+    ValidatorFaultKind,
 )
 from services.registry.transaction import Reading, Store, Writing
 from services.registry.turns import each, traced

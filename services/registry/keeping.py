@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from services.registry.records import ArtifactPurpose, ArtifactUse, HoldoutState, Submission, SubmissionState, TaskState
+from services.registry.records import ArtifactUse, Submission
+from services.registry.states import ArtifactPurpose, HoldoutState, SubmissionState, TaskState
 from services.registry.transaction import Reading
 
 

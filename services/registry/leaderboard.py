@@ -7,8 +7,9 @@ from contextlib import aclosing
 from dataclasses import astuple, dataclass
 from datetime import datetime
 
-from services.registry.records import Score, Submission, SubmissionState, Task, TaskState
+from services.registry.records import Score, Submission, Task
 from services.registry.rounds import FIRST_ROUND
+from services.registry.states import SubmissionState, TaskState
 from services.registry.task_states import ENDED, known_task
 from services.registry.transaction import Changes, Reading, Store
 from services.registry.visibility import visible

@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from services.registry.entries import OutageEnded
-from services.registry.records import SubmissionState
+from services.registry.states import SubmissionState
 from services.registry.transaction import Store, Writing
 
 # How often the registry notes that it is at work. Being away for less than twice as long is not noticed.

@@ -9,8 +9,10 @@ from services.registry.convert.configs import policy_message, policy_of
 from services.registry.convert.enums import ROLE
 from services.registry.convert.times import timestamp
 from services.registry.convert.verdicts import verdict_of
-from services.registry.records import Draw, Role, SelectionPolicy, Task, ValidatorFaultKind
+from services.registry.records import Draw, Task
 from services.registry.selection import Candidacy, Eligibility, EligibilityFacts
+from services.registry.states import Role, ValidatorFaultKind
+from services.registry.task_config import SelectionPolicy
 from services.runtime import names
 from services.runtime.rpc_errors import from_rpc_error
 from tiltyard.selector.v1 import draw_pb2, draw_pb2_grpc, pool_pb2, pool_pb2_grpc, stake_pb2, stake_pb2_grpc

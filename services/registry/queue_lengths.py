@@ -5,7 +5,7 @@ import asyncio
 from sqlalchemy import func
 from sqlmodel import Session, col, select
 
-from services.registry.records import AssignmentState, RoundState, SubmissionState
+from services.registry.states import AssignmentState, RoundState, SubmissionState
 from services.registry.tables import AssignmentRow, RoundRow, SubmissionRow
 from services.runtime.database import Database
 from tiltyard.telemetry import metrics

@@ -1,149 +1,28 @@
-"""What the registry remembers: one frozen dataclass for each kind of row, one enum for each kind of state.
+"""What the registry remembers: one frozen dataclass for each kind of row.
 
-Member names of the enums are those of the contract without their prefix. Participants, tasks and submissions are
-held by their ids (not resource names); `services.runtime.names` formats them.
+Participants, tasks and submissions are held by their ids (not resource names); `services.runtime.names` formats them.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from enum import Enum, auto
+from datetime import datetime
 
+from services.registry.states import (
+    ArtifactPurpose,
+    AssignmentState,
+    EvaluationVerdict,
+    HoldoutState,
+    MembershipState,
+    ModelFormat,
+    RejectionReason,
+    Role,
+    RoundState,
+    SubmissionState,
+    TaskState,
+    ValidatorFaultKind,
+)
+from services.registry.task_config import TaskConfig
 from tiltyard.identity import Envelope
-from tiltyard.modelspec import ModelSpec
-
-
-class Role(Enum):
-    TASK_CREATOR = auto()
-    TRAINING_NODE = auto()
-    VALIDATOR = auto()
-
-
-class TaskState(Enum):
-    PREPARING = auto()
-    OPEN = auto()
-    CLOSED = auto()
-    FINAL = auto()
-    CANCELLED = auto()
-
-
-class MembershipState(Enum):
-    PENDING = auto()
-    ACTIVE = auto()
-    PAUSED = auto()
-    LEFT = auto()
-    REFUSED = auto()
-
-
-class SubmissionState(Enum):
-    COMMITTED = auto()
-    REVEALED = auto()
-    EVALUATING = auto()
-    SCORED = auto()
-    REJECTED = auto()
-
-
-class RejectionReason(Enum):
-    REVEAL_EXPIRED = auto()
-    TOO_LARGE = auto()
-    BAD_FORMAT = auto()
-    SHAPE_MISMATCH = auto()
-    DIGEST_MISMATCH = auto()
-    COPY = auto()
-    VALIDATORS_UNAVAILABLE = auto()
-    NAN_OUTPUT = auto()
-    TOO_SLOW = auto()
-    OUT_OF_MEMORY = auto()
-    CRASHED = auto()
-    AMBIGUOUS = auto()
-    TASK_CANCELLED = auto()
-
-
-class AssignmentState(Enum):
-    OFFERED = auto()
-    ACCEPTED = auto()
-    SEALED = auto()
-    OPENED = auto()
-    DECLINED = auto()
-    EXPIRED = auto()
-    RELEASED = auto()
-
-
-class EvaluationVerdict(Enum):
-    AGREED = auto()
-    OUTLIER = auto()
-    UNOPENED = auto()
-
-
-class ValidatorFaultKind(Enum):
-    OFFER_EXPIRED = auto()
-    LEASE_EXPIRED = auto()
-    SEAL_UNOPENED = auto()
-    OUTLIER = auto()
-
-
-class Loss(Enum):
-    CROSS_ENTROPY = auto()
-    MSE = auto()
-    BINARY_CROSS_ENTROPY = auto()
-    HUBER = auto()
-
-
-class Metric(Enum):
-    ACCURACY = auto()
-    TOP_K_ACCURACY = auto()
-    WITHIN_BOUND = auto()
-
-
-class ScoreVisibility(Enum):
-    FULL = auto()
-    LADDER = auto()
-
-
-class Curve(Enum):
-    POWER = auto()
-    LOG = auto()
-    LOGISTIC = auto()
-
-
-class ModelFormat(Enum):
-    SAFETENSORS = auto()
-    ONNX = auto()
-
-
-class HoldoutState(Enum):
-    """Where a task's second evaluation dataset stands."""
-
-    NONE = auto()
-    """The task has none."""
-    EXPECTED = auto()
-    """To be published after close."""
-    PUBLISHED = auto()
-    """Handed in by the creator; waits for its scan."""
-    ACCEPTED = auto()
-    """Decides the final ranking as round 2."""
-    FAILED = auto()
-    """Too late, of a wrong digest, or failing the scan: round 1 ranks."""
-
-
-class RoundState(Enum):
-    """Where the judging of one submission in one round stands."""
-
-    WAITING = auto()
-    """To be drawn: too few owner groups have been eligible so far."""
-    SEALING = auto()
-    """Validators evaluate and seal."""
-    OPENING = auto()
-    """All who sealed are asked to open."""
-    CONCLUDED = auto()
-    """A score, a fault or the lack of both is recorded."""
-
-
-class ArtifactPurpose(Enum):
-    EVALUATION_DATASET = auto()
-    HOLDOUT = auto()
-    MODEL = auto()
-    BASE_MODEL = auto()
 
 
 @dataclass(frozen=True)
@@ -186,76 +65,6 @@ class Verdict:
     evidence: tuple[Evidence, ...]
     explanation: str
     decide_time: datetime
-
-
-@dataclass(frozen=True)
-class DatasetDigest:
-    sha256: bytes
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class Schedule:
-    prepare_deadline: datetime
-    close_time: datetime
-    reveal_time: timedelta
-    accept_time: timedelta
-    lease_time: timedelta
-    evaluation_time: timedelta
-    draw_time: timedelta
-    holdout_time: timedelta
-
-
-@dataclass(frozen=True)
-class Limits:
-    max_parameters: int
-    max_model_bytes: int
-    max_cpu_time: timedelta
-    max_memory_bytes: int
-    daily_submissions: int
-
-
-@dataclass(frozen=True)
-class ValidatorRate:
-    window: timedelta
-    limit: int
-    reference_stake_micros: int
-
-
-@dataclass(frozen=True)
-class SelectionPolicy:
-    curve: Curve
-    alpha_millis: int
-    validator_min_stake_micros: int
-    training_node_min_stake_micros: int
-    rate: ValidatorRate
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """What a task creator decided, every default filled in."""
-
-    display_name: str
-    description: str
-    field: str
-    models: tuple[ModelSpec, ...]
-    loss: Loss
-    metric: Metric
-    top_k: int
-    bound: float
-    evaluation_dataset: DatasetDigest
-    holdout: DatasetDigest | None
-    schedule: Schedule
-    limits: Limits
-    validators_per_submission: int
-    tolerance: int
-    selection: SelectionPolicy
-    score_visibility: ScoreVisibility
-    ladder_step_micros: int
-    allow_node_endpoint: bool
-    class_names: tuple[str, ...]
-    base_model: str = ""
-    """SHA-256 in hex of the model that training starts from; empty to start from scratch."""
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,8 @@ from services.registry.entries import (
     SubmissionChanged,
     ValidatorFaultFound,
 )
-from services.registry.records import (
-    Assignment,
-    AssignmentState,
-    Evaluation,
-    RejectionReason,
-    Round,
-    RoundState,
-    Submission,
-    SubmissionState,
-    Task,
-    ValidatorFault,
-    ValidatorFaultKind,
-)
+from services.registry.records import Assignment, Evaluation, Round, Submission, Task, ValidatorFault
+from services.registry.states import AssignmentState, RejectionReason, RoundState, SubmissionState, ValidatorFaultKind
 from services.registry.transaction import Reading, Writing
 from services.registry.visibility import hides
 from tiltyard import scoring

@@ -15,12 +15,13 @@ from typing import Any, Generic, TypeVar
 
 from sqlalchemy import Boolean, Select, select
 
-from services.registry import records, tables
+from services.registry import records, states, tables
 from services.registry.convert.configs import config_message, config_of
 from services.registry.convert.envelopes import envelope, envelope_message
 from services.registry.convert.times import micros_of, moment_of
-from services.registry.records import Counts, Finding, Score, TaskConfig
+from services.registry.records import Counts, Finding, Score
 from services.registry.tables import Table
+from services.registry.task_config import TaskConfig
 from services.registry.transaction import Leaf
 from tiltyard.type.v1 import envelope_pb2, task_pb2
 
@@ -258,10 +259,10 @@ TASKS = RowsOf(
     beside=("deadline",),
     remembered=_TASKS,
     config=CONFIG,
-    state=_enum(records.TaskState),
+    state=_enum(states.TaskState),
     create_time=TIME,
     update_time=TIME,
-    holdout=_enum(records.HoldoutState),
+    holdout=_enum(states.HoldoutState),
     open_time=TIME.optional(),
     close_time=TIME.optional(),
 )
@@ -269,8 +270,8 @@ MEMBERS = RowsOf(
     records.Member,
     tables.MemberRow,
     key=("task", "participant"),
-    role=_enum(records.Role),
-    state=_enum(records.MembershipState),
+    role=_enum(states.Role),
+    state=_enum(states.MembershipState),
     statement=ENVELOPE.optional(),
     create_time=TIME,
     weight=WEIGHT,
@@ -279,11 +280,11 @@ SUBMISSIONS = RowsOf(
     records.Submission,
     tables.SubmissionRow,
     key=("task", "number"),
-    state=_enum(records.SubmissionState),
+    state=_enum(states.SubmissionState),
     commit_time=TIME,
     deadline=TIME.optional(),
-    reason=_enum(records.RejectionReason).optional(),
-    format=_enum(records.ModelFormat).optional(),
+    reason=_enum(states.RejectionReason).optional(),
+    format=_enum(states.ModelFormat).optional(),
     scores=SCORES,
     draws=DRAWS,
     reveal_time=TIME.optional(),
@@ -293,14 +294,14 @@ ROUNDS = RowsOf(
     records.Round,
     tables.RoundRow,
     key=("task", "number", "round"),
-    state=_enum(records.RoundState),
+    state=_enum(states.RoundState),
     deadline=TIME,
 )
 ASSIGNMENTS = RowsOf(
     records.Assignment,
     tables.AssignmentRow,
     key=("task", "number", "round", "validator"),
-    state=_enum(records.AssignmentState),
+    state=_enum(states.AssignmentState),
     create_time=TIME,
     update_time=TIME,
     deadline=TIME.optional(),
@@ -314,13 +315,13 @@ EVALUATIONS = RowsOf(
     report=ENVELOPE.optional(),
     finding=FINDING.optional(),
     open_time=TIME.optional(),
-    verdict=_enum(records.EvaluationVerdict).optional(),
+    verdict=_enum(states.EvaluationVerdict).optional(),
 )
 VALIDATOR_FAULTS = RowsOf(
     records.ValidatorFault,
     tables.ValidatorFaultRow,
     beside=("slashed",),
-    kind=_enum(records.ValidatorFaultKind),
+    kind=_enum(states.ValidatorFaultKind),
     time=TIME,
 )
 ARTIFACTS = RowsOf(records.Artifact, tables.ArtifactRow, key=("sha256",), create_time=TIME)
@@ -328,7 +329,7 @@ ARTIFACT_USES = RowsOf(
     records.ArtifactUse,
     tables.ArtifactUseRow,
     key=("sha256", "task", "purpose", "number", "owner"),
-    purpose=_enum(records.ArtifactPurpose),
+    purpose=_enum(states.ArtifactPurpose),
     create_time=TIME,
 )
 VERDICTS = RowsOf(KeptVerdict, tables.VerdictRow)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from services.registry.records import DatasetDigest, Metric, Task
+from services.registry.records import Task
+from services.registry.states import Metric
+from services.registry.task_config import DatasetDigest
 from tiltyard.datasets import Dataset, DatasetError, scan
 
 _SHOWN_VIOLATIONS = 5

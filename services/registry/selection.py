@@ -8,7 +8,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.registry.records import Draw, Role, SelectionPolicy, Task, ValidatorFaultKind, Verdict
+from services.registry.records import Draw, Task, Verdict
+from services.registry.states import Role, ValidatorFaultKind
+from services.registry.task_config import SelectionPolicy
 
 
 @dataclass(frozen=True)

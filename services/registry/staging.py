@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from services.registry.rows import COUNTERS, COUNTERS_ID, LEAVES, NODES, Counters, LogNode, RowsOf
 from services.registry.transaction import Leaf
-from services.runtime.database import Group
 from services.runtime.engines import found_rows, placeholder, run_many
+from services.runtime.writer import Group
 from tiltyard.transparency import HASH_BYTES, Frontier
 
 R = TypeVar("R")
@@ -46,7 +46,7 @@ class _Layer:
 
 
 class RowStaging:
-    """A `runtime.database.Staging` of the registry's rows.
+    """A `runtime.writer.Staging` of the registry's rows.
 
     A work sees its own puts and those of the works before it; when it fails, its own are forgotten. Nothing but a
     list that is read makes rows be written before the group's end.

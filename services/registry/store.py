@@ -21,9 +21,7 @@ from services.registry.records import (
     Endorsement,
     Evaluation,
     Member,
-    MembershipState,
     Participant,
-    Role,
     Round,
     Submission,
     Task,
@@ -32,10 +30,12 @@ from services.registry.records import (
 )
 from services.registry.rows import Counters, RowsOf
 from services.registry.staging import RowStaging
+from services.registry.states import MembershipState, Role
 from services.registry.task_states import deadline_of
 from services.registry.transaction import Leaf, Reading, Writing
-from services.runtime.database import Database, Group
+from services.runtime.database import Database
 from services.runtime.engines import Written
+from services.runtime.writer import Group
 from tiltyard.transparency import Frontier, leaf_hash
 
 R = TypeVar("R")

@@ -8,8 +8,9 @@ from datetime import datetime
 from typing import Protocol
 
 from services.registry.artifact_files import StoredFile
-from services.registry.records import RejectionReason, Submission, SubmissionState
+from services.registry.records import Submission
 from services.registry.rounds import FIRST_ROUND, reject, start_round
+from services.registry.states import RejectionReason, SubmissionState
 from services.registry.transaction import Reading, Store, Writing
 from services.registry.turns import each
 from services.runtime.names import format_submission

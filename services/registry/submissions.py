@@ -6,20 +6,17 @@ from datetime import datetime, timedelta
 
 from services.registry.entries import SubmissionCommitted, SubmissionRevealed
 from services.registry.listing import Listing, Place
-from services.registry.records import (
-    Artifact,
+from services.registry.records import Artifact, ArtifactUse, Submission, Task
+from services.registry.rounds import FIRST_ROUND, reject
+from services.registry.states import (
     ArtifactPurpose,
-    ArtifactUse,
     MembershipState,
     ModelFormat,
     RejectionReason,
     Role,
-    Submission,
     SubmissionState,
-    Task,
     TaskState,
 )
-from services.registry.rounds import FIRST_ROUND, reject
 from services.registry.transaction import Reading, Store, Writing
 from services.registry.visibility import visible
 from services.runtime.errors import (

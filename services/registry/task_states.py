@@ -4,8 +4,9 @@ from dataclasses import replace
 from datetime import datetime
 
 from services.registry.entries import HoldoutChanged, TaskChanged
-from services.registry.records import HoldoutState, RejectionReason, SubmissionState, Task, TaskState
+from services.registry.records import Task
 from services.registry.rounds import disclose, reject
+from services.registry.states import HoldoutState, RejectionReason, SubmissionState, TaskState
 from services.registry.transaction import Reading, Writing
 from services.runtime.errors import FailedPrecondition, NotFound, PermissionDenied
 

@@ -12,19 +12,10 @@ from services.registry.eligibility_facts import facts_of
 from services.registry.entries import TaskChanged, TaskCreated, VerdictGiven
 from services.registry.listing import Listing, Place
 from services.registry.participants import registered
-from services.registry.records import (
-    ArtifactPurpose,
-    ArtifactUse,
-    HoldoutState,
-    Member,
-    MembershipState,
-    Role,
-    Task,
-    TaskConfig,
-    TaskState,
-    Verdict,
-)
+from services.registry.records import ArtifactUse, Member, Task, Verdict
 from services.registry.selection import EligibilityFacts, Selection
+from services.registry.states import ArtifactPurpose, HoldoutState, MembershipState, Role, TaskState
+from services.registry.task_config import TaskConfig
 from services.registry.task_states import ENDED, cancel, check_unended, close, holdout_deadline, known_task, own_task
 from services.registry.transaction import Changes, Reading, Store, Writing
 from services.registry.watching import watch

@@ -15,21 +15,17 @@ from services.registry.records import (
     Artifact,
     ArtifactUse,
     Assignment,
-    AssignmentState,
     Endorsement,
     Evaluation,
     Member,
-    MembershipState,
     Participant,
     Round,
-    RoundState,
     Submission,
-    SubmissionState,
     Task,
-    TaskState,
     ValidatorFault,
     Verdict,
 )
+from services.registry.states import AssignmentState, MembershipState, RoundState, SubmissionState, TaskState
 
 T = TypeVar("T")
 

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from services.registry.records import Score, ScoreVisibility, Submission, Task, TaskState
+from services.registry.records import Score, Submission, Task
+from services.registry.states import ScoreVisibility, TaskState
 from tiltyard import ladder
 
 _FIRST_ROUND = 1

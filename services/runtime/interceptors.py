@@ -5,21 +5,19 @@ All of it is one interceptor: each further one would cost every call a wrapper, 
 
 import asyncio
 import functools
-import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError
 
 from services.runtime.auth import AccessPolicy, Authenticator, Caller, maybe_caller, set_caller
-from services.runtime.errors import InvalidArgument, Unavailable, Unimplemented
+from services.runtime.call_shapes import Context, Handler, surrounded
+from services.runtime.errors import Unavailable, Unimplemented
 from services.runtime.idempotency import InFlight, RequestMemory, RequestScope, use_memory
 from services.runtime.limits import CallGate
 from services.runtime.rpc_errors import to_rpc_status
@@ -27,11 +25,7 @@ from tiltyard.calls.observed import Calls, ObservedCall, answering
 from tiltyard.telemetry import metrics
 from tiltyard.telemetry.tracing import Kind
 
-# grpc types neither handlers nor contexts usefully: messages are of any type here.
-Handler = Any
-Context = Any
 Headers = Sequence[tuple[str, Any]]
-Around = Callable[[Context], "_Surroundings"]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 
 _HEALTH = "/grpc.health.v1.Health/"
@@ -44,96 +38,6 @@ _REFUSALS = metrics.Counter(
 )
 
 _log = structlog.get_logger("tiltyard.calls")
-
-
-class _Undecodable:
-    """Stands for bytes that are no message of the method's; gRPC itself would answer them with an internal error."""
-
-
-def _decoding(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    if decode is None:
-        return None
-
-    def decoded(raw: bytes) -> Any:
-        try:
-            return decode(raw)
-        except DecodeError:
-            return _Undecodable()
-
-    return decoded
-
-
-def _checked(request: Any) -> Any:
-    if isinstance(request, _Undecodable):
-        raise InvalidArgument([], reason="NOT_A_MESSAGE", message="the bytes are no message of this method")
-    return request
-
-
-class _InTime:
-    """The messages of a client's stream, each whole within `idle_s` seconds (0: whenever) of the one before.
-
-    No generator: one that its method leaves half read would be closed who knows when.
-    """
-
-    def __init__(self, requests: Any, idle_s: float) -> None:
-        self._requests = requests
-        self._idle_s = idle_s
-
-    def __aiter__(self) -> "_InTime":
-        self._requests = aiter(self._requests)
-        return self
-
-    async def __anext__(self) -> Any:
-        try:
-            async with asyncio.timeout(self._idle_s or None):
-                return _checked(await anext(self._requests))
-        except TimeoutError:
-            idle_s = f"{self._idle_s:g}"
-            raise Unavailable("STREAM_IDLE", f"no message came for {idle_s} s", idle_s=idle_s) from None
-
-
-def _surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handler:
-    """`handler` with every call inside `around(context)`, for all four shapes.
-
-    A servicer method may be an async method, an async generator, a coroutine that reads and writes on the context, or
-    the plain function that the generated base answers UNIMPLEMENTED with.
-    """
-
-    def taken(request: Any) -> Any:
-        return _InTime(request, stream_idle_s) if handler.request_streaming else _checked(request)
-
-    def unary(behaviour: Any) -> Any:
-        async def call(request: Any, context: Context) -> Any:
-            async with around(context):
-                answer = behaviour(taken(request), context)
-                return await answer if inspect.isawaitable(answer) else answer
-
-        return call
-
-    def stream(behaviour: Any) -> Any:
-        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with around(context):
-                answers = behaviour(taken(request), context)
-                if inspect.isawaitable(answers):
-                    await answers
-                elif answers is not None:
-                    async with aclosing(answers):
-                        async for answer in answers:
-                            yield answer
-
-        return call
-
-    coders = {
-        "request_deserializer": _decoding(handler.request_deserializer),
-        "response_serializer": handler.response_serializer,
-    }
-    if handler.request_streaming and handler.response_streaming:
-        return grpc.stream_stream_rpc_method_handler(stream(handler.stream_stream), **coders)
-    if handler.request_streaming:
-        return grpc.stream_unary_rpc_method_handler(unary(handler.stream_unary), **coders)
-    if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(stream(handler.unary_stream), **coders)
-    return grpc.unary_unary_rpc_method_handler(unary(handler.unary_unary), **coders)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -177,12 +81,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = handler_call_details.method
-        plain, surrounded = self._known.get(method, (None, None))
+        plain, known = self._known.get(method, (None, None))
         if plain is not handler:
             around = functools.partial(self._around, self._method(method))
-            surrounded = _surrounded(handler, around, self._stream_idle_s)
-            self._known[method] = (handler, surrounded)
-        return surrounded
+            known = surrounded(handler, around, self._stream_idle_s)
+            self._known[method] = (handler, known)
+        return known
 
     def _around(self, method: "_Method", context: Context) -> "_Surroundings":
         return _Surroundings(self, method, context)

@@ -12,7 +12,7 @@ import pytest
 from google.protobuf import json_format
 
 from services.registry.convert.drafts import draft_of
-from services.registry.records import Metric
+from services.registry.states import Metric
 from tests.e2e.test_up import running
 from tiltyard.type.v1 import task_pb2
 

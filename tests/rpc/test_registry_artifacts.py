@@ -10,7 +10,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from services.registry.records import Assignment, AssignmentState, ModelFormat, Submission, SubmissionState, TaskState
+from services.registry.records import Assignment, Submission
+from services.registry.states import AssignmentState, ModelFormat, SubmissionState, TaskState
 from tests.registry_server import (
     RegistryServer,
     artifact_name,

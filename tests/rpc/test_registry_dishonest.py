@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from services.registry.records import RoundState, SubmissionState
+from services.registry.states import RoundState, SubmissionState
 from services.runtime.names import AssignmentId, parse_assignment
 from tests.registry_arena import Arena, served
 from tests.registry_fakes import SettableClock

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.registry.records import AssignmentState
+from services.registry.states import AssignmentState
 from services.runtime import names
 from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied
 from services.runtime.names import AssignmentId

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from services.registry.records import RejectionReason, SubmissionState
+from services.registry.states import RejectionReason, SubmissionState
 from tests.registry_server import (
     RegistryServer,
     artifact_name,

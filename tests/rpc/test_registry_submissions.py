@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from services.registry.records import MembershipState, Role, SubmissionState, TaskState
+from services.registry.states import MembershipState, Role, SubmissionState, TaskState
 from services.runtime import names
 from services.runtime.errors import (
     AlreadyExists,

@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 
-from services.registry.records import AssignmentState, MembershipState, Role, SubmissionState
+from services.registry.states import AssignmentState, MembershipState, Role, SubmissionState
 from tests.registry_fakes import FakeSelection, SettableClock
 from tests.registry_world import (
     NODES,

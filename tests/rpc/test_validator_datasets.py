@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from services.registry.records import TaskState
+from services.registry.states import TaskState
 from services.runtime.channels import open_peer
 from services.runtime.errors import NotFound
 from services.validator.peers import RegistryPeer

@@ -13,10 +13,11 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlmodel import Field, Session, SQLModel, select
 
-from services.runtime.database import Database, Group
+from services.runtime.database import Database
 from services.runtime.engines import found_rows
 from services.runtime.errors import AlreadyExists, Unavailable
 from services.runtime.idempotency import PendingRequest, Replayed, _pending
+from services.runtime.writer import Group
 
 _FIRST = '''
 """The first tables."""

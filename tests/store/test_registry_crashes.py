@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from services.registry.records import RoundState, SubmissionState
+from services.registry.states import RoundState, SubmissionState
 from services.registry.transaction import Reading, Store, Writing
 from tests.registry_fakes import FakeSelection, SettableClock
 from tests.registry_world import NODES, TASK, MemoryFiles, World, model_bytes, open_database, task_config

@@ -7,7 +7,7 @@ import pytest
 
 from services.registry.convert.submissions import submission_message
 from services.registry.leaderboard import Ranking
-from services.registry.records import RejectionReason, ScoreVisibility, SubmissionState, TaskState
+from services.registry.states import RejectionReason, ScoreVisibility, SubmissionState, TaskState
 from services.registry.task_states import cancel, close
 from tests.registry_fakes import FakeSelection, SettableClock
 from tests.registry_world import NODES, TASK, MemoryFiles, World, model_bytes, open_database, task_config

@@ -15,7 +15,8 @@ from services.registry.duty_watch import Told
 from services.registry.leaderboard import Ranking
 from services.registry.listing import Listing
 from services.registry.queries import SqlReading
-from services.registry.records import Assignment, Role, RoundState, SubmissionState, ValidatorFaultKind
+from services.registry.records import Assignment
+from services.registry.states import Role, RoundState, SubmissionState, ValidatorFaultKind
 from services.runtime.errors import AlreadyExists, ArenaError, FailedPrecondition, ResourceExhausted
 from tests.registry_fakes import FakeSelection, SettableClock
 from tests.registry_world import NODES, TASK, VALIDATORS, MemoryFiles, World, model_bytes, open_database, task_config

@@ -10,15 +10,8 @@ from services.registry.changes import ChangeBoard
 from services.registry.convert import listings
 from services.registry.convert.listings import Lists
 from services.registry.listing import Condition, Listing, Place
-from services.registry.records import (
-    Participant,
-    Submission,
-    SubmissionState,
-    Task,
-    TaskState,
-    ValidatorFault,
-    ValidatorFaultKind,
-)
+from services.registry.records import Participant, Submission, Task, ValidatorFault
+from services.registry.states import SubmissionState, TaskState, ValidatorFaultKind
 from services.registry.store import SqlStore
 from services.registry.transaction import Writing
 from services.runtime.database import Database

@@ -12,7 +12,7 @@ from services.registry.convert import listings
 from services.registry.convert.listings import Lists
 from services.registry.listing import Condition, Listing
 from services.registry.queries import SqlReading
-from services.registry.records import (
+from services.registry.states import (
     MembershipState,
     RejectionReason,
     Role,

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from services.registry import rounds
-from services.registry.records import (
-    DatasetDigest,
+from services.registry.states import (
     EvaluationVerdict,
     HoldoutState,
     MembershipState,
@@ -19,6 +18,7 @@ from services.registry.records import (
     SubmissionState,
     TaskState,
 )
+from services.registry.task_config import DatasetDigest
 from services.runtime.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from tests.registry_fakes import FakeSelection, SettableClock
 from tests.registry_world import (

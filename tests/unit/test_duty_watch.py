@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from services.registry.convert.assignments import told_of, watched_message
 from services.registry.duty_watch import Told, tell, told_all
-from services.registry.records import Assignment, AssignmentState
+from services.registry.records import Assignment
+from services.registry.states import AssignmentState
 from services.runtime.errors import InvalidArgument
 from tiltyard.registry.v1 import assignment_pb2
 

@@ -2,14 +2,7 @@
 
 from services.registry.convert import enums
 from services.registry.convert.times import duration, moment, span, timestamp
-from services.registry.records import (
-    DatasetDigest,
-    Limits,
-    Schedule,
-    SelectionPolicy,
-    TaskConfig,
-    ValidatorRate,
-)
+from services.registry.task_config import DatasetDigest, Limits, Schedule, SelectionPolicy, TaskConfig, ValidatorRate
 from services.runtime import names
 from tiltyard.type.v1 import task_pb2
 from tiltyard.wire import model_spec_from_proto, model_spec_to_proto

@@ -13,18 +13,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.registry.convert.enums import CURVE, LOSS, METRIC, SCORE_VISIBILITY, EnumWords
 from services.registry.convert.participants import FIELD_OF_EXPERTISE, MAX_NAME_CHARS
 from services.registry.convert.times import EPOCH, moment, span
-from services.registry.records import (
-    Curve,
-    DatasetDigest,
-    Limits,
-    Loss,
-    Metric,
-    Schedule,
-    ScoreVisibility,
-    SelectionPolicy,
-    TaskConfig,
-    ValidatorRate,
-)
+from services.registry.states import Curve, Loss, Metric, ScoreVisibility
+from services.registry.task_config import DatasetDigest, Limits, Schedule, SelectionPolicy, TaskConfig, ValidatorRate
 from services.runtime import names
 from services.runtime.errors import InvalidArgument
 from services.runtime.fields import FieldChecks

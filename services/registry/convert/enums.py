@@ -3,7 +3,7 @@
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
-from services.registry import records
+from services.registry import states
 from tiltyard.registry.v1 import evaluation_pb2 as registry_evaluation_pb2
 from tiltyard.type.v1 import evaluation_pb2, model_pb2, participation_pb2, task_pb2
 
@@ -39,18 +39,18 @@ class EnumWords(Generic[E]):
         return self._member_of_name.get(name)
 
 
-ROLE = EnumWords(records.Role, participation_pb2.Role, "ROLE_")
-MEMBERSHIP_STATE = EnumWords(records.MembershipState, participation_pb2.MembershipState, "MEMBERSHIP_STATE_")
-TASK_STATE = EnumWords(records.TaskState, task_pb2.TaskState, "TASK_STATE_")
-LOSS = EnumWords(records.Loss, task_pb2.Loss, "LOSS_")
-METRIC = EnumWords(records.Metric, task_pb2.Metric, "METRIC_")
-SCORE_VISIBILITY = EnumWords(records.ScoreVisibility, task_pb2.ScoreVisibility, "SCORE_VISIBILITY_")
-CURVE = EnumWords(records.Curve, task_pb2.Curve, "CURVE_")
-MODEL_FORMAT = EnumWords(records.ModelFormat, model_pb2.ModelFormat, "MODEL_FORMAT_")
-SUBMISSION_STATE = EnumWords(records.SubmissionState, evaluation_pb2.SubmissionState, "SUBMISSION_STATE_")
-REJECTION_REASON = EnumWords(records.RejectionReason, evaluation_pb2.RejectionReason, "REJECTION_REASON_")
-VALIDATOR_FAULT_KIND = EnumWords(records.ValidatorFaultKind, evaluation_pb2.ValidatorFaultKind, "VALIDATOR_FAULT_KIND_")
-ASSIGNMENT_STATE = EnumWords(records.AssignmentState, evaluation_pb2.AssignmentState, "ASSIGNMENT_STATE_")
+ROLE = EnumWords(states.Role, participation_pb2.Role, "ROLE_")
+MEMBERSHIP_STATE = EnumWords(states.MembershipState, participation_pb2.MembershipState, "MEMBERSHIP_STATE_")
+TASK_STATE = EnumWords(states.TaskState, task_pb2.TaskState, "TASK_STATE_")
+LOSS = EnumWords(states.Loss, task_pb2.Loss, "LOSS_")
+METRIC = EnumWords(states.Metric, task_pb2.Metric, "METRIC_")
+SCORE_VISIBILITY = EnumWords(states.ScoreVisibility, task_pb2.ScoreVisibility, "SCORE_VISIBILITY_")
+CURVE = EnumWords(states.Curve, task_pb2.Curve, "CURVE_")
+MODEL_FORMAT = EnumWords(states.ModelFormat, model_pb2.ModelFormat, "MODEL_FORMAT_")
+SUBMISSION_STATE = EnumWords(states.SubmissionState, evaluation_pb2.SubmissionState, "SUBMISSION_STATE_")
+REJECTION_REASON = EnumWords(states.RejectionReason, evaluation_pb2.RejectionReason, "REJECTION_REASON_")
+VALIDATOR_FAULT_KIND = EnumWords(states.ValidatorFaultKind, evaluation_pb2.ValidatorFaultKind, "VALIDATOR_FAULT_KIND_")
+ASSIGNMENT_STATE = EnumWords(states.AssignmentState, evaluation_pb2.AssignmentState, "ASSIGNMENT_STATE_")
 EVALUATION_VERDICT = EnumWords(
-    records.EvaluationVerdict, registry_evaluation_pb2.EvaluationVerdict, "EVALUATION_VERDICT_"
+    states.EvaluationVerdict, registry_evaluation_pb2.EvaluationVerdict, "EVALUATION_VERDICT_"
 )

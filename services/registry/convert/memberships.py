@@ -10,7 +10,8 @@ from services.registry.convert.times import timestamp
 from services.registry.convert.verdicts import verdict_message
 from services.registry.listing import Place
 from services.registry.memberships import Joined
-from services.registry.records import Member, Role, Verdict
+from services.registry.records import Member, Verdict
+from services.registry.states import Role
 from services.runtime import names
 from services.runtime.fields import FieldChecks
 from services.runtime.paging import PageTokens

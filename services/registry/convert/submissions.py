@@ -8,7 +8,7 @@ from services.registry.convert.listings import ListedPage
 from services.registry.convert.scores import score_message
 from services.registry.convert.times import timestamp
 from services.registry.listing import Place
-from services.registry.records import SubmissionState
+from services.registry.states import SubmissionState
 from services.registry.submissions import Reveal, SubmissionView
 from services.runtime import names
 from services.runtime.fields import FieldChecks

@@ -10,7 +10,8 @@ from services.registry.convert.participants import MAX_NAME_CHARS
 from services.registry.convert.times import timestamp
 from services.registry.convert.verdicts import verdict_message
 from services.registry.listing import Place
-from services.registry.records import Task, TaskState
+from services.registry.records import Task
+from services.registry.states import TaskState
 from services.registry.task_states import deadline_of
 from services.registry.tasks import Amendment, CreatedTask
 from services.runtime import names

@@ -8,15 +8,7 @@ from sqlalchemy import func, select
 from services.registry.convert.times import micros_of, moment_of
 from services.registry.listing import Listing, Place
 from services.registry.queries.asking import Asking
-from services.registry.records import (
-    Assignment,
-    AssignmentState,
-    Evaluation,
-    Round,
-    RoundState,
-    SubmissionState,
-    ValidatorFault,
-)
+from services.registry.records import Assignment, Evaluation, Round, ValidatorFault
 from services.registry.rows import (
     ASSIGNMENTS,
     DRAW_RECEIPTS,
@@ -27,6 +19,7 @@ from services.registry.rows import (
     TASKS,
     VALIDATOR_FAULTS,
 )
+from services.registry.states import AssignmentState, RoundState, SubmissionState
 from services.runtime.engines import Written, given
 
 _R, _A, _E, _F, _S, _T = (kind.c for kind in (ROUNDS, ASSIGNMENTS, EVALUATIONS, VALIDATOR_FAULTS, SUBMISSIONS, TASKS))

@@ -9,15 +9,9 @@ from sqlalchemy import func, or_, select
 from services.registry.convert.times import micros_of, moment_of
 from services.registry.listing import Listing, Place
 from services.registry.queries.asking import Asking
-from services.registry.records import (
-    Artifact,
-    ArtifactUse,
-    EvaluationVerdict,
-    RejectionReason,
-    Submission,
-    SubmissionState,
-)
+from services.registry.records import Artifact, ArtifactUse, Submission
 from services.registry.rows import ARTIFACT_USES, ARTIFACTS, EVALUATIONS, PARTICIPANTS, ROUNDS, SUBMISSIONS, TASKS
+from services.registry.states import EvaluationVerdict, RejectionReason, SubmissionState
 from services.runtime import names
 from services.runtime.engines import Written, given
 from services.runtime.names import AssignmentId

@@ -7,8 +7,9 @@ from services.registry.convert.times import micros_of
 from services.registry.convert.verdicts import verdict_of
 from services.registry.listing import Listing, Place
 from services.registry.queries.asking import Asking
-from services.registry.records import Endorsement, Member, MembershipState, Participant, Task, TaskState, Verdict
+from services.registry.records import Endorsement, Member, Participant, Task, Verdict
 from services.registry.rows import ENDORSEMENTS, MEMBERS, PARTICIPANTS, TASKS, VERDICTS
+from services.registry.states import MembershipState, TaskState
 from services.runtime.engines import Written, given
 from tiltyard.type.v1 import participation_pb2
 

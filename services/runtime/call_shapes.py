@@ -1,0 +1,107 @@
+"""One surrounding for calls of every shape, and their messages checked as they come in."""
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from services.runtime.errors import InvalidArgument, Unavailable
+
+# grpc types neither handlers nor contexts usefully: messages are of any type here.
+Handler = Any
+Context = Any
+Around = Callable[[Context], AbstractAsyncContextManager[None]]
+
+
+class _Undecodable:
+    """Stands for bytes that are no message of the method's; gRPC itself would answer them with an internal error."""
+
+
+def _decoding(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if decode is None:
+        return None
+
+    def decoded(raw: bytes) -> Any:
+        try:
+            return decode(raw)
+        except DecodeError:
+            return _Undecodable()
+
+    return decoded
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, _Undecodable):
+        raise InvalidArgument([], reason="NOT_A_MESSAGE", message="the bytes are no message of this method")
+    return request
+
+
+class _InTime:
+    """The messages of a client's stream, each whole within `idle_s` seconds (0: whenever) of the one before.
+
+    No generator: one that its method leaves half read would be closed who knows when.
+    """
+
+    def __init__(self, requests: Any, idle_s: float) -> None:
+        self._requests = requests
+        self._idle_s = idle_s
+
+    def __aiter__(self) -> "_InTime":
+        self._requests = aiter(self._requests)
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            async with asyncio.timeout(self._idle_s or None):
+                return _checked(await anext(self._requests))
+        except TimeoutError:
+            idle_s = f"{self._idle_s:g}"
+            raise Unavailable("STREAM_IDLE", f"no message came for {idle_s} s", idle_s=idle_s) from None
+
+
+def surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handler:
+    """`handler` with every call inside `around(context)`, for all four shapes.
+
+    A servicer method may be an async method, an async generator, a coroutine that reads and writes on the context, or
+    the plain function that the generated base answers UNIMPLEMENTED with.
+    """
+
+    def taken(request: Any) -> Any:
+        return _InTime(request, stream_idle_s) if handler.request_streaming else _checked(request)
+
+    def unary(behaviour: Any) -> Any:
+        async def call(request: Any, context: Context) -> Any:
+            async with around(context):
+                answer = behaviour(taken(request), context)
+                return await answer if inspect.isawaitable(answer) else answer
+
+        return call
+
+    def stream(behaviour: Any) -> Any:
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            async with around(context):
+                answers = behaviour(taken(request), context)
+                if inspect.isawaitable(answers):
+                    await answers
+                elif answers is not None:
+                    async with aclosing(answers):
+                        async for answer in answers:
+                            yield answer
+
+        return call
+
+    coders = {
+        "request_deserializer": _decoding(handler.request_deserializer),
+        "response_serializer": handler.response_serializer,
+    }
+    if handler.request_streaming and handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(stream(handler.stream_stream), **coders)
+    if handler.request_streaming:
+        return grpc.stream_unary_rpc_method_handler(unary(handler.stream_unary), **coders)
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(stream(handler.unary_stream), **coders)
+    return grpc.unary_unary_rpc_method_handler(unary(handler.unary_unary), **coders)
