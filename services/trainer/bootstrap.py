@@ -13,6 +13,7 @@ from services.runtime.server import Background, Mount
 from services.trainer.bases import BaseModels
 from services.trainer.devices import find_devices
 from services.trainer.judges import Judges
+from services.trainer.keeping import OldTrainings
 from services.trainer.live import LiveTrainings
 from services.trainer.localdata import DataFolder
 from services.trainer.peers import NoRegistry, RegistryPeer
@@ -99,6 +100,8 @@ async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = ut
         clock=clock,
     )
 
+    old = OldTrainings(folder, store, keep=settings.keep, forget=models.forget, clock=clock)
+
     async def close() -> None:
         await models.close()
         if client is not None:
@@ -114,6 +117,6 @@ async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = ut
         policy=POLICY,
         database=database,
         key=key,
-        background=(runs.run,),
+        background=(runs.run, old.run),
         on_close=(close,),
     )

@@ -1,6 +1,7 @@
 """Settings of a training node."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -29,6 +30,9 @@ class TrainerSettings(ServiceSettings):
     """Trainings at once on each device."""
     model_memory_bytes: Annotated[int, Field(ge=0)] = 0
     """Most bytes of served weights in memory, 0 for half of the device's: the least recently used model makes room."""
+    keep_models_days: Annotated[int, Field(ge=0, le=36500)] = 0
+    """How long the model of a training, and what lies beside it, is kept after the training's end; 0 means for good.
+    A submitted model is at the registry, too; a task that allows nodes' own endpoints needs it here until it closes."""
     training_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Cores that one training is spread over; 0 means all."""
 
@@ -39,6 +43,11 @@ class TrainerSettings(ServiceSettings):
             return values
         state_dir = Path(values.get("state_dir") or cls.model_fields["state_dir"].default)
         return {**values, "data_dir": state_dir / "data"}
+
+    @property
+    def keep(self) -> timedelta:
+        """How long what a training leaves is kept; nothing means for good."""
+        return timedelta(days=self.keep_models_days)
 
     @property
     def threads(self) -> int:

@@ -43,6 +43,8 @@ class _Models(Protocol):
 
     async def load_all(self, *, lazily: bool = False) -> None: ...
 
+    async def unload(self, name: str) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -72,6 +74,11 @@ class TrainedModels:
         except (ArenaError, MemoryError) as error:
             # The model is trained and can be submitted all the same.
             _log.warning("a trained model cannot be served", training=training.id, error=str(error))
+
+    async def forget(self, training: str) -> None:
+        """Serves a training's model no longer."""
+        if self._models is not None:
+            await self._models.unload(training)
 
     async def servicer(self) -> Any:
         """The model server's own servicer."""

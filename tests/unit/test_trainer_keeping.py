@@ -1,0 +1,57 @@
+"""What trainings leave behind goes when it is old enough, and nothing else does."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from services.runtime.errors import NotFound
+from services.trainer.keeping import OldTrainings
+from services.trainer.training import Training, TrainingState
+from tests.unit.test_trainer_runs import training
+
+NOW = datetime(2026, 6, 1, tzinfo=UTC)
+DAY = timedelta(days=1)
+
+
+class WrittenDown:
+    def __init__(self, *trainings: Training) -> None:
+        self._trainings = {each.id: each for each in trainings}
+
+    async def get(self, training: str) -> Training:
+        if training not in self._trainings:
+            raise NotFound("TRAINING_NOT_FOUND", training)
+        return self._trainings[training]
+
+
+def old_trainings(folder: Path, forgotten: list[str], *, keep: timedelta) -> OldTrainings:
+    trainings = WrittenDown(
+        training("old", state=TrainingState.SUCCEEDED, ended_at=NOW - 7 * DAY),
+        training("failed", state=TrainingState.FAILED, ended_at=NOW - 8 * DAY),
+        training("young", state=TrainingState.SUCCEEDED, ended_at=NOW - 7 * DAY + timedelta(seconds=1)),
+        training("waiting", state=TrainingState.SUBMITTING),
+    )
+    for name in ("old", "failed", "young", "waiting", "another"):
+        (folder / name / "scratch").mkdir(parents=True)
+        (folder / name / "model.safetensors").write_bytes(b"weights")
+    (folder / "file").touch()
+
+    async def forget(name: str) -> None:
+        assert (folder / name / "model.safetensors").exists()
+        forgotten.append(name)
+
+    return OldTrainings(folder, trainings, keep=keep, forget=forget, clock=lambda: NOW)
+
+
+async def test_what_ended_long_ago_goes_and_is_no_longer_served(tmp_path: Path) -> None:
+    forgotten: list[str] = []
+    old = old_trainings(tmp_path, forgotten, keep=7 * DAY)
+    for _ in range(2):
+        await old.remove()
+        assert {each.name for each in tmp_path.iterdir()} == {"young", "waiting", "another", "file"}
+        assert forgotten == ["failed", "old"]
+
+
+async def test_without_a_limit_everything_stays(tmp_path: Path) -> None:
+    forgotten: list[str] = []
+    await old_trainings(tmp_path, forgotten, keep=timedelta()).run()
+    assert len(list(tmp_path.iterdir())) == 6
+    assert forgotten == []
