@@ -148,7 +148,9 @@ def smallest(x: Array) -> Array:
     return narrowed(x, Extent.of(x).smallest)
 
 
-def pack(source: Path, out: Path, *, regression: bool | None = None) -> Packed:
+def pack(
+    source: Path, out: Path, *, regression: bool | None = None, progress: Callable[[int], None] | None = None
+) -> Packed:
     """Make a dataset from `.npz` (arrays x and y), `.csv`, `.tsv`, `.parquet`, or a folder with one folder a class.
 
     Integer and text labels become the classes 0, 1, ... in ascending order, and their originals are kept in the file's
@@ -156,7 +158,8 @@ def pack(source: Path, out: Path, *, regression: bool | None = None) -> Packed:
     integers as targets, False takes whole floats as labels. Raises OSError and DatasetError.
 
     The source may be larger than memory: its rows are put aside beside `out`, until all that decides their dtype and
-    classes has been seen. Until then the disk holds them twice. Whatever ends it early leaves nothing.
+    classes has been seen. Until then the disk holds them twice. Whatever ends it early leaves nothing. `progress` hears
+    how many rows have been read.
     """
     with Spill(out.parent) as x, Spill(out.parent) as y:
         extent: Extent | None = None
@@ -166,6 +169,8 @@ def pack(source: Path, out: Path, *, regression: bool | None = None) -> Packed:
             extent = found if extent is None else extent | found
             x.append(narrowed(batch, found.kept))
             y.append(rows.y)
+            if progress:
+                progress(x.rows)
         if extent is None:
             raise DatasetError("a dataset needs at least one row")
         features = Tensor(extent.smallest, (x.rows, *x.row_shape), map(extent.stored, x.chunks()))

@@ -1,8 +1,12 @@
 """Progress where nobody sees a bar: plain lines, each of which says something new."""
 
-import pytest
+from pathlib import Path
 
-from tiltyard.cli import output
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from tiltyard.cli import app, output
 from tiltyard.cli.output import ProgressLine
 
 
@@ -22,3 +26,9 @@ def test_a_line_is_not_said_twice_and_has_no_count_before_there_is_one(
         "training: 1/2 steps loss 1",
         "training: 2/2 steps loss 0.5",
     ]
+
+
+def test_packing_says_how_far_it_is(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.arange(12.0).reshape(6, 2), y=np.arange(6) % 2)
+    result = CliRunner().invoke(app, ["dataset", "pack", str(tmp_path / "d.npz"), str(tmp_path / "d.safetensors")])
+    assert (result.exit_code, result.stderr) == (0, "packing: 6 rows read\n")

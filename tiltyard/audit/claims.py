@@ -1,7 +1,7 @@
 """The audit of a record: what is claimed, how often it was checked, and the first leaf where it does not hold."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tiltyard.audit.ledger import LedgerMismatch
@@ -13,6 +13,8 @@ from tiltyard.audit.wrong import Claim, Wrong
 from tiltyard.identity import InvalidSignature
 from tiltyard.registry.v1 import leaderboard_pb2
 from tiltyard.transparency import InvalidNote, leaf_hash, parse_checkpoint, root_hash, verify_note
+
+_LEAVES_A_WORD = 256
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,25 @@ class _Findings:
         self.failures.append(Failure(claim, index, reason))
 
 
-def audit(record: Record, *, shown: Sequence[leaderboard_pb2.Leaderboard] = (), log_key: bytes | None = None) -> Audit:
+def audit(
+    record: Record,
+    *,
+    shown: Sequence[leaderboard_pb2.Leaderboard] = (),
+    log_key: bytes | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Audit:
     """Checks everything. `shown` are leaderboards to be held against the log; `log_key`, raw Ed25519, pins the log.
 
-    Without `log_key` the log's own genesis is believed to name its key.
+    Without `log_key` the log's own genesis is believed to name its key. `progress` is told how many leaves of how many
+    have been looked at.
     """
     findings = _Findings()
     _check_root(record, log_key, findings)
     replay = Replay()
     reading = replay.reading
     for index, leaf in enumerate(record.leaves):
+        if progress and index % _LEAVES_A_WORD == 0:
+            progress(index, len(record.leaves))
         try:
             entry = record.entries[index]
             replay.take(index, leaf_hash(leaf), entry)

@@ -21,7 +21,7 @@ from tiltyard.cli.connection import (
     run,
     tls_of_environment,
 )
-from tiltyard.cli.output import as_json, print_json
+from tiltyard.cli.output import ProgressLine, as_json, print_json
 
 if TYPE_CHECKING:
     from tiltyard.audit import Audit, Record
@@ -60,7 +60,10 @@ def verify(
             record, boards = await asyncio.to_thread(_read_folder, folder)
         else:
             record, boards = await fetch_log(key, origin, where)
-        found = await asyncio.to_thread(audit, record, shown=boards, log_key=bytes.fromhex(log_key) or None)
+        with ProgressLine("checking the log", unit="leaves") as line:
+            found = await asyncio.to_thread(
+                audit, record, shown=boards, log_key=bytes.fromhex(log_key) or None, progress=line.update
+            )
         problems = [str(failure) for failure in found.failures]
         said: Testimony | None = None
         if witness is not None and not problems:
@@ -197,11 +200,10 @@ def write_leaderboards(boards: Sequence["leaderboard_pb2.Leaderboard"], folder: 
 async def fetch_log(key: Path | None, origin: str, registry: str) -> "tuple[Record, list[leaderboard_pb2.Leaderboard]]":
     """The log, and the rankings that the registry shows; both once more where it has grown between the two."""
     from tiltyard.audit import audit
-    from tiltyard.audit.download import fetch_record
     from tiltyard.registry.v1 import leaderboard_pb2, log_pb2
 
     async with connect_reader(key, origin, registry) as client:
-        record = await fetch_record(client)
+        record = await _downloaded(client)
         for _ in range(_GROWING_LOG_TRIES):
             ranked = (await asyncio.to_thread(audit, record)).leaderboards
             boards = []
@@ -211,12 +213,19 @@ async def fetch_log(key: Path | None, origin: str, registry: str) -> "tuple[Reco
             now = (await client.log.GetCheckpoint(log_pb2.GetCheckpointRequest())).checkpoint
             if now.size == len(record.leaves):
                 return record, boards
-            record = await fetch_record(client)
+            record = await _downloaded(client)
     # It grows all the time: the log is checked by itself.
     return record, []
 
 
 _GROWING_LOG_TRIES = 3
+
+
+async def _downloaded(client: "Client") -> "Record":
+    from tiltyard.audit.download import fetch_record
+
+    with ProgressLine("downloading the log", unit="leaves") as line:
+        return await fetch_record(client, progress=line.update)
 
 
 def _read_folder(folder: Path) -> "tuple[Record, list[leaderboard_pb2.Leaderboard]]":

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tiltyard.cli.connection import JsonOption, fail
-from tiltyard.cli.output import print_json
+from tiltyard.cli.output import ProgressLine, print_json
 
 app = typer.Typer(help="Pack and show datasets.", no_args_is_help=True)
 
@@ -24,7 +24,8 @@ def pack(
     from tiltyard import datasets
 
     try:
-        datasets.pack(source, out)
+        with ProgressLine("packing") as line:
+            datasets.pack(source, out, progress=lambda rows: line.update(0, 0, f"{rows:,} rows read"))
     except (datasets.DatasetError, OSError) as error:
         fail(error)
     _show(out, json)

@@ -1,5 +1,6 @@
 """`tiltyard evaluation`: what validators found, where two of them differ, and the reference to settle it."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from tiltyard.cli.connection import (
     run,
     task_name,
 )
-from tiltyard.cli.output import accuracy, as_json, enum_word, print_json, print_table
+from tiltyard.cli.output import ProgressLine, accuracy, as_json, enum_word, print_json, print_table
 
 if TYPE_CHECKING:
     from tiltyard.client import Client
@@ -206,12 +207,22 @@ def predict(
         )
     # In a process of its own: commands start without torch.
     command = [sys.executable, "-m", "tiltyard.models.reference", str(data), str(model), str(out), str(model_index)]
-    done = subprocess.run(  # noqa: S603 - our own module, with the paths that were typed
-        command, input=config.SerializeToString(), stdout=subprocess.PIPE, check=False
-    )
-    if done.returncode:
-        fail(f"the predictions could not be computed, exit status {done.returncode}")
-    print(f"{done.stdout.decode().strip()} predictions in {out}")
+    rows = 0
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child,  # noqa: S603 - our own module
+        ProgressLine("predicting") as line,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
+        # One that has ended already says why on standard error.
+        with contextlib.suppress(BrokenPipeError), child.stdin:
+            child.stdin.write(config.SerializeToString())
+        for word in child.stdout:
+            rows = int(word)
+            line.update(0, 0, f"{rows:,} rows")
+    if child.returncode:
+        fail(f"the predictions could not be computed, exit status {child.returncode}")
+    print(f"{rows} predictions in {out}")
 
 
 @app.command("capture")

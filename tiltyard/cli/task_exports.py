@@ -20,7 +20,7 @@ from tiltyard.cli.connection import (
     run,
     task_name,
 )
-from tiltyard.cli.output import print_json
+from tiltyard.cli.output import ProgressLine, print_json
 
 if TYPE_CHECKING:
     from tiltyard.client import Client
@@ -72,7 +72,8 @@ async def _fetch(client: "Client", digest: str, folder: Path) -> bool:
 
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
     try:
-        await download(client.artifacts, f"artifacts/{digest}", folder / digest)
+        with ProgressLine(f"downloading {digest[:12]}", unit="bytes") as line:
+            await download(client.artifacts, f"artifacts/{digest}", folder / digest, progress=line.update)
     except grpc.aio.AioRpcError as error:
         if error.code() in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.NOT_FOUND):
             return False

@@ -224,7 +224,9 @@ async def fetch_results(client: "Client", task: str, out: Path) -> int:
     for each in scored:
         ending = "onnx" if each.format == model_pb2.MODEL_FORMAT_ONNX else "safetensors"
         file = out / f"submission-{each.name.rpartition('/')[2]}.{ending}"
-        await download(client.artifacts, artifact_name(each.model_digest), file, size_bytes=each.size_bytes)
+        name = artifact_name(each.model_digest)
+        with ProgressLine(f"downloading {file.name}", unit="bytes") as line:
+            await download(client.artifacts, name, file, size_bytes=each.size_bytes, progress=line.update)
     document = {
         "task": as_json(known),
         "submissions": [as_json(each) for each in submissions],

@@ -19,8 +19,18 @@ from tiltyard.type.v1 import task_pb2
 from tiltyard.wire import model_spec_from_proto
 
 
-def predictions(config: task_pb2.TaskConfig, index: int, data: Path, model: Path) -> NDArray[np.int32]:
-    """One prediction for each row, as `tiltyard.type.v1.EvaluationReport.prediction_root` is over them."""
+def predictions(
+    config: task_pb2.TaskConfig,
+    index: int,
+    data: Path,
+    model: Path,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> NDArray[np.int32]:
+    """One prediction for each row, as `tiltyard.type.v1.EvaluationReport.prediction_root` is over them.
+
+    `progress` is told how many rows there are predictions for.
+    """
     dataset = Dataset.open(data)
     network = _network(model_spec_from_proto(config.models[index]), model)
     answers = np.empty(len(dataset), dtype="<i4")
@@ -33,6 +43,8 @@ def predictions(config: task_pb2.TaskConfig, index: int, data: Path, model: Path
                 answers[start:stop] = np.abs(outputs.astype(np.float64) - targets).max(axis=1) <= config.bound
             else:
                 answers[start:stop] = outputs.argmax(axis=1)
+            if progress:
+                progress(stop)
     return answers
 
 
@@ -45,11 +57,16 @@ def _network(spec: ModelSpec, model: Path) -> Callable[[torch.Tensor], torch.Ten
 
 
 def main(data: str, model: str, out: str, index: str) -> None:
-    """Writes the predictions, and says how many they are."""
+    """Writes the predictions, and says line by line how many there are by then."""
+
+    def say(rows: int) -> None:
+        sys.stdout.write(f"{rows}\n")
+        sys.stdout.flush()
+
     config = task_pb2.TaskConfig.FromString(sys.stdin.buffer.read())
-    found = predictions(config, int(index), Path(data), Path(model))
+    found = predictions(config, int(index), Path(data), Path(model), progress=say)
     Path(out).write_bytes(found.tobytes())
-    sys.stdout.write(f"{len(found)}\n")
+    say(len(found))
 
 
 if __name__ == "__main__":
