@@ -9,11 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import typer
 from google.protobuf import json_format
 
 from services.registry.convert.drafts import draft_of
 from services.registry.states import Metric
 from tests.e2e.test_up import running
+from tiltyard.cli import app
 from tiltyard.type.v1 import task_pb2
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +99,34 @@ def test_the_config_that_a_page_shows_is_one_that_a_registry_takes() -> None:
     config.evaluation_dataset.CopyFrom(task_pb2.DatasetDigest(sha256=bytes(32), size_bytes=1000))
     draft = draft_of(config, now=datetime(2030, 1, 1, tzinfo=UTC), max_dataset_bytes=1000)
     assert (draft.metric, draft.top_k, draft.limits.daily_submissions) == (Metric.TOP_K_ACCURACY, 3, 5)
+
+
+def unknown(text: str) -> list[str]:
+    """What a text calls `tiltyard` with that there is not: commands, and options of them."""
+    found = []
+    for words, rest in re.findall(r"\btiltyard ((?:[a-z][a-z-]* ?)+)([^`\n|]*)", text):
+        command, path = typer.main.get_command(app), words.split()
+        while path and path[0] in getattr(command, "commands", {}):
+            command = command.commands[path.pop(0)]  # type: ignore[attr-defined]
+        if hasattr(command, "commands"):
+            # Prose goes on after a group's name ("tiltyard up is ...") or has only the word itself.
+            found += [f"tiltyard {words}"] if command.name != "tiltyard" and path else []
+            continue
+        known = {"--help", *(name for each in command.params for name in each.opts)}
+        given = re.findall(r"(?<!\S)--[a-z-]+", rest)
+        found += [f"tiltyard {words}{option}" for option in given if option not in known]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_calls_commands_and_options_that_there_are(page: Path) -> None:
+    assert unknown(page.read_text()) == []
+
+
+def test_a_command_that_there_is_not_would_be_found_out() -> None:
+    assert unknown("`tiltyard task nonsense T`") == ["tiltyard task nonsense "]
+    assert unknown("tiltyard task list --all --json") == ["tiltyard task list --all"]
+    assert unknown("see `tiltyard task` and tiltyard train x --task digits") == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
