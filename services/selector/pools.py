@@ -142,6 +142,8 @@ class Pools:
             now = self._clock()
             transaction.unlock_all(task, now)
             transaction.release_candidates(task)
+            # Draws of a closed pool are read, and go on no more. What its tree was, the events tell.
+            transaction.forget_leaves(task)
             transaction.put_pool(replace(pool, closed=True))
             transaction.append_events([LedgerEvent(EventKind.POOL_CLOSED, now, task=task)])
             self._trees.forget(task)

@@ -152,6 +152,12 @@ class SqlPoolRecords:
         for row in connection_of(self._session).execute(_LEAF_CHANGES, span, execution_options=options):
             yield _leaf(row)
 
+    def forget_leaves(self, task: str) -> None:
+        connection = connection_of(self._session)
+        for table in (_LEAVES, _SEATS):
+            connection.execute(table.delete().where(table.c.task == task))
+        self._session.expire_all()
+
     def seat(self, task: str, participant: str, *, leaf_index: int, since: int) -> None:
         self._session.add(SeatRow(task=task, participant=participant, since=since, until=None, leaf_index=leaf_index))
 

@@ -128,6 +128,10 @@ class PoolRecords(Protocol):
         """Those with after < version <= upto, by version."""
         ...
 
+    def forget_leaves(self, task: str) -> None:
+        """All that was kept of a pool's leaves and seats: with each task there is as much again."""
+        ...
+
     def seat(self, task: str, participant: str, *, leaf_index: int, since: int) -> None:
         """The participant can be picked by way of this leaf from version `since` on."""
         ...

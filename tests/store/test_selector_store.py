@@ -486,6 +486,12 @@ async def test_a_closed_pool_gives_everybody_back_what_it_holds_and_other_pools_
     for number, available in ((1, 3 * MINIMUM), (2, 0), (3, 3 * MINIMUM), (5, 3 * MINIMUM)):
         accounts = (await selector.stakes.get(someone(number))).accounts
         assert (accounts.available_micros, accounts.locked_micros) == (available, 0)
+    # Nothing is kept of its tree, and all of the other's.
+
+    def kept(transaction: Transaction) -> list[int]:
+        return [len(list(transaction.leaf_changes(task, after=0, upto=1000))) for task in ("t", "u")]
+
+    assert await selector.store.read(kept) == [0, 1]
     # Whoever was in it is free for the other.
     await selector.admit(someone(1), task="u")
     assert (await selector.stakes.get(someone(1))).accounts.locked_micros == 3 * MINIMUM
