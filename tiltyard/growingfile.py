@@ -26,7 +26,7 @@ class GrowingFile:
     def __init__(self, path: Path) -> None:
         self._hash = hashlib.sha256()
         self._hashing: Future[None] | None = None
-        self._path = path
+        self.path = path
         self._past: PastCache | None = None
         self._file = path.open("ab+", buffering=0)
         self._file.seek(0)
@@ -54,7 +54,7 @@ class GrowingFile:
         if self.size < KEPT_BYTES:
             return self._file.write(data)
         if self._past is None:
-            self._past = PastCache(self._path)
+            self._past = PastCache(self.path)
         return self._past.write(data, self.size) or self._file.write(data)
 
     def _take(self, written: Sequence[memoryview]) -> None:
@@ -73,6 +73,11 @@ class GrowingFile:
         if self._hashing is not None:
             self._hashing.result()
             self._hashing = None
+
+    def rename(self, path: Path) -> None:
+        """Go on under another name, in place of what has that name."""
+        self.path.replace(path)
+        self.path = path
 
     def digest(self) -> bytes:
         """SHA-256 of all of it, 32 bytes."""

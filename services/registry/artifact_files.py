@@ -1,11 +1,19 @@
 """What the domain asks of the place where the bytes of artifacts lie, be it a directory or a bucket."""
 
+import secrets
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
+
+_UNNAMED = "unnamed-"
+
+
+def stand_in() -> str:
+    """Stands for the digest of one upload until that is known. Never the same, so nothing is found by it later."""
+    return f"{_UNNAMED}{secrets.token_hex(16)}"
 
 
 class Partial(Protocol):
@@ -37,6 +45,14 @@ class Partial(Protocol):
         ...
 
 
+class UnnamedPartial(Partial, Protocol):
+    """An upload whose digest is not known yet: nothing is kept of it when it is closed before it has a name."""
+
+    def name(self, sha256: str) -> None:
+        """Go on as the upload of this digest, in place of what was kept of that one."""
+        ...
+
+
 class StoredFile(Protocol):
     """A complete artifact, open for reading; its methods block, and raise OSError."""
 
@@ -60,8 +76,14 @@ class OpenUpload:
 
     owner: str
     sha256: str
+    """Or what stands for it."""
     size_bytes: int
     change_time: datetime
+
+    @property
+    def is_named(self) -> bool:
+        """Whether its owner may go on with it. Otherwise it runs now, or is a dead process's."""
+        return not self.sha256.startswith(_UNNAMED)
 
 
 @dataclass(frozen=True)
@@ -97,6 +119,10 @@ class ArtifactFiles(Protocol):
 
     def open_partial(self, owner: str, sha256: str, *, anew: bool) -> Partial:
         """One participant's upload, to go on with or to begin anew."""
+        ...
+
+    def open_unnamed(self, owner: str, stand_in: str) -> UnnamedPartial:
+        """A new upload of one participant, whose digest is not known yet."""
         ...
 
     def open_uploads(self, owner: str | None = None) -> Sequence[OpenUpload]:

@@ -32,6 +32,7 @@ class Upload:
     model)."""
 
     sha256: str
+    """Empty where it comes later."""
     size_bytes: int
     offset: int
     task: str | None = None
@@ -99,16 +100,30 @@ def expected_use(tx: Reading, caller: str, upload: Upload, now: datetime) -> Art
     """
     if upload.submission is not None:
         task, number = upload.submission
-        _check_model(tx, caller, task, number, upload, now)
+        submission = _own_submission(tx, caller, upload.submission, upload.size_bytes)
+        if not _awaits_model(submission, upload.sha256, now):
+            raise _not_expected(f"the submission is {submission.state.name} and awaits no model")
         return ArtifactUse(upload.sha256, task, ArtifactPurpose.MODEL, caller, now, number)
     if upload.task is not None:
         digest, purpose = _awaited(own_task(tx, caller, upload.task), upload.sha256, now)
         if digest.size_bytes != upload.size_bytes:
             raise size_mismatch(f"is {upload.size_bytes}, the task announced {digest.size_bytes}", "header.size_bytes")
         return ArtifactUse(upload.sha256, upload.task, purpose, caller, now)
-    if tx.participant(caller) is None:
-        raise FailedPrecondition("NOT_REGISTERED", "only participants hand in base models")
+    _check_registered(tx, caller)
     return ArtifactUse(upload.sha256, "", ArtifactPurpose.BASE_MODEL, caller, now)
+
+
+def check_unnamed(tx: Reading, caller: str, upload: Upload) -> None:
+    """What `expected_use` would refuse whatever the digest turns out to be, as far as that is soon told.
+
+    Raises FailedPrecondition, ResourceExhausted(TOO_LARGE), NotFound, PermissionDenied.
+    """
+    if upload.submission is not None:
+        _own_submission(tx, caller, upload.submission, upload.size_bytes)
+    elif upload.task is not None:
+        own_task(tx, caller, upload.task)
+    else:
+        _check_registered(tx, caller)
 
 
 def size_mismatch(description: str, field: str = "chunk") -> InvalidArgument:
@@ -128,19 +143,25 @@ def _awaited(task: Task, sha256: str, now: datetime) -> tuple[DatasetDigest, Art
     raise _not_expected("the task does not await this artifact")
 
 
-def _check_model(tx: Reading, caller: str, task_id: str, number: int, upload: Upload, now: datetime) -> None:
+def _check_registered(tx: Reading, caller: str) -> None:
+    if tx.participant(caller) is None:
+        raise FailedPrecondition("NOT_REGISTERED", "only participants hand in base models")
+
+
+def _own_submission(tx: Reading, caller: str, named: tuple[str, int], size_bytes: int) -> Submission:
+    """The caller's submission, whose model may have so many bytes."""
+    task_id, number = named
     submission, task = tx.submission(task_id, number), tx.task(task_id)
     if submission is None or task is None:
         raise NotFound("SUBMISSION_NOT_FOUND", f"task {task_id} has no submission {number}")
     if submission.participant != caller:
         raise PermissionDenied("NOT_THE_SUBMITTER", "this is somebody else's submission")
-    if not _awaits_model(submission, upload.sha256, now):
-        raise _not_expected(f"the submission is {submission.state.name} and awaits no model")
     limit = task.config.limits.max_model_bytes
-    if upload.size_bytes > limit:
+    if size_bytes > limit:
         raise ResourceExhausted(
-            "TOO_LARGE", f"the model has {upload.size_bytes} bytes, the task allows {limit}", max_bytes=str(limit)
+            "TOO_LARGE", f"the model has {size_bytes} bytes, the task allows {limit}", max_bytes=str(limit)
         )
+    return submission
 
 
 def _awaits_model(submission: Submission, sha256: str, now: datetime) -> bool:

@@ -1,12 +1,11 @@
 """Datasets and models on their way in and out, in chunks."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TypeVar
 
-from services.registry.artifact_files import ArtifactFiles, Partial, StoredFile
-from services.registry.artifact_rights import Upload, expected_use, readable, size_mismatch
+from services.registry.artifact_files import ArtifactFiles, Partial, StoredFile, stand_in
+from services.registry.artifact_rights import Upload, check_unnamed, expected_use, readable, size_mismatch
 from services.registry.readahead import ReadAhead
 from services.registry.records import Artifact
 from services.registry.storedwork import storage_failed, stored
@@ -15,7 +14,8 @@ from services.registry.uploads import Uploads
 from services.runtime.errors import DataLoss, InvalidArgument, OutOfRange
 from tiltyard.writebehind import WriteBehind
 
-T = TypeVar("T")
+Content = AsyncIterator[bytes | memoryview | str]
+"""The bytes of an upload in order, and where it came without a digest, that among them, in hex."""
 
 _LARGE_CHUNK_BYTES = 1024 * 1024
 _SMALL_CHUNK_BYTES = 256 * 1024
@@ -43,13 +43,17 @@ class Artifacts:
         self._clock = clock
         self._downloads = 0
 
-    async def upload(self, caller: str, upload: Upload, chunks: AsyncIterator[bytes | memoryview]) -> Artifact:
+    async def upload(self, caller: str, upload: Upload, content: Content) -> Artifact:
         """Take the bytes from `upload.offset` on; what came before a break is kept for the next try.
+
+        Where the upload has no digest, that is among the bytes, and nothing is kept when they break off before it.
 
         Raises FailedPrecondition(UPLOAD_NOT_EXPECTED), ResourceExhausted(TOO_LARGE, UPLOAD_QUOTA),
         OutOfRange(WRONG_OFFSET), InvalidArgument(SIZE_MISMATCH, DIGEST_MISMATCH), Aborted(UPLOAD_RUNNING),
         Unavailable(STORAGE_FAILED), PermissionDenied, NotFound.
         """
+        if not upload.sha256:
+            return await self._upload_unnamed(caller, upload, content)
         now = self._clock()
 
         def check(tx: Reading) -> Artifact | None:
@@ -65,19 +69,41 @@ class Artifacts:
             try:
                 if partial.size != upload.offset:
                     raise _wrong_offset(partial.size)
-                try:
-                    await _receive(partial, upload, chunks)
-                except OSError as error:
-                    raise storage_failed(error) from error
-                async with self._uploads.placing(upload.sha256):
-                    if not await stored(partial.finish):
-                        raise InvalidArgument.field(
-                            "chunk", "the bytes are not those of the digest; begin anew", reason="DIGEST_MISMATCH"
-                        )
-                    artifact = await self._store.write(lambda tx: _complete(tx, caller, upload))
-                await stored(partial.settle)
+                return await self._take(caller, upload, partial, content)
             finally:
                 await stored(partial.close)
+
+    async def _upload_unnamed(self, caller: str, upload: Upload, content: Content) -> Artifact:
+        await self._store.read(lambda tx: check_unnamed(tx, caller, upload))
+        unnamed = stand_in()
+        async with self._uploads.admitted(caller, replace(upload, sha256=unnamed)) as running:
+            partial = await stored(lambda: self._files.open_unnamed(caller, unnamed))
+            try:
+                sha256 = await _receive(partial, upload, content)
+                if not sha256:
+                    raise InvalidArgument.field("artifact", "must come before the end where the header has none")
+                named, now = replace(upload, sha256=sha256), self._clock()
+                await self._store.read(lambda tx: expected_use(tx, caller, named, now))
+                running.name(sha256)
+                have = await self.progress(caller, sha256)
+                if have.offset > partial.size:
+                    raise _wrong_offset(have.offset)
+                await stored(lambda: partial.name(sha256))
+                return await self._take(caller, named, partial, content)
+            finally:
+                await stored(partial.close)
+
+    async def _take(self, caller: str, upload: Upload, partial: Partial, content: Content) -> Artifact:
+        await _receive(partial, upload, content)
+        if partial.size < upload.size_bytes:
+            raise size_mismatch(f"ends after {partial.size} of {upload.size_bytes} bytes; resume from there")
+        async with self._uploads.placing(upload.sha256):
+            if not await stored(partial.finish):
+                raise InvalidArgument.field(
+                    "chunk", "the bytes are not those of the digest; begin anew", reason="DIGEST_MISMATCH"
+                )
+            artifact = await self._store.write(lambda tx: _complete(tx, caller, upload))
+        await stored(partial.settle)
         return artifact
 
     async def progress(self, caller: str, sha256: str) -> Progress:
@@ -129,20 +155,25 @@ class Artifacts:
         return await stored(lambda: self._files.open_partial(caller, upload.sha256, anew=upload.offset == 0))
 
 
-async def _receive(partial: Partial, upload: Upload, chunks: AsyncIterator[bytes | memoryview]) -> None:
-    behind = WriteBehind(partial.append)
-    received = partial.size
+async def _receive(partial: Partial, upload: Upload, content: Content) -> str:
+    """Append what comes before a digest, which is the answer, or before the end: then it is empty."""
     try:
-        async for chunk in chunks:
-            received += len(chunk)
-            if received > upload.size_bytes:
-                raise size_mismatch(f"more than the {upload.size_bytes} bytes announced were sent")
-            await behind.put(chunk)
-    finally:
-        # Also what came before a break.
-        await behind.flush()
-    if received < upload.size_bytes:
-        raise size_mismatch(f"ends after {received} of {upload.size_bytes} bytes; resume from there")
+        behind = WriteBehind(partial.append)
+        received = partial.size
+        try:
+            async for part in content:
+                if isinstance(part, str):
+                    return part
+                received += len(part)
+                if received > upload.size_bytes:
+                    raise size_mismatch(f"more than the {upload.size_bytes} bytes announced were sent")
+                await behind.put(part)
+        finally:
+            # Also what came before a break.
+            await behind.flush()
+    except OSError as error:
+        raise storage_failed(error) from error
+    return ""
 
 
 def _wrong_offset(right: int) -> OutOfRange:

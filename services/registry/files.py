@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from services.registry.artifact_files import OpenUpload, Partial, Stored
+from services.registry.artifact_files import OpenUpload, Partial, Stored, UnnamedPartial
 from tiltyard.growingfile import GrowingFile
 from tiltyard.pagecache import Passage
 
@@ -18,9 +18,7 @@ _PLACED = ".placed"
 class PartialFile:
     """One upload on its way: appended to, hashed as it grows, and put in its place by `place`."""
 
-    def __init__(self, partial: Path, marker: Path, sha256: str, place: Callable[[Path, str], None]) -> None:
-        self._partial = partial
-        self._marker = marker
+    def __init__(self, partial: Path, sha256: str, place: Callable[[Path, str], None]) -> None:
         self._sha256 = sha256
         self._place = place
         self._file = GrowingFile(partial)
@@ -38,22 +36,42 @@ class PartialFile:
         """Put the whole file in its place, durably. False where the digest is another: then nothing is kept."""
         if self._file.digest().hex() != self._sha256:
             self.close()
-            self._partial.unlink()
+            self._file.path.unlink()
             return False
         self._file.sync()
         self.close()
         # From here on the upload counts as complete, wherever its bytes lie.
-        self._marker.touch()
-        self._place(self._partial, self._sha256)
+        _marker(self._file.path).touch()
+        self._place(self._file.path, self._sha256)
         return True
 
     def settle(self) -> None:
         """The artifact is on record: forget the upload."""
-        self._marker.unlink(missing_ok=True)
+        _marker(self._file.path).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Keep what there is for the next try."""
         self._file.close()
+
+
+class UnnamedFile(PartialFile):
+    """One upload whose digest comes later, which tells where it goes on; gone when it is closed before."""
+
+    def __init__(self, unnamed: Path, partial_of: Callable[[str], Path], place: Callable[[Path, str], None]) -> None:
+        super().__init__(unnamed, "", place)
+        self._partial_of = partial_of
+
+    def name(self, sha256: str) -> None:
+        """Go on as the upload of this digest, in place of what was kept of that one."""
+        self._file.rename(self._partial_of(sha256))
+        self._sha256 = sha256
+        _marker(self._file.path).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Keep what there is for the next try, where there can be one."""
+        super().close()
+        if not self._sha256:
+            self._file.path.unlink(missing_ok=True)
 
 
 class PlacedFile:
@@ -96,21 +114,26 @@ class UploadFolder:
         """Bytes of one participant's upload so far."""
         with contextlib.suppress(FileNotFoundError):
             return self._partial(owner, sha256).stat().st_size
-        if self._marker(owner, sha256).exists():
+        if _marker(self._partial(owner, sha256)).exists():
             with contextlib.suppress(FileNotFoundError):
                 return self._placed_size(sha256)
         return 0
 
     def open_partial(self, owner: str, sha256: str, *, anew: bool) -> Partial:
         """One participant's upload, to go on with or to begin `anew`."""
-        partial, marker = self._partial(owner, sha256), self._marker(owner, sha256)
+        partial = self._partial(owner, sha256)
+        marker = _marker(partial)
         if anew:
             partial.unlink(missing_ok=True)
             marker.unlink(missing_ok=True)
         elif marker.exists() and not partial.exists():
             with contextlib.suppress(FileNotFoundError):
                 return PlacedFile(marker, self._placed_size(sha256))
-        return PartialFile(partial, marker, sha256, self._place)
+        return PartialFile(partial, sha256, self._place)
+
+    def open_unnamed(self, owner: str, stand_in: str) -> UnnamedPartial:
+        """A new upload of one participant, whose digest is not known yet."""
+        return UnnamedFile(self._partial(owner, stand_in), lambda sha256: self._partial(owner, sha256), self._place)
 
     def open_uploads(self, owner: str | None = None) -> Sequence[OpenUpload]:
         """What is kept of one participant's uploads, or of everybody's."""
@@ -132,14 +155,16 @@ class UploadFolder:
 
     def remove_partial(self, owner: str, sha256: str) -> None:
         """Forget an upload, if there is one."""
-        self._marker(owner, sha256).unlink(missing_ok=True)
-        self._partial(owner, sha256).unlink(missing_ok=True)
+        partial = self._partial(owner, sha256)
+        _marker(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
     def _partial(self, owner: str, sha256: str) -> Path:
         return self._folder / f"{owner}-{sha256}"
 
-    def _marker(self, owner: str, sha256: str) -> Path:
-        return self._folder / f"{owner}-{sha256}{_PLACED}"
+
+def _marker(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}{_PLACED}")
 
 
 class Readers:

@@ -27,6 +27,28 @@ class Quotas:
     """Bytes of all that is kept for the participant, open uploads included."""
 
 
+class Running:
+    """One upload among all that run, which are by owner and digest."""
+
+    def __init__(self, running: dict[tuple[str, str], int], owner: str, sha256: str, size_bytes: int) -> None:
+        self._running = running
+        self._key = (owner, sha256)
+        if self._key in running:
+            raise Aborted("UPLOAD_RUNNING", "the caller uploads this artifact in another call")
+        running[self._key] = size_bytes
+
+    def name(self, sha256: str) -> None:
+        """Go on as the upload of this digest. Raises Aborted(UPLOAD_RUNNING)."""
+        (owner, _), size_bytes = self._key, self._running[self._key]
+        named = Running(self._running, owner, sha256, size_bytes)
+        self.end()
+        self._key = named._key
+
+    def end(self) -> None:
+        """It runs no more."""
+        del self._running[self._key]
+
+
 class Uploads:
     """Admits uploads. One registry serves at a time, so what runs is known in this process."""
 
@@ -40,23 +62,20 @@ class Uploads:
         """How many hold or await each lock."""
 
     @asynccontextmanager
-    async def admitted(self, owner: str, upload: Upload) -> AsyncIterator[None]:
+    async def admitted(self, owner: str, upload: Upload) -> AsyncIterator[Running]:
         """Take in the bytes of one upload inside. Raises Aborted(UPLOAD_RUNNING), ResourceExhausted(UPLOAD_QUOTA)."""
-        with self.only(owner, upload.sha256, size_bytes=upload.size_bytes):
-            await self._check(owner, upload)
-            yield
+        with self.only(owner, upload.sha256, size_bytes=upload.size_bytes) as running:
+            await self._check(owner)
+            yield running
 
     @contextmanager
-    def only(self, owner: str, sha256: str, *, size_bytes: int = 0) -> Iterator[None]:
+    def only(self, owner: str, sha256: str, *, size_bytes: int = 0) -> Iterator[Running]:
         """Be the only one at this upload inside. Raises Aborted(UPLOAD_RUNNING)."""
-        key = (owner, sha256)
-        if key in self._running:
-            raise Aborted("UPLOAD_RUNNING", "the caller uploads this artifact in another call")
-        self._running[key] = size_bytes
+        running = Running(self._running, owner, sha256, size_bytes)
         try:
-            yield
+            yield running
         finally:
-            del self._running[key]
+            running.end()
 
     @asynccontextmanager
     async def placing(self, sha256: str) -> AsyncIterator[None]:
@@ -71,10 +90,12 @@ class Uploads:
             if not self._placing[sha256]:
                 del self._placing[sha256], self._locks[sha256]
 
-    async def _check(self, owner: str, upload: Upload) -> None:
-        # By digest, so that what ends while this is asked for counts once. This upload is among those that run.
+    async def _check(self, owner: str) -> None:
+        # By digest, so that what ends while this is asked for counts once, as does what gets its name. This upload is
+        # among those that run, as are all that have no name yet.
+        opened = await asyncio.to_thread(self._files.open_uploads, owner)
+        kept = {each.sha256: each.size_bytes for each in opened if each.is_named}
         running = {sha256: size for (whose, sha256), size in self._running.items() if whose == owner}
-        kept = {each.sha256: each.size_bytes for each in await asyncio.to_thread(self._files.open_uploads, owner)}
 
         def ask(tx: Reading) -> tuple[dict[str, int], set[str]]:
             uses = tx.artifacts_of(owner)

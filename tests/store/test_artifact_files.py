@@ -12,7 +12,7 @@ import obstore
 import pytest
 
 from services.registry import bucket
-from services.registry.artifact_files import ArtifactFiles
+from services.registry.artifact_files import ArtifactFiles, stand_in
 from services.registry.bucket import BucketFiles
 from services.registry.files import DirectoryFiles, PartialFile
 from services.registry.storage import open_artifacts
@@ -157,6 +157,73 @@ def test_an_upload_begun_anew_forgets_what_there_was(process: Open) -> None:
     assert partial.size == 0
     partial.close()
     assert content_of(files, SHA256) == CONTENT
+
+
+def test_an_upload_without_a_name_is_like_any_other_from_its_name_on(process: Open) -> None:
+    earlier = process().open_partial(ADA, SHA256, anew=True)
+    earlier.append([CONTENT[:20]])
+    killed = process().open_unnamed(ADA, stand_in())
+    killed.append([CONTENT[:100]])
+    assert process().partial_size(ADA, SHA256) == 20
+    killed.name(SHA256)
+    killed.append([CONTENT[100:150]])
+    # Nothing of it was closed.
+    files = process()
+    assert [(each.sha256, each.size_bytes, each.is_named) for each in files.open_uploads()] == [(SHA256, 150, True)]
+    partial = files.open_partial(ADA, SHA256, anew=False)
+    partial.append([CONTENT[150:]])
+    assert partial.finish()
+    partial.settle()
+    assert (content_of(files, SHA256), files.open_uploads()) == (CONTENT, [])
+    killed.close()
+    earlier.close()
+
+
+def test_an_upload_that_gets_no_name_leaves_nothing_unless_the_process_dies(process: Open) -> None:
+    files = process()
+    for content in ([], [CONTENT]):
+        partial = files.open_unnamed(ADA, stand_in())
+        partial.append(content)
+        partial.close()
+        assert files.open_uploads() == []
+    killed = files.open_unnamed(ADA, stand_in())
+    killed.append([CONTENT])
+    files = process()
+    (found,) = files.open_uploads()
+    assert (found.owner, found.size_bytes, found.is_named) == (ADA, len(CONTENT), False)
+    files.remove_partial(ADA, found.sha256)
+    assert files.open_uploads() == []
+    killed.close()
+
+
+def test_an_upload_that_gets_the_name_of_one_that_is_placed_is_placed_again(process: Open) -> None:
+    files = process()
+    placed = files.open_partial(ADA, SHA256, anew=True)
+    placed.append([CONTENT])
+    assert placed.finish()
+    partial = files.open_unnamed(ADA, stand_in())
+    partial.append([CONTENT])
+    partial.name(SHA256)
+    assert [each.size_bytes for each in files.open_uploads()] == [len(CONTENT)]
+    assert partial.finish()
+    partial.settle()
+    assert (content_of(files, SHA256), files.open_uploads()) == (CONTENT, [])
+
+
+def test_a_large_upload_goes_on_past_the_page_cache_under_its_name(
+    process: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiltyard.growingfile.KEPT_BYTES", 0)
+    content = os.urandom(3 << 20)
+    files = process()
+    for named_after in (0, 1 << 20):
+        partial = files.open_unnamed(ADA, stand_in())
+        partial.append([content[:named_after]])
+        partial.name(hashlib.sha256(content).hexdigest())
+        partial.append([content[named_after:]])
+        assert partial.finish()
+        partial.settle()
+        assert content_of(files, hashlib.sha256(content).hexdigest()) == content
 
 
 def test_files_are_read_from_any_offset(process: Open) -> None:

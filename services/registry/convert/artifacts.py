@@ -21,10 +21,11 @@ async def upload_of(messages: AsyncIterator[artifact_pb2.UploadArtifactRequest |
     if first is None or isinstance(first, Chunk) or first.WhichOneof("content") != "header":
         raise InvalidArgument.field("header", "must be the first message")
     header = first.header
-    sha256 = names.parse_artifact(header.artifact, "header.artifact")
+    sha256 = names.parse_artifact(header.artifact, "header.artifact") if header.artifact else ""
     checks = FieldChecks()
     checks.range("header.size_bytes", header.size_bytes, minimum=1, maximum=max_bytes, unit="bytes")
     checks.range("header.offset", header.offset, minimum=0, maximum=max(0, header.size_bytes), unit="bytes")
+    checks.require("header.offset", sha256 or not header.offset, "must be 0 where the name comes later")
     purpose = header.WhichOneof("purpose")
     named = purpose is not None and (purpose != "base_model" or header.base_model)
     checks.require("header.purpose", named, "must name a task or a submission, or say that this is a base model")
@@ -40,11 +41,17 @@ async def upload_of(messages: AsyncIterator[artifact_pb2.UploadArtifactRequest |
     )
 
 
-async def chunks_of(
-    messages: AsyncIterator[artifact_pb2.UploadArtifactRequest | Chunk],
-) -> AsyncIterator[bytes | memoryview]:
-    """The chunks after the header."""
+async def content_of(
+    messages: AsyncIterator[artifact_pb2.UploadArtifactRequest | Chunk], *, is_named: bool
+) -> AsyncIterator[bytes | memoryview | str]:
+    """The chunks after the header; among them the digest in hex, where the header `is_named` not."""
     async for message in messages:
+        if isinstance(message, artifact_pb2.UploadArtifactRequest) and message.WhichOneof("content") == "artifact":
+            if is_named:
+                raise InvalidArgument.field("artifact", "has been named before")
+            is_named = True
+            yield names.parse_artifact(message.artifact, "artifact")
+            continue
         if message.WhichOneof("content") != "chunk" or not message.chunk:
             raise InvalidArgument.field("chunk", "must hold 1 byte to 1 MiB")
         if len(message.chunk) > MAX_CHUNK_BYTES:

@@ -28,7 +28,8 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
     ) -> artifact_pb2.UploadArtifactResponse:
         messages = aiter(request_iterator)
         upload = await convert.upload_of(messages, max_bytes=self._max_bytes)
-        artifact = await self._artifacts.upload(current_caller().id, upload, convert.chunks_of(messages))
+        content = convert.content_of(messages, is_named=bool(upload.sha256))
+        artifact = await self._artifacts.upload(current_caller().id, upload, content)
         _RECEIVED.add(artifact.size_bytes)
         return artifact_pb2.UploadArtifactResponse(artifact=convert.artifact_message(artifact))
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#tiltyard/registry/v1/artifact.proto\x12\x14tiltyard.registry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"]\n\x08\x41rtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8b\x01\n\x0cUploadHeader\x12\x10\n\x08\x61rtifact\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x0e\n\x04task\x18\x04 \x01(\tH\x00\x12\x14\n\nsubmission\x18\x05 \x01(\tH\x00\x12\x14\n\nbase_model\x18\x06 \x01(\x08H\x00\x42\t\n\x07purpose\"i\n\x15UploadArtifactRequest\x12\x34\n\x06header\x18\x01 \x01(\x0b\x32\".tiltyard.registry.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"J\n\x16UploadArtifactResponse\x12\x30\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x1e.tiltyard.registry.v1.Artifact\"$\n\x10GetUploadRequest\x12\x10\n\x08\x61rtifact\x18\x01 \x01(\t\"5\n\x11GetUploadResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"7\n\x17\x44ownloadArtifactRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\")\n\x18\x44ownloadArtifactResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"\"\n\x12GetArtifactRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"G\n\x13GetArtifactResponse\x12\x30\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x1e.tiltyard.registry.v1.Artifact2\xb7\x03\n\x0f\x41rtifactService\x12m\n\x0eUploadArtifact\x12+.tiltyard.registry.v1.UploadArtifactRequest\x1a,.tiltyard.registry.v1.UploadArtifactResponse(\x01\x12\\\n\tGetUpload\x12&.tiltyard.registry.v1.GetUploadRequest\x1a\'.tiltyard.registry.v1.GetUploadResponse\x12s\n\x10\x44ownloadArtifact\x12-.tiltyard.registry.v1.DownloadArtifactRequest\x1a..tiltyard.registry.v1.DownloadArtifactResponse0\x01\x12\x62\n\x0bGetArtifact\x12(.tiltyard.registry.v1.GetArtifactRequest\x1a).tiltyard.registry.v1.GetArtifactResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#tiltyard/registry/v1/artifact.proto\x12\x14tiltyard.registry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"]\n\x08\x41rtifact\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8b\x01\n\x0cUploadHeader\x12\x10\n\x08\x61rtifact\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x0e\n\x04task\x18\x04 \x01(\tH\x00\x12\x14\n\nsubmission\x18\x05 \x01(\tH\x00\x12\x14\n\nbase_model\x18\x06 \x01(\x08H\x00\x42\t\n\x07purpose\"}\n\x15UploadArtifactRequest\x12\x34\n\x06header\x18\x01 \x01(\x0b\x32\".tiltyard.registry.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12\x12\n\x08\x61rtifact\x18\x03 \x01(\tH\x00\x42\t\n\x07\x63ontent\"J\n\x16UploadArtifactResponse\x12\x30\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x1e.tiltyard.registry.v1.Artifact\"$\n\x10GetUploadRequest\x12\x10\n\x08\x61rtifact\x18\x01 \x01(\t\"5\n\x11GetUploadResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"7\n\x17\x44ownloadArtifactRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\")\n\x18\x44ownloadArtifactResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"\"\n\x12GetArtifactRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"G\n\x13GetArtifactResponse\x12\x30\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x1e.tiltyard.registry.v1.Artifact2\xb7\x03\n\x0f\x41rtifactService\x12m\n\x0eUploadArtifact\x12+.tiltyard.registry.v1.UploadArtifactRequest\x1a,.tiltyard.registry.v1.UploadArtifactResponse(\x01\x12\\\n\tGetUpload\x12&.tiltyard.registry.v1.GetUploadRequest\x1a\'.tiltyard.registry.v1.GetUploadResponse\x12s\n\x10\x44ownloadArtifact\x12-.tiltyard.registry.v1.DownloadArtifactRequest\x1a..tiltyard.registry.v1.DownloadArtifactResponse0\x01\x12\x62\n\x0bGetArtifact\x12(.tiltyard.registry.v1.GetArtifactRequest\x1a).tiltyard.registry.v1.GetArtifactResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,21 +37,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPLOADHEADER']._serialized_start=190
   _globals['_UPLOADHEADER']._serialized_end=329
   _globals['_UPLOADARTIFACTREQUEST']._serialized_start=331
-  _globals['_UPLOADARTIFACTREQUEST']._serialized_end=436
-  _globals['_UPLOADARTIFACTRESPONSE']._serialized_start=438
-  _globals['_UPLOADARTIFACTRESPONSE']._serialized_end=512
-  _globals['_GETUPLOADREQUEST']._serialized_start=514
-  _globals['_GETUPLOADREQUEST']._serialized_end=550
-  _globals['_GETUPLOADRESPONSE']._serialized_start=552
-  _globals['_GETUPLOADRESPONSE']._serialized_end=605
-  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_start=607
-  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_end=662
-  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_start=664
-  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_end=705
-  _globals['_GETARTIFACTREQUEST']._serialized_start=707
-  _globals['_GETARTIFACTREQUEST']._serialized_end=741
-  _globals['_GETARTIFACTRESPONSE']._serialized_start=743
-  _globals['_GETARTIFACTRESPONSE']._serialized_end=814
-  _globals['_ARTIFACTSERVICE']._serialized_start=817
-  _globals['_ARTIFACTSERVICE']._serialized_end=1256
+  _globals['_UPLOADARTIFACTREQUEST']._serialized_end=456
+  _globals['_UPLOADARTIFACTRESPONSE']._serialized_start=458
+  _globals['_UPLOADARTIFACTRESPONSE']._serialized_end=532
+  _globals['_GETUPLOADREQUEST']._serialized_start=534
+  _globals['_GETUPLOADREQUEST']._serialized_end=570
+  _globals['_GETUPLOADRESPONSE']._serialized_start=572
+  _globals['_GETUPLOADRESPONSE']._serialized_end=625
+  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_start=627
+  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_end=682
+  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_start=684
+  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_end=725
+  _globals['_GETARTIFACTREQUEST']._serialized_start=727
+  _globals['_GETARTIFACTREQUEST']._serialized_end=761
+  _globals['_GETARTIFACTRESPONSE']._serialized_start=763
+  _globals['_GETARTIFACTRESPONSE']._serialized_end=834
+  _globals['_ARTIFACTSERVICE']._serialized_start=837
+  _globals['_ARTIFACTSERVICE']._serialized_end=1276
 # @@protoc_insertion_point(module_scope)

@@ -62,11 +62,11 @@ class UploadHeader(_message.Message):
     SUBMISSION_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     artifact: _builtins.str
-    """Name as artifacts/{sha256 hex}."""
+    """Name as artifacts/{sha256 hex}; empty where it comes later."""
     size_bytes: _builtins.int
     """Size of the whole file in bytes, 1 or more."""
     offset: _builtins.int
-    """Where the bytes that follow begin: 0, or what GetUpload said."""
+    """Where the bytes that follow begin: 0, or what GetUpload said. 0 where the name comes later."""
     task: _builtins.str
     """D_eval or holdout of this task of the caller, as tasks/{task}; which one the digest tells."""
     submission: _builtins.str
@@ -101,8 +101,13 @@ class UploadArtifactRequest(_message.Message):
 
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
     """The next bytes, 1 byte to 1 MiB."""
+    artifact: _builtins.str
+    """Name as artifacts/{sha256 hex}, once, before, between or after the chunks: best as soon as it is known. What was checked of
+    a header without it is whose task or submission that is and a model's size; all else is checked now.
+    """
     @_builtins.property
     def header(self) -> Global___UploadHeader:
         """The first message."""
@@ -112,12 +117,13 @@ class UploadArtifactRequest(_message.Message):
         *,
         header: Global___UploadHeader | None = ...,
         chunk: _builtins.bytes = ...,
+        artifact: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "content", b"content", "header", b"header"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "chunk", b"chunk", "content", b"content", "header", b"header"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "content", b"content", "header", b"header"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "chunk", b"chunk", "content", b"content", "header", b"header"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["header", "chunk", "artifact"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 

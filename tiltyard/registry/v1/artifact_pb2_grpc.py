@@ -73,9 +73,10 @@ class ArtifactServiceServicer:
         """UploadArtifact takes a header, then the bytes from the header's offset on.
 
         A broken upload is resumed from GetUpload's offset. Nothing is kept under the artifact's name before all bytes are there and
-        the digest has been checked.
+        the digest has been checked. Where the digest is still being computed, the bytes may come first and the name among them: an
+        upload that breaks off before its name keeps nothing, and one whose name comes is like any other from there on.
         Errors: INVALID_ARGUMENT (DIGEST_MISMATCH: the upload starts anew; SIZE_MISMATCH; CHUNK_TOO_LARGE); OUT_OF_RANGE (WRONG_OFFSET, with the
-        right one in the metadata); FAILED_PRECONDITION (UPLOAD_NOT_EXPECTED) when neither a task nor a submission of the caller awaits it;
+        right one in the metadata; also when a name comes of which more bytes are there already); FAILED_PRECONDITION (UPLOAD_NOT_EXPECTED) when neither a task nor a submission of the caller awaits it;
         RESOURCE_EXHAUSTED (TOO_LARGE; UPLOAD_QUOTA, with the quota's name, what is used and the limit in the metadata); UNAVAILABLE
         (STORAGE_FAILED).
         """
