@@ -9,9 +9,10 @@ from pathlib import Path
 
 from tiltyard.client import PATIENCE_S, Client, new_request_id, persist
 from tiltyard.commitments import SALT_BYTES, submission_commitment
+from tiltyard.filedigest import file_digest
 from tiltyard.registry.v1 import submission_pb2
 from tiltyard.statements import sign_statement
-from tiltyard.transfers import Progress, file_digest, upload
+from tiltyard.transfers import Progress, upload
 from tiltyard.type.v1 import envelope_pb2, model_pb2
 
 

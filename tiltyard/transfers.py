@@ -1,7 +1,7 @@
 """Moves artifacts up and down in chunks, resumes what broke, and trusts no byte before its SHA-256 has been checked."""
 
 import asyncio
-import hashlib
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -10,12 +10,15 @@ import grpc
 
 from tiltyard.chunks import ArtifactStub, Chunk
 from tiltyard.client import PATIENCE_S, ClientError, is_transient, persist
+from tiltyard.filedigest import file_digest, hashing
 from tiltyard.growingfile import GrowingFile
 from tiltyard.registry.v1 import artifact_pb2
 from tiltyard.writebehind import WriteBehind
 
 CHUNK_BYTES = 1024 * 1024
 _READ_CHUNKS = 4
+# The digest of less is there sooner than an answer to whether the file is.
+_HASHED_FIRST_BYTES = 16 * 1024 * 1024
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 2.0
 
@@ -25,16 +28,6 @@ Progress = Callable[[int, int], None]
 
 class DigestMismatch(Exception):
     """The bytes that arrived are not those that the artifact's name promises; they have been deleted."""
-
-
-def file_digest(path: Path) -> bytes:
-    """SHA-256 of a file, 32 bytes. Reads it in pieces, so that its size does not matter."""
-    digest = hashlib.sha256()
-    piece = memoryview(bytearray(CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            digest.update(piece[:count])
-    return digest.digest()
 
 
 def artifact_name(digest: bytes) -> str:
@@ -56,38 +49,64 @@ async def upload(
 
     At most one of `task` and `submission` is a resource name; without either it is a base model for a task to name. A
     broken stream goes on where the server says that it is, as long as no more than `patience_s` pass without a further
-    byte; a complete artifact is not sent again. `digest` is the file's SHA-256 where it is known already.
+    byte; a complete artifact is not sent again. `digest` is the file's SHA-256 where it is known already; that of a
+    large file is computed while its first bytes are on their way.
     Raises grpc.aio.AioRpcError for what the server refuses.
     """
     if task is not None and submission is not None:
         raise ValueError("a file is for a task or for a submission")
-    artifact = artifact_name(await asyncio.to_thread(file_digest, path) if digest is None else digest)
     size_bytes = await asyncio.to_thread(_size, path)
+    header = artifact_pb2.UploadHeader(size_bytes=size_bytes)
+    if task is not None:
+        header.task = task
+    elif submission is not None:
+        header.submission = submission
+    else:
+        header.base_model = True
+    if digest is None and size_bytes < _HASHED_FIRST_BYTES:
+        digest = await asyncio.to_thread(file_digest, path)
+    if digest is None:
+        async with hashing(path) as to_come:
+            arrived = await _arrived_unnamed(artifacts, path, header, to_come, progress)
+            digest = await asyncio.shield(to_come)
+        if arrived:
+            return artifact_name(digest)
+    header.artifact = artifact_name(digest)
     patience = _Patience(patience_s)
-    asked = artifact_pb2.GetUploadRequest(artifact=artifact)
+    asked = artifact_pb2.GetUploadRequest(artifact=header.artifact)
     while True:
         at = await persist(lambda: artifacts.GetUpload(asked), patience_s=patience_s)
         # A complete artifact still has to be claimed for this purpose: a header with no bytes left to send.
-        header = artifact_pb2.UploadHeader(
-            artifact=artifact, size_bytes=size_bytes, offset=size_bytes if at.complete else at.offset
-        )
-        if task is not None:
-            header.task = task
-        elif submission is not None:
-            header.submission = submission
-        else:
-            header.base_model = True
+        header.offset = size_bytes if at.complete else at.offset
         patience.moved_to(header.offset)
         try:
-            await artifacts.upload_chunks(_messages(path, header, progress))
+            await artifacts.upload_chunks(_messages(path, header, None, progress))
         except grpc.aio.AioRpcError as error:
             if not _may_go_on(error) or patience.is_over():
                 raise
         else:
             if progress:
                 progress(size_bytes, size_bytes)
-            return artifact
+            return header.artifact
         await patience.pause()
+
+
+async def _arrived_unnamed(
+    artifacts: ArtifactStub,
+    path: Path,
+    header: artifact_pb2.UploadHeader,
+    digest: asyncio.Future[bytes],
+    progress: Progress | None,
+) -> bool:
+    """Whether all arrived in one stream that began before the digest was known. Otherwise it has to be known first."""
+    try:
+        await artifacts.upload_chunks(_messages(path, header, digest, progress))
+    except grpc.aio.AioRpcError as error:
+        # What is there already needs no room.
+        if not _may_go_on(error) and ClientError.of(error).reason != "UPLOAD_QUOTA":
+            raise
+        return False
+    return True
 
 
 def _may_go_on(error: grpc.aio.AioRpcError) -> bool:
@@ -97,12 +116,18 @@ def _may_go_on(error: grpc.aio.AioRpcError) -> bool:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size
+    # What cannot be read is told before anything is sent.
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size
 
 
 async def _messages(
-    path: Path, header: artifact_pb2.UploadHeader, progress: Progress | None
+    path: Path,
+    header: artifact_pb2.UploadHeader,
+    digest: asyncio.Future[bytes] | None,
+    progress: Progress | None,
 ) -> AsyncIterator[artifact_pb2.UploadArtifactRequest | Chunk]:
+    """The header and all after it, the name among the chunks as soon as its `digest` is there."""
     yield artifact_pb2.UploadArtifactRequest(header=header)
     position = header.offset
     with path.open("rb", buffering=0) as file:
@@ -121,9 +146,15 @@ async def _messages(
                     position += len(chunk)
                     if progress:
                         progress(position, header.size_bytes)
+                if digest is not None and digest.done():
+                    yield artifact_pb2.UploadArtifactRequest(artifact=artifact_name(digest.result()))
+                    digest = None
         finally:
             # Before the file is closed under it.
             await asyncio.wait((ahead,))
+    if digest is not None:
+        # Waited for once more, should the stream break meanwhile.
+        yield artifact_pb2.UploadArtifactRequest(artifact=artifact_name(await asyncio.shield(digest)))
 
 
 async def download(

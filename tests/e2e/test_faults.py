@@ -25,13 +25,14 @@ from tiltyard.cli.up import arena_programs, node_program
 from tiltyard.client import Client, new_request_id, persist, watch
 from tiltyard.commitments import submission_commitment
 from tiltyard.datasets import write_dataset
+from tiltyard.filedigest import file_digest
 from tiltyard.identity import Key
 from tiltyard.modelspec import Linear, ModelSpec, Onnx
 from tiltyard.registry.v1 import participant_pb2, submission_pb2, task_pb2
 from tiltyard.selector.v1 import stake_pb2
 from tiltyard.statements import sign_statement
 from tiltyard.submitting import submit_model
-from tiltyard.transfers import file_digest, upload
+from tiltyard.transfers import upload
 from tiltyard.type.v1 import envelope_pb2, evaluation_pb2, model_pb2
 from tiltyard.type.v1 import task_pb2 as task_type_pb2
 from tiltyard.wire import model_spec_to_proto

@@ -17,10 +17,11 @@ from tests.otlp_receiver import Collector, Span, collecting
 from tiltyard.cli.memberships import join_task
 from tiltyard.client import Client, new_request_id, watch
 from tiltyard.datasets import write_dataset
+from tiltyard.filedigest import file_digest
 from tiltyard.identity import Key
 from tiltyard.registry.v1 import participant_pb2, task_pb2
 from tiltyard.selector.v1 import stake_pb2
-from tiltyard.transfers import file_digest, upload
+from tiltyard.transfers import upload
 from tiltyard.type.v1 import model_pb2
 from tiltyard.type.v1 import task_pb2 as task_type_pb2
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,14 +12,18 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
-from tiltyard.client import Client
+from tiltyard import filedigest, transfers
+from tiltyard.client import Client, ClientError
 from tiltyard.commitments import submission_commitment
+from tiltyard.filedigest import file_digest
 from tiltyard.identity import Key
 from tiltyard.registry.v1 import artifact_pb2, artifact_pb2_grpc, submission_pb2, submission_pb2_grpc
 from tiltyard.statements import open_statement
 from tiltyard.submitting import JournalMismatch, read_journal, submit_model
-from tiltyard.transfers import CHUNK_BYTES, DigestMismatch, artifact_name, download, file_digest, upload
+from tiltyard.transfers import CHUNK_BYTES, DigestMismatch, artifact_name, download, upload
 from tiltyard.type.v1 import envelope_pb2
 
 TASK = "tasks/digits"
@@ -27,12 +32,18 @@ ORIGIN = "tiltyard.test"
 
 @dataclass
 class SmallRegistry(artifact_pb2_grpc.ArtifactServiceServicer, submission_pb2_grpc.SubmissionServiceServicer):
-    """Artifacts and submissions in memory; `break_uploads_after` and `break_downloads_after` are bytes of a stream."""
+    """Artifacts and submissions in memory; `break_uploads_after` and `break_downloads_after` are bytes of a stream.
+
+    A stream without a name begins by `None`.
+    """
 
     parts: dict[str, bytearray] = field(default_factory=dict)
     complete: dict[str, bytes] = field(default_factory=dict)
     claims: list[tuple[str, str]] = field(default_factory=list)
-    streams: list[int] = field(default_factory=list)
+    streams: list[int | None] = field(default_factory=list)
+    broke: threading.Event = field(default_factory=threading.Event)
+    breaks_at_name: bool = False
+    has_room: bool = True
     commits: dict[str, envelope_pb2.CommitStatement] = field(default_factory=dict)
     reveals: dict[str, envelope_pb2.RevealStatement] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
@@ -56,15 +67,29 @@ class SmallRegistry(artifact_pb2_grpc.ArtifactServiceServicer, submission_pb2_gr
     async def UploadArtifact(self, requests: Any, context: Any) -> artifact_pb2.UploadArtifactResponse:
         await self._maybe_fail("UploadArtifact", context)
         header = (await anext(aiter(requests))).header
-        part = self.parts.setdefault(header.artifact, bytearray(self.complete.get(header.artifact, b"")))
+        part = bytearray()
+        if header.artifact:
+            part = self.parts.setdefault(header.artifact, bytearray(self.complete.get(header.artifact, b"")))
         if header.offset != len(part):
             await context.abort(grpc.StatusCode.OUT_OF_RANGE, "wrong offset")
-        self.streams.append(header.offset)
+        self.streams.append(header.offset if header.artifact else None)
+        if not self.has_room and header.artifact not in self.complete:
+            await context.abort_with_status(refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "UPLOAD_QUOTA"))
         limit = self.break_uploads_after.pop(0) if self.break_uploads_after else None
         received = 0
         async for request in requests:
+            if request.artifact:
+                assert not header.artifact
+                header.artifact = request.artifact
+                if request.artifact in self.complete:
+                    await context.abort_with_status(refusal(grpc.StatusCode.OUT_OF_RANGE, "WRONG_OFFSET"))
+                self.parts[request.artifact] = part
+                if self.breaks_at_name:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "broken off")
+                continue
             assert len(request.chunk) <= 1024 * 1024
             if limit is not None and received + len(request.chunk) > limit:
+                self.broke.set()
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "broken off")
             part += request.chunk
             received += len(request.chunk)
@@ -115,6 +140,13 @@ class SmallRegistry(artifact_pb2_grpc.ArtifactServiceServicer, submission_pb2_gr
         if method in self.lost_answers:
             self.lost_answers.discard(method)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the process died here")
+
+
+def refusal(code: grpc.StatusCode, reason: str) -> grpc.Status:
+    """A status that says why."""
+    status = status_pb2.Status(code=code.value[0], message="for the test")
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain="tiltyard"))
+    return rpc_status.to_status(status)
 
 
 @asynccontextmanager
@@ -193,6 +225,113 @@ async def test_an_upload_without_a_task_is_a_base_model(model: Path) -> None:
     async with serving(registry) as client:
         await upload(client.artifacts, model)
     assert registry.claims == [("base_model", "")]
+
+
+class SlowDigest:
+    """The digest of a file, which takes until `comes` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, comes: threading.Event) -> None:
+        self.left = False
+        self._comes = comes
+        self._digest_until = filedigest._digest_until
+        monkeypatch.setattr(filedigest, "_digest_until", self)
+        monkeypatch.setattr(transfers, "_HASHED_FIRST_BYTES", 1)
+
+    def __call__(self, path: Path, left: threading.Event) -> bytes:
+        while not self._comes.wait(0.01):
+            if left.is_set():
+                self.left = True
+                break
+        return self._digest_until(path, left)
+
+
+def come() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
+
+
+async def test_a_large_file_is_on_its_way_before_its_digest_is_known(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, all_sent = SmallRegistry(), threading.Event()
+    SlowDigest(monkeypatch, all_sent)
+
+    def progress(done: int, total: int) -> None:
+        if done == total:
+            all_sent.set()
+
+    async with serving(registry) as client:
+        name = await upload(client.artifacts, model, task=TASK, progress=progress)
+    assert registry.complete == {name: model.read_bytes()}
+    assert registry.claims == [("task", TASK)]
+    assert (registry.streams, registry.calls) == ([None], ["UploadArtifact"])
+
+
+async def test_a_break_before_the_digest_is_known_begins_anew_with_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = SmallRegistry(break_uploads_after=[2 * CHUNK_BYTES, CHUNK_BYTES])
+    SlowDigest(monkeypatch, registry.broke)
+    async with serving(registry) as client:
+        name = await upload(client.artifacts, model)
+    assert registry.complete == {name: model.read_bytes()}
+    assert registry.streams == [None, 0, CHUNK_BYTES]
+
+
+async def test_a_break_after_the_digest_is_known_goes_on_where_it_was(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = SmallRegistry(breaks_at_name=True)
+    SlowDigest(monkeypatch, come())
+    async with serving(registry) as client:
+        name = await upload(client.artifacts, model)
+    assert registry.complete == {name: model.read_bytes()}
+    first, second = registry.streams
+    assert first is None
+    # Not before the first chunks, which are read together.
+    assert second is not None
+    assert second >= 4 * CHUNK_BYTES
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+async def test_a_large_file_that_is_there_already_is_claimed(
+    model: Path, monkeypatch: pytest.MonkeyPatch, has_room: bool
+) -> None:
+    registry = SmallRegistry(complete={artifact_name(file_digest(model)): model.read_bytes()}, has_room=has_room)
+    SlowDigest(monkeypatch, come())
+    async with serving(registry) as client:
+        await upload(client.artifacts, model)
+    assert registry.streams == [None, model.stat().st_size]
+    assert registry.claims == [("base_model", "")]
+
+
+async def test_a_large_file_for_which_there_is_no_room_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SlowDigest(monkeypatch, come())
+    async with serving(SmallRegistry(has_room=False)) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await upload(client.artifacts, model)
+    assert ClientError.of(caught.value).reason == "UPLOAD_QUOTA"
+
+
+async def test_nothing_goes_on_hashing_for_nobody(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = SmallRegistry(fail_next={"UploadArtifact": [grpc.StatusCode.PERMISSION_DENIED]})
+    slow = SlowDigest(monkeypatch, threading.Event())
+    async with serving(registry) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await upload(client.artifacts, model)
+    assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert slow.left
+    assert registry.calls == ["UploadArtifact"]
+
+
+async def test_a_large_file_that_cannot_be_read_is_not_begun(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = SmallRegistry()
+    SlowDigest(monkeypatch, come())
+    async with serving(registry) as client:
+        with pytest.raises(IsADirectoryError):
+            await upload(client.artifacts, model.parent)
+    assert registry.calls == []
 
 
 async def test_a_digest_that_is_known_is_taken_for_true(model: Path) -> None:

@@ -55,7 +55,7 @@ def _read_config(path: Path) -> "task_type_pb2.TaskConfig":
 
 
 def _fix_digest(digest: "task_type_pb2.DatasetDigest", file: Path) -> None:
-    from tiltyard.transfers import file_digest
+    from tiltyard.filedigest import file_digest
 
     digest.sha256 = file_digest(file)
     digest.size_bytes = file.stat().st_size
@@ -95,7 +95,8 @@ def create(
             request = task_pb2.CreateTaskRequest(task_id=task_id, config=wanted, request_id=new_request_id())
             name = (await client.tasks.CreateTask(request)).task.name
             with ProgressLine("uploading", unit="bytes") as line:
-                await upload(client.artifacts, dataset, task=name, progress=line.update)
+                digest = wanted.evaluation_dataset.sha256
+                await upload(client.artifacts, dataset, task=name, digest=digest, progress=line.update)
             async for seen in watch(client.tasks.WatchTask, task_pb2.WatchTaskRequest(name=name)):
                 task = seen.task
                 if task.state != task_type_pb2.TASK_STATE_PREPARING:

@@ -18,10 +18,11 @@ from tiltyard.cli.memberships import join_task
 from tiltyard.cli.supervisor import StartFailed, Supervisor
 from tiltyard.cli.training_progress import describe, follow
 from tiltyard.client import new_request_id, persist, watch
+from tiltyard.filedigest import file_digest
 from tiltyard.registry.v1 import participant_pb2, task_pb2
 from tiltyard.selector.v1 import stake_pb2
 from tiltyard.trainer.v1 import trainer_pb2
-from tiltyard.transfers import file_digest, upload
+from tiltyard.transfers import upload
 from tiltyard.type.v1 import task_pb2 as task_type_pb2
 
 T = TypeVar("T")
@@ -142,7 +143,7 @@ class _Play:
         )
         request = task_pb2.CreateTaskRequest(task_id="demo", config=self._config(digest), request_id=new_request_id())
         name = (await persist(lambda: creator.tasks.CreateTask(request))).task.name
-        await upload(creator.artifacts, file, task=name)
+        await upload(creator.artifacts, file, task=name, digest=digest.sha256)
         task = await self._watch_task(name, lambda seen: seen.state != task_type_pb2.TASK_STATE_PREPARING)
         if task.state != task_type_pb2.TASK_STATE_OPEN:
             raise CommandError(f"{name} was cancelled: {task.state_reason}")
