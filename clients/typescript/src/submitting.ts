@@ -64,7 +64,7 @@ export async function submitModel(
   });
   const submission = committed.submission?.name;
   if (!submission) throw new Error("the registry answered without a submission");
-  await upload(client, model.path, { $case: "submission", value: submission }, progress);
+  await upload(client, model.path, { $case: "submission", value: submission }, progress, modelDigest);
   const format = model.format ?? ModelFormat.MODEL_FORMAT_SAFETENSORS;
   await client.submissions.revealSubmission({
     statement: signStatement(key, REVEAL, {

@@ -34,9 +34,19 @@ export async function fileDigest(path: string): Promise<Uint8Array> {
   return new Uint8Array(hash.digest());
 }
 
-/** Uploads a file and returns its artifact's name; a stream that breaks goes on where the server says that it is. */
-export async function upload(client: Client, path: string, purpose: Purpose, progress?: Progress): Promise<string> {
-  const artifact = `artifacts/${toHex(await fileDigest(path))}`;
+/**
+ * Uploads a file and returns its artifact's name; a stream that breaks goes on where the server says that it is.
+ *
+ * `digest` is the file's SHA-256 where it is known already.
+ */
+export async function upload(
+  client: Client,
+  path: string,
+  purpose: Purpose,
+  progress?: Progress,
+  digest?: Uint8Array,
+): Promise<string> {
+  const artifact = `artifacts/${toHex(digest ?? (await fileDigest(path)))}`;
   const sizeBytes = BigInt((await stat(path)).size);
   const patience = new Patience();
   for (;;) {
