@@ -157,7 +157,6 @@ async def build(
         turns.rank,
         memberships.remove_those_who_left,
         turns.close_pools,
-        log.take_ledger_events,
     )
     mounts = servicers.mounts(
         participants=ParticipantServicer(Participants(store, selection, trusted=trusted), origin=origin, tokens=tokens),
@@ -181,7 +180,7 @@ async def build(
         policy=AccessPolicy(),
         database=database,
         store=store,
-        referee=Referee(steps, store, changes, clock),
+        referee=Referee(steps, log.take_ledger_events, store, changes, clock),
         garbage=Garbage(store, files, uploads, clock, settings.keeping),
         files=files,
         uploads=uploads,

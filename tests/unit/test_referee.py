@@ -1,0 +1,43 @@
+"""When the background loop asks the selector for its ledger."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+import pytest
+
+from services.registry.referee import Referee
+from services.runtime.errors import Unavailable
+from tests.registry_fakes import SettableClock
+
+NOBODY = cast(Any, None)  # what a turn itself asks nothing of
+
+
+def step(asked: list[str], name: str, done: int) -> Callable[[], Awaitable[int]]:
+    async def run() -> int:
+        asked.append(name)
+        return done
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("done", "due", "expected"), [(0, False, ["a"]), (0, True, ["a", "l"]), (1, False, ["a", "l"])]
+)
+async def test_the_ledger_is_asked_where_it_is_due_or_something_was_done(
+    done: int, due: bool, expected: list[str]
+) -> None:
+    asked: list[str] = []
+    referee = Referee([step(asked, "a", done)], step(asked, "l", 2), NOBODY, NOBODY, SettableClock())
+    assert await referee.turn(ledger_due=due) == done + 2 * ("l" in expected)
+    assert asked == expected
+
+
+async def test_a_step_that_fails_holds_up_neither_the_others_nor_the_ledger() -> None:
+    asked: list[str] = []
+
+    async def fails() -> int:
+        raise Unavailable("SELECTOR_UNAVAILABLE", "the selector is away")
+
+    referee = Referee([fails, step(asked, "a", 0)], step(asked, "l", 0), NOBODY, NOBODY, SettableClock())
+    assert await referee.turn() == 0
+    assert asked == ["a", "l"]
