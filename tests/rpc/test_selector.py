@@ -969,6 +969,13 @@ async def test_odds_are_exact_in_a_small_pool(arena: Arena) -> None:
         await arena.alice.draws.EstimateOdds(draw_pb2.EstimateOddsRequest(task=TASK))
 
 
+async def test_a_stake_of_very_many_minimums_has_a_best_split(arena: Arena) -> None:
+    await arena.open_pool(validator_min_stake_micros=1)
+    await arena.add_validator(arena.alice.name, 2**40 // MINIMUM)
+    odds = await arena.alice.draws.EstimateOdds(draw_pb2.EstimateOddsRequest(task=TASK, validators=1))
+    assert odds.best_split == 2**40 // MINIMUM * MINIMUM
+
+
 async def test_odds_know_that_the_creators_owner_group_is_never_drawn(arena: Arena) -> None:
     await arena.open_pool()
     await arena.add_validator(arena.alice.name, 4)
