@@ -26,8 +26,8 @@ def _without_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> 
 
 
 def _with_trace(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    context = tracing.current()
-    if context is not None:
+    span = tracing.current()
+    if span is not None and (context := span.context) is not None:
         event["trace_id"], event["span_id"] = context.trace_id, context.span_id
     return event
 

@@ -234,20 +234,26 @@ def test_everything_queued_is_sent_at_the_end(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.parametrize("kind", tracing.Kind)
-@pytest.mark.parametrize("parent", [None, tracing.TraceContext("0a" * 16, "0b" * 8, True)])
+@pytest.mark.parametrize(
+    ("parent", "parent_id"),
+    [(None, ""), (f"00-{'0a' * 16}-{'0b' * 8}-01", "0b" * 8), (f"00-{'0a' * 16}-{'no' * 8}-01", "")],
+)
 @pytest.mark.parametrize("error", ["", "UNAVAILABLE"])
 @pytest.mark.parametrize("size", [1, 300])
 def test_spans_are_on_the_wire_as_protobuf_would_have_them(
-    kept: Kept, kind: tracing.Kind, parent: tracing.TraceContext | None, error: str, size: int
+    kept: Kept, kind: tracing.Kind, parent: str | None, parent_id: str, error: str, size: int
 ) -> None:
     with tracing.Span("n" * size, kind, parent, (("text", "v" * size), ("number", -1), ("good", True))) as span:
         span.error = error
+    exporter = otlp.SpanExporter(Resource({"service.name": "mine"}))
+    request = ExportTraceServiceRequest.FromString(exporter.encoded([span, span]))
+    exporter.shutdown()
     context = span.context
     assert context is not None
     expected = trace_pb2.Span(
         trace_id=bytes.fromhex(context.trace_id),
         span_id=bytes.fromhex(context.span_id),
-        parent_span_id=b"" if parent is None else bytes.fromhex(parent.span_id),
+        parent_span_id=bytes.fromhex(parent_id),
         name="n" * size,
         kind=trace_pb2.Span.SpanKind.ValueType(kind),
         start_time_unix_nano=span.start_ns,
@@ -261,9 +267,6 @@ def test_spans_are_on_the_wire_as_protobuf_would_have_them(
         expected.attributes.add(key=key, value=AnyValue(**value))
     if error:
         expected.status.code, expected.status.message = trace_pb2.Status.STATUS_CODE_ERROR, error
-    exporter = otlp.SpanExporter(Resource({"service.name": "mine"}))
-    request = ExportTraceServiceRequest.FromString(exporter.encoded([span, span]))
-    exporter.shutdown()
     (resource,) = request.resource_spans
     (scope,) = resource.scope_spans
     assert [(each.key, each.value.string_value) for each in resource.resource.attributes] == [("service.name", "mine")]

@@ -131,7 +131,7 @@ def test_each_batch_is_part_of_the_evaluations_trace_here_and_on_the_server(rows
     calls = [span for span in kept.spans if span.kind is tracing.Kind.CLIENT]
     assert len(calls) == ROWS // STEP
     assert {call.parent for call in calls} == {evaluation.context}
-    assert {call.context.traceparent for call in calls} == set(server.traces)
+    assert {call.traceparent for call in calls} == set(server.traces)
     told = {"server.address": "gpu", "server.port": 7405, "rpc.response.status_code": "OK"}
     assert all(told.items() <= dict(call.attributes).items() for call in calls)
 

@@ -45,7 +45,7 @@ def test_without_a_recorder_nothing_is_carried() -> None:
 
 def test_spans_nest_and_end_inside_out(kept: Kept) -> None:
     with tracing.span("outer") as outer, tracing.span("inner", task="t") as inner:
-        assert tracing.current() == inner.context
+        assert tracing.current() is inner
     assert tracing.current() is None
     assert [span.name for span in kept.spans] == ["inner", "outer"]
     assert inner.context is not None
@@ -85,10 +85,9 @@ def test_ids_of_zeros_are_no_context(parent: str) -> None:
 def test_a_context_reads_as_it_was_written() -> None:
     context = tracing.parse(CARRIED)
     assert context == TraceContext("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331", True)
-    assert context.traceparent == CARRIED
     unsampled = tracing.parse(CARRIED[:-2] + "00")
     assert unsampled is not None
-    assert (unsampled.sampled, unsampled.traceparent[-2:]) == (False, "00")
+    assert not unsampled.sampled
 
 
 def test_a_trace_that_is_not_sampled_goes_on_unrecorded(kept: Kept) -> None:
@@ -101,6 +100,25 @@ def test_a_trace_that_is_not_sampled_goes_on_unrecorded(kept: Kept) -> None:
             assert tracing.carried().endswith("-00")
     assert kept.spans == []
     assert inner.end_ns == 0
+
+
+def test_a_traceparent_is_read_once_and_after_the_end_too(kept: Kept) -> None:
+    with tracing.span("work", parent=CARRIED) as work:
+        pass
+    assert (work.unread, work.trace_id) == (CARRIED, "")
+    assert work.parent == tracing.parse(CARRIED)
+    place = work.context
+    work.read()
+    assert place is not None
+    assert work.context == place
+    assert kept.spans == [work]
+
+
+@pytest.mark.parametrize(("flags", "recorded"), [("00", False), ("01", True), ("02", False), ("ff", True)])
+def test_a_trace_is_recorded_where_the_last_bit_of_its_flags_says_so(kept: Kept, flags: str, recorded: bool) -> None:
+    with tracing.span("work", parent=CARRIED[:-2] + flags):
+        assert tracing.carried().endswith("-01" if recorded else "-00")
+    assert bool(kept.spans) == recorded
 
 
 def test_an_exception_is_the_spans_error_and_a_cancellation_is_not(kept: Kept) -> None:
@@ -125,7 +143,7 @@ def test_no_two_spans_have_one_id(kept: Kept) -> None:
     contexts = [span.context for span in kept.spans if span.context]
     assert len({context.span_id for context in contexts}) == 2000
     assert len({context.trace_id for context in contexts}) == 1000
-    assert all(tracing.parse(context.traceparent) == context for context in contexts)
+    assert all(tracing.parse(span.traceparent) == span.context for span in kept.spans)
 
 
 def test_a_forked_process_chooses_ids_of_its_own(kept: Kept) -> None:
@@ -135,7 +153,7 @@ def test_a_forked_process_chooses_ids_of_its_own(kept: Kept) -> None:
     child = os.fork()
     if not child:
         with tracing.span("child") as span:
-            os.write(tell, span.context.traceparent.encode() if span.context else b"")
+            os.write(tell, span.traceparent.encode())
         os._exit(0)
     os.waitpid(child, 0)
     with os.fdopen(told, "rb") as pipe:

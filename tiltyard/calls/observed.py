@@ -11,7 +11,7 @@ import grpc
 
 from tiltyard.telemetry import metrics, tracing
 from tiltyard.telemetry.metrics import Buckets
-from tiltyard.telemetry.tracing import Attributes, Kind, Span, TraceContext
+from tiltyard.telemetry.tracing import Attributes, Kind, Span
 
 T = TypeVar("T")
 HEADER = "traceparent"
@@ -87,7 +87,7 @@ class ObservedCall(Span):
     started: float
 
     @classmethod
-    def begin(cls, calls: Calls, parent: TraceContext | None) -> Self:
+    def begin(cls, calls: Calls, parent: Span | None) -> Self:
         """One of `calls`, as part of the span `parent`."""
         call = cls(calls.method, calls.kind, parent, ())
         call.calls, call.started = calls, time.perf_counter()
@@ -96,8 +96,7 @@ class ObservedCall(Span):
     @property
     def headers(self) -> tuple[tuple[str, str], ...]:
         """What tells the one who is called of the trace."""
-        context = self.context
-        return () if context is None else ((HEADER, context.traceparent),)
+        return ((HEADER, self.traceparent),) if self.trace_id else ()
 
     def answered(self, code: grpc.StatusCode) -> None:
         """It was answered with this status code."""
@@ -124,13 +123,13 @@ def answering(calls: Calls, headers: Sequence[tuple[str, str | bytes]]) -> Obser
     parent = None
     for name, value in headers:
         if name == HEADER:
-            parent = tracing.parse(value) if isinstance(value, str) else None
+            parent = value if isinstance(value, str) else None
             break
     call = ObservedCall(calls.method, calls.kind, parent, ())
     call.calls, call.started = calls, time.perf_counter()
-    if call.context is not None:
+    if tracing.recorder is not None:
         # Each call has its own task and so its own context: nothing to reset.
-        tracing.enter(call.context)
+        tracing.enter(call)
     return call
 
 
@@ -171,7 +170,7 @@ def at_once(told: Coroutine[Any, Any, T]) -> T | None:
 
 
 class _ObservingUnary(grpc.UnaryUnaryClientInterceptor):
-    def __init__(self, parent: TraceContext | None, peer: str) -> None:
+    def __init__(self, parent: Span | None, peer: str) -> None:
         self._parent = parent
         self._made = CallsMade(peer)
 

@@ -5,10 +5,10 @@ A trace outlives a call where its context is kept beside the work: `carried()` i
 `tiltyard.telemetry` installs the recorder that does.
 """
 
-import functools
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +22,8 @@ Attributes = tuple[tuple[str, Value], ...]
 
 # https://www.w3.org/TR/trace-context/#traceparent-header, version 00; ids of zeros are invalid.
 _TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
+_LENGTH = 55
+_SAMPLED = "13579bdf"  # the last digit of its flags where the last bit is set
 
 
 class Kind(IntEnum):
@@ -38,15 +40,6 @@ class TraceContext(NamedTuple):
     trace_id: str
     span_id: str
     sampled: bool
-
-    @property
-    def traceparent(self) -> str:
-        """As the header has it."""
-        return f"00-{self.trace_id}-{self.span_id}-{'01' if self.sampled else '00'}"
-
-
-# What TraceContext(...) does, without a function of Python's between.
-_context: Callable[[tuple[str, str, bool]], TraceContext] = functools.partial(tuple.__new__, TraceContext)
 
 
 class Recorder(Protocol):
@@ -67,12 +60,12 @@ class Recorder(Protocol):
 recorder: Recorder | None = None
 """Who records spans in this process, or None where nobody does; read it only."""
 
-_current: ContextVar[TraceContext | None] = ContextVar("tiltyard_trace", default=None)
+_current: ContextVar["Span | None"] = ContextVar("tiltyard_trace", default=None)
 
-current: Callable[[], TraceContext | None] = _current.get
+current: Callable[[], "Span | None"] = _current.get
 """The innermost span that surrounds the caller; None outside of any, and while nobody records."""
 
-enter: Callable[[TraceContext], object] = _current.set
+enter: Callable[["Span"], object] = _current.set
 """Makes this the current span of a task that is its own, whose context nobody needs to reset."""
 
 # Of its own: what seeds the shared one must not make two processes choose the same ids.
@@ -81,14 +74,18 @@ _random = random.Random()  # noqa: S311
 _IDS_AT_ONCE = 256
 _ids: list[str] = []
 
+_reading = threading.Lock()
 
-def _forget_ids() -> None:
+
+def _begin_anew() -> None:
+    global _reading
     _random.seed()
     _ids.clear()
+    _reading = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_ids)
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def install(new: Recorder | None) -> None:
@@ -99,8 +96,8 @@ def install(new: Recorder | None) -> None:
 
 def carried() -> str:
     """The traceparent to keep beside work that somebody else will go on with; empty where there is none."""
-    context = _current.get()
-    return context.traceparent if context is not None else ""
+    surrounding = _current.get()
+    return surrounding.traceparent if surrounding is not None else ""
 
 
 def parse(traceparent: str) -> TraceContext | None:
@@ -109,58 +106,111 @@ def parse(traceparent: str) -> TraceContext | None:
     if found is None:
         return None
     trace_id, span_id, flags = found.groups()
-    return _context((trace_id, span_id, flags == "01" or bool(int(flags, 16) & 1)))
+    return TraceContext(trace_id, span_id, bool(int(flags, 16) & 1))
 
 
 class Span:
     """A stretch of work, from `with` to its end. Times are nanoseconds since 1970; `error` is the error's type.
 
-    Within it, `current()` is its context. An exception that leaves it is its error, a cancellation is not.
+    Within it, `current()` is this span. An exception that leaves it is its error, a cancellation is not. It is part of
+    the span `parent`, or of that with this traceparent. A traceparent stays `unread`, and the ids empty, until somebody
+    asks for them: mostly that is the recorder, whose loop does in one microsecond what would take the call five.
     """
 
-    __slots__ = ("_token", "attributes", "context", "end_ns", "error", "kind", "name", "parent", "start_ns")
+    __slots__ = (
+        "_token",
+        "attributes",
+        "end_ns",
+        "error",
+        "kind",
+        "name",
+        "parent_id",
+        "sampled",
+        "span_id",
+        "start_ns",
+        "trace_id",
+        "unread",
+    )
 
-    def __init__(self, name: str, kind: Kind, parent: TraceContext | None, attributes: Attributes) -> None:
+    def __init__(self, name: str, kind: Kind, parent: "Span | str | None", attributes: Attributes) -> None:
         self.name = name
         self.kind = kind
-        self.parent = parent
         self.attributes = attributes
         self.error = ""
         self.end_ns = 0
-        self._token: Token[TraceContext | None] | None = None
+        self._token: Token[Span | None] | None = None
+        self.unread = ""
+        self.trace_id = self.span_id = self.parent_id = ""
+        self.sampled = False
         # Every call passes here, mostly through cold memory: each function or object more costs it a microsecond.
-        if recorder is None:
-            self.context = None
-        elif parent is None:
-            trace_id = _id() + _id()
-            self.context = _context((trace_id, _id(), recorder.samples(trace_id, name, None)))
-        elif parent.sampled if recorder.follows_parents else recorder.samples(parent.trace_id, name, parent):
-            try:
-                span_id = _ids.pop()
-            except IndexError:
-                span_id = _id()
-            self.context = _context((parent.trace_id, span_id, True))
-        else:
-            # Nothing will point at this span: those below it go on with its parent's id.
-            self.context = _context((parent.trace_id, parent.span_id, False))
         self.start_ns = time.time_ns()
+        if recorder is None:
+            return
+        if recorder.follows_parents and isinstance(parent, Span):
+            if parent.unread:
+                parent.read()
+            self.sampled = parent.sampled
+            self.trace_id = parent.trace_id
+            self.parent_id = parent.span_id
+            # Nothing will point at a span that is not recorded: those below it go on with its parent's id.
+            self.span_id = _id() if self.sampled else self.parent_id
+        elif recorder.follows_parents and isinstance(parent, str) and len(parent) == _LENGTH:
+            self.unread = parent
+            self.sampled = parent[-1] in _SAMPLED
+        else:
+            context = parent.context if isinstance(parent, Span) else parse(parent or "")
+            self.trace_id = context.trace_id if context else _id() + _id()
+            self.parent_id = context.span_id if context else ""
+            self.sampled = recorder.samples(self.trace_id, name, context)
+            self.span_id = _id() if self.sampled or not context else self.parent_id
+
+    def read(self) -> None:
+        """Finds its place in the trace that it came with; where that is none, it begins one."""
+        with _reading:
+            if found := _TRACEPARENT.fullmatch(self.unread):
+                self.trace_id, self.parent_id, _ = found.groups()
+                self.span_id = _id() if self.sampled else self.parent_id
+            elif self.unread:  # or another thread was first
+                self.trace_id, self.span_id = _id() + _id(), _id()
+            self.unread = ""
+
+    @property
+    def traceparent(self) -> str:
+        """As the header has it; empty where nobody recorded at its beginning."""
+        if self.unread:
+            self.read()
+        return f"00-{self.trace_id}-{self.span_id}-{'01' if self.sampled else '00'}" if self.trace_id else ""
+
+    @property
+    def context(self) -> TraceContext | None:
+        """Its place in its trace; None where nobody recorded at its beginning."""
+        if self.unread:
+            self.read()
+        return TraceContext(self.trace_id, self.span_id, self.sampled) if self.trace_id else None
+
+    @property
+    def parent(self) -> TraceContext | None:
+        """Its parent's place in the trace; None where it began one."""
+        if self.unread:
+            self.read()
+        return TraceContext(self.trace_id, self.parent_id, self.sampled) if self.parent_id else None
 
     def set(self, **attributes: Value) -> None:
         """Adds attributes that are known only now, each as `tiltyard.{name}`."""
-        if self.context is not None and self.context.sampled:
+        if self.sampled:
             self.attributes += _named(attributes)
 
     def end(self) -> None:
         """Hands the span over, at its first call."""
-        if self.end_ns or self.context is None or not self.context.sampled:
+        if self.end_ns or not self.sampled:
             return
         self.end_ns = time.time_ns()
         if recorder is not None:
             recorder.record(self)
 
     def __enter__(self) -> Self:
-        if self.context is not None:
-            self._token = _current.set(self.context)
+        if self.trace_id or self.unread:
+            self._token = _current.set(self)
         return self
 
     def __exit__(
@@ -191,8 +241,7 @@ def span(name: str, *, parent: str | None = None, kind: Kind = Kind.INTERNAL, **
 
     Attributes are told as `tiltyard.{name}`.
     """
-    context = _current.get() if parent is None else parse(parent)
-    return Span(name, kind, context, _named(attributes))
+    return Span(name, kind, _current.get() if parent is None else parent, _named(attributes))
 
 
 def _named(attributes: Mapping[str, Value]) -> Attributes:
@@ -205,7 +254,7 @@ def untraced() -> Iterator[None]:
     if recorder is None:
         yield
         return
-    token = _current.set(TraceContext(_id() + _id(), _id(), False))
+    token = _current.set(Span("untraced", Kind.INTERNAL, f"00-{_id()}{_id()}-{_id()}-00", ()))
     try:
         yield
     finally:
