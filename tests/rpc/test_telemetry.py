@@ -274,9 +274,20 @@ def test_spans_are_on_the_wire_as_protobuf_would_have_them(
     assert list(scope.spans) == [expected, expected]
 
 
-@pytest.mark.parametrize(("sampler", "recorded"), [("parentbased_always_off", 1), ("always_off", 0), ("always_on", 3)])
-def test_sampling_is_the_users(monkeypatch: pytest.MonkeyPatch, sampler: str, recorded: int) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "argument", "recorded"),
+    [
+        ("parentbased_always_off", "", 1),
+        ("parentbased_traceidratio", "0", 1),
+        ("parentbased_traceidratio", "1", 2),
+        ("always_off", "", 0),
+        ("always_on", "", 3),
+        ("traceidratio", "1", 3),
+    ],
+)
+def test_sampling_is_the_users(monkeypatch: pytest.MonkeyPatch, sampler: str, argument: str, recorded: int) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", argument)
     export = exporting(monkeypatch, "127.0.0.1:1")
     taken: list[tracing.Span] = []
     monkeypatch.setattr(export, "record", taken.append)
