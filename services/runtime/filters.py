@@ -10,6 +10,7 @@ from services.runtime.errors import InvalidArgument
 
 _MAX_CHARS = 1000
 _FIELD = re.compile(r"[a-z_]+(\.[a-z_]+)*")
+_AND = re.compile(r"AND(?= |\Z)")
 _OPERATOR = re.compile(r"!=|<=|>=|=|<|>")
 _VALUE = re.compile(r'"(?P<quoted>[^"\\]*)"|(?P<bare>[A-Za-z0-9_./:+-]+)')
 _SPACE = re.compile(r" *")
@@ -106,9 +107,10 @@ def parse_filter(text: str, fields: Mapping[str, Kind], *, field: str = "filter"
         end = _after_space(text, value.end())
         if end == len(text):
             break
-        if end == value.end() or not text.startswith("AND ", end):
+        conjunction = _AND.match(text, end)
+        if end == value.end() or conjunction is None:
             raise wrong(end, "expected AND")
-        position = _after_space(text, end + 4)
+        position = _after_space(text, conjunction.end())
     return tuple(terms)
 
 

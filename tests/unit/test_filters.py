@@ -54,7 +54,7 @@ def test_terms_are_read(text: str, terms: list[tuple[str, str, Any]]) -> None:
         ("size = 1234567890123456789", "at character 8: size must be a whole number of at most 18 digits"),
         ("name = A OR name = B", "at character 10: expected AND"),
         ("name = AAND name = B", "at character 13: expected AND"),
-        ("name = A AND", "at character 10: expected AND"),
+        ("name = A AND", "at character 13: expected one of name, size, state, time"),
         ("name = A AND ", "at character 14: expected one of name, size, state, time"),
         ('name = "A"AND name = B', "at character 11: expected AND"),
         ("x" * 1001, "has 1001 characters, at most 1000 are allowed"),
