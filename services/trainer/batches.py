@@ -9,15 +9,20 @@ from torch import Tensor
 
 from services.trainer.rows import Rows
 
+# What a row's number takes in memory is half of int64, where that will do.
+_NARROW_ROWS = 1 << 31
+_MAPPED_AT_ONCE = 1 << 20
 # Rows are gathered for many batches at once: one copy of 16 MiB costs less than a thousand small ones.
 _GATHERED_BYTES = 16 * 1024 * 1024
 
 
 def split(rows: int, *, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices to train on and indices held out (the share, rounded down), by a permutation that the seed fixes."""
-    order = torch.randperm(rows, generator=_generator(seed, "holdout"))
-    held_out = int(share * rows)
-    return order[held_out:].sort().values, order[:held_out].sort().values
+    order = _permutation(rows, seed, "holdout")
+    train, held_out = order[int(share * rows) :], order[: int(share * rows)]
+    for part in (train, held_out):
+        part.numpy().sort()  # where they lie: torch would take as much memory again, and as much for their places
+    return train, held_out
 
 
 class Batches:
@@ -32,12 +37,14 @@ class Batches:
     def of_epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from the `first` on, in the order that seed and epoch fix."""
         size, count = self._size, len(self._indices)
-        order = self._indices[torch.randperm(count, generator=_generator(self._seed, f"epoch {epoch}"))]
+        order = _permutation(count, self._seed, f"epoch {epoch}")
+        for part in torch.split(order, _MAPPED_AT_ONCE):
+            part.copy_(self._indices[part])
         gathered = max(1, _GATHERED_BYTES // (size * self._rows.row_bytes))
         # A resumed epoch gathers from where an uninterrupted one did: the offset of a batch in memory decides
         # which instructions its product is computed with, and with them the last bit.
         starts = range(first // gathered * gathered, -(-count // size), gathered)
-        taken = self._taken(order[start * size : (start + gathered) * size] for start in starts)
+        taken = self._taken(order[start * size : (start + gathered) * size].long() for start in starts)
         for start, (x, y) in zip(starts, taken, strict=True):
             yield from list(zip(torch.split(x, size), torch.split(y, size), strict=True))[max(0, first - start) :]
 
@@ -56,6 +63,8 @@ class Batches:
                 yield ahead.result()
 
 
-def _generator(seed: int, purpose: str) -> torch.Generator:
+def _permutation(count: int, seed: int, purpose: str) -> Tensor:
+    """The numbers below `count` in an order that seed and purpose fix: the same in int32 as in int64."""
     mixed = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(mixed[:8], "big") >> 1)
+    generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "big") >> 1)
+    return torch.randperm(count, generator=generator, dtype=torch.int32 if count < _NARROW_ROWS else torch.int64)

@@ -43,7 +43,7 @@ def evaluated(
     try:
         with torch.inference_mode():
             for part in torch.split(indices, at_once):
-                x, y = rows.take(part)
+                x, y = rows.take(part.long())
                 answers = module(x)
                 summed += plain(answers, y) * len(y)
                 if loss is LossKind.CROSS_ENTROPY:

@@ -24,32 +24,52 @@ class Rows:
         self._device = torch.device(device)
         self._x = x
         self.labelled = y.dtype.kind in "iu" and loss.takes_labels()
-        self._one_hot = outputs if self.labelled and loss is not LossKind.CROSS_ENTROPY and outputs > 1 else 0
-        labels = (
-            y.astype(np.int64)
-            if loss is LossKind.CROSS_ENTROPY or self._one_hot
-            else y.astype(np.float32).reshape(-1, outputs)
-        )
-        self._y = torch.from_numpy(labels).to(self._device)
+        self._classes = loss is LossKind.CROSS_ENTROPY or (self.labelled and outputs > 1)
+        self._outputs = outputs
+        self._one_hot = self._classes and loss is not LossKind.CROSS_ENTROPY
         self.row_bytes = max(1, x.nbytes // max(1, len(x)))
-        fits = x.nbytes <= _memory_bytes(self._device) // 4 if in_memory is None else in_memory
-        self._resident = _tensor(np.asarray(x)).to(self._device) if fits else None
+        size = x.nbytes + (0 if self._classes else y.nbytes)
+        fits = size <= _memory_bytes(self._device) // 4 if in_memory is None else in_memory
+        self._resident = _tensor(x).to(self._device) if fits else None
         self.on_disk = self._resident is None
+        self._y: Tensor | np.ndarray = y
+        if self._classes:
+            # Also where rows are read from disk: each label would be one more place to read from.
+            self._y = torch.from_numpy(y.astype(_holding_labels(outputs)))
+        elif fits:
+            self._y = torch.from_numpy(y.astype(np.float32)).reshape(-1, outputs)
+        if isinstance(self._y, Tensor) and fits:
+            self._y = self._y.to(self._device)
 
     def __len__(self) -> int:
-        return len(self._y)
+        return len(self._x)
 
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the rows at `indices` (int64, on the CPU), on the device."""
-        y = self._y[indices.to(self._device)]
+        if self._resident is None:
+            x, y = self._on_its_way(_tensor(self._x[indices.numpy()])), self._on_its_way(self._labels(indices))
+        else:
+            places = indices.to(self._device)
+            x, y = self._resident[places], self._labels(places)
+        if self._classes:
+            y = y.to(torch.int64)
         if self._one_hot:
-            y = torch.nn.functional.one_hot(y, self._one_hot).to(torch.float32)
-        if self._resident is not None:
-            return self._resident[indices.to(self._device)], y
-        x = _tensor(self._x[indices.numpy()])
-        if self._device.type == "cuda":
-            return x.pin_memory().to(self._device, non_blocking=True), y
+            y = torch.nn.functional.one_hot(y, self._outputs).to(torch.float32)
         return x, y
+
+    def _labels(self, places: Tensor) -> Tensor:
+        if isinstance(self._y, Tensor):
+            return self._y[places]
+        return torch.from_numpy(self._y[places.numpy()].astype(np.float32)).reshape(-1, self._outputs)
+
+    def _on_its_way(self, rows: Tensor) -> Tensor:
+        """What was read from disk, on the device: nobody waits until it is there."""
+        return rows.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else rows
+
+
+def _holding_labels(classes: int) -> type[np.uint8] | type[np.int32]:
+    """The smaller of two dtypes that torch can index by: of a hundred million rows a byte each, not eight."""
+    return np.uint8 if classes <= 1 << 8 else np.int32
 
 
 def _tensor(x: np.ndarray) -> Tensor:
