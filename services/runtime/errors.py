@@ -81,6 +81,20 @@ class Unavailable(ArenaError):
     """Something this answer needs cannot be reached now; the same call may succeed later."""
 
 
+class DiskFull(ResourceExhausted, Unavailable):
+    """A disk of this service has no room for what was to be written, so nothing was: the same call may succeed later.
+
+    A caller is told RESOURCE_EXHAUSTED and not to hurry; to those here who wait for what is away it is away.
+    `resource` is what could not be written.
+    """
+
+    REASON = "DISK_FULL"
+    RETRY_AFTER_S = 10.0
+
+    def __init__(self, message: str, /, *, resource: str) -> None:
+        super().__init__(self.REASON, message, retry_after_s=self.RETRY_AFTER_S, resource=resource)
+
+
 class DataLoss(ArenaError):
     """Stored bytes are gone or no longer what they were."""
 

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from services.runtime import errors
-from services.runtime.errors import ArenaError, FieldViolation, InvalidArgument, ResourceExhausted
+from services.runtime.errors import ArenaError, DiskFull, FieldViolation, InvalidArgument, ResourceExhausted
 
 DOMAIN = "tiltyard"
 STATUS_CODES: dict[type[ArenaError], grpc.StatusCode] = {
@@ -133,6 +133,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> ArenaError:
     if kind is InvalidArgument:
         violations = [FieldViolation(v.field, v.description) for v in bad_request.field_violations]
         result = InvalidArgument(violations, reason=reason, message=message)
+    elif kind is ResourceExhausted and reason == DiskFull.REASON:
+        result = DiskFull(message, resource="")
     elif kind is ResourceExhausted:
         wait_s = retry_info.retry_delay.ToNanoseconds() / 1e9 if has_retry else None
         result = ResourceExhausted(reason, message, retry_after_s=wait_s)

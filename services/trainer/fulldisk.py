@@ -13,9 +13,14 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _FULL
 
 
-def paused(error: OSError) -> str:
+def described(error: OSError) -> str:
+    """What a full disk is said to be."""
+    return f"the disk is full ({error.strerror})"
+
+
+def paused(trouble: str) -> str:
     """What is said of a run that waits for room."""
-    return f"paused: the disk is full ({error.strerror}); the run goes on when there is room"
+    return f"paused: {trouble}; the run goes on when there is room"
 
 
 def write_when_there_is_room(
@@ -33,7 +38,7 @@ def write_when_there_is_room(
             if not is_full(error):
                 raise
             if not waiting:
-                warn(paused(error))
+                warn(paused(described(error)))
             waiting = True
             if wait(RETRY_S):
                 return False

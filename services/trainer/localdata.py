@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from services.runtime.errors import FieldViolation, InvalidArgument, NotFound, ResourceExhausted
+from services.runtime.errors import DiskFull, FieldViolation, InvalidArgument, NotFound
 from services.trainer.config import LossKind
 from services.trainer.fulldisk import is_full
 from services.trainer.packed import FOLDER, PackedCopies, files_of, mark_of
@@ -104,7 +104,7 @@ class DataFolder:
             rows = examine(found.path, spec, loss, whole=not is_large(found.path))
         except OSError as error:
             if is_full(error):
-                raise ResourceExhausted("DISK_FULL", "the node's disk is full: the dataset cannot be packed") from error
+                raise DiskFull("the node's disk is full: the dataset cannot be packed", resource="dataset") from error
             raise InvalidArgument.field("dataset", f"cannot be read: {error}", reason="BAD_DATASET") from error
         return LocalDataset(rows=rows, mark=found.mark)
 

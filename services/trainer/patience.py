@@ -5,7 +5,7 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from services.runtime.errors import Aborted, ResourceExhausted, Unavailable
+from services.runtime.errors import Aborted, DiskFull, ResourceExhausted, Unavailable
 from services.trainer import fulldisk
 
 T = TypeVar("T")
@@ -25,6 +25,8 @@ async def persist(work: Callable[[], Awaitable[T]], *, say: Callable[[str], Awai
     while True:
         try:
             result = await work()
+        except DiskFull as error:
+            trouble, wait_s, full = fulldisk.paused(error.message), fulldisk.RETRY_S, True
         except ResourceExhausted as error:
             if error.retry_after_s is None:
                 raise
@@ -36,7 +38,7 @@ async def persist(work: Callable[[], Awaitable[T]], *, say: Callable[[str], Awai
         except OSError as error:
             if not fulldisk.is_full(error):
                 raise
-            trouble, wait_s, full = fulldisk.paused(error), fulldisk.RETRY_S, True
+            trouble, wait_s, full = fulldisk.paused(fulldisk.described(error)), fulldisk.RETRY_S, True
         else:
             if full:
                 await say(fulldisk.RESUMED)

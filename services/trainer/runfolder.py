@@ -27,6 +27,8 @@ JOURNAL_FILE = "submission.json"
 _ORDER_FILE = "run.json"
 _RESULT_FILE = "result.json"
 _LOCK_FILE = "lock"
+_CANCELLED_FILE = "cancelled"
+_KEPT_FILES = (MODEL_FILE, SPEC_FILE, JOURNAL_FILE)
 
 
 @dataclass(frozen=True)
@@ -120,15 +122,34 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def clear(folder: Path) -> None:
-    """Leaves the model, its spec and the submission's journal."""
+def mark_cancelled(folder: Path) -> None:
+    """Keeps durably that the run was asked to stop, with an empty file: in most file systems a full disk takes one."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / _CANCELLED_FILE).touch()
+    _sync(folder)
+
+
+def is_cancelled(folder: Path) -> bool:
+    """Whether `mark_cancelled` was called for it."""
+    return (folder / _CANCELLED_FILE).exists()
+
+
+def clear(folder: Path, *, keep_mark: bool = False) -> None:
+    """Leaves the model, its spec and the submission's journal, and by choice the mark of who was asked to stop."""
     if not folder.is_dir():
         return
+    kept = (*_KEPT_FILES, _CANCELLED_FILE) if keep_mark else _KEPT_FILES
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name not in (MODEL_FILE, SPEC_FILE, JOURNAL_FILE):
+        elif path.name not in kept:
             path.unlink(missing_ok=True)
+
+
+def is_clear(folder: Path) -> bool:
+    """Whether the folder holds a model and nothing but what `clear` leaves."""
+    names = {path.name for path in folder.iterdir()}
+    return MODEL_FILE in names and names.issubset(_KEPT_FILES)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -139,8 +160,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

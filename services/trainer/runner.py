@@ -67,6 +67,24 @@ class ChildProcesses:
         """Keeps the model of a training that has one to show, and nothing of any other."""
         await asyncio.to_thread(_clear, self._folder / training.id, keep_model=bool(training.model_digest))
 
+    async def let_go(self, training: Training) -> None:
+        """Makes room: of a run that is not to go on there stays a model, and the mark that it was asked to stop."""
+        await asyncio.to_thread(_clear, self._folder / training.id, keep_model=True, keep_mark=True)
+
+    async def mark_cancelled(self, training: Training) -> None:
+        """Keeps durably, beside the run, that it was asked to stop. Raises OSError."""
+        await asyncio.to_thread(runfolder.mark_cancelled, self._folder / training.id)
+
+    async def is_marked_cancelled(self, training: Training) -> bool:
+        """Whether `mark_cancelled` was called for it."""
+        return await asyncio.to_thread(runfolder.is_cancelled, self._folder / training.id)
+
+    async def uncleared(self) -> list[str]:
+        """The ids of all trainings of which more than a model is left."""
+        return await asyncio.to_thread(
+            lambda: [each.name for each in self._folder.iterdir() if not runfolder.is_clear(each)]
+        )
+
     async def _start(self, folder: Path) -> asyncio.subprocess.Process:
         # The child needs nothing of what the service was told, least of all where its key lies.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_FOR_CHILDREN)}
@@ -166,10 +184,10 @@ def _log_tail(folder: Path) -> str:
     return lines[-1][:500] if lines else ""
 
 
-def _clear(folder: Path, *, keep_model: bool) -> None:
+def _clear(folder: Path, *, keep_model: bool, keep_mark: bool = False) -> None:
     end_processes(folder)
     shutil.rmtree(runfolder.scratch(folder), ignore_errors=True)
     if keep_model:
-        runfolder.clear(folder)
+        runfolder.clear(folder, keep_mark=keep_mark)
     else:
         shutil.rmtree(folder, ignore_errors=True)

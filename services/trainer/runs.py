@@ -17,6 +17,7 @@ from services.trainer.ends import Broken, Died, End, Note, Trained, Warned
 from services.trainer.live import LiveTrainings
 from services.trainer.patience import FIRST_PAUSE_S, LONGEST_PAUSE_S, persist
 from services.trainer.progress import Progress
+from services.trainer.recovery import Remains, recover
 from services.trainer.training import Training, TrainingState, TrainingStore
 from tiltyard.telemetry import tracing
 
@@ -29,7 +30,7 @@ T = TypeVar("T")
 _log = structlog.get_logger("tiltyard.trainer")
 
 
-class Children(Protocol):
+class Children(Remains, Protocol):
     """Runs trainings in processes of their own."""
 
     async def train(
@@ -41,8 +42,12 @@ class Children(Protocol):
         """
         ...
 
-    async def clear(self, training: Training) -> None:
-        """Removes what an ended training no longer needs."""
+    async def let_go(self, training: Training) -> None:
+        """Makes room: of a run that is not to go on there stays a model, and the mark that it was asked to stop."""
+        ...
+
+    async def mark_cancelled(self, training: Training) -> None:
+        """Keeps durably, beside the run, that it was asked to stop. Raises OSError."""
         ...
 
 
@@ -101,10 +106,16 @@ class Runs:
         """Something was queued."""
         self._wake.set()
 
+    async def mark_cancelled(self, training: Training) -> None:
+        """Keeps beside its run that a training was asked to stop, where the store takes nothing. Raises OSError."""
+        await self._children.mark_cancelled(training)
+
     def interrupt(self, training: str) -> None:
         """Stops what runs for a training that was asked to stop."""
         task = self._tasks.get(training)
-        if task is not None and training not in self._interrupted:
+        if task is None:
+            self._wake.set()
+        elif training not in self._interrupted:
             self._interrupted.add(training)
             task.cancel()
 
@@ -112,7 +123,7 @@ class Runs:
         """Works until it is cancelled; then every process is gone and every state is written down."""
         free = list(itertools.chain.from_iterable([device] * self._runs_per_device for device in self._devices))
         try:
-            await self._recover()
+            await persist(self._recover, say=_say_waiting)
             while True:
                 self._wake.clear()
                 for training in self._live.all():
@@ -135,9 +146,7 @@ class Runs:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _recover(self) -> None:
-        for found in await self._store.unended():
-            training = await self._store.change(found.id, Training.queued)
-            self._live.publish(training, await self._store.history(training.id))
+        await recover(store=self._store, live=self._live, remains=self._children, clock=self._clock)
         await self._forget_bases()
 
     def _begin_on(self, free: list[str], training: Training) -> None:
@@ -175,6 +184,8 @@ class Runs:
             await self._fail(training.id, f"internal error: {type(error).__name__}; see the service's log")
 
     async def _cancelled(self, training: Training) -> None:
+        # What it holds goes first: on a full disk that is the room to write down that it has ended.
+        await self._children.let_go(training)
         point = self._newest(training.id)
         await self._end(training.id, lambda each: each.cancelled(now=self._clock(), progress=point))
 
@@ -310,3 +321,7 @@ class Runs:
         """A training with what has been noted of it since it was written down."""
         current = self._live.get(training.id)
         return training if current is None else replace(training, warnings=current.warnings, data=current.data)
+
+
+async def _say_waiting(trouble: str) -> None:
+    _log.warning("the queue waits for its database", trouble=trouble)

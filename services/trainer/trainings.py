@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
 
-from services.runtime.errors import FailedPrecondition, InvalidArgument
+from services.runtime.errors import FailedPrecondition, InvalidArgument, Unavailable
 from services.trainer.config import LossKind, TrainingConfig
 from services.trainer.live import LiveTrainings
 from services.trainer.localdata import LocalDataset
@@ -74,6 +74,10 @@ class Queue(Protocol):
 
     def wake(self) -> None:
         """Something was queued."""
+        ...
+
+    async def mark_cancelled(self, training: Training) -> None:
+        """Keeps beside its run that a training was asked to stop, where the store takes nothing. Raises OSError."""
         ...
 
     def interrupt(self, training: str) -> None:
@@ -160,12 +164,29 @@ class Trainings:
             yield current
 
     async def cancel(self, training: str) -> Training:
-        """Asks a training to stop; one that has ended stays as it is. Raises NotFound."""
-        asked = await self._store.change(training, lambda each: each.cancel(now=self._clock()), answers=True)
+        """Asks a training to stop; one that has ended stays as it is. Raises NotFound.
+
+        What runs is stopped also while the store takes nothing, as on a full disk, and is not resumed after a restart.
+        Raises Unavailable where that cannot be kept beside the run either: then nothing has changed.
+        """
+        try:
+            asked = await self._store.change(training, lambda each: each.cancel(now=self._clock()), answers=True)
+        except Unavailable as error:
+            asked = await self._cancel_beside_the_run(training, error)
         if self._live.get(training) is not None:
             self._live.publish(asked)
         self._queue.interrupt(training)
         return asked
+
+    async def _cancel_beside_the_run(self, training: str, trouble: Unavailable) -> Training:
+        current = await self.get(training)
+        if current.ended:
+            return current
+        try:
+            await self._queue.mark_cancelled(current)
+        except OSError:
+            raise trouble from None
+        return replace(current, cancel_requested=True)
 
     async def _model(self, new: NewTraining) -> tuple[ModelSpec, LossKind, str]:
         """What is trained, by which objective, and what it begins with."""

@@ -184,7 +184,8 @@ def _every_error() -> list[ArenaError]:
 
 def test_the_table_has_a_row_for_every_domain_error() -> None:
     defined = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ArenaError)}
-    assert defined - {ArenaError} == set(STATUS_CODES)
+    # A full disk is a ResourceExhausted to those who called, and has no code of its own.
+    assert defined - {ArenaError, errors.DiskFull} == set(STATUS_CODES)
     assert len(set(STATUS_CODES.values())) == len(STATUS_CODES)
 
 
@@ -208,6 +209,16 @@ async def test_each_row_of_the_table_there_and_back(error: ArenaError) -> None:
         assert delay.ToTimedelta().total_seconds() == 12.5
         assert isinstance(back, ResourceExhausted)
         assert back.retry_after_s == 12.5
+
+
+async def test_a_peer_whose_disk_is_full_is_one_to_wait_for() -> None:
+    async with serving(mount(Shapes(raising(errors.DiskFull("no room", resource="database"))))) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(channel, "unary_unary")
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    back = from_rpc_error(caught.value)
+    assert isinstance(back, errors.Unavailable)
+    assert (back.reason, back.metadata) == ("DISK_FULL", {"resource": "database"})
 
 
 async def test_an_error_with_very_many_fields_still_arrives() -> None:

@@ -60,9 +60,9 @@ def service(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Key]
             process.wait()
 
 
-def fill(disk: Path) -> Path:
+def fill(disk: Path, *, name: str = "filler") -> Path:
     """A file that takes all room there is."""
-    filler = disk / "filler"
+    filler = disk / name
     with filler.open("wb", buffering=0) as file:
         for size in (65536, 4096, 1):
             with pytest.raises(OSError, match="No space left"):  # noqa: PT012 -- until there is no more
@@ -78,6 +78,8 @@ async def test_a_training_pauses_on_a_full_disk_says_so_and_goes_on_when_there_i
     async with Node(key, address=address, node_id=key.id) as node:
         trainer = RunningTrainer(node, address, tmp_path / "state")
         disk = Path(f"/proc/{process.pid}/root{trainer.state}")
+        await persist(lambda: node.trainings.ListTrainings(pb.ListTrainingsRequest()))
+        await cancelled_while_it_is_full(trainer, disk)
         config = pb.TrainingConfig(epochs=40, checkpoint_interval_steps=20)
         name = (await persist(lambda: trainer.start(config=config, request_id="one"))).name
         filler, paused_at = None, 0
@@ -88,14 +90,43 @@ async def test_a_training_pauses_on_a_full_disk_says_so_and_goes_on_when_there_i
                 paused_at = training.progress.step
                 assert training.state == pb.TRAINING_STATE_RUNNING
                 assert re.match("paused: the disk is full .* the run goes on when there is room", training.warnings[0])
-                # What cannot be written down is not begun.
-                assert (await refused(trainer.start(epochs=LONG))).code is grpc.StatusCode.UNAVAILABLE
                 (child,) = children(trainer.state)
                 filler.unlink()
         assert 0 < paused_at < training.progress.total_steps == training.progress.step
         assert training.state == pb.TRAINING_STATE_SUCCEEDED
         assert training.warnings[1] == "the disk has room again: the run goes on"
         assert not child.is_running()
-        kept = disk / "trainings" / name.removeprefix("trainings/")
+        kept = trainer_folder(disk, name)
         assert sorted(path.name for path in kept.iterdir()) == ["model.safetensors", "spec.json"]
-        assert len((await node.trainings.ListTrainings(pb.ListTrainingsRequest())).trainings) == 1
+        assert len((await node.trainings.ListTrainings(pb.ListTrainingsRequest())).trainings) == 2
+
+
+async def cancelled_while_it_is_full(trainer: RunningTrainer, disk: Path) -> None:
+    """A paused run ends though nothing can be written, and takes with it what it had."""
+    config = pb.TrainingConfig(epochs=LONG, checkpoint_interval_steps=20)
+    name = (await trainer.start(config=config)).name
+    filler = None
+    async for training in trainer.watch(name):
+        if filler is None and (trainer_folder(disk, name) / "checkpoint.safetensors").exists():
+            filler = fill(disk)
+        elif filler is not None and training.warnings:
+            break
+    assert filler is not None
+    # What was half written when the first one came may have made room again by being given up.
+    fillers = [filler, fill(disk, name="more")]
+    # What cannot be written down is not begun, and it is said what is full.
+    error = await refused(trainer.start(epochs=LONG, request_id="not now"))
+    assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL")
+    assert (error.retry_after_s, error.metadata["resource"]) == (10.0, "database")
+    assert "nothing was changed" in error.message
+    await trainer.cancel(name)
+    ended = await trainer.until(name)
+    assert ended.state == pb.TRAINING_STATE_CANCELLED
+    assert not children(trainer.state)
+    assert not trainer_folder(disk, name).exists()
+    for each in fillers:
+        each.unlink()
+
+
+def trainer_folder(disk: Path, name: str) -> Path:
+    return disk / "trainings" / name.removeprefix("trainings/")

@@ -15,7 +15,7 @@ from sqlmodel import Field, Session, SQLModel, select
 
 from services.runtime.database import Database
 from services.runtime.engines import found_rows
-from services.runtime.errors import AlreadyExists, Unavailable
+from services.runtime.errors import AlreadyExists, DiskFull, Unavailable
 from services.runtime.idempotency import PendingRequest, Replayed, _pending
 from services.runtime.writer import Group
 
@@ -363,6 +363,23 @@ async def test_what_the_database_is_to_blame_for_is_told_and_harms_no_neighbour(
     assert await database.read(lambda session: session.get(Mark, "kept")) is not None
     with pytest.raises(Unavailable):
         await database.read(fail)
+
+
+async def test_a_full_disk_is_told_as_such(database: Database) -> None:
+    class Full(Exception):
+        sqlstate = "53100"
+
+    def fail(session: Session) -> None:
+        try:
+            raise OperationalError("INSERT", {}, Full())
+        finally:
+            # So ends what SQLite has given up: the way back to the savepoint fails, too.
+            raise OperationalError("ROLLBACK TO SAVEPOINT", {}, Exception("no such savepoint"))
+
+    with pytest.raises(DiskFull) as told:
+        await database.write(fail)
+    assert (told.value.reason, told.value.metadata) == ("DISK_FULL", {"resource": "database"})
+    assert isinstance(told.value, Unavailable)  # to whoever waits for a database that is away
 
 
 def count_of(name: str) -> Callable[[Connection], list[int]]:

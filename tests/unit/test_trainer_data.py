@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from services.runtime.errors import InvalidArgument, ResourceExhausted
+from services.runtime.errors import DiskFull, InvalidArgument
 from services.trainer.config import LossKind
 from services.trainer.datareport import DataReport, report_on
 from services.trainer.fulldisk import write_when_there_is_room
@@ -204,7 +204,7 @@ async def test_a_disk_that_is_too_full_to_pack_is_named(tmp_path: Path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("services.trainer.packed.pack", full)
-    with pytest.raises(ResourceExhausted, match="disk is full"):
+    with pytest.raises(DiskFull, match="disk is full"):
         await DataFolder(tmp_path).check("a.csv", spec=ModelSpec((2,), 2, Linear()), loss=LossKind.CROSS_ENTROPY)
 
 

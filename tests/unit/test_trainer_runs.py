@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from services.runtime.errors import FailedPrecondition, NotFound, ResourceExhausted, Unavailable
+from services.runtime.errors import ArenaError, DiskFull, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
 from services.trainer import fulldisk
 from services.trainer.config import LossKind, TrainingConfig
 from services.trainer.ends import Broken, Died, End, Note, Trained
@@ -18,6 +18,7 @@ from services.trainer.patience import persist
 from services.trainer.progress import Progress
 from services.trainer.runs import Runs
 from services.trainer.training import ENDED, Training, TrainingState
+from services.trainer.trainings import Trainings
 from tiltyard.modelspec import Linear, ModelSpec
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -47,11 +48,12 @@ class Store:
         self.trainings: dict[str, Training] = {}
         self.histories: dict[str, Sequence[Progress]] = {}
         self.away = 0
+        self.trouble: ArenaError = Unavailable("DATABASE_UNAVAILABLE", "the database cannot be used at present")
 
     def _write(self) -> None:
         if self.away:
             self.away -= 1
-            raise Unavailable("DATABASE_UNAVAILABLE", "the database cannot be used at present")
+            raise self.trouble
 
     async def get(self, training: str) -> Training:
         if training not in self.trainings:
@@ -81,6 +83,9 @@ class Children:
         self.running: dict[str, tuple[str, asyncio.Future[End]]] = {}
         self.started: list[str] = []
         self.cleared: list[str] = []
+        self.marked: set[str] = set()
+        self.left: list[str] = []
+        self.on_let_go: Callable[[], None] = lambda: None
         self.refusals: list[OSError] = []
         self.changed = asyncio.Event()
 
@@ -102,6 +107,19 @@ class Children:
 
     async def clear(self, training: Training) -> None:
         self.cleared.append(training.id)
+
+    async def let_go(self, training: Training) -> None:
+        assert training.id not in self.running
+        self.on_let_go()
+
+    async def mark_cancelled(self, training: Training) -> None:
+        self.marked.add(training.id)
+
+    async def is_marked_cancelled(self, training: Training) -> bool:
+        return training.id in self.marked
+
+    async def uncleared(self) -> Sequence[str]:
+        return self.left
 
     def end(self, name: str, end: End) -> None:
         self.running[name][1].set_result(end)
@@ -145,6 +163,16 @@ class World:
             clock=lambda: NOW,
         )
 
+        self.trainings = Trainings(
+            store=self.store,  # type: ignore[arg-type]
+            live=self.live,
+            queue=self.runs,
+            datasets=None,  # type: ignore[arg-type]  # nothing is started through it
+            tasks=None,  # type: ignore[arg-type]
+            new_id=str,
+            clock=lambda: NOW,
+        )
+
     async def _on_model(self, _training: Training) -> None:
         pass
 
@@ -177,8 +205,11 @@ class World:
 
 
 @asynccontextmanager
-async def world(*, devices: Sequence[str] = ("cpu",), runs_per_device: int = 1) -> AsyncIterator[World]:
+async def world(
+    *, devices: Sequence[str] = ("cpu",), runs_per_device: int = 1, before: Callable[[World], None] = lambda _: None
+) -> AsyncIterator[World]:
     made = World(devices=devices, runs_per_device=runs_per_device)
+    before(made)
     task = asyncio.ensure_future(made.runs.run())
     try:
         yield made
@@ -271,6 +302,65 @@ async def test_what_was_asked_to_stop_between_two_steps_is_not_begun() -> None:
         it.start(training("a", state=TrainingState.SUBMITTING, cancel_requested=True, model_digest=b"a" * 32))
         assert (await it.until_ended("a")).state is TrainingState.CANCELLED
     assert it.registry.submitted == []
+
+
+FULL_DATABASE = DiskFull("the disk of the service's database is full, nothing was changed", resource="database")
+
+
+async def test_a_run_is_cancelled_while_the_disk_is_full_and_what_it_held_makes_room() -> None:
+    async with world() as it:
+        it.start(training("a"), training("b"))
+        await it.until_running("a")
+        it.store.trouble, it.store.away = FULL_DATABASE, 10**9
+
+        def make_room() -> None:
+            it.store.away = 0
+
+        it.children.on_let_go = make_room
+        asked = await it.trainings.cancel("a")
+        assert (asked.state, asked.cancel_requested) == (TrainingState.RUNNING, True)
+        assert it.children.marked == {"a"}
+        await it.until_running("b")
+        assert it.store.trainings["a"].state is TrainingState.CANCELLED
+        assert "a" in it.children.cleared
+        # One that has ended stays as it is, also where that cannot be written again.
+        it.store.away = 1
+        assert (await it.trainings.cancel("a")).state is TrainingState.CANCELLED
+
+
+async def test_a_cancellation_that_can_be_kept_nowhere_is_refused_and_changes_nothing() -> None:
+    async with world() as it:
+        it.start(training("a"))
+        await it.until_running("a")
+        it.store.trouble, it.store.away = FULL_DATABASE, 1
+
+        async def full(_training: Training) -> None:
+            raise FULL
+
+        it.children.mark_cancelled = full  # type: ignore[method-assign]
+        with pytest.raises(DiskFull) as refused:
+            await it.trainings.cancel("a")
+        assert refused.value.retry_after_s is not None
+        assert "a" in it.children.running
+        it.children.end("a", Trained(b"a" * 32))
+        assert (await it.until_ended("a")).state is TrainingState.SUCCEEDED
+
+
+async def test_a_start_on_a_full_disk_is_waited_out_and_what_was_cancelled_beside_its_run_ends() -> None:
+    def found(it: World) -> None:
+        for name, state in (("a", TrainingState.RUNNING), ("b", TrainingState.RUNNING), ("c", TrainingState.FAILED)):
+            it.store.trainings[name] = training(name, state=state)
+        it.children.marked = {"a"}
+        it.children.left = ["a", "b", "c", "of nobody"]
+        it.store.trouble, it.store.away = FULL_DATABASE, 3
+
+    async with world(before=found) as it:
+        await it.until_running("b")
+        assert it.children.started == ["b"]
+        assert (await it.until_ended("a")).state is TrainingState.CANCELLED
+        # The service died before it had cleared up after c.
+        assert it.children.cleared.count("c") == 1
+        assert "of nobody" not in it.children.cleared
 
 
 async def test_a_base_model_is_awaited_without_a_device_and_kept_while_it_is_needed() -> None:

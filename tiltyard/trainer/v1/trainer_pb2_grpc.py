@@ -71,7 +71,8 @@ class TrainingServiceServicer:
 
         Errors: INVALID_ARGUMENT for a configuration out of bounds or a dataset that does not fit the model (both shapes are named);
         NOT_FOUND for a dataset that is not in the node's data folder, or an unknown task; FAILED_PRECONDITION for a submission that
-        the task does not take, or a base model that it does not let this node read.
+        the task does not take, or a base model that it does not let this node read; RESOURCE_EXHAUSTED (DISK_FULL), with what could
+        not be written as `resource`, where the node's disk has no room for it: nothing was changed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,7 +100,10 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelTraining(self, request, context):
-        """CancelTraining stops a training within a second; one that has ended stays as it is.
+        """CancelTraining stops a training within a second; one that has ended stays as it is. What runs is stopped also while the node's
+        disk is full or its database away: it ends as CANCELLED once that can be written, and is not resumed after a restart.
+
+        Errors: RESOURCE_EXHAUSTED (DISK_FULL) or UNAVAILABLE where even that cannot be kept; then nothing was changed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

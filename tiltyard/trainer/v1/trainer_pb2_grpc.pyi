@@ -38,7 +38,8 @@ class TrainingServiceStub:
 
     Errors: INVALID_ARGUMENT for a configuration out of bounds or a dataset that does not fit the model (both shapes are named);
     NOT_FOUND for a dataset that is not in the node's data folder, or an unknown task; FAILED_PRECONDITION for a submission that
-    the task does not take, or a base model that it does not let this node read.
+    the task does not take, or a base model that it does not let this node read; RESOURCE_EXHAUSTED (DISK_FULL), with what could
+    not be written as `resource`, where the node's disk has no room for it: nothing was changed.
     """
     GetTraining: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.GetTrainingRequest, _trainer_pb2.GetTrainingResponse]
     """GetTraining reads one training."""
@@ -47,7 +48,11 @@ class TrainingServiceStub:
     WatchTraining: _grpc.UnaryStreamMultiCallable[_trainer_pb2.WatchTrainingRequest, _trainer_pb2.WatchTrainingResponse]
     """WatchTraining streams the history so far, thinned, then each step of progress until the training ends."""
     CancelTraining: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.CancelTrainingRequest, _trainer_pb2.CancelTrainingResponse]
-    """CancelTraining stops a training within a second; one that has ended stays as it is."""
+    """CancelTraining stops a training within a second; one that has ended stays as it is. What runs is stopped also while the node's
+    disk is full or its database away: it ends as CANCELLED once that can be written, and is not resumed after a restart.
+
+    Errors: RESOURCE_EXHAUSTED (DISK_FULL) or UNAVAILABLE where even that cannot be kept; then nothing was changed.
+    """
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
@@ -59,7 +64,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
 
     Errors: INVALID_ARGUMENT for a configuration out of bounds or a dataset that does not fit the model (both shapes are named);
     NOT_FOUND for a dataset that is not in the node's data folder, or an unknown task; FAILED_PRECONDITION for a submission that
-    the task does not take, or a base model that it does not let this node read.
+    the task does not take, or a base model that it does not let this node read; RESOURCE_EXHAUSTED (DISK_FULL), with what could
+    not be written as `resource`, where the node's disk has no room for it: nothing was changed.
     """
     GetTraining: _aio.UnaryUnaryMultiCallable[_trainer_pb2.GetTrainingRequest, _trainer_pb2.GetTrainingResponse]  # type: ignore[assignment]
     """GetTraining reads one training."""
@@ -68,7 +74,11 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     WatchTraining: _aio.UnaryStreamMultiCallable[_trainer_pb2.WatchTrainingRequest, _trainer_pb2.WatchTrainingResponse]  # type: ignore[assignment]
     """WatchTraining streams the history so far, thinned, then each step of progress until the training ends."""
     CancelTraining: _aio.UnaryUnaryMultiCallable[_trainer_pb2.CancelTrainingRequest, _trainer_pb2.CancelTrainingResponse]  # type: ignore[assignment]
-    """CancelTraining stops a training within a second; one that has ended stays as it is."""
+    """CancelTraining stops a training within a second; one that has ended stays as it is. What runs is stopped also while the node's
+    disk is full or its database away: it ends as CANCELLED once that can be written, and is not resumed after a restart.
+
+    Errors: RESOURCE_EXHAUSTED (DISK_FULL) or UNAVAILABLE where even that cannot be kept; then nothing was changed.
+    """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     """TrainingService runs trainings on this node. It obeys the node's own key and the operators named in its settings."""
@@ -83,7 +93,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: INVALID_ARGUMENT for a configuration out of bounds or a dataset that does not fit the model (both shapes are named);
         NOT_FOUND for a dataset that is not in the node's data folder, or an unknown task; FAILED_PRECONDITION for a submission that
-        the task does not take, or a base model that it does not let this node read.
+        the task does not take, or a base model that it does not let this node read; RESOURCE_EXHAUSTED (DISK_FULL), with what could
+        not be written as `resource`, where the node's disk has no room for it: nothing was changed.
         """
 
     @_abc_1.abstractmethod
@@ -116,6 +127,10 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_pb2.CancelTrainingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.CancelTrainingResponse, _abc.Awaitable[_trainer_pb2.CancelTrainingResponse]]:
-        """CancelTraining stops a training within a second; one that has ended stays as it is."""
+        """CancelTraining stops a training within a second; one that has ended stays as it is. What runs is stopped also while the node's
+        disk is full or its database away: it ends as CANCELLED once that can be written, and is not resumed after a restart.
+
+        Errors: RESOURCE_EXHAUSTED (DISK_FULL) or UNAVAILABLE where even that cannot be kept; then nothing was changed.
+        """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
