@@ -1,4 +1,4 @@
-"""What a caller is told when the database is lost: that its disk is full or it cannot be used at present, and no more."""
+"""What a caller is told when the database is lost: that its disk is full, or that it is away, and no more."""
 
 import sqlite3
 from collections.abc import Iterator

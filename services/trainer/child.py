@@ -1,7 +1,8 @@
 """`python -m services.trainer.child RUN_DIR PARENT_PID`: one training in a process of its own.
 
-Says what happens as JSON lines on standard output: `progress`, `warning`, and at the end `trained` or `broken`. Ends
-without a last word when it is told to stop (SIGTERM, after a checkpoint) or dies; started again, it goes on.
+Says what happens as JSON lines on standard output: `preparing`, `data`, `progress`, `warning`, and at the end `trained`
+or `broken`. Ends without a last word when it is told to stop (SIGTERM, after a checkpoint) or dies; started again, it
+goes on.
 """
 
 import json
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,9 @@ from services.modelserver.sandbox import die_with_parent
 from services.runtime.errors import InvalidArgument
 from services.trainer import runfolder
 from services.trainer.config import Executor
-from services.trainer.datareport import DataReport, report_on
-from services.trainer.fulldisk import write_when_there_is_room
-from services.trainer.localdata import class_count, examine, is_large
+from services.trainer.preparing import looked_through, packed
 from services.trainer.runfolder import Say
-from tiltyard.datasets import Dataset
+from tiltyard.datasets import Dataset, DatasetError
 
 
 def main() -> None:
@@ -50,12 +50,20 @@ def main() -> None:
 def _train(folder: Path, say: Say) -> int:
     order = runfolder.read_order(folder)
     stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda _number, _frame: stopped.set())
-    dataset = Dataset.open(order.dataset)
+    # Packing may be ended anywhere: it leaves nothing, and nothing of it is worth keeping.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(runfolder.STOPPED_STATUS))
+    using = ExitStack()  # never left: a packed copy is held until the last word
     try:
-        report = _data_report(folder, order, dataset, say, stopped)
+        if not packed(order, say, using.enter_context, stopped.wait):
+            return runfolder.STOPPED_STATUS
+        signal.signal(signal.SIGTERM, lambda _number, _frame: stopped.set())
+        dataset = Dataset.open(order.dataset)
+        report = looked_through(folder, order, dataset, say, stopped)
     except InvalidArgument as error:
         say({"event": "broken", "error": f"dataset: {error.message}"})
+        return 1
+    except DatasetError as error:
+        say({"event": "broken", "error": f"dataset: is not a dataset: {error}"})
         return 1
     if report is None:
         return runfolder.STOPPED_STATUS
@@ -83,30 +91,6 @@ def _train(folder: Path, say: Say) -> int:
             stop()
 
     return train(folder, say=say, stopped=stopped, on_stop=on_stop)
-
-
-def _data_report(
-    folder: Path, order: runfolder.Order, dataset: Dataset, say: Say, stopped: threading.Event
-) -> DataReport | None:
-    """Looks through the dataset when the training begins; one that resumes has it in its folder.
-
-    None where it was told to stop while the disk was full.
-    """
-    kept = runfolder.data_report(folder)
-    if kept.exists():
-        return DataReport.from_json(json.loads(kept.read_text()))
-    if is_large(order.dataset):
-        examine(order.dataset, order.spec, order.loss)
-    classes = class_count(dataset, order.spec, order.loss)
-    report: DataReport | None = None
-
-    def look() -> None:
-        nonlocal report
-        report = report or report_on(dataset, classes=classes, scratch=folder)
-        runfolder.write_json(kept, report.to_json())
-
-    write_when_there_is_room(look, warn=lambda text: say({"event": "warning", "text": text}), wait=stopped.wait)
-    return report
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ class Precision(StrEnum):
 class TrainingConfig:
     """A complete configuration; the meaning of each field is that of tiltyard.trainer.v1.TrainingConfig.
 
-    Where a caller leaves epochs or label smoothing to data and loss, services.trainer.trainings fills them in.
+    Where a caller leaves epochs or label smoothing to data and loss, services.trainer.trainings fills them in; epochs
+    are 0 until the rows are known.
     """
 
     epochs: int = 30

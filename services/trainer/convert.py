@@ -9,6 +9,7 @@ from services.runtime.errors import InvalidArgument
 from services.runtime.fields import FieldChecks
 from services.runtime.names import format_artifact, format_task, format_training, parse_task
 from services.trainer.config import Executor, LossKind, OptimizerKind, Precision, ScheduleKind, TrainingConfig
+from services.trainer.ends import Stage
 from services.trainer.progress import Progress
 from services.trainer.schedule import DEFAULT_EPOCHS
 from services.trainer.training import Training, TrainingPage, TrainingState
@@ -64,6 +65,10 @@ _STATE_NUMBERS = {
     TrainingState.SUCCEEDED: pb.TRAINING_STATE_SUCCEEDED,
     TrainingState.FAILED: pb.TRAINING_STATE_FAILED,
     TrainingState.CANCELLED: pb.TRAINING_STATE_CANCELLED,
+}
+_STAGE_NUMBERS = {
+    Stage.PACKING: pb.PREPARATION_STAGE_PACKING,
+    Stage.EXAMINING: pb.PREPARATION_STAGE_EXAMINING,
 }
 _DEFAULT_LEARNING_RATE = {OptimizerKind.ADAMW: 0.003, OptimizerKind.SGD: 0.05}
 _DEFAULT_WEIGHT_DECAY = {OptimizerKind.ADAMW: 0.01, OptimizerKind.SGD: 0.0}
@@ -205,6 +210,10 @@ def training_to_proto(training: Training) -> pb.Training:
     )
     if training.data is not None:
         message.data.CopyFrom(pb.DataReport(**training.data.to_json()))
+    if training.preparation is not None:
+        found = training.preparation
+        message.preparation.stage = _STAGE_NUMBERS[found.stage]
+        message.preparation.rows, message.preparation.total_rows = found.rows, found.total_rows
     if training.progress is not None:
         message.progress.CopyFrom(_progress_to_proto(training.progress))
     if training.ended_at is not None:

@@ -1,5 +1,6 @@
 """What is in a local dataset, found out before the first step: balance, ranges, values that are none, duplicates."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -54,8 +55,12 @@ class DataReport:
         return found
 
 
-def report_on(dataset: Dataset, *, classes: int | None, scratch: Path) -> DataReport:
+def report_on(
+    dataset: Dataset, *, classes: int | None, scratch: Path, progress: Callable[[int], None] = lambda _: None
+) -> DataReport:
     """Reads the dataset once, in chunks of at most 8 MiB. `classes` is None for a regression.
+
+    `progress` is told after each how many rows have been read.
 
     Rows are compared by a 64-bit hash: of a billion different rows, two are taken for equal with a chance of 3%. The
     hashes are put aside in the folder `scratch`, 16 bytes a row, so that only some of them are in memory. Raises
@@ -79,6 +84,7 @@ def report_on(dataset: Dataset, *, classes: int | None, scratch: Path) -> DataRe
             if classes is not None:
                 class_rows += np.bincount(labels, minlength=classes)
             repeats.add(flat, labels)
+            progress(start + len(part))
         duplicates, contradicting = repeats.count()
     return DataReport(
         rows=len(dataset),

@@ -1,6 +1,7 @@
 """What a run says of itself, and the ways in which it ends."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from services.trainer.datareport import DataReport
 
@@ -36,4 +37,20 @@ class Warned:
     text: str
 
 
-Note = Warned | DataReport
+class Stage(StrEnum):
+    """What is done with a dataset before the first step."""
+
+    PACKING = "packing"
+    EXAMINING = "examining"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How far a run is with its dataset before the first step; `total_rows` is 0 while they are not known."""
+
+    stage: Stage
+    rows: int
+    total_rows: int
+
+
+Note = Warned | DataReport | Preparation

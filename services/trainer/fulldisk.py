@@ -1,10 +1,15 @@
 """A full disk pauses a run: what was to be written is tried again until there is room."""
 
 import errno
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 RETRY_S = 2.0
 RESUMED = "the disk has room again: the run goes on"
+# Of the room that did not suffice: a log that was rotated is no reason to read a source of many gigabytes again.
+_WORTH_A_TRY = 64
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -21,6 +26,26 @@ def described(error: OSError) -> str:
 def paused(trouble: str) -> str:
     """What is said of a run that waits for room."""
     return f"paused: {trouble}; the run goes on when there is room"
+
+
+class Room:
+    """Does work that fills a disk, and not again before the disk has more room than the last attempt began with."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._too_little_bytes = -1
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Raises OSError, as `work` does or because it would again; nothing was done then."""
+        found = shutil.disk_usage(self._folder).free
+        if found <= self._too_little_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        try:
+            work()
+        except OSError as error:
+            if error.errno == errno.ENOSPC:  # a quota does not show in what is free
+                self._too_little_bytes = found + found // _WORTH_A_TRY
+            raise
 
 
 def write_when_there_is_room(

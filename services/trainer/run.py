@@ -16,6 +16,7 @@ from services.trainer.meter import Diverged
 from services.trainer.progress import Progress
 from services.trainer.rows import Rows
 from services.trainer.runfolder import STOPPED_STATUS, Say
+from services.trainer.schedule import completed
 from services.trainer.workers import Workers
 from tiltyard.datasets import Dataset
 from tiltyard.models import Network, load_model, load_weights, save_weights
@@ -57,9 +58,10 @@ def train(
         return write_when_there_is_room(what, warn=warn, wait=stopped.wait)
 
     dataset = Dataset.open(order.dataset)
+    config = completed(order.config, rows=len(dataset))
     rows = Rows(dataset.x, dataset.y, loss=order.loss, outputs=order.spec.outputs, device=device)
     descent = Descent(
-        spec=order.spec, loss=order.loss, config=order.config, rows=rows, device=device, warn=warn, workers=workers
+        spec=order.spec, loss=order.loss, config=config, rows=rows, device=device, warn=warn, workers=workers
     )
     on_stop(descent.stop)
 

@@ -35,7 +35,8 @@ _KEPT_FILES = (MODEL_FILE, SPEC_FILE, JOURNAL_FILE)
 class Order:
     """Everything that a child needs to know. `threads` is fixed for a run: sums depend on it to the last bit.
 
-    `base_model` holds the weights to begin with and is named by its SHA-256; None begins with fresh ones.
+    `base_model` holds the weights to begin with and is named by its SHA-256; None begins with fresh ones. Where there
+    is a `source`, `dataset` is the copy that it is packed into, one of those below the `data` folder.
     """
 
     dataset: Path
@@ -45,6 +46,9 @@ class Order:
     device: str
     threads: int
     base_model: Path | None = None
+    source: Path | None = None
+    data: Path = Path()
+    packed_bytes: int = 0
 
 
 def prepare(folder: Path, order: Order) -> None:
@@ -62,6 +66,9 @@ def prepare(folder: Path, order: Order) -> None:
             "device": order.device,
             "threads": order.threads,
             "base_model": str(order.base_model) if order.base_model else None,
+            "source": str(order.source) if order.source else None,
+            "data": str(order.data),
+            "packed_bytes": order.packed_bytes,
         },
     )
 
@@ -77,6 +84,9 @@ def read_order(folder: Path) -> Order:
         device=raw["device"],
         threads=raw["threads"],
         base_model=Path(raw["base_model"]) if raw.get("base_model") else None,
+        source=Path(raw["source"]) if raw.get("source") else None,
+        data=Path(raw.get("data", "")),
+        packed_bytes=raw.get("packed_bytes", 0),
     )
 
 

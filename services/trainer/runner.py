@@ -14,7 +14,7 @@ from typing import Any
 from services.trainer import runfolder
 from services.trainer.bases import base_model_path
 from services.trainer.datareport import DataReport
-from services.trainer.ends import Broken, Died, End, Note, Trained, Warned
+from services.trainer.ends import Broken, Died, End, Note, Preparation, Stage, Trained, Warned
 from services.trainer.leftovers import RUN_VARIABLE, end_processes
 from services.trainer.localdata import DataFolder
 from services.trainer.progress import Progress
@@ -47,6 +47,9 @@ class ChildProcesses:
             return Broken("the dataset has changed since the training was started")
         order = runfolder.Order(
             dataset=dataset.path,
+            source=dataset.source,
+            data=self._data.folder,
+            packed_bytes=self._data.packed_bytes,
             spec=training.spec,
             loss=training.loss,
             config=training.config,
@@ -66,6 +69,8 @@ class ChildProcesses:
     async def clear(self, training: Training) -> None:
         """Keeps the model of a training that has one to show, and nothing of any other."""
         await asyncio.to_thread(_clear, self._folder / training.id, keep_model=bool(training.model_digest))
+        # What it had its dataset packed into may stay for others, within the bound.
+        await asyncio.to_thread(self._data.copies.bound)
 
     async def let_go(self, training: Training) -> None:
         """Makes room: of a run that is not to go on there stays a model, and the mark that it was asked to stop."""
@@ -124,6 +129,8 @@ async def _listen(
                 end = Broken(event["error"])
             case "warning":
                 note(Warned(event["text"]))
+            case "preparing":
+                note(Preparation(Stage(event["stage"]), event["rows"], event["total_rows"]))
             case "data":
                 note(DataReport.from_json(event["report"]))
     code = await process.wait()

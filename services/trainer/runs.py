@@ -13,7 +13,7 @@ import structlog
 from services.runtime.errors import ArenaError, Unavailable
 from services.trainer import training_metrics
 from services.trainer.datareport import DataReport
-from services.trainer.ends import Broken, Died, End, Note, Trained, Warned
+from services.trainer.ends import Broken, Died, End, Note, Preparation, Trained, Warned
 from services.trainer.live import LiveTrainings
 from services.trainer.patience import FIRST_PAUSE_S, LONGEST_PAUSE_S, persist
 from services.trainer.progress import Progress
@@ -293,6 +293,8 @@ class Runs:
                 self._live.amend(training, lambda each: each.warned(text))
             case DataReport() as data:
                 self._live.amend(training, lambda each: each.examined(data))
+            case Preparation() as preparation:
+                self._live.amend(training, lambda each: replace(each, preparation=preparation))
 
     def _newest(self, training: str) -> Progress | None:
         current = self._live.get(training)
@@ -320,7 +322,9 @@ class Runs:
     def _noted(self, training: Training) -> Training:
         """A training with what has been noted of it since it was written down."""
         current = self._live.get(training.id)
-        return training if current is None else replace(training, warnings=current.warnings, data=current.data)
+        if current is None:
+            return training
+        return replace(training, warnings=current.warnings, data=current.data, config=current.config)
 
 
 async def _say_waiting(trouble: str) -> None:

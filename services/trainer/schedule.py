@@ -1,7 +1,7 @@
 """The learning rate of each update: a linear warm-up, then constant or down to zero along a cosine."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from services.trainer.config import ScheduleKind, TrainingConfig
@@ -16,6 +16,11 @@ def default_epochs(rows: int, config: TrainingConfig) -> int:
     """The epochs of who names none: 30, and on a small dataset as many as make 3,000 updates, 300 at most."""
     plan = Plan(rows=max(1, rows - int(config.holdout_share * rows)), config=config)
     return max(DEFAULT_EPOCHS, min(_MOST_DEFAULT_EPOCHS, -(-_ENOUGH_UPDATES // plan.updates_per_epoch)))
+
+
+def completed(config: TrainingConfig, *, rows: int) -> TrainingConfig:
+    """With the epochs of who names none, which wait for the rows to be known."""
+    return config if config.epochs else replace(config, epochs=default_epochs(rows, config))
 
 
 @dataclass(frozen=True)

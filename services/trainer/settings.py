@@ -23,7 +23,7 @@ class TrainerSettings(ServiceSettings):
     """The folder of local datasets. Default: `{state_dir}/data`."""
     packed_bytes: Annotated[int, Field(ge=0)] = DEFAULT_PACKED_BYTES
     """Most bytes of copies below `{data_dir}/.packed`, which datasets of other kinds than safetensors are packed into.
-    The least recently used go first, and are made again where they are needed."""
+    The least recently used go first, and are made again where they are needed; those in use stay while they are."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,3})$")] = "auto"
     """`cuda` is every CUDA device, `auto` the same where there is one and `cpu` elsewhere."""
     max_runs: Annotated[int, Field(ge=1, le=1000)] = 1

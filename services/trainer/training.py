@@ -8,7 +8,9 @@ from typing import Protocol
 
 from services.trainer.config import LossKind, TrainingConfig
 from services.trainer.datareport import DataReport
+from services.trainer.ends import Preparation
 from services.trainer.progress import Progress
+from services.trainer.schedule import completed
 from tiltyard.modelspec import ModelSpec
 
 
@@ -35,7 +37,7 @@ class Training:
     `cancel_requested` outlives the process: a training that was being cancelled when the service died is not resumed.
     `model_digest` is 32 bytes of SHA-256, empty until the model exists. `base_model` is the SHA-256 in hex of the
     weights that it begins with, empty for fresh ones. `trace` is the trace that it was started in, as `tracing.carried`
-    says it.
+    says it. `preparation` is how far its process is before the first step, and is not written down.
     """
 
     id: str
@@ -58,6 +60,7 @@ class Training:
     submission: str = ""
     warnings: tuple[str, ...] = ()
     data: DataReport | None = None
+    preparation: Preparation | None = None
     device: str = ""
     ended_at: datetime | None = None
 
@@ -74,7 +77,7 @@ class Training:
 
     def examined(self, data: DataReport) -> "Training":
         """With what is in its dataset, and a warning of each oddity, before the first step."""
-        found = replace(self, data=data)
+        found = replace(self, data=data, config=completed(self.config, rows=data.rows), preparation=None)
         for text in () if self.data == data else data.warnings():
             found = found.warned(text)
         return found

@@ -9,7 +9,7 @@ from services.runtime.errors import FailedPrecondition, InvalidArgument, Unavail
 from services.trainer.config import LossKind, TrainingConfig
 from services.trainer.live import LiveTrainings
 from services.trainer.localdata import LocalDataset
-from services.trainer.schedule import default_epochs
+from services.trainer.schedule import completed
 from services.trainer.training import Training, TrainingPage, TrainingState, TrainingStore
 from tiltyard.modelspec import ModelSpec, Onnx
 from tiltyard.telemetry import tracing
@@ -207,10 +207,12 @@ class Trainings:
         return facts.models[new.model_index], facts.loss, base_model
 
 
-def _completed(new: NewTraining, *, rows: int, loss: LossKind) -> TrainingConfig:
+def _completed(new: NewTraining, *, rows: int | None, loss: LossKind) -> TrainingConfig:
     config = new.config
     if not new.epochs_given:
-        config = replace(config, epochs=default_epochs(rows, config))
+        config = replace(config, epochs=0)
+        if rows is not None:
+            config = completed(config, rows=rows)
     if not new.label_smoothing_given and loss is LossKind.CROSS_ENTROPY:
         config = replace(config, label_smoothing=DEFAULT_LABEL_SMOOTHING)
     return config

@@ -315,6 +315,54 @@ async def test_a_bad_request_names_its_field_and_starts_nothing(
     assert not (await trainer.node.trainings.ListTrainings(pb.ListTrainingsRequest())).trainings
 
 
+async def test_a_large_source_is_packed_by_the_trainings_own_process(
+    trainer: RunningTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = trainer.state / "data"
+    digits = load_digits()
+    rows = np.concatenate([digits.data, digits.target[:, None]], axis=1).astype(int)[:500]
+    (data / "digits.csv").write_text("\n".join(",".join(map(str, row)) for row in rows))
+    (data / "words.csv").write_text("1,2,0\n1,two,1\n")
+    monkeypatch.setattr("services.trainer.localdata.LARGE_SOURCE_BYTES", 0)
+    model = mlp(inputs=(64,))
+    started = await trainer.start(dataset="digits.csv", model=model, config=pb.TrainingConfig(batch_size=512))
+    assert started.config.epochs == 0  # as many as follow from its rows
+    bad = await trainer.start(dataset="words.csv", model=mlp(inputs=(2,), outputs=2))
+    misfit = await trainer.start(dataset="digits.csv", model=mlp(inputs=(63,)))
+    done = await trainer.until(started.name)
+    assert (done.state, done.data.rows) == (pb.TRAINING_STATE_SUCCEEDED, 500)
+    assert done.progress.step == done.progress.total_steps == done.config.epochs == 300
+    assert not done.HasField("preparation")
+    ended = await trainer.until(bad.name)
+    assert ended.state == pb.TRAINING_STATE_FAILED
+    assert "words.csv:2: column '2': 'two' is no number" in ended.error
+    assert "rows of shape (64,), but the model takes (63,)" in (await trainer.until(misfit.name)).error
+    assert [path.name for path in (data / ".packed").iterdir()] == ["digits.csv"]
+
+
+async def test_packing_survives_a_kill_and_ends_with_a_cancellation_that_leaves_nothing(
+    trainer: RunningTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = trainer.state / "data"
+    # Some seconds' work.
+    (data / "long.csv").write_text("1,2,3,4,5,6,7,8,9,0\n0,1,2,3,4,5,6,7,8,1\n" * 300_000)
+    monkeypatch.setattr("services.trainer.localdata.LARGE_SOURCE_BYTES", 0)
+    name = (await trainer.start(dataset="long.csv", model=mlp(inputs=(9,), outputs=2), epochs=LONG)).name
+    killed = None
+    async for training in trainer.watch(name):
+        if killed is None and training.preparation.stage == pb.PREPARATION_STAGE_PACKING:
+            assert training.preparation.rows > 0
+            killed = trainer.child(name)
+            killed.kill()
+        elif killed is not None and [each for each in children(trainer.state) if each.pid != killed.pid]:
+            await trainer.cancel(name)  # it packs again
+    assert killed is not None
+    assert training.state == pb.TRAINING_STATE_CANCELLED
+    assert not children(trainer.state)
+    assert not trainer.folder(name).exists()
+    assert not [path for path in (data / ".packed").rglob(".*")]
+
+
 async def test_what_does_not_exist_is_not_found(trainer: RunningTrainer) -> None:
     name = "trainings/none"
     for call in (trainer.get(name), trainer.cancel(name), trainer.until(name), trainer.start(dataset="none")):

@@ -2,18 +2,24 @@
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from services.runtime.errors import DiskFull, InvalidArgument
-from services.trainer.config import LossKind
+from services.trainer import runfolder
+from services.trainer.config import LossKind, TrainingConfig
 from services.trainer.datareport import DataReport, report_on
 from services.trainer.fulldisk import write_when_there_is_room
-from services.trainer.localdata import DataFolder, examine
-from tiltyard.datasets import Dataset
+from services.trainer.localdata import DataFolder, LocalFile, examine
+from services.trainer.preparing import packed as packed_before
+from tiltyard.datasets import Dataset, DatasetError, pack
 from tiltyard.modelspec import Linear, ModelSpec
 
 
@@ -135,22 +141,37 @@ def copies(folder: Path) -> set[str]:
     return {str(path) for path in found if path.name != ".lock"}
 
 
+def packed(folder: DataFolder, name: str) -> LocalFile:
+    """A dataset of another kind than safetensors, once it has been used."""
+    found = folder.locate(name, LossKind.CROSS_ENTROPY)
+    assert found.source is not None
+    with folder.copies.held(found.path, found.source, LossKind.CROSS_ENTROPY):
+        assert found.path.exists()
+    return found
+
+
+def write_csv(path: Path, *, rows: int = 200) -> Path:
+    path.write_text("a,b,y\n" + "1,2,cat\n3,4,dog\n" * (rows // 2))
+    return path
+
+
 async def test_other_kinds_of_data_are_packed_once_and_again_when_they_change(tmp_path: Path) -> None:
     folder, spec = DataFolder(tmp_path), ModelSpec((2,), 2, Linear())
     source = tmp_path / "d.csv"
     source.write_text("a,b,y\n1,2,cat\n3,4,dog\n5,6,cat\n")
     found = await folder.check("d.csv", spec=spec, loss=LossKind.CROSS_ENTROPY)
     assert found.rows == 3
-    located = folder.locate("d.csv", LossKind.CROSS_ENTROPY)
+    located = packed(folder, "d.csv")
     assert located.mark == found.mark
     assert Dataset.open(located.path).labels == ("cat", "dog")
     inode = located.path.stat().st_ino
     assert (await folder.check("d.csv", spec=spec, loss=LossKind.CROSS_ENTROPY)).mark == found.mark
     assert located.path.stat().st_ino == inode
     source.write_text("a,b,y\n1,2,cat\n3,4,dog\n")
-    changed = folder.locate("d.csv", LossKind.CROSS_ENTROPY)
+    changed = packed(folder, "d.csv")
     assert changed.mark != found.mark
     assert len(Dataset.open(changed.path)) == 2
+    folder.tidy()
     # What the source was before is of no use to anybody.
     assert len(copies(tmp_path)) == 1
 
@@ -161,16 +182,16 @@ def test_packed_copies_are_bounded_and_made_again_with_the_same_mark(tmp_path: P
     for name in names:
         (tmp_path / name).write_text("a,b,y\n" + "1,2,cat\n3,4,dog\n" * 100)
     unbounded = DataFolder(tmp_path)
-    first = {name: unbounded.locate(name, LossKind.CROSS_ENTROPY) for name in names}
+    first = {name: packed(unbounded, name) for name in names}
     size = first["a.csv"].path.stat().st_size
     for age, name in enumerate(["sub/b.csv", "a.csv", "c.csv"]):
         os.utime(first[name].path, (age, age))
     (tmp_path / "d.csv").write_text("a,b,y\n" + "1,2,cat\n3,4,dog\n" * 100)
     bounded = DataFolder(tmp_path, packed_bytes=2 * size)
-    bounded.locate("a.csv", LossKind.CROSS_ENTROPY)  # used again, so c.csv is the next to go
-    bounded.locate("d.csv", LossKind.CROSS_ENTROPY)
+    packed(bounded, "a.csv")  # used again, so c.csv is the next to go
+    packed(bounded, "d.csv")
     assert {path.split("/")[0] for path in copies(tmp_path)} == {"a.csv", "d.csv"}
-    again = bounded.locate("sub/b.csv", LossKind.CROSS_ENTROPY)
+    again = packed(bounded, "sub/b.csv")
     assert again == first["sub/b.csv"]
     assert again.path.stat().st_size == size
     assert len(copies(tmp_path)) == 2
@@ -180,7 +201,7 @@ def test_what_a_crash_or_a_deleted_source_leaves_is_removed(tmp_path: Path) -> N
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("a,b,y\n1,2,cat\n3,4,dog\n")
     folder = DataFolder(tmp_path)
-    kept, gone = (folder.locate(name, LossKind.CROSS_ENTROPY).path for name in ("a.csv", "b.csv"))
+    kept, gone = (packed(folder, name).path for name in ("a.csv", "b.csv"))
     (kept.parent / f".{kept.name}.x1y2z3").write_bytes(b"half a copy")
     (tmp_path / ".packed" / f"{'0' * 32}.safetensors").write_bytes(b"of an older layout")
     (tmp_path / "b.csv").unlink()
@@ -189,10 +210,120 @@ def test_what_a_crash_or_a_deleted_source_leaves_is_removed(tmp_path: Path) -> N
     assert not gone.parent.exists()
 
 
+def test_a_copy_in_use_stays_though_it_is_over_the_bound(tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "a.csv")
+    folder = DataFolder(tmp_path, packed_bytes=0)
+    found = folder.locate("a.csv", LossKind.CROSS_ENTROPY)
+    with folder.copies.held(found.path, source, LossKind.CROSS_ENTROPY):
+        assert folder.copies.bound() == 0
+        source.unlink()  # of use to nobody but who has it
+        folder.tidy()
+        assert found.path.exists()
+    assert folder.copies.bound() > 0
+    assert copies(tmp_path) == set()
+
+
+def test_a_source_that_two_ask_for_is_packed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv(tmp_path / "a.csv")
+    times: list[Path] = []
+
+    def counted(source: Path, out: Path, **options: Any) -> None:
+        times.append(out)
+        pack(source, out, **options)
+
+    monkeypatch.setattr("services.trainer.packed.pack", counted)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: packed(DataFolder(tmp_path), "a.csv"), range(8)))
+    assert len(set(found)) == 1
+    assert times == [found[0].path]
+
+
+def test_what_changes_while_it_is_packed_is_no_copy_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_csv(tmp_path / "a.csv")
+
+    def changing(source: Path, out: Path, **options: Any) -> None:
+        pack(source, out, **options)
+        write_csv(source, rows=100)
+
+    monkeypatch.setattr("services.trainer.packed.pack", changing)
+    with pytest.raises(DatasetError, match="changed while it was packed"):
+        packed(DataFolder(tmp_path), source.name)
+    assert copies(tmp_path) == set()
+
+
+async def test_of_a_large_source_a_caller_waits_for_its_kind_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_csv(tmp_path / "a.csv")
+    (tmp_path / "a.txt").write_text("1,2,cat")
+    monkeypatch.setattr("services.trainer.localdata.LARGE_SOURCE_BYTES", 4)
+    folder, spec = DataFolder(tmp_path), ModelSpec((9,), 2, Linear())
+    assert (await folder.check("a.csv", spec=spec, loss=LossKind.CROSS_ENTROPY)).rows is None
+    assert not (tmp_path / ".packed").exists()
+    with pytest.raises(InvalidArgument, match=r"a\.txt: must be \.npz, \.csv"):
+        await folder.check("a.txt", spec=spec, loss=LossKind.CROSS_ENTROPY)
+    # What somebody else had it packed into is looked through.
+    packed(folder, "a.csv")
+    with pytest.raises(InvalidArgument, match="shape"):
+        await folder.check("a.csv", spec=spec, loss=LossKind.CROSS_ENTROPY)
+
+
+def test_a_full_disk_makes_room_of_copies_that_nobody_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = DataFolder(tmp_path)
+    for name in ("a.csv", "b.csv"):
+        write_csv(tmp_path / name)
+    packed(folder, "a.csv")
+
+    def full_beside_another(source: Path, out: Path, **options: Any) -> None:
+        if copies(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        pack(source, out, **options)
+
+    monkeypatch.setattr("services.trainer.packed.pack", full_beside_another)
+    packed(folder, "b.csv")
+    assert {path.split("/")[0] for path in copies(tmp_path)} == {"b.csv"}
+
+
+def test_packing_on_a_full_disk_is_not_begun_again_before_there_is_more_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_csv(tmp_path / "a.csv")
+    found = DataFolder(tmp_path).locate("a.csv", LossKind.CROSS_ENTROPY)
+    order = runfolder.Order(
+        dataset=found.path,
+        spec=ModelSpec((2,), 2, Linear()),
+        loss=LossKind.CROSS_ENTROPY,
+        config=TrainingConfig(),
+        device="cpu",
+        threads=1,
+        source=source,
+        data=tmp_path,
+    )
+    free = iter([1000, 1000, 1001, 2000])
+    monkeypatch.setattr("services.trainer.fulldisk.shutil.disk_usage", lambda _: SimpleNamespace(free=next(free)))
+    attempts: list[bool] = []
+
+    def full_at_first(source: Path, out: Path, **options: Any) -> None:
+        attempts.append(True)
+        if len(attempts) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        pack(source, out, **options)
+
+    monkeypatch.setattr("services.trainer.packed.pack", full_at_first)
+    events: list[dict[str, Any]] = []
+    with ExitStack() as using:
+        assert packed_before(order, events.append, using.enter_context, lambda _: False)
+        assert found.path.exists()
+    assert len(attempts) == 2
+    assert list(free) == []
+    assert [event["event"] for event in events] == ["warning", "preparing", "warning"]
+    assert (events[1]["stage"], events[1]["total_rows"]) == ("packing", 0)
+
+
 async def test_a_packed_copy_is_no_dataset_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a,b,y\n1,2,cat\n3,4,dog\n")
     folder = DataFolder(tmp_path)
-    copy = folder.locate("a.csv", LossKind.CROSS_ENTROPY).path
+    copy = packed(folder, "a.csv").path
     with pytest.raises(InvalidArgument, match="relative path"):
         folder.locate(str(copy.relative_to(tmp_path)), LossKind.CROSS_ENTROPY)
 

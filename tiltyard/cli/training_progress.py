@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tiltyard.cli.loss_curves import LossCurve, TensorBoardLogs, check_drawing
-from tiltyard.cli.output import ProgressLine
+from tiltyard.cli.output import ProgressLine, enum_word
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -91,8 +91,15 @@ async def follow_to_end(node: "Node", training: "trainer_pb2.Training", record: 
 
 
 def describe(training: "trainer_pb2.Training") -> str:
-    """A few words on a training's last step."""
+    """A few words on a training's last step, or on what goes before the first."""
+    from tiltyard.trainer.v1 import trainer_pb2
+
     progress = training.progress
+    if training.HasField("preparation"):
+        found = training.preparation
+        of_all = f" of {found.total_rows:,}" if found.total_rows else ""
+        stage = enum_word(trainer_pb2.PreparationStage.Name(found.stage), "PREPARATION_STAGE_")
+        return f"{stage} the dataset, {found.rows:,}{of_all} rows"
     if not progress.total_steps:
         return "waiting for its first step"
     words = f"loss {progress.loss:.4f}, {progress.samples_per_second:,.0f} rows/s"

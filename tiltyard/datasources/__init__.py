@@ -7,7 +7,14 @@ from tiltyard.datasources import delimited, huggingface, images, npz, parquet
 from tiltyard.datasources.rows import Array, DatasetError, Rows
 from tiltyard.datasources.spill import Spill, raw
 
-__all__ = ["Array", "DatasetError", "Rows", "Spill", "raw", "read_batches"]
+__all__ = ["Array", "DatasetError", "Rows", "Spill", "check_kind", "raw", "read_batches"]
+
+_READERS: dict[str, Callable[[Path, Path], Iterator[Rows]]] = {
+    ".npz": lambda path, scratch: npz.batches(path, scratch=scratch),
+    ".csv": lambda path, _: delimited.batches(path, ","),
+    ".tsv": lambda path, _: delimited.batches(path, "\t"),
+    ".parquet": lambda path, scratch: parquet.batches(path, scratch=scratch),
+}
 
 
 def read_batches(source: Path, *, scratch: Path) -> Iterator[Rows]:
@@ -18,16 +25,14 @@ def read_batches(source: Path, *, scratch: Path) -> Iterator[Rows]:
 
     Raises OSError, and DatasetError for what cannot be read; both say where.
     """
+    check_kind(source)
     if source.is_dir():
         return huggingface.batches(source) if huggingface.is_dataset(source) else images.batches(source)
-    readers: dict[str, Callable[[Path], Iterator[Rows]]] = {
-        ".npz": lambda path: npz.batches(path, scratch=scratch),
-        ".csv": lambda path: delimited.batches(path, ","),
-        ".tsv": lambda path: delimited.batches(path, "\t"),
-        ".parquet": lambda path: parquet.batches(path, scratch=scratch),
-    }
-    reader = readers.get(source.suffix.lower())
-    if reader is None:
+    return _READERS[source.suffix.lower()](source, scratch)
+
+
+def check_kind(source: Path) -> None:
+    """Raises DatasetError for a file of a kind that is not read here; what is in it is not looked at. Raises OSError."""
+    if not source.is_dir() and source.suffix.lower() not in _READERS:
         source.stat()  # what is not there has no kind, either
-        raise DatasetError(f"{source.name}: must be {', '.join(readers)} or a folder of images")
-    return reader(source)
+        raise DatasetError(f"{source.name}: must be {', '.join(_READERS)} or a folder of images")

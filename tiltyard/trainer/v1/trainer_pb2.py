@@ -27,51 +27,55 @@ from tiltyard.type.v1 import model_pb2 as tiltyard_dot_type_dot_v1_dot_model__pb
 from tiltyard.type.v1 import task_pb2 as tiltyard_dot_type_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!tiltyard/trainer/v1/trainer.proto\x12\x13tiltyard.trainer.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ctiltyard/type/v1/model.proto\x1a\x1btiltyard/type/v1/task.proto\"\xec\x05\n\x0eTrainingConfig\x12\x0e\n\x06\x65pochs\x18\x01 \x01(\x05\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x15\n\rlearning_rate\x18\x03 \x01(\x01\x12\x35\n\toptimizer\x18\x04 \x01(\x0e\x32\".tiltyard.trainer.v1.OptimizerKind\x12\x19\n\x0cweight_decay\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08momentum\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x33\n\x08schedule\x18\x07 \x01(\x0e\x32!.tiltyard.trainer.v1.ScheduleKind\x12\x13\n\x06warmup\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x11max_gradient_norm\x18\t \x01(\x01\x12\x14\n\x0c\x61\x63\x63umulation\x18\n \x01(\x05\x12\x1a\n\rholdout_share\x18\x0b \x01(\x01H\x03\x88\x01\x01\x12\x10\n\x08patience\x18\x0c \x01(\x05\x12\x1c\n\x0flabel_smoothing\x18\r \x01(\x01H\x04\x88\x01\x01\x12\x0c\n\x04seed\x18\x0e \x01(\x03\x12\x0f\n\x07\x61ugment\x18\x0f \x01(\x08\x12\x1d\n\x15\x63heckpoint_interval_s\x18\x10 \x01(\x05\x12\x15\n\rclass_weights\x18\x11 \x03(\x01\x12\x31\n\tprecision\x18\x12 \x01(\x0e\x32\x1e.tiltyard.trainer.v1.Precision\x12\x0f\n\x07\x63ompile\x18\x13 \x01(\x08\x12\x0c\n\x04tf32\x18\x14 \x01(\x08\x12/\n\x08\x65xecutor\x18\x15 \x01(\x0e\x32\x1d.tiltyard.trainer.v1.Executor\x12\x0f\n\x07workers\x18\x16 \x01(\x05\x12\x14\n\x0c\x66rom_scratch\x18\x17 \x01(\x08\x12!\n\x19\x63heckpoint_interval_steps\x18\x18 \x01(\x05\x42\x0f\n\r_weight_decayB\x0b\n\t_momentumB\t\n\x07_warmupB\x10\n\x0e_holdout_shareB\x12\n\x10_label_smoothing\"\xb7\x04\n\x08Training\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12*\n\x05model\x18\x04 \x01(\x0b\x32\x1b.tiltyard.type.v1.ModelSpec\x12$\n\x04loss\x18\x05 \x01(\x0e\x32\x16.tiltyard.type.v1.Loss\x12\x33\n\x06\x63onfig\x18\x06 \x01(\x0b\x32#.tiltyard.trainer.v1.TrainingConfig\x12\x31\n\x05state\x18\x07 \x01(\x0e\x32\".tiltyard.trainer.v1.TrainingState\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x37\n\x08progress\x18\t \x01(\x0b\x32%.tiltyard.trainer.v1.TrainingProgress\x12\x14\n\x0cmodel_digest\x18\n \x01(\x0c\x12\x12\n\nsubmission\x18\x0b \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06submit\x18\x0f \x01(\x08\x12\x10\n\x08warnings\x18\x10 \x03(\t\x12-\n\x04\x64\x61ta\x18\x11 \x01(\x0b\x32\x1f.tiltyard.trainer.v1.DataReport\x12\x12\n\nbase_model\x18\x12 \x01(\t\"\xab\x01\n\nDataReport\x12\x0c\n\x04rows\x18\x01 \x01(\x03\x12\x12\n\nclass_rows\x18\x02 \x03(\x03\x12\x0f\n\x07minimum\x18\x03 \x01(\x01\x12\x0f\n\x07maximum\x18\x04 \x01(\x01\x12\x0c\n\x04mean\x18\x05 \x01(\x01\x12\x17\n\x0fnot_finite_rows\x18\x06 \x01(\x03\x12\x16\n\x0e\x64uplicate_rows\x18\x07 \x01(\x03\x12\x1a\n\x12\x63ontradicting_rows\x18\x08 \x01(\x03\"\xa1\x02\n\x10TrainingProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x13\n\x0btotal_steps\x18\x02 \x01(\x03\x12\r\n\x05\x65poch\x18\x03 \x01(\x05\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12\x15\n\rlearning_rate\x18\x05 \x01(\x01\x12\x1a\n\x12samples_per_second\x18\x06 \x01(\x01\x12\x1b\n\x13\x64\x65vice_memory_bytes\x18\x07 \x01(\x03\x12\r\n\x05\x65ta_s\x18\x08 \x01(\x01\x12\x17\n\x0fholdout_correct\x18\t \x01(\x03\x12\x15\n\rholdout_total\x18\n \x01(\x03\x12(\n\x04time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0choldout_loss\x18\x0c \x01(\x01\"\xf5\x01\n\x14StartTrainingRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x13\n\x0bmodel_index\x18\x02 \x01(\x05\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12\x33\n\x06\x63onfig\x18\x04 \x01(\x0b\x32#.tiltyard.trainer.v1.TrainingConfig\x12\x0e\n\x06submit\x18\x05 \x01(\x08\x12*\n\x05model\x18\x06 \x01(\x0b\x32\x1b.tiltyard.type.v1.ModelSpec\x12$\n\x04loss\x18\x07 \x01(\x0e\x32\x16.tiltyard.type.v1.Loss\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"H\n\x15StartTrainingResponse\x12/\n\x08training\x18\x01 \x01(\x0b\x32\x1d.tiltyard.trainer.v1.Training\"\"\n\x12GetTrainingRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"F\n\x13GetTrainingResponse\x12/\n\x08training\x18\x01 \x01(\x0b\x32\x1d.tiltyard.trainer.v1.Training\"=\n\x14ListTrainingsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"b\n\x15ListTrainingsResponse\x12\x30\n\ttrainings\x18\x01 \x03(\x0b\x32\x1d.tiltyard.trainer.v1.Training\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14WatchTrainingRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"H\n\x15WatchTrainingResponse\x12/\n\x08training\x18\x01 \x01(\x0b\x32\x1d.tiltyard.trainer.v1.Training\"9\n\x15\x43\x61ncelTrainingRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"I\n\x16\x43\x61ncelTrainingResponse\x12/\n\x08training\x18\x01 \x01(\x0b\x32\x1d.tiltyard.trainer.v1.Training*\xdc\x01\n\rTrainingState\x12\x1e\n\x1aTRAINING_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15TRAINING_STATE_QUEUED\x10\x01\x12\x1a\n\x16TRAINING_STATE_RUNNING\x10\x02\x12\x1d\n\x19TRAINING_STATE_SUBMITTING\x10\x03\x12\x1c\n\x18TRAINING_STATE_SUCCEEDED\x10\x04\x12\x19\n\x15TRAINING_STATE_FAILED\x10\x05\x12\x1c\n\x18TRAINING_STATE_CANCELLED\x10\x06*a\n\rOptimizerKind\x12\x1e\n\x1aOPTIMIZER_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12OPTIMIZER_KIND_SGD\x10\x01\x12\x18\n\x14OPTIMIZER_KIND_ADAMW\x10\x02*c\n\x0cScheduleKind\x12\x1d\n\x19SCHEDULE_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16SCHEDULE_KIND_CONSTANT\x10\x01\x12\x18\n\x14SCHEDULE_KIND_COSINE\x10\x02*U\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x15\n\x11PRECISION_FLOAT32\x10\x01\x12\x16\n\x12PRECISION_BFLOAT16\x10\x02*J\n\x08\x45xecutor\x12\x18\n\x14\x45XECUTOR_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45XECUTOR_LOCAL\x10\x01\x12\x10\n\x0c\x45XECUTOR_RAY\x10\x02\x32\x98\x04\n\x0fTrainingService\x12\x66\n\rStartTraining\x12).tiltyard.trainer.v1.StartTrainingRequest\x1a*.tiltyard.trainer.v1.StartTrainingResponse\x12`\n\x0bGetTraining\x12\'.tiltyard.trainer.v1.GetTrainingRequest\x1a(.tiltyard.trainer.v1.GetTrainingResponse\x12\x66\n\rListTrainings\x12).tiltyard.trainer.v1.ListTrainingsRequest\x1a*.tiltyard.trainer.v1.ListTrainingsResponse\x12h\n\rWatchTraining\x12).tiltyard.trainer.v1.WatchTrainingRequest\x1a*.tiltyard.trainer.v1.WatchTrainingResponse0\x01\x12i\n\x0e\x43\x61ncelTraining\x12*.tiltyard.trainer.v1.CancelTrainingRequest\x1a+.tiltyard.trainer.v1.CancelTrainingResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!tiltyard/trainer/v1/trainer.proto\x12\x13tiltyard.trainer.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1ctiltyard/type/v1/model.proto\x1a\x1btiltyard/type/v1/task.proto\"\xec\x05\n\x0eTrainingConfig\x12\x0e\n\x06\x65pochs\x18\x01 \x01(\x05\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x15\n\rlearning_rate\x18\x03 \x01(\x01\x12\x35\n\toptimizer\x18\x04 \x01(\x0e\x32\".tiltyard.trainer.v1.OptimizerKind\x12\x19\n\x0cweight_decay\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08momentum\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x33\n\x08schedule\x18\x07 \x01(\x0e\x32!.tiltyard.trainer.v1.ScheduleKind\x12\x13\n\x06warmup\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x11max_gradient_norm\x18\t \x01(\x01\x12\x14\n\x0c\x61\x63\x63umulation\x18\n \x01(\x05\x12\x1a\n\rholdout_share\x18\x0b \x01(\x01H\x03\x88\x01\x01\x12\x10\n\x08patience\x18\x0c \x01(\x05\x12\x1c\n\x0flabel_smoothing\x18\r \x01(\x01H\x04\x88\x01\x01\x12\x0c\n\x04seed\x18\x0e \x01(\x03\x12\x0f\n\x07\x61ugment\x18\x0f \x01(\x08\x12\x1d\n\x15\x63heckpoint_interval_s\x18\x10 \x01(\x05\x12\x15\n\rclass_weights\x18\x11 \x03(\x01\x12\x31\n\tprecision\x18\x12 \x01(\x0e\x32\x1e.tiltyard.trainer.v1.Precision\x12\x0f\n\x07\x63ompile\x18\x13 \x01(\x08\x12\x0c\n\x04tf32\x18\x14 \x01(\x08\x12/\n\x08\x65xecutor\x18\x15 \x01(\x0e\x32\x1d.tiltyard.trainer.v1.Executor\x12\x0f\n\x07workers\x18\x16 \x01(\x05\x12\x14\n\x0c\x66rom_scratch\x18\x17 \x01(\x08\x12!\n\x19\x63heckpoint_interval_steps\x18\x18 \x01(\x05\x42\x0f\n\r_weight_decayB\x0b\n\t_momentumB\t\n\x07_warmupB\x10\n\x0e_holdout_shareB\x12\n\x10_label_smoothing\"\xee\x04\n\x08Training\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12*\n\x05model\x18\x04 \x01(\x0b\x32\x1b.tiltyard.type.v1.ModelSpec\x12$\n\x04loss\x18\x05 \x01(\x0e\x32\x16.tiltyard.type.v1.Loss\x12\x33\n\x06\x63onfig\x18\x06 \x01(\x0b\x32#.tiltyard.trainer.v1.TrainingConfig\x12\x31\n\x05state\x18\x07 \x01(\x0e\x32\".tiltyard.trainer.v1.TrainingState\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x37\n\x08progress\x18\t \x01(\x0b\x32%.tiltyard.trainer.v1.TrainingProgress\x12\x14\n\x0cmodel_digest\x18\n \x01(\x0c\x12\x12\n\nsubmission\x18\x0b \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0c \x01(\t\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06submit\x18\x0f \x01(\x08\x12\x10\n\x08warnings\x18\x10 \x03(\t\x12-\n\x04\x64\x61ta\x18\x11 \x01(\x0b\x32\x1f.tiltyard.trainer.v1.DataReport\x12\x12\n\nbase_model\x18\x12 \x01(\t\x12\x35\n\x0bpreparation\x18\x13 \x01(\x0b\x32 .tiltyard.trainer.v1.Preparation\"e\n\x0bPreparation\x12\x34\n\x05stage\x18\x01 \x01(\x0e\x32%.tiltyard.trainer.v1.PreparationStage\x12\x0c\n\x04rows\x18\x02 \x01(\x03\x12\x12\n\ntotal_rows\x18\x03 \x01(\x03\"\xab\x01\n\nDataReport\x12\x0c\n\x04rows\x18\x01 \x01(\x03\x12\x12\n\nclass_rows\x18\x02 \x03(\x03\x12\x0f\n\x07minimum\x18\x03 \x01(\x01\x12\x0f\n\x07maximum\x18\x04 \x01(\x01\x12\x0c\n\x04mean\x18\x05 \x01(\x01\x12\x17\n\x0fnot_finite_rows\x18\x06 \x01(\x03\x12\x16\n\x0e\x64uplicate_rows\x18\x07 \x01(\x03\x12\x1a\n\x12\x63ontradicting_rows\x18\x08 \x01(\x03\"\xa1\x02\n\x10TrainingProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x13\n\x0btotal_steps\x18\x02 \x01(\x03\x12\r\n\x05\x65poch\x18\x03 \x01(\x05\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12\x15\n\rlearning_rate\x18\x05 \x01(\x01\x12\x1a\n\x12samples_per_second\x18\x06 \x01(\x01\x12\x1b\n\x13\x64\x65vice_memory_bytes\x18\x07 \x01(\x03\x12\r\n\x05\x65ta_s\x18\x08 \x01(\x01\x12\x17\n\x0fholdout_correct\x18\t \x01(\x03\x12\x15\n\rholdout_total\x18\n \x01(\x03\x12(\n\x04time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0choldout_loss\x18\x0c \x01(\x01\"\xf5\x01\n\x14StartTrainingRequest\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x13\n\x0bmodel_index\x18\x02 \x01(\x05\x12\x0f\n\x07\x64\x61taset\x18\x03 \x01(\t\x12\x33\n\x06\x63onfig\x18\x04 \x01(\x0b\x32#.tiltyard.trainer.v1.TrainingConfig\x12\x0e\n\x06submit\x18\x05 \x01(\x08\x12*\n\x05model\x18\x06 \x01(\x0b\x32\x1b.tiltyard.type.v1.ModelSpec\x12$\n\x04loss\x18\x07 \x01(\x0e\x32\x16.tiltyard.type.v1.Loss\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"H\n\x15StartTrainingResponse\x12/\n\x08training\x18\x01 \x01(\x0b\x32\x1d.tiltyard.trainer.v1.Training\"\"\n\x12GetTrainingRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"F\n\x13GetTrainingResponse\x12/\n\x08training\x18\x01 \x01(\x0b\x32\x1d.tiltyard.trainer.v1.Training\"=\n\x14ListTrainingsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"b\n\x15ListTrainingsResponse\x12\x30\n\ttrainings\x18\x01 \x03(\x0b\x32\x1d.tiltyard.trainer.v1.Training\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14WatchTrainingRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"H\n\x15WatchTrainingResponse\x12/\n\x08training\x18\x01 \x01(\x0b\x32\x1d.tiltyard.trainer.v1.Training\"9\n\x15\x43\x61ncelTrainingRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"I\n\x16\x43\x61ncelTrainingResponse\x12/\n\x08training\x18\x01 \x01(\x0b\x32\x1d.tiltyard.trainer.v1.Training*\xdc\x01\n\rTrainingState\x12\x1e\n\x1aTRAINING_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15TRAINING_STATE_QUEUED\x10\x01\x12\x1a\n\x16TRAINING_STATE_RUNNING\x10\x02\x12\x1d\n\x19TRAINING_STATE_SUBMITTING\x10\x03\x12\x1c\n\x18TRAINING_STATE_SUCCEEDED\x10\x04\x12\x19\n\x15TRAINING_STATE_FAILED\x10\x05\x12\x1c\n\x18TRAINING_STATE_CANCELLED\x10\x06*a\n\rOptimizerKind\x12\x1e\n\x1aOPTIMIZER_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12OPTIMIZER_KIND_SGD\x10\x01\x12\x18\n\x14OPTIMIZER_KIND_ADAMW\x10\x02*c\n\x0cScheduleKind\x12\x1d\n\x19SCHEDULE_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16SCHEDULE_KIND_CONSTANT\x10\x01\x12\x18\n\x14SCHEDULE_KIND_COSINE\x10\x02*U\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x15\n\x11PRECISION_FLOAT32\x10\x01\x12\x16\n\x12PRECISION_BFLOAT16\x10\x02*J\n\x08\x45xecutor\x12\x18\n\x14\x45XECUTOR_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45XECUTOR_LOCAL\x10\x01\x12\x10\n\x0c\x45XECUTOR_RAY\x10\x02*u\n\x10PreparationStage\x12!\n\x1dPREPARATION_STAGE_UNSPECIFIED\x10\x00\x12\x1d\n\x19PREPARATION_STAGE_PACKING\x10\x01\x12\x1f\n\x1bPREPARATION_STAGE_EXAMINING\x10\x02\x32\x98\x04\n\x0fTrainingService\x12\x66\n\rStartTraining\x12).tiltyard.trainer.v1.StartTrainingRequest\x1a*.tiltyard.trainer.v1.StartTrainingResponse\x12`\n\x0bGetTraining\x12\'.tiltyard.trainer.v1.GetTrainingRequest\x1a(.tiltyard.trainer.v1.GetTrainingResponse\x12\x66\n\rListTrainings\x12).tiltyard.trainer.v1.ListTrainingsRequest\x1a*.tiltyard.trainer.v1.ListTrainingsResponse\x12h\n\rWatchTraining\x12).tiltyard.trainer.v1.WatchTrainingRequest\x1a*.tiltyard.trainer.v1.WatchTrainingResponse0\x01\x12i\n\x0e\x43\x61ncelTraining\x12*.tiltyard.trainer.v1.CancelTrainingRequest\x1a+.tiltyard.trainer.v1.CancelTrainingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tiltyard.trainer.v1.trainer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRAININGSTATE']._serialized_start=2777
-  _globals['_TRAININGSTATE']._serialized_end=2997
-  _globals['_OPTIMIZERKIND']._serialized_start=2999
-  _globals['_OPTIMIZERKIND']._serialized_end=3096
-  _globals['_SCHEDULEKIND']._serialized_start=3098
-  _globals['_SCHEDULEKIND']._serialized_end=3197
-  _globals['_PRECISION']._serialized_start=3199
-  _globals['_PRECISION']._serialized_end=3284
-  _globals['_EXECUTOR']._serialized_start=3286
-  _globals['_EXECUTOR']._serialized_end=3360
+  _globals['_TRAININGSTATE']._serialized_start=2935
+  _globals['_TRAININGSTATE']._serialized_end=3155
+  _globals['_OPTIMIZERKIND']._serialized_start=3157
+  _globals['_OPTIMIZERKIND']._serialized_end=3254
+  _globals['_SCHEDULEKIND']._serialized_start=3256
+  _globals['_SCHEDULEKIND']._serialized_end=3355
+  _globals['_PRECISION']._serialized_start=3357
+  _globals['_PRECISION']._serialized_end=3442
+  _globals['_EXECUTOR']._serialized_start=3444
+  _globals['_EXECUTOR']._serialized_end=3518
+  _globals['_PREPARATIONSTAGE']._serialized_start=3520
+  _globals['_PREPARATIONSTAGE']._serialized_end=3637
   _globals['_TRAININGCONFIG']._serialized_start=151
   _globals['_TRAININGCONFIG']._serialized_end=899
   _globals['_TRAINING']._serialized_start=902
-  _globals['_TRAINING']._serialized_end=1469
-  _globals['_DATAREPORT']._serialized_start=1472
-  _globals['_DATAREPORT']._serialized_end=1643
-  _globals['_TRAININGPROGRESS']._serialized_start=1646
-  _globals['_TRAININGPROGRESS']._serialized_end=1935
-  _globals['_STARTTRAININGREQUEST']._serialized_start=1938
-  _globals['_STARTTRAININGREQUEST']._serialized_end=2183
-  _globals['_STARTTRAININGRESPONSE']._serialized_start=2185
-  _globals['_STARTTRAININGRESPONSE']._serialized_end=2257
-  _globals['_GETTRAININGREQUEST']._serialized_start=2259
-  _globals['_GETTRAININGREQUEST']._serialized_end=2293
-  _globals['_GETTRAININGRESPONSE']._serialized_start=2295
-  _globals['_GETTRAININGRESPONSE']._serialized_end=2365
-  _globals['_LISTTRAININGSREQUEST']._serialized_start=2367
-  _globals['_LISTTRAININGSREQUEST']._serialized_end=2428
-  _globals['_LISTTRAININGSRESPONSE']._serialized_start=2430
-  _globals['_LISTTRAININGSRESPONSE']._serialized_end=2528
-  _globals['_WATCHTRAININGREQUEST']._serialized_start=2530
-  _globals['_WATCHTRAININGREQUEST']._serialized_end=2566
-  _globals['_WATCHTRAININGRESPONSE']._serialized_start=2568
-  _globals['_WATCHTRAININGRESPONSE']._serialized_end=2640
-  _globals['_CANCELTRAININGREQUEST']._serialized_start=2642
-  _globals['_CANCELTRAININGREQUEST']._serialized_end=2699
-  _globals['_CANCELTRAININGRESPONSE']._serialized_start=2701
-  _globals['_CANCELTRAININGRESPONSE']._serialized_end=2774
-  _globals['_TRAININGSERVICE']._serialized_start=3363
-  _globals['_TRAININGSERVICE']._serialized_end=3899
+  _globals['_TRAINING']._serialized_end=1524
+  _globals['_PREPARATION']._serialized_start=1526
+  _globals['_PREPARATION']._serialized_end=1627
+  _globals['_DATAREPORT']._serialized_start=1630
+  _globals['_DATAREPORT']._serialized_end=1801
+  _globals['_TRAININGPROGRESS']._serialized_start=1804
+  _globals['_TRAININGPROGRESS']._serialized_end=2093
+  _globals['_STARTTRAININGREQUEST']._serialized_start=2096
+  _globals['_STARTTRAININGREQUEST']._serialized_end=2341
+  _globals['_STARTTRAININGRESPONSE']._serialized_start=2343
+  _globals['_STARTTRAININGRESPONSE']._serialized_end=2415
+  _globals['_GETTRAININGREQUEST']._serialized_start=2417
+  _globals['_GETTRAININGREQUEST']._serialized_end=2451
+  _globals['_GETTRAININGRESPONSE']._serialized_start=2453
+  _globals['_GETTRAININGRESPONSE']._serialized_end=2523
+  _globals['_LISTTRAININGSREQUEST']._serialized_start=2525
+  _globals['_LISTTRAININGSREQUEST']._serialized_end=2586
+  _globals['_LISTTRAININGSRESPONSE']._serialized_start=2588
+  _globals['_LISTTRAININGSRESPONSE']._serialized_end=2686
+  _globals['_WATCHTRAININGREQUEST']._serialized_start=2688
+  _globals['_WATCHTRAININGREQUEST']._serialized_end=2724
+  _globals['_WATCHTRAININGRESPONSE']._serialized_start=2726
+  _globals['_WATCHTRAININGRESPONSE']._serialized_end=2798
+  _globals['_CANCELTRAININGREQUEST']._serialized_start=2800
+  _globals['_CANCELTRAININGREQUEST']._serialized_end=2857
+  _globals['_CANCELTRAININGRESPONSE']._serialized_start=2859
+  _globals['_CANCELTRAININGRESPONSE']._serialized_end=2932
+  _globals['_TRAININGSERVICE']._serialized_start=3640
+  _globals['_TRAININGSERVICE']._serialized_end=4176
 # @@protoc_insertion_point(module_scope)

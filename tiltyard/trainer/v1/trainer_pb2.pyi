@@ -162,6 +162,30 @@ resumed training ends as well as one never interrupted, but not with the same bi
 """
 Global___Executor: _TypeAlias = Executor  # noqa: Y015
 
+class _PreparationStage:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PreparationStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PreparationStage.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PREPARATION_STAGE_UNSPECIFIED: _PreparationStage.ValueType  # 0
+    """Unset."""
+    PREPARATION_STAGE_PACKING: _PreparationStage.ValueType  # 1
+    """Its rows are packed into safetensors."""
+    PREPARATION_STAGE_EXAMINING: _PreparationStage.ValueType  # 2
+    """Its rows are looked through."""
+
+class PreparationStage(_PreparationStage, metaclass=_PreparationStageEnumTypeWrapper):
+    """PreparationStage is what is done with a dataset before the first step."""
+
+PREPARATION_STAGE_UNSPECIFIED: PreparationStage.ValueType  # 0
+"""Unset."""
+PREPARATION_STAGE_PACKING: PreparationStage.ValueType  # 1
+"""Its rows are packed into safetensors."""
+PREPARATION_STAGE_EXAMINING: PreparationStage.ValueType  # 2
+"""Its rows are looked through."""
+Global___PreparationStage: _TypeAlias = PreparationStage  # noqa: Y015
+
 @_typing.final
 class TrainingConfig(_message.Message):
     """TrainingConfig is how to descend. Zero means the default."""
@@ -323,6 +347,7 @@ class Training(_message.Message):
     WARNINGS_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
+    PREPARATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name as trainings/{training}."""
     task: _builtins.str
@@ -353,7 +378,7 @@ class Training(_message.Message):
 
     @_builtins.property
     def config(self) -> Global___TrainingConfig:
-        """How, defaults filled in."""
+        """How, defaults filled in. The default of `epochs` follows from the rows: it is 0 until they are known."""
 
     @_builtins.property
     def progress(self) -> Global___TrainingProgress:
@@ -374,6 +399,10 @@ class Training(_message.Message):
     @_builtins.property
     def data(self) -> Global___DataReport:
         """What was found in the dataset before the first step; unset until then."""
+
+    @_builtins.property
+    def preparation(self) -> Global___Preparation:
+        """How far it is with its dataset before the first step; unset before and after."""
 
     def __init__(
         self,
@@ -396,14 +425,45 @@ class Training(_message.Message):
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         data: Global___DataReport | None = ...,
         base_model: _builtins.str = ...,
+        preparation: Global___Preparation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "data", b"data", "end_time", b"end_time", "model", b"model", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "data", b"data", "end_time", b"end_time", "model", b"model", "preparation", b"preparation", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "config", b"config", "create_time", b"create_time", "data", b"data", "dataset", b"dataset", "device", b"device", "end_time", b"end_time", "error", b"error", "loss", b"loss", "model", b"model", "model_digest", b"model_digest", "name", b"name", "progress", b"progress", "state", b"state", "submission", b"submission", "submit", b"submit", "task", b"task", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "config", b"config", "create_time", b"create_time", "data", b"data", "dataset", b"dataset", "device", b"device", "end_time", b"end_time", "error", b"error", "loss", b"loss", "model", b"model", "model_digest", b"model_digest", "name", b"name", "preparation", b"preparation", "progress", b"progress", "state", b"state", "submission", b"submission", "submit", b"submit", "task", b"task", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Training: _TypeAlias = Training  # noqa: Y015
+
+@_typing.final
+class Preparation(_message.Message):
+    """Preparation is how far a training is with its dataset before the first step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    TOTAL_ROWS_FIELD_NUMBER: _builtins.int
+    stage: Global___PreparationStage.ValueType
+    """What is done now."""
+    rows: _builtins.int
+    """Rows done."""
+    total_rows: _builtins.int
+    """Rows in all; 0 while they are not known."""
+    def __init__(
+        self,
+        *,
+        stage: Global___PreparationStage.ValueType = ...,
+        rows: _builtins.int = ...,
+        total_rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "stage", b"stage", "total_rows", b"total_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Preparation: _TypeAlias = Preparation  # noqa: Y015
 
 @_typing.final
 class DataReport(_message.Message):
@@ -545,8 +605,8 @@ class StartTrainingRequest(_message.Message):
     """Which of the task's models, counted from 0."""
     dataset: _builtins.str
     """Path of the dataset below the node's data folder; no "..", not absolute. A safetensors file with x and y, or npz, CSV,
-    TSV, Parquet, a folder with one folder of images a class, or a Hugging Face dataset on disk: these, up to 256 MiB, are
-    packed into safetensors first.
+    TSV, Parquet, a folder with one folder of images a class, or a Hugging Face dataset on disk: these are packed into
+    safetensors first, over 32 MiB by the training's own process, which also finds out whether they fit the model.
     """
     submit: _builtins.bool
     """True to commit, upload and reveal the model when it has been trained. The node must be a member of the task."""
