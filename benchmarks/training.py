@@ -23,9 +23,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from benchmarks import _peers
-from services.trainer.checkpoints import save_checkpoint
 from services.trainer.config import LossKind, TrainingConfig
 from services.trainer.descent import Descent
+from services.trainer.keeper import CheckpointKeeper
 from services.trainer.progress import Progress
 from services.trainer.rows import Rows
 from services.trainer.schedule import Plan
@@ -143,8 +143,14 @@ def _ours(work: Work) -> float:
         descent = Descent(spec=work.spec, loss=LossKind.CROSS_ENTROPY, config=work.config, rows=work.rows)
         checkpoint = Path(folder) / "checkpoint.safetensors"
         begun = time.perf_counter()
-        descent.run(report=report, checkpoint=lambda: save_checkpoint(checkpoint, descent.state()))
+        with CheckpointKeeper(checkpoint, persist=_at_once, warn=print) as keeper:
+            descent.run(report=report, checkpoint=lambda: keeper.keep(descent.state()))
         return descent.step / (time.perf_counter() - begun)
+
+
+def _at_once(write: Callable[[], None]) -> bool:
+    write()
+    return True
 
 
 def _bare(work: Work) -> float:

@@ -6,14 +6,24 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 _FACTS = "facts"
+# What a state is made of, in the format's words.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class CheckpointUnreadable(Exception):
@@ -30,12 +40,10 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Writes and syncs the file, then puts it in the place of the one before. Raises OSError, and that one stays."""
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in checkpoint.tensors.items()}
-    content = safetensors.torch.save(tensors, metadata={_FACTS: json.dumps(checkpoint.facts)})
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with draft.open("wb") as file:
-            file.write(content)
+            _write(file, checkpoint)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
@@ -60,3 +68,24 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise CheckpointUnreadable(f"{path.name} is not a checkpoint: {error}") from error
     return Checkpoint(tensors, facts)
+
+
+def _write(file: BinaryIO, checkpoint: Checkpoint) -> None:
+    """The format of safetensors, tensor by tensor: the package would hold all of them in memory once more."""
+    # Those of large elements first, so that each lies at a multiple of its own.
+    tensors = sorted(checkpoint.tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, object] = {"__metadata__": {_FACTS: json.dumps(checkpoint.facts)}}
+    position = 0
+    for name, tensor in tensors:
+        end = position + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]
+        }  # fmt: skip
+        position = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for _, tensor in tensors:
+        if tensor.numel():
+            flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)

@@ -9,9 +9,10 @@ import torch
 
 from services.trainer import runfolder
 from services.trainer.acceleration import allow_tf32
-from services.trainer.checkpoints import CheckpointUnreadable, load_checkpoint, save_checkpoint
+from services.trainer.checkpoints import CheckpointUnreadable, load_checkpoint
 from services.trainer.descent import Descent
 from services.trainer.fulldisk import write_when_there_is_room
+from services.trainer.keeper import CheckpointKeeper
 from services.trainer.meter import Diverged
 from services.trainer.progress import Progress
 from services.trainer.rows import Rows
@@ -65,17 +66,16 @@ def train(
     )
     on_stop(descent.stop)
 
+    keeper = CheckpointKeeper(runfolder.checkpoint(folder), persist=write, warn=warn)
+
     def keep() -> None:
-        if not speaks:
-            return
-        try:
-            write(lambda: save_checkpoint(runfolder.checkpoint(folder), descent.state()))
-        except OSError as error:
-            warn(f"no checkpoint at step {descent.step}: {error}")
+        if speaks:
+            keeper.keep(descent.state())
 
     def report(point: Progress) -> None:
         if speaks:
             say({"event": "progress", "point": point.to_json()})
+        keeper.look()
 
     found = None
     try:
@@ -87,8 +87,10 @@ def train(
             descent.restore(found)
         elif order.base_model is not None:
             _begin_with(descent.module, order.base_model)
-        if not descent.run(report=report, checkpoint=keep):
-            return STOPPED_STATUS
+        with keeper:
+            if not descent.run(report=report, checkpoint=keep):
+                keeper.settle()
+                return STOPPED_STATUS
         if not speaks:
             return 0
         digests: list[str] = []
