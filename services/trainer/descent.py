@@ -2,6 +2,7 @@
 
 import math
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
@@ -207,6 +208,8 @@ class Descent:
         """Raises the error when it is another, or when nothing is left to be halved."""
         if not halvable or not is_out_of_memory(error):
             raise error
+        # What failed would hold its activations until the error is forgotten.
+        traceback.clear_frames(error.__traceback__)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -234,9 +237,10 @@ class Descent:
         self.module.load_state_dict(_named(tensors, "model."))
         self._best = {name: tensor.to(self.device) for name, tensor in _named(tensors, "best.").items()}
         state: dict[int, dict[str, Tensor]] = {}
+        parameters = self._optimizer.param_groups[0]["params"]
         for name, tensor in _named(tensors, "optimizer.").items():
             index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
+            state.setdefault(int(index), {})[key] = _laid_out_like(parameters[int(index)], tensor)
         self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["random.cpu"])
         if self.device.type == "cuda":
@@ -293,6 +297,11 @@ class Descent:
             self.holdout = self.evaluate(self.module)
         if not all(bool(torch.isfinite(tensor).all()) for tensor in self.module.state_dict().values()):
             raise Diverged(f"the weights are not finite after step {self.step}: try a smaller learning rate")
+
+
+def _laid_out_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """What belongs to a parameter, each value in the place of its own: fused optimisers go by places."""
+    return torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
 
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

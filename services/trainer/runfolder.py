@@ -157,8 +157,11 @@ def clear(folder: Path, *, keep_mark: bool = False) -> None:
 
 
 def is_clear(folder: Path) -> bool:
-    """Whether the folder holds a model and nothing but what `clear` leaves."""
-    names = {path.name for path in folder.iterdir()}
+    """Whether the folder holds a model and nothing but what `clear` leaves, or is gone meanwhile."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return True
     return MODEL_FILE in names and names.issubset(_KEPT_FILES)
 
 

@@ -87,7 +87,7 @@ class ChildProcesses:
     async def uncleared(self) -> list[str]:
         """The ids of all trainings of which more than a model is left."""
         return await asyncio.to_thread(
-            lambda: [each.name for each in self._folder.iterdir() if not runfolder.is_clear(each)]
+            lambda: [each.name for each in self._folder.iterdir() if each.is_dir() and not runfolder.is_clear(each)]
         )
 
     async def _start(self, folder: Path) -> asyncio.subprocess.Process:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from services.trainer.acceleration import Acceleration, is_out_of_memory
-from services.trainer.config import LossKind, Precision, TrainingConfig
+from services.trainer.checkpoints import load_checkpoint, save_checkpoint
+from services.trainer.config import LossKind, OptimizerKind, Precision, TrainingConfig
 from services.trainer.descent import Descent
 from services.trainer.objectives import objective
 from services.trainer.rows import Rows
@@ -136,6 +138,26 @@ def test_channels_last_and_compilation_change_no_update_but_by_rounding() -> Non
     # Whole, without a break; at most once more for the epoch's last batch, whose size differs.
     assert 1 <= len(traced) <= 2
     assert_same_weights(plain, fast, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", list(OptimizerKind))
+def test_channels_last_goes_on_from_a_file_as_if_it_had_not_stopped(tmp_path: Path, optimizer: OptimizerKind) -> None:
+    spec = replace(SPEC, architecture=Convnet((4, 4)))
+    config = replace(CONFIG, epochs=1, optimizer=optimizer, momentum=0.9)
+
+    def channels_last() -> Descent:
+        return descent(config, spec=spec, acceleration=Acceleration(channels_last=True))
+
+    whole, broken, resumed = channels_last(), channels_last(), channels_last()
+    assert whole.run(report=lambda _: None)
+    assert not broken.run(report=lambda _: broken.stop())
+    save_checkpoint(tmp_path / "c", broken.state())
+    found = load_checkpoint(tmp_path / "c")
+    assert found is not None
+    resumed.restore(found)
+    assert resumed.run(report=lambda _: None)
+    for name, tensor in whole.module.state_dict().items():
+        assert torch.equal(resumed.module.state_dict()[name], tensor)
 
 
 def test_a_configuration_chooses_the_acceleration() -> None:

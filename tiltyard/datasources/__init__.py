@@ -32,7 +32,7 @@ def read_batches(source: Path, *, scratch: Path) -> Iterator[Rows]:
 
 
 def check_kind(source: Path) -> None:
-    """Raises DatasetError for a file of a kind that is not read here; what is in it is not looked at. Raises OSError."""
+    """Raises DatasetError for a file of a kind that is not read here, whatever is in it, and OSError for none."""
     if not source.is_dir() and source.suffix.lower() not in _READERS:
         source.stat()  # what is not there has no kind, either
         raise DatasetError(f"{source.name}: must be {', '.join(_READERS)} or a folder of images")
