@@ -19,6 +19,7 @@ from services.modelserver.sandbox import die_with_parent
 from services.runtime.errors import InvalidArgument
 from services.trainer import runfolder
 from services.trainer.config import Executor
+from services.trainer.leftovers import end_with_me
 from services.trainer.preparing import looked_through, packed
 from services.trainer.runfolder import Say
 from tiltyard.datasets import Dataset, DatasetError
@@ -72,6 +73,7 @@ def _train(folder: Path, say: Say) -> int:
         # Workers save what they have by the clock only; to end with this process is all that they are told. Not by a
         # handler: Python would run it when Ray's own code comes back, seconds later.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        end_with_me(folder)
         try:
             from services.trainer.ray_workers import train_with_ray
         except ImportError as error:

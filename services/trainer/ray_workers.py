@@ -34,6 +34,8 @@ def train_with_ray(folder: Path, say: Say) -> int:
     """Trains what the folder orders with `config.workers` workers; an exit status."""
     order = runfolder.read_order(folder)
     on_cuda = order.device != "cpu"
+    # A cluster's workers may each have a machine; those of this run's own are all on this one.
+    sharing = 1 if "RAY_ADDRESS" in os.environ else order.config.workers
     # What a killed process left there is in the way of this one.
     scratch = runfolder.scratch(folder)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -59,14 +61,16 @@ def train_with_ray(folder: Path, say: Say) -> int:
             while (event := events.get()) is not _END:
                 if "status" in event:
                     statuses.append(event["status"])
-                else:
+                elif not any(statuses):
+                    # Of several workers that break, the first one's word counts.
                     say(event)
 
         listener = threading.Thread(target=listen, name="events")
         listener.start()
+        failure = ""
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"folder": str(folder), "events": events},
+            train_loop_config={"folder": str(folder), "events": events, "sharing": sharing},
             torch_config=TorchConfig(backend="nccl" if on_cuda else "gloo"),
             scaling_config=ScalingConfig(num_workers=order.config.workers, use_gpu=on_cuda),
             run_config=RunConfig(name="run", storage_path=str(scratch / "storage")),
@@ -74,25 +78,41 @@ def train_with_ray(folder: Path, say: Say) -> int:
         try:
             trainer.fit()
         except Exception as error:
-            # Ray's own errors have no common base; the run's checkpoint stands, and the queue tries again.
-            say({"event": "warning", "text": f"ray: {type(error).__name__}: {' '.join(str(error).split())[-300:]}"})
+            # Ray's own errors have no common base. A worker that broke has said why; else the run's checkpoint stands,
+            # and the queue tries again.
+            failure = f"ray: {type(error).__name__}: {' '.join(str(error).split())[-300:]}"
         events.put(_END)
         listener.join()
-        return statuses[-1] if statuses else 1
+        if failure and not any(statuses):
+            say({"event": "warning", "text": failure})
+        return max(statuses, default=1)
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+class _Broke(Exception):
+    """A worker has ended before its time and said why: the others, who would wait for it, end with it."""
+
+
 def _work(config: dict[str, Any]) -> None:
     """One worker."""
     workers, events = ProcessGroup(), config["events"]
-    say: Say = events.put if workers.rank == 0 else _say_nothing
-    device = get_device()
-    status = train(Path(config["folder"]), say=say, stopped=threading.Event(), workers=workers, device=str(device))
-    if workers.rank == 0:
+
+    def say(event: dict[str, Any]) -> None:
+        # Of what goes well the first worker's word is enough.
+        if workers.rank == 0 or event["event"] == "broken":
+            events.put(event)
+
+    status = train(
+        Path(config["folder"]),
+        say=say,
+        stopped=threading.Event(),
+        workers=workers,
+        sharing=config["sharing"],
+        device=str(get_device()),
+    )
+    if workers.rank == 0 or status:
         events.put({"status": status})
-
-
-def _say_nothing(_event: dict[str, Any]) -> None:
-    """What the first worker says is enough."""
+    if status:
+        raise _Broke

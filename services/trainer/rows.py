@@ -15,11 +15,19 @@ class Rows:
     """N rows [N, ...] with labels [N] (cross-entropy) or targets [N, outputs] (the other losses).
 
     Binary cross-entropy takes labels too: each becomes the target 1 of its own output and 0 of the others, and where
-    there is one output the label is its target.
+    there is one output the label is its target. So many processes are `sharing` the machine's memory.
     """
 
     def __init__(
-        self, x: np.ndarray, y: np.ndarray, *, loss: LossKind, outputs: int, device: str, in_memory: bool | None = None
+        self,
+        x: np.ndarray,
+        y: np.ndarray,
+        *,
+        loss: LossKind,
+        outputs: int,
+        device: str,
+        in_memory: bool | None = None,
+        sharing: int = 1,
     ) -> None:
         self._device = torch.device(device)
         self._x = x
@@ -29,7 +37,7 @@ class Rows:
         self._one_hot = self._classes and loss is not LossKind.CROSS_ENTROPY
         self.row_bytes = max(1, x.nbytes // max(1, len(x)))
         size = x.nbytes + (0 if self._classes else y.nbytes)
-        fits = size <= _memory_bytes(self._device) // 4 if in_memory is None else in_memory
+        fits = size <= _memory_bytes(self._device, sharing) // 4 if in_memory is None else in_memory
         self._resident = _tensor(x).to(self._device) if fits else None
         self.on_disk = self._resident is None
         self._y: Tensor | np.ndarray = y
@@ -78,7 +86,7 @@ def _tensor(x: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(x, dtype=dtype, order="C", copy=True))
 
 
-def _memory_bytes(device: torch.device) -> int:
+def _memory_bytes(device: torch.device, sharing: int) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return memory_bytes()
+    return memory_bytes() // sharing

@@ -39,17 +39,18 @@ def train(
     stopped: threading.Event,
     on_stop: Callable[[Callable[[], None]], None] = lambda _: None,
     workers: Workers | None = None,
+    sharing: int = 1,
     device: str = "",
 ) -> int:
     """Trains what the folder orders; an exit status. `on_stop` is told what to call when the run is to stop.
 
-    Of several `workers`, all of which see the folder, the first one speaks and writes. `device` is the order's where it
-    is not given.
+    Of several `workers`, all of which see the folder, the first one speaks and writes; so many are `sharing` the
+    machine's processors and memory. `device` is the order's where it is not given.
     """
     order = runfolder.read_order(folder)
     speaks = workers is None or workers.rank == 0
     device = device or order.device
-    torch.set_num_threads(order.threads)
+    torch.set_num_threads(max(1, order.threads // sharing))
     allow_tf32(order.config.tf32)
 
     def warn(text: str) -> None:
@@ -60,7 +61,7 @@ def train(
 
     dataset = Dataset.open(order.dataset)
     config = completed(order.config, rows=len(dataset))
-    rows = Rows(dataset.x, dataset.y, loss=order.loss, outputs=order.spec.outputs, device=device)
+    rows = Rows(dataset.x, dataset.y, loss=order.loss, outputs=order.spec.outputs, device=device, sharing=sharing)
     descent = Descent(
         spec=order.spec, loss=order.loss, config=config, rows=rows, device=device, warn=warn, workers=workers
     )

@@ -1,7 +1,10 @@
 """`executor = ray`: real workers under Ray Train learn what one process does, and leave nothing behind."""
 
 import asyncio
+import contextlib
 import itertools
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,7 +20,7 @@ from sklearn.datasets import load_digits
 from services.trainer import runfolder
 from services.trainer.config import Executor, LossKind, TrainingConfig
 from services.trainer.descent import Descent
-from services.trainer.ends import Note, Trained
+from services.trainer.ends import Broken, Note, Trained
 from services.trainer.leftovers import RUN_VARIABLE
 from services.trainer.localdata import DataFolder
 from services.trainer.packed import mark_of
@@ -56,20 +59,23 @@ def training(tmp_path: Path) -> Training:
 
 @pytest.fixture
 def children(tmp_path: Path) -> ChildProcesses:
-    return ChildProcesses(
-        folder=tmp_path / "runs", bases=tmp_path / "bases", data=DataFolder(tmp_path / "data"), threads=1
-    )
+    return children_in(tmp_path)
+
+
+def children_in(folder: Path) -> ChildProcesses:
+    """What trains, in a folder of its own."""
+    return ChildProcesses(folder=folder / "runs", bases=folder / "bases", data=DataFolder(folder / "data"), threads=1)
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
     """Every process that was started for a run, whatever its parent is by now."""
+    wanted = f"{RUN_VARIABLE}={folder}".encode()
     found = []
     for process in psutil.process_iter():
-        try:
-            if process.environ().get(RUN_VARIABLE) == str(folder):
+        # psutil's own environ() ends at an empty word, which those have who have changed their title.
+        with contextlib.suppress(OSError, psutil.NoSuchProcess):
+            if wanted in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
                 found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
     return found
 
 
@@ -125,3 +131,36 @@ async def test_ray_train_is_cancelled_within_a_second_and_leaves_no_process(
     assert not processes_of(folder)
     await children.clear(training)
     assert not runfolder.scratch(folder).exists()
+
+
+async def test_ray_train_that_diverges_says_at_which_step_and_leaves_no_worker_waiting(
+    tmp_path: Path, children: ChildProcesses, training: Training
+) -> None:
+    too_fast = replace(training, config=replace(training.config, learning_rate=1e30))
+    end = await children.train(too_fast, device="cpu", report=lambda _: None, note=lambda _: None)
+    assert isinstance(end, Broken)
+    assert "try a smaller learning rate" in end.error
+    assert not processes_of(tmp_path / "runs" / "1")
+
+
+def test_ray_train_ends_with_a_service_that_is_killed(tmp_path: Path, training: Training) -> None:
+    folder = tmp_path / "runs" / "1"
+    serving = f"import runpy; runpy.run_path({__file__!r})['serve']({str(tmp_path)!r}, {training.dataset_mark!r})"
+    service = subprocess.Popen([sys.executable, "-c", serving])
+    try:
+        while not any(process.name().startswith("ray") for process in processes_of(folder)):
+            time.sleep(0.05)
+            assert service.poll() is None
+    finally:
+        service.kill()
+        service.wait()
+    # Nobody is left who could end them but they themselves.
+    while processes_of(folder):
+        time.sleep(0.05)
+
+
+def serve(folder: str, dataset_mark: str) -> None:
+    """Trains in a process that is going to be killed."""
+    training = replace(TRAINING, dataset_mark=dataset_mark, config=replace(TRAINING.config, epochs=1_000_000))
+    children = children_in(Path(folder))
+    asyncio.run(children.train(training, device="cpu", report=lambda _: None, note=lambda _: None))
