@@ -8,8 +8,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -196,6 +197,38 @@ def exporting(monkeypatch: pytest.MonkeyPatch, address: str, **more: str) -> otl
     for name, value in {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{address}", **more}.items():
         monkeypatch.setenv(name, value)
     return otlp.Export.from_environment("tiltyard-test", traces=True, metrics=True)
+
+
+def test_a_busy_service_sends_whole_batches_and_at_its_end_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    grown = threading.Condition()
+
+    def work(times: int) -> None:
+        for _ in range(times):
+            with tracing.span("work"):
+                pass
+
+    def send(_exporter: otlp.SpanExporter, spans: Sequence[tracing.Span]) -> None:
+        if not sent:
+            work(2)  # what comes while the collector is called
+        with grown:
+            sent.append(len(spans))
+            grown.notify_all()
+
+    monkeypatch.setattr(otlp.SpanExporter, "send", send)
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "3600000")
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "3600000")
+    export = otlp.Export.from_environment("tiltyard-test", traces=True, metrics=False)
+    export.start()
+    try:
+        for whole in (1, 2):
+            work(4)
+            with grown:
+                assert grown.wait_for(lambda many=whole: len(sent) == many, timeout=30)
+    finally:
+        export.close(grace_s=30)
+    assert sent == [4, 4, 2]
 
 
 def test_a_collector_that_is_away_costs_spans_and_nothing_else(

@@ -146,19 +146,20 @@ class Export:
     def _run(self) -> None:
         next_metrics = time.monotonic() + self._metric_interval_s
         while not self._closing:
-            self._wake.wait(max(0.0, min(self._span_delay_s, next_metrics - time.monotonic())))
+            woken = self._wake.wait(max(0.0, min(self._span_delay_s, next_metrics - time.monotonic())))
             self._wake.clear()
-            self._send_spans()
+            # To call the collector costs as much as hundreds of spans: the few that came meanwhile wait for more.
+            self._send_spans(at_least=self._max_batch if woken else 1)
             if time.monotonic() >= next_metrics:
                 next_metrics = time.monotonic() + self._metric_interval_s
                 self._send_metrics()
-        self._send_spans()
+        self._send_spans(at_least=1)
         self._send_metrics()
 
-    def _send_spans(self) -> None:
+    def _send_spans(self, *, at_least: int) -> None:
         if self._spans is None:
             return
-        while self._queue:
+        while len(self._queue) >= at_least:
             batch = [self._queue.popleft() for _ in range(min(self._max_batch, len(self._queue)))]
             try:
                 self._spans.send(batch)
