@@ -4,8 +4,8 @@ Told is what is done in a second of processor time: of a saturated server that i
 a percent on a machine that does other things meanwhile, which seconds of the clock cannot. Both sides always run in one
 machine's one state: two pairs of caller and server at the same moment, and one training and one validator whose
 telemetry is switched to and fro. The collector, a process of its own, takes everything and keeps nothing. All spans are
-recorded (the default sampler). Metrics are exported every five seconds, so that calls, which take that long, have some
-(by default: every minute, and one export takes about two milliseconds).
+recorded (the default sampler). Metrics are exported every five seconds (by default: every minute): once while the
+calls of a pair are made.
 """
 
 import asyncio
