@@ -10,7 +10,7 @@ from pathlib import Path
 from services.modelserver import sandbox
 from services.modelserver.lane import Lane
 from services.modelserver.models import Models
-from services.modelserver.spawn import EXIT_CRASHED, EXIT_FAULT, EXIT_OUT_OF_MEMORY, LOG_FILE, MODEL_NAME
+from services.modelserver.spawn import EXIT_CRASHED, EXIT_FAULT, EXIT_OUT_OF_MEMORY, LOG_FILE, MODEL_NAME, SOCKET_FILE
 from services.runtime.telemetry import configure_logging
 from tiltyard.modelspec import ModelFault
 
@@ -27,7 +27,6 @@ class Order:
 
     id: int
     folder: str
-    socket: str
     memory_bytes: int
     cpu_seconds: int
     threads: int
@@ -69,7 +68,7 @@ def _serve(order: Order, cores: int, report: int) -> int:
     except ModelFault as fault:
         _say(report, {"event": "fault", "code": fault.code.value, "detail": fault.detail})
         return EXIT_FAULT
-    lane = Lane(order.socket, models, cores=cores)
+    lane = Lane(SOCKET_FILE, models, cores=cores)
     lane.serve()
     _say(report, {"event": "ready"})
     os.close(report)

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -97,9 +96,38 @@ class _Pending:
 
     ready: asyncio.Future[dict[str, Any]]
     ended: asyncio.Future[Exit]
-    folder: Path
-    socket: Path
+    home: "_Home"
     killed_by_owner: bool = False
+
+    def end(self, exit_: Exit) -> None:
+        """It has ended like this."""
+        self.home.leave()
+        self.ended.set_result(exit_)
+
+
+class _Home:
+    """The folder of a child, and the way to its socket there, short enough for one however deep the folder lies.
+
+    The child serves in its working directory. Its caller, where the path is too long, goes by a descriptor of the
+    folder, which is gone with this process, however that ends; a folder with a short name elsewhere would stay.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        # From the root on, since a child has a working directory of its own.
+        self.folder = folder.absolute()
+        self.socket = self.folder / SOCKET_FILE
+        self.socket.unlink(missing_ok=True)
+        self._descriptor: int | None = None
+        if len(os.fsencode(self.socket)) > MAX_SOCKET_PATH:
+            self._descriptor = os.open(self.folder, os.O_PATH | os.O_DIRECTORY)
+            self.socket = Path(f"/proc/self/fd/{self._descriptor}") / SOCKET_FILE
+
+    def leave(self) -> None:
+        """To call when the child has ended."""
+        self.socket.unlink(missing_ok=True)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +166,6 @@ class Nursery:
         self._closing = False
         self._next_id = 0
         self._pending: dict[int, _Pending] = {}
-        self._sockets: tempfile.TemporaryDirectory[str] | None = None
         self._restart: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -196,17 +223,15 @@ class Nursery:
         await self.start()
         number = self._next_id
         self._next_id += 1
-        folder, socket = self._paths(folder, number)
-        socket.unlink(missing_ok=True)
+        home = _Home(folder)
         loop = asyncio.get_running_loop()
-        pending = _Pending(loop.create_future(), loop.create_future(), folder, socket)
+        pending = _Pending(loop.create_future(), loop.create_future(), home)
         self._pending[number] = pending
         self._send(
             {
                 "op": "spawn",
                 "id": number,
-                "folder": str(folder),
-                "socket": str(socket),
+                "folder": str(home.folder),
                 "memory_bytes": limits.memory_bytes,
                 "cpu_seconds": limits.cpu_seconds,
                 "threads": limits.threads,
@@ -229,7 +254,7 @@ class Nursery:
         except BaseException:
             self.kill(number)
             raise
-        return Child(f"unix:{socket}", event["pid"], self, number, pending)
+        return Child(f"unix:{home.socket}", event["pid"], self, number, pending)
 
     def kill(self, number: int) -> None:
         """End child `number`, if it hasn't ended."""
@@ -248,8 +273,6 @@ class Nursery:
             _end_group(self._zygote)
         if self._reader is not None:
             await self._reader
-        if self._sockets is not None:
-            self._sockets.cleanup()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -259,16 +282,6 @@ class Nursery:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
-
-    def _paths(self, folder: Path, number: int) -> tuple[Path, Path]:
-        """The folder from the root on, since a child has a working directory of its own, and the socket to serve on."""
-        folder = folder.absolute()
-        if len(os.fsencode(folder / SOCKET_FILE)) <= MAX_SOCKET_PATH:
-            return folder, folder / SOCKET_FILE
-        if self._sockets is None:
-            # mkdtemp makes it for this user alone.
-            self._sockets = tempfile.TemporaryDirectory(prefix="tiltyard-", ignore_cleanup_errors=True)
-        return folder, Path(self._sockets.name) / f"{number}.sock"
 
     def _send(self, line: dict[str, object]) -> None:
         # A zygote that died takes its children along, and the reader says so to all who wait.
@@ -288,7 +301,7 @@ class Nursery:
         self._zygote = None
         for pending in list(self._pending.values()):
             kind = ExitKind.OK if pending.killed_by_owner else ExitKind.KILLED
-            pending.ended.set_result(Exit(kind, "ended with the nursery", 0.0))
+            pending.end(Exit(kind, "ended with the nursery", 0.0))
         self._pending.clear()
         if not self._closing:
             _log.warning("the nursery died, it starts again", exit_code=zygote.returncode)
@@ -307,8 +320,7 @@ class Nursery:
             return
         if event["event"] == "ended":
             del self._pending[event["id"]]
-            pending.socket.unlink(missing_ok=True)
-            pending.ended.set_result(_exit_of(event, pending))
+            pending.end(_exit_of(event, pending))
         elif not pending.ready.done():
             pending.ready.set_result(event)
 
@@ -320,7 +332,7 @@ def _end_group(zygote: asyncio.subprocess.Process) -> None:
 
 def _exit_of(event: dict[str, Any], pending: _Pending) -> Exit:
     number, code, cpu_seconds = event["signal"], event["code"], event["cpu_seconds"]
-    log = _log_tail(pending.folder)
+    log = _log_tail(pending.home.folder)
     if code == EXIT_OUT_OF_MEMORY or any(sign in log for sign in ("bad_alloc", "MemoryError", "allocate memory")):
         return Exit(ExitKind.OUT_OF_MEMORY, "the model does not fit in its memory limit", cpu_seconds)
     if number == signal.SIGXCPU:

@@ -84,7 +84,9 @@ class BatchStream:
             method: grpc.StreamStreamMultiCallable[bytes, pb.ModelStreamInferResponse] = channel.stream_stream(
                 METHOD, None, pb.ModelStreamInferResponse.FromString
             )
-            observed = ObservedCall.begin(Calls(Kind.CLIENT, METHOD.lstrip("/"), peer=self._address), self._trace)
+            # A socket is one model's: told as an attribute it would begin a metric of its own for every evaluation.
+            peer = "" if self._address.startswith("unix:") else self._address
+            observed = ObservedCall.begin(Calls(Kind.CLIENT, METHOD.lstrip("/"), peer=peer), self._trace)
             with self._lock:
                 if self._stopped.is_set():
                     raise StreamCancelled
