@@ -20,8 +20,10 @@ from services.trainer.localdata import DataFolder
 from services.trainer.progress import Progress
 from services.trainer.training import Training
 
-# From SIGTERM to SIGKILL: long enough for a step and a small checkpoint, short enough to cancel within a second.
-STOP_GRACE_S = 0.6
+# From SIGTERM to SIGKILL. One that is to go on has time for a step and a large checkpoint, within what a container is
+# given to stop; one that is not ends within a second.
+STOP_GRACE_S = 15.0
+CANCEL_GRACE_S = 0.6
 # A child has no settings of ours, and nothing to tell a collector: this process tells of it.
 _NOT_FOR_CHILDREN = ("TILTYARD_", "OTEL_")
 _MAX_LINE_BYTES = 1024 * 1024
@@ -38,7 +40,13 @@ class ChildProcesses:
         self._threads = threads
 
     async def train(
-        self, training: Training, *, device: str, report: Callable[[Progress], None], note: Callable[[Note], None]
+        self,
+        training: Training,
+        *,
+        device: str,
+        report: Callable[[Progress], None],
+        note: Callable[[Note], None],
+        goes_on: Callable[[], bool],
     ) -> End:
         """Starts or resumes the training's process and waits for its end. When cancelled, the process is gone."""
         folder = self._folder / training.id
@@ -64,7 +72,7 @@ class ChildProcesses:
         try:
             return await _listen(process, folder, report, note)
         finally:
-            await _to_its_end(_stop(process, folder))
+            await _to_its_end(_stop(process, folder, STOP_GRACE_S if goes_on() else CANCEL_GRACE_S))
 
     async def clear(self, training: Training) -> None:
         """Keeps the model of a training that has one to show, and nothing of any other."""
@@ -163,12 +171,12 @@ async def _to_its_end(work: Coroutine[None, None, None]) -> None:
         raise cancelled
 
 
-async def _stop(process: asyncio.subprocess.Process, folder: Path) -> None:
+async def _stop(process: asyncio.subprocess.Process, folder: Path, grace_s: float) -> None:
     """Ends the whole process group and waits for it, then whatever of the run has left the group."""
     if process.returncode is None:
         _signal(process, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STOP_GRACE_S):
+            async with asyncio.timeout(grace_s):
                 await process.wait()
     _signal(process, signal.SIGKILL)
     await process.wait()

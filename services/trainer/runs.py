@@ -34,10 +34,17 @@ class Children(Remains, Protocol):
     """Runs trainings in processes of their own."""
 
     async def train(
-        self, training: Training, *, device: str, report: Callable[[Progress], None], note: Callable[[Note], None]
+        self,
+        training: Training,
+        *,
+        device: str,
+        report: Callable[[Progress], None],
+        note: Callable[[Note], None],
+        goes_on: Callable[[], bool],
     ) -> End:
         """Starts or resumes the training's process and waits for its end. When cancelled, the process is gone.
 
+        `goes_on` then tells whether it is to be resumed: its last checkpoint is worth some waiting.
         Raises OSError where it cannot be started, as on a full disk.
         """
         ...
@@ -230,6 +237,7 @@ class Runs:
             device=device,
             report=partial(self._live.report, training.id),
             note=partial(self._note, training.id),
+            goes_on=lambda: training.id not in self._interrupted,
         )
         deaths, furthest, pause_s = 0, -1, FIRST_PAUSE_S
         while True:

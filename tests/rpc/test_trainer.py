@@ -26,6 +26,7 @@ from sklearn.datasets import load_digits
 from services.runtime.database import Database
 from services.runtime.server import ArenaServer
 from services.trainer.bootstrap import build
+from services.trainer.runner import CANCEL_GRACE_S
 from services.trainer.settings import TrainerSettings
 from services.trainer.store import SqlTrainingStore
 from tiltyard.client import ClientError, Node, persist
@@ -207,6 +208,19 @@ async def test_a_running_training_is_cancelled_within_a_second(trainer: RunningT
     assert ended.progress.step >= 1
     assert not trainer.folder(name).exists()
     assert (await trainer.cancel(name)) == ended
+
+
+async def test_a_service_that_is_stopped_waits_for_a_slow_last_checkpoint(settings: TrainerSettings) -> None:
+    async with served(settings) as trainer:
+        name = (await trainer.start(epochs=LONG)).name
+        await trainer.until(name, pb.TRAINING_STATE_RUNNING, step=1)
+        checkpoint, child = trainer.folder(name) / "checkpoint.safetensors", trainer.child(name)
+        assert not checkpoint.exists()
+        child.suspend()
+        # It comes to work again when a cancellation would have ended it.
+        asyncio.get_running_loop().call_later(2 * CANCEL_GRACE_S, child.resume)
+    assert not child.is_running()
+    assert checkpoint.exists()
 
 
 async def test_a_queue_runs_in_order_and_what_waits_is_cancelled_at_once(trainer: RunningTrainer) -> None:

@@ -84,13 +84,20 @@ class Children:
         self.started: list[str] = []
         self.cleared: list[str] = []
         self.marked: set[str] = set()
+        self.went_on: dict[str, bool] = {}
         self.left: list[str] = []
         self.on_let_go: Callable[[], None] = lambda: None
         self.refusals: list[OSError] = []
         self.changed = asyncio.Event()
 
     async def train(
-        self, training: Training, *, device: str, report: Callable[[Progress], None], note: Callable[[Note], None]
+        self,
+        training: Training,
+        *,
+        device: str,
+        report: Callable[[Progress], None],
+        note: Callable[[Note], None],
+        goes_on: Callable[[], bool],
     ) -> End:
         self.started.append(training.id)
         if self.refusals:
@@ -102,6 +109,7 @@ class Children:
         try:
             return await end
         finally:
+            self.went_on[training.id] = goes_on()
             del self.running[training.id]
             self.changed.set()
 
@@ -326,6 +334,7 @@ async def test_a_run_is_cancelled_while_the_disk_is_full_and_what_it_held_makes_
         # One that has ended stays as it is, also where that cannot be written again.
         it.store.away = 1
         assert (await it.trainings.cancel("a")).state is TrainingState.CANCELLED
+        assert not it.children.went_on["a"]
 
 
 async def test_a_cancellation_that_can_be_kept_nowhere_is_refused_and_changes_nothing() -> None:
