@@ -30,6 +30,7 @@ from benchmarks.calls import _add_echo, _echo_call
 from benchmarks.evaluation import SAMPLES, _job, _timed_attempt
 from services.modelserver.spawn import Nursery
 from services.runtime.auth import Authenticator
+from services.runtime.memory import keep_what_is_loaded
 from services.runtime.server import ArenaServer, Mount
 from services.runtime.telemetry import configure_telemetry
 from services.trainer.bootstrap import build
@@ -279,6 +280,7 @@ async def _be_server() -> None:
     configure_telemetry("benchmark", "info", "json")
     mount = Mount("benchmark.v1.Echo", _add_echo)
     async with ArenaServer("127.0.0.1:0", [mount], authenticator=Authenticator([_AUDIENCE])) as server:
+        keep_what_is_loaded()
         print(server.address, flush=True)
         await asyncio.Event().wait()
 
@@ -289,6 +291,7 @@ async def _be_caller(address: str) -> None:
     tokens = TokenSource(Key.generate(), _AUDIENCE)
     async with open_channel(address, tokens=tokens) as channel:
         call = _echo_call(channel, None)
+        keep_what_is_loaded()
         print("ready", flush=True)
         while await asyncio.to_thread(sys.stdin.readline):
             left = iter(range(_CALLS))

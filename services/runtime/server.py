@@ -25,6 +25,7 @@ from services.runtime.connections import ConnectionLimits, Doorkeeper, raise_fil
 from services.runtime.idempotency import RequestMemory
 from services.runtime.interceptors import CallInterceptor, Drain
 from services.runtime.limits import CallGate, CallLimits
+from services.runtime.memory import keep_what_is_loaded
 from tiltyard.calls.allocator import keep_message_memory
 
 if TYPE_CHECKING:  # a model server has no database: it need not wait for SQLAlchemy's import
@@ -225,6 +226,7 @@ async def serve(
     try:
         await server.start()
         tasks = [asyncio.create_task(_keep_running(job)) for job in jobs]
+        keep_what_is_loaded()
         await server.set_serving(True)
         _log.info("serving", name=name, address=server.address)
         await stop.wait()

@@ -1,6 +1,8 @@
-"""The memory that a process may use, by what the kernel says of its control groups."""
+"""The memory that a process may use, by what the kernel says of its control groups, and what of it is collected."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,35 @@ def test_the_lowest_limit_counts(tmp_path: Path, membership: str, limits: dict[s
 def test_where_there_are_no_groups_the_machine_counts(tmp_path: Path) -> None:
     assert memory_bytes(membership=tmp_path / "none", groups=tmp_path) == MACHINE
     assert 0 < memory_bytes() <= MACHINE
+
+
+AFTER_THE_START = """
+import gc, weakref
+from services.runtime.memory import keep_what_is_loaded
+
+class Node: pass
+
+def cycle():
+    node = Node()
+    node.me = node
+    return weakref.ref(node)
+
+loaded = Node()
+loaded.me = loaded
+there = weakref.ref(loaded)
+keep_what_is_loaded()
+before = gc.get_stats()[0]["collections"]
+new = cycle()
+kept = [[] for _ in range(5_000)]
+assert new() is not None and gc.get_stats()[0]["collections"] == before
+kept += [[] for _ in range(10_000)]
+assert new() is None
+# What was loaded is passed over from then on, even once nobody needs it.
+del loaded
+gc.collect()
+assert there() is not None
+"""
+
+
+def test_after_the_start_new_cycles_are_found_and_what_was_loaded_is_passed_over() -> None:
+    subprocess.run([sys.executable, "-c", AFTER_THE_START], check=True, timeout=60)
