@@ -1,1 +1,1 @@
-"""Tests of every part; modules here that are not tests are fakes that several tests share."""
+"""Tests of every part."""

@@ -21,7 +21,7 @@ from services.validator.assignments import Order
 from services.validator.children import NurseryAttempts
 from services.validator.evaluation import CannotEvaluate, Job, find
 from services.validator.runs import Fault, Finding, Progress
-from tests.wiretap import Tap, labels_in
+from tests.support.wiretap import Tap, labels_in
 from tiltyard.modelspec import Mlp, ModelSpec, tensor_shapes
 
 # Wide enough to be caught in the middle.

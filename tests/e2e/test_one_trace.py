@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.e2e.test_up import running
-from tests.otlp_receiver import Collector, Span, collecting
+from tests.support.otlp_receiver import Collector, Span, collecting
 from tiltyard.cli.memberships import join_task
 from tiltyard.client import Client, new_request_id, watch
 from tiltyard.datasets import write_dataset

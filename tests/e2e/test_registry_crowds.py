@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from services.runtime.connections import raise_file_limit
-from tests.registry_server import artifact_name, config_of, uploading
-from tests.service_process import ServiceProcess
+from tests.support.registry_server import artifact_name, config_of, uploading
+from tests.support.service_process import ServiceProcess
 from tiltyard.client import Client
 from tiltyard.identity import Key, issue_token
 from tiltyard.registry.v1 import (

@@ -13,8 +13,8 @@ from typing import TypeVar
 import grpc
 import pytest
 
-from tests.postgres_server import PostgresServer
-from tests.service_process import ServiceProcess
+from tests.support.postgres_server import PostgresServer
+from tests.support.service_process import ServiceProcess
 from tiltyard.audit import Record, audit
 from tiltyard.audit.download import fetch_record
 from tiltyard.client import Client

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from tests.service_process import ServiceProcess
+from tests.support.service_process import ServiceProcess
 from tiltyard.calls.channel import open_channel
 from tiltyard.identity import Key, TokenSource
 from tiltyard.receipts import verify_receipt

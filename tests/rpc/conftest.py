@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.registry_server import RegistryServer
+from tests.support.registry_server import RegistryServer
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 
 from services.runtime import names
 from services.runtime.names import AssignmentId
-from tests.registry_arena import Arena, served
-from tests.registry_world import NODES, ORIGIN, ROWS, World, key_of, model_bytes
+from tests.support.registry_arena import Arena, served
+from tests.support.registry_world import NODES, ORIGIN, ROWS, World, key_of, model_bytes
 from tiltyard.cli.evaluations import print_comparison, row_of
 from tiltyard.comparing import NotComparable, compare
 from tiltyard.predictions import block_hashes, handed_in, prediction_root

@@ -12,7 +12,7 @@ import pytest
 
 from services.registry.records import Assignment, Submission
 from services.registry.states import AssignmentState, ModelFormat, SubmissionState, TaskState
-from tests.registry_server import (
+from tests.support.registry_server import (
     RegistryServer,
     artifact_name,
     config_of,

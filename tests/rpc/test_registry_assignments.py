@@ -11,9 +11,9 @@ from services.registry.records import Participant
 from services.runtime import names
 from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied
 from services.runtime.names import AssignmentId
-from tests.registry_arena import Arena, bad_fields, refusal, served
-from tests.registry_fakes import START
-from tests.registry_world import D_EVAL, KEYS, NODES, SPEC, TASK, VALIDATORS, key_of, model_bytes, task_config
+from tests.support.registry_arena import Arena, bad_fields, refusal, served
+from tests.support.registry_fakes import START
+from tests.support.registry_world import D_EVAL, KEYS, NODES, SPEC, TASK, VALIDATORS, key_of, model_bytes, task_config
 from tiltyard.registry.v1 import assignment_pb2, assignment_pb2_grpc
 from tiltyard.type.v1 import evaluation_pb2 as type_pb2
 from tiltyard.wire import model_spec_from_proto

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from tests.registry_server import (
+from tests.support.registry_server import (
     RegistryServer,
     artifact_name,
     config_of,

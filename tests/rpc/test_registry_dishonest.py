@@ -8,10 +8,10 @@ from typing import Any
 
 from services.registry.states import RoundState, SubmissionState
 from services.runtime.names import AssignmentId, parse_assignment
-from tests.registry_arena import Arena, served
-from tests.registry_fakes import SettableClock
-from tests.registry_world import NODES, TASK, VALIDATORS, World, model_bytes, task_config
-from tests.selector_server import selecting
+from tests.support.registry_arena import Arena, served
+from tests.support.registry_fakes import SettableClock
+from tests.support.registry_world import NODES, TASK, VALIDATORS, World, model_bytes, task_config
+from tests.support.selector_server import selecting
 from tiltyard.registry.v1 import evaluation_pb2
 from tiltyard.type.v1 import envelope_pb2
 from tiltyard.type.v1 import evaluation_pb2 as type_pb2

@@ -11,8 +11,8 @@ from services.registry.states import AssignmentState
 from services.runtime import names
 from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied
 from services.runtime.names import AssignmentId
-from tests.registry_arena import Arena, bad_fields, refusal, served
-from tests.registry_world import HASHES, KEYS, NODES, ORIGIN, TASK, key_of, model_bytes
+from tests.support.registry_arena import Arena, bad_fields, refusal, served
+from tests.support.registry_world import HASHES, KEYS, NODES, ORIGIN, TASK, key_of, model_bytes
 from tiltyard.commitments import evaluation_seal
 from tiltyard.registry.v1 import evaluation_pb2, evaluation_pb2_grpc
 from tiltyard.statements import sign_statement

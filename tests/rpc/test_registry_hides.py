@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from google.protobuf.message import Message
 
-from tests.registry_server import RegistryServer
-from tests.registry_world import CREATOR, NODES, VALIDATORS, key_of
-from tests.told_arena import ToldArena, model_of
+from tests.support.registry_server import RegistryServer
+from tests.support.registry_world import CREATOR, NODES, VALIDATORS, key_of
+from tests.support.told_arena import ToldArena, model_of
 from tiltyard.audit.download import fetch_record
 from tiltyard.client import Client
 from tiltyard.identity import Key

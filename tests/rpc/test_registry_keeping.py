@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import save
 
 from services.registry.states import RejectionReason, SubmissionState
-from tests.registry_server import (
+from tests.rpc.test_registry_artifacts import code_of, put_submission
+from tests.support.registry_server import (
     RegistryServer,
     artifact_name,
     config_of,
@@ -22,8 +23,7 @@ from tests.registry_server import (
     refused,
     uploading,
 )
-from tests.rpc.test_registry_artifacts import code_of, put_submission
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 from tiltyard.calls.errors import ClientError
 from tiltyard.client import Client
 from tiltyard.modelspec import Mlp, ModelSpec, tensor_shapes

@@ -3,8 +3,8 @@
 import grpc
 import pytest
 
-from tests.registry_fakes import SELECTOR_KEY
-from tests.registry_server import ORIGIN, RegistryServer, refused
+from tests.support.registry_fakes import SELECTOR_KEY
+from tests.support.registry_server import ORIGIN, RegistryServer, refused
 from tiltyard.client import Client
 from tiltyard.identity import Key
 from tiltyard.registry.v1.log_pb2 import (

@@ -5,7 +5,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.registry_server import ORIGIN, RegistryServer, dataset_bytes, join_request, refused
+from tests.support.registry_server import ORIGIN, RegistryServer, dataset_bytes, join_request, refused
 from tiltyard.client import Client
 from tiltyard.identity import Key
 from tiltyard.registry.v1 import membership_pb2

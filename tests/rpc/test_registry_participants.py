@@ -3,7 +3,7 @@
 import grpc
 import pytest
 
-from tests.registry_server import ORIGIN, RegistryServer, refused
+from tests.support.registry_server import ORIGIN, RegistryServer, refused
 from tiltyard.client import Client
 from tiltyard.identity import Key, issue_token
 from tiltyard.registry.v1 import participant_pb2

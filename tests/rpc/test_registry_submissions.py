@@ -20,8 +20,8 @@ from services.runtime.errors import (
     PermissionDenied,
     ResourceExhausted,
 )
-from tests.registry_arena import Arena, bad_fields, refusal, served
-from tests.registry_world import NODES, ORIGIN, TASK, VALIDATORS, key_of, model_bytes
+from tests.support.registry_arena import Arena, bad_fields, refusal, served
+from tests.support.registry_world import NODES, ORIGIN, TASK, VALIDATORS, key_of, model_bytes
 from tiltyard.commitments import submission_commitment
 from tiltyard.identity import Key
 from tiltyard.registry.v1 import (

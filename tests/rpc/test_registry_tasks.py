@@ -10,7 +10,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from safetensors.numpy import save
 
-from tests.registry_server import (
+from tests.support.registry_server import (
     RegistryServer,
     artifact_name,
     config_of,

@@ -8,8 +8,8 @@ import grpc
 import pytest
 
 from services.registry.artifact_files import stand_in
-from tests.registry_server import RegistryServer, artifact_name, config_of, dataset_bytes, refused
 from tests.rpc.test_registry_artifacts import code_of, download, progress, put_submission, send, sent
+from tests.support.registry_server import RegistryServer, artifact_name, config_of, dataset_bytes, refused
 from tiltyard.client import Client
 from tiltyard.identity import Key
 from tiltyard.registry.v1.artifact_pb2 import GetArtifactRequest, UploadArtifactRequest, UploadHeader

@@ -7,8 +7,8 @@ from typing import cast
 import pytest
 
 from services.registry.states import AssignmentState, MembershipState, Role, SubmissionState
-from tests.registry_fakes import FakeSelection, SettableClock
-from tests.registry_world import (
+from tests.support.registry_fakes import FakeSelection, SettableClock
+from tests.support.registry_world import (
     NODES,
     TASK,
     VALIDATORS,
@@ -17,7 +17,7 @@ from tests.registry_world import (
     model_bytes,
     open_database,
 )
-from tests.selector_server import selecting
+from tests.support.selector_server import selecting
 from tiltyard.type.v1 import draw_pb2
 from tiltyard.type.v1 import stake_pb2 as stake_types_pb2
 

@@ -14,7 +14,7 @@ import pytest
 
 from services.runtime.connections import ConnectionLimits, raise_file_limit
 from services.runtime.server import ArenaServer
-from tests.registry_server import RegistryServer, artifact_name, config_of, dataset_bytes
+from tests.support.registry_server import RegistryServer, artifact_name, config_of, dataset_bytes
 from tiltyard.calls.errors import ClientError
 from tiltyard.client import Client, persist
 from tiltyard.identity import Key
@@ -28,7 +28,7 @@ MOST_BYTES_EACH = 200_000
 @contextlib.asynccontextmanager
 async def left_open(port: int, count: int) -> AsyncIterator[None]:
     """Connections of a process of its own, so that files of this one are the server's alone."""
-    command = [sys.executable, "-m", "tests.left_open", str(port), str(count)]
+    command = [sys.executable, "-m", "tests.support.left_open", str(port), str(count)]
     process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
     assert process.stdout is not None
     try:

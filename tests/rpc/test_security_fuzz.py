@@ -18,10 +18,10 @@ from structlog.testing import capture_logs
 
 import tiltyard
 from services.validator.signing import KeyNotary
-from tests.mutations import Mutator
-from tests.registry_server import artifact_name, config_of, join_request
-from tests.state_of_logs import registry_differences, selector_differences
-from tests.whole_arena import ORIGIN, TASKS, WholeArena
+from tests.support.mutations import Mutator
+from tests.support.registry_server import artifact_name, config_of, join_request
+from tests.support.state_of_logs import registry_differences, selector_differences
+from tests.support.whole_arena import ORIGIN, TASKS, WholeArena
 from tiltyard.audit import audit
 from tiltyard.audit.download import fetch_record
 from tiltyard.calls.channel import open_channel

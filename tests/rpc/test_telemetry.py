@@ -24,8 +24,8 @@ from opentelemetry.sdk.resources import Resource
 from services.runtime.errors import NotFound, ResourceExhausted
 from services.runtime.server import ArenaServer
 from services.runtime.telemetry import configure_logging
-from tests.otlp_receiver import collecting
 from tests.rpc.test_runtime_server import SHAPES, Shapes, call, mount
+from tests.support.otlp_receiver import collecting
 from tests.unit.test_tracing import Kept
 from tiltyard import telemetry
 from tiltyard.calls import breaker, observed

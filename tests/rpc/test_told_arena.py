@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.registry_server import ORIGIN, RegistryServer
-from tests.registry_world import CREATOR, NODES
-from tests.told_arena import Told, dataset_of, model_of, tell_tasks
+from tests.support.registry_server import ORIGIN, RegistryServer
+from tests.support.registry_world import CREATOR, NODES
+from tests.support.told_arena import Told, dataset_of, model_of, tell_tasks
 from tiltyard.audit import Audit, Claim, Record, audit
 from tiltyard.cli import app
 from tiltyard.transparency import Checkpoint, checkpoint_body, leaf_hash, root_hash, sign_note

@@ -9,9 +9,9 @@ from services.registry.states import TaskState
 from services.runtime.channels import open_peer
 from services.runtime.errors import NotFound
 from services.validator.peers import RegistryPeer
-from tests.registry_server import ORIGIN, RegistryServer, digest_of
-from tests.registry_world import NODES, VALIDATORS
-from tests.told_arena import ToldArena, dataset_of, model_of
+from tests.support.registry_server import ORIGIN, RegistryServer, digest_of
+from tests.support.registry_world import NODES, VALIDATORS
+from tests.support.told_arena import ToldArena, dataset_of, model_of
 from tiltyard.registry.v1 import task_pb2
 
 

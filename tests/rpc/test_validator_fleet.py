@@ -17,8 +17,8 @@ from services.validator.elsewhere import connected
 from services.validator.fleet import WINDOW, Endpoint, Fleet, ModelServer, parse_servers
 from services.validator.pipeline import RequestRefused, StreamBroken, StreamCancelled, WrongAnswer
 from services.validator.rows import EvaluationRows
+from tests.support.wiretap import labels_in, tapped
 from tests.unit.test_tracing import Kept
-from tests.wiretap import labels_in, tapped
 from tiltyard.identity import Key
 from tiltyard.inference.v2 import inference_pb2 as pb
 from tiltyard.inference.v2 import inference_pb2_grpc as rpc

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.registry_server import RegistryServer
+from tests.support.registry_server import RegistryServer
 from tiltyard.audit import Record, audit
 from tiltyard.audit.download import fetch_record
 from tiltyard.cli.audits import RegistrySource

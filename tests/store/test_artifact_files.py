@@ -16,7 +16,7 @@ from services.registry.artifact_files import ArtifactFiles, stand_in
 from services.registry.bucket import BucketFiles
 from services.registry.files import DirectoryFiles, PartialFile
 from services.registry.storage import open_artifacts
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 
 ADA, BOB = "a" * 40, "b" * 40
 CONTENT = b"some bytes of a model" * 100

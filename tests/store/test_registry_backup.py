@@ -12,9 +12,9 @@ from services.registry import backup as backups
 from services.registry.backup import BackupRefused, back_up, restore
 from services.registry.settings import RegistrySettings
 from services.runtime.copying import CopyRefused
-from tests.postgres_server import PostgresServer
-from tests.registry_server import ORIGIN, RegistryServer, artifact_name, dataset_bytes, uploading
-from tests.s3_server import S3Server
+from tests.support.postgres_server import PostgresServer
+from tests.support.registry_server import ORIGIN, RegistryServer, artifact_name, dataset_bytes, uploading
+from tests.support.s3_server import S3Server
 from tiltyard.audit import audit
 from tiltyard.audit.download import fetch_record
 from tiltyard.cli.audits import RegistrySource

@@ -8,8 +8,8 @@ import pytest
 
 from services.registry.states import RoundState, SubmissionState
 from services.registry.transaction import Reading, Store, Writing
-from tests.registry_fakes import FakeSelection, SettableClock
-from tests.registry_world import NODES, TASK, MemoryFiles, World, model_bytes, open_database, task_config
+from tests.support.registry_fakes import FakeSelection, SettableClock
+from tests.support.registry_world import NODES, TASK, MemoryFiles, World, model_bytes, open_database, task_config
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from services.registry.convert.submissions import submission_message
 from services.registry.leaderboard import Ranking
 from services.registry.states import RejectionReason, ScoreVisibility, SubmissionState, TaskState
 from services.registry.task_states import cancel, close
-from tests.registry_fakes import FakeSelection, SettableClock
-from tests.registry_world import NODES, TASK, MemoryFiles, World, model_bytes, open_database, task_config
+from tests.support.registry_fakes import FakeSelection, SettableClock
+from tests.support.registry_world import NODES, TASK, MemoryFiles, World, model_bytes, open_database, task_config
 from tiltyard import ladder
 from tiltyard.commitments import score_commitment
 from tiltyard.type.v1 import log_pb2

@@ -18,8 +18,17 @@ from services.registry.queries import SqlReading
 from services.registry.records import Assignment
 from services.registry.states import Role, RoundState, SubmissionState, ValidatorFaultKind
 from services.runtime.errors import AlreadyExists, ArenaError, FailedPrecondition, ResourceExhausted
-from tests.registry_fakes import FakeSelection, SettableClock
-from tests.registry_world import NODES, TASK, VALIDATORS, MemoryFiles, World, model_bytes, open_database, task_config
+from tests.support.registry_fakes import FakeSelection, SettableClock
+from tests.support.registry_world import (
+    NODES,
+    TASK,
+    VALIDATORS,
+    MemoryFiles,
+    World,
+    model_bytes,
+    open_database,
+    task_config,
+)
 from tiltyard.identity import Key
 
 MINUTE_S, HOUR_S = 60, 3600

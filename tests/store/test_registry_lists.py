@@ -17,8 +17,8 @@ from services.registry.transaction import Writing
 from services.runtime.database import Database
 from services.runtime.errors import InvalidArgument
 from services.runtime.paging import PageTokens
-from tests.registry_fakes import START, SettableClock
-from tests.registry_world import task_config
+from tests.support.registry_fakes import START, SettableClock
+from tests.support.registry_world import task_config
 
 TOKENS = PageTokens(bytes(32))
 ADA, BOB = "a" * 40, "b" * 40

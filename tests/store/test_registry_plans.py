@@ -22,9 +22,9 @@ from services.registry.states import (
     ValidatorFaultKind,
 )
 from services.runtime.engines import migrate
-from tests.postgres_server import PostgresServer
-from tests.query_plans import Plans
-from tests.registry_fakes import START
+from tests.support.postgres_server import PostgresServer
+from tests.support.query_plans import Plans
+from tests.support.registry_fakes import START
 
 NOW: datetime = START
 

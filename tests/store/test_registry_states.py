@@ -20,8 +20,8 @@ from services.registry.states import (
 )
 from services.registry.task_config import DatasetDigest
 from services.runtime.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
-from tests.registry_fakes import FakeSelection, SettableClock
-from tests.registry_world import (
+from tests.support.registry_fakes import FakeSelection, SettableClock
+from tests.support.registry_world import (
     HOLDOUT,
     NODES,
     TASK,

@@ -48,8 +48,8 @@ from services.registry.states import (
 from services.registry.store import SqlStore
 from services.registry.transaction import Writing
 from services.runtime.database import Database
-from tests.registry_fakes import START, SettableClock
-from tests.registry_world import task_config
+from tests.support.registry_fakes import START, SettableClock
+from tests.support.registry_world import task_config
 from tiltyard.identity import Envelope
 from tiltyard.transparency import inclusion_proof as prove
 from tiltyard.transparency import leaf_hash, root_hash, verify_inclusion

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.told_log import SUBMISSION, TASK, Entry, ToldLog
+from tests.support.told_log import SUBMISSION, TASK, Entry, ToldLog
 from tiltyard.audit import Audit, Claim, InvalidRecord, Record, audit, read_record, write_record
 from tiltyard.audit.record import pack_leaves, unpack_leaves
 from tiltyard.identity import Key

@@ -7,7 +7,7 @@ import pytest
 
 from services.registry.referee import Referee
 from services.runtime.errors import Unavailable
-from tests.registry_fakes import SettableClock
+from tests.support.registry_fakes import SettableClock
 
 NOBODY = cast(Any, None)  # what a turn itself asks nothing of
 

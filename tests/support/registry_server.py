@@ -14,7 +14,7 @@ import pytest
 from services.registry.bootstrap import Registry, build
 from services.registry.settings import RegistrySettings
 from services.runtime.server import ArenaServer
-from tests.registry_fakes import FakeSelection, SettableClock
+from tests.support.registry_fakes import FakeSelection, SettableClock
 from tiltyard.calls.errors import ClientError
 from tiltyard.client import Client
 from tiltyard.datasets import write_dataset

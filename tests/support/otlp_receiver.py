@@ -1,6 +1,7 @@
 """A collector for tests, in a process of its own: takes OTLP on a free port and writes down what came.
 
-`python -m tests.otlp_receiver FILE` prints its address, then appends a JSON line to FILE for each span and each metric.
+`python -m tests.support.otlp_receiver FILE` prints its address, then appends a JSON line to FILE for each span and each
+metric.
 """
 
 import json
@@ -133,7 +134,7 @@ def collecting(file: Path) -> Iterator[Collector]:
     """A receiver in a process of its own, until the end of the context."""
     file.touch()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.otlp_receiver", str(file)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tests.support.otlp_receiver", str(file)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     try:

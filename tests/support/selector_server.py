@@ -10,7 +10,7 @@ from services.runtime.channels import open_peer
 from services.runtime.server import ArenaServer
 from services.selector.bootstrap import build
 from services.selector.settings import SelectorSettings
-from tests.registry_world import CREATOR, NODES, VALIDATORS, key_of
+from tests.support.registry_world import CREATOR, NODES, VALIDATORS, key_of
 from tiltyard.selector.v1 import stake_pb2, stake_pb2_grpc
 
 AUDIENCE = "tiltyard.local/selector"

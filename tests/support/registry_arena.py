@@ -13,8 +13,8 @@ from services.runtime.channels import open_peer
 from services.runtime.errors import ArenaError, InvalidArgument
 from services.runtime.rpc_errors import from_rpc_error
 from services.runtime.server import ArenaServer, Mount
-from tests.registry_fakes import FakeSelection, SettableClock
-from tests.registry_world import ORIGIN, MemoryFiles, World, open_database
+from tests.support.registry_fakes import FakeSelection, SettableClock
+from tests.support.registry_world import ORIGIN, MemoryFiles, World, open_database
 from tiltyard.identity import Key
 from tiltyard.registry.v1 import assignment_pb2_grpc, evaluation_pb2_grpc, submission_pb2_grpc
 

@@ -1,6 +1,6 @@
 """Opens COUNT connections to PORT from one address and leaves them: every second one says hello in HTTP/2.
 
-`python -m tests.left_open PORT COUNT` prints a line when all are open, and ends when its input does.
+`python -m tests.support.left_open PORT COUNT` prints a line when all are open, and ends when its input does.
 """
 
 import contextlib

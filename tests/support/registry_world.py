@@ -53,7 +53,7 @@ from services.runtime.database import Database
 from services.runtime.idempotency import InFlight, RequestScope, use_memory
 from services.runtime.names import AssignmentId
 from services.runtime.paging import PageTokens
-from tests.registry_fakes import START, FakeSelection, SettableClock
+from tests.support.registry_fakes import START, FakeSelection, SettableClock
 from tiltyard import commitments
 from tiltyard.identity import Key
 from tiltyard.modelspec import Linear, ModelSpec

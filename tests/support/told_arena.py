@@ -13,10 +13,10 @@ from safetensors.numpy import save
 from services.registry.states import AssignmentState, TaskState
 from services.runtime import names
 from services.runtime.names import AssignmentId
-from tests.registry_fakes import FakeSelection
-from tests.registry_server import ORIGIN, RegistryServer, artifact_name, digest_of, uploading
-from tests.registry_world import CREATOR, HASHES, KEYS, NODES, VALIDATORS, key_of
-from tests.selector_server import selecting
+from tests.support.registry_fakes import FakeSelection
+from tests.support.registry_server import ORIGIN, RegistryServer, artifact_name, digest_of, uploading
+from tests.support.registry_world import CREATOR, HASHES, KEYS, NODES, VALIDATORS, key_of
+from tests.support.selector_server import selecting
 from tiltyard.audit import Record
 from tiltyard.audit.download import fetch_record
 from tiltyard.client import Client

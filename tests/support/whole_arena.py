@@ -21,8 +21,8 @@ from services.trainer.bootstrap import build as build_trainer
 from services.trainer.settings import TrainerSettings
 from services.validator.bootstrap import build as build_validator
 from services.validator.settings import ValidatorSettings
-from tests.registry_server import artifact_name as name_of
-from tests.registry_server import config_of, dataset_bytes, join_request, uploading
+from tests.support.registry_server import artifact_name as name_of
+from tests.support.registry_server import config_of, dataset_bytes, join_request, uploading
 from tiltyard.client import Client
 from tiltyard.datasets import write_dataset
 from tiltyard.identity import Key
