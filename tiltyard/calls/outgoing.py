@@ -20,7 +20,6 @@ _DETAILS_KEY = "grpc-status-details-bin"
 _WRITE_FAILED = "Internal error from Core"
 # A stream that its caller ends, or lets run into its deadline, says nothing of the peer.
 _OURS = (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
-_DETAIL_FIELDS = ("method", "timeout", "metadata", "credentials", "wait_for_ready")
 
 
 class _Outgoing:
@@ -38,15 +37,16 @@ class _Outgoing:
     def _prepared(self, details: Any, deadline_s: float, observed: ObservedCall | None) -> grpc.aio.ClientCallDetails:
         """The call with token, deadline and trace. Raises AioRpcError instead of calling a peer that is dead."""
         self._breaker.admit()
-        changes: dict[str, Any] = {name: getattr(details, name) for name in _DETAIL_FIELDS}
-        if details.timeout is None:
-            changes["timeout"] = deadline_s
+        metadata = details.metadata
         headers = observed.headers if observed is not None else ()
         if self._tokens is not None:
             headers = (*headers, ("authorization", f"Bearer {self._tokens.token()}"))
         if headers:
-            changes["metadata"] = (*(details.metadata or ()), *headers)
-        return grpc.aio.ClientCallDetails(**changes)
+            metadata = (*metadata, *headers) if metadata else headers
+        timeout = deadline_s if details.timeout is None else details.timeout
+        return grpc.aio.ClientCallDetails(
+            details.method, timeout, metadata, details.credentials, details.wait_for_ready
+        )
 
     async def _stream(self, continuation: Any, details: Any, requests: Any) -> tuple[Any, "_Stream"]:
         """A call with a stream in it, which goes on after this."""
