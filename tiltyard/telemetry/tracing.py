@@ -9,11 +9,11 @@ import os
 import random
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from enum import IntEnum
+from time import time_ns
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
@@ -143,7 +143,7 @@ class Span:
         self.trace_id = self.span_id = self.parent_id = ""
         self.sampled = False
         # Every call passes here, mostly through cold memory: each function or object more costs it a microsecond.
-        self.start_ns = time.time_ns()
+        self.start_ns = time_ns()
         if recorder is None:
             return
         if recorder.follows_parents and isinstance(parent, Span):
@@ -151,9 +151,13 @@ class Span:
                 parent.read()
             self.sampled = parent.sampled
             self.trace_id = parent.trace_id
-            self.parent_id = parent.span_id
             # Nothing will point at a span that is not recorded: those below it go on with its parent's id.
-            self.span_id = _id() if self.sampled else self.parent_id
+            self.span_id = self.parent_id = parent.span_id
+            if self.sampled:
+                try:
+                    self.span_id = _ids.pop()
+                except IndexError:
+                    self.span_id = _id()
         elif recorder.follows_parents and isinstance(parent, str) and len(parent) == _LENGTH:
             self.unread = parent
             self.sampled = parent[-1] in _SAMPLED
@@ -204,7 +208,7 @@ class Span:
         """Hands the span over, at its first call."""
         if self.end_ns or not self.sampled:
             return
-        self.end_ns = time.time_ns()
+        self.end_ns = time_ns()
         if recorder is not None:
             recorder.record(self)
 
