@@ -30,10 +30,12 @@ class Step:
     whole_index: bool = False
     """Reads an index that no condition on its first column narrows: all of it, unless there is a limit."""
     sorts: bool = False
+    rows: int = 0
+    """How many rows it looked at; SQLite doesn't tell."""
 
 
 class Plans:
-    """Asks a database for its plans, for the schema that is there; rows are not needed."""
+    """Asks a database for its plans, for the schema and the rows that are there, if any."""
 
     def __init__(self, url: str) -> None:
         self._engine: Engine = create_engine(url)
@@ -77,7 +79,8 @@ def _plans_of_postgres(connection: Connection, ask: Question, in_order: bool) ->
     ask(connection)
     event.remove(connection, "before_cursor_execute", note)
     for statement, parameters in asked:
-        plan = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON, COSTS OFF) {statement}", parameters).scalar_one()
+        explain = "EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON, COSTS OFF)"
+        plan = connection.exec_driver_sql(f"{explain} {statement}", parameters).scalar_one()
         yield from _steps_of_postgres(connection, plan[0]["Plan"])
 
 
@@ -90,6 +93,7 @@ def _steps_of_postgres(connection: Connection, node: dict[str, Any]) -> Iterator
         whole_index="Index Name" in node
         and not _is_narrowed(connection, node["Index Name"], node.get("Index Cond", "")),
         sorts="Sort" in kind,
+        rows=node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)),
     )
     for below in node.get("Plans", ()):
         yield from _steps_of_postgres(connection, below)
