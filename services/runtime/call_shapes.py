@@ -2,7 +2,7 @@
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
@@ -43,7 +43,8 @@ def _checked(request: Any) -> Any:
 class _InTime:
     """The messages of a client's stream, each whole within `idle_s` seconds (0: whenever) of the one before.
 
-    No generator: one that its method leaves half read would be closed who knows when.
+    No generator: one that its method leaves half read would be closed who knows when. gRPC's is one, and keeps the last
+    message, until `aclose`.
     """
 
     def __init__(self, requests: Any, idle_s: float) -> None:
@@ -62,6 +63,21 @@ class _InTime:
             idle_s = f"{self._idle_s:g}"
             raise Unavailable("STREAM_IDLE", f"no message came for {idle_s} s", idle_s=idle_s) from None
 
+    async def aclose(self) -> None:
+        """No more of them are wanted."""
+        if isinstance(self._requests, AsyncGenerator):
+            await self._requests.aclose()
+
+
+def _alone(abort: grpc.aio.AbortError) -> grpc.aio.AbortError:
+    """The error without where it came from.
+
+    The context of a call keeps it, and the frames on its way keep the context and the request: a circle that would live
+    until the collector of cycles comes by, hundreds of megabytes later.
+    """
+    abort.__context__ = None
+    return abort.with_traceback(None)
+
 
 def surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handler:
     """`handler` with every call inside `around(context)`, for all four shapes.
@@ -70,27 +86,47 @@ def surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handle
     the plain function that the generated base answers UNIMPLEMENTED with.
     """
 
+    streaming = handler.request_streaming
+
     def taken(request: Any) -> Any:
-        return _InTime(request, stream_idle_s) if handler.request_streaming else _checked(request)
+        return _InTime(request, stream_idle_s) if streaming else _checked(request)
 
     def unary(behaviour: Any) -> Any:
         async def call(request: Any, context: Context) -> Any:
-            async with around(context):
-                answer = behaviour(taken(request), context)
-                return await answer if inspect.isawaitable(answer) else answer
+            try:
+                async with around(context):
+                    request = taken(request)
+                    try:
+                        answer = behaviour(request, context)
+                        return await answer if inspect.isawaitable(answer) else answer
+                    finally:
+                        if streaming:
+                            await request.aclose()
+            except grpc.aio.AbortError as abort:
+                del request, context
+                raise _alone(abort)  # noqa: B904 - it is the same error
 
         return call
 
     def stream(behaviour: Any) -> Any:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with around(context):
-                answers = behaviour(taken(request), context)
-                if inspect.isawaitable(answers):
-                    await answers
-                elif answers is not None:
-                    async with aclosing(answers):
-                        async for answer in answers:
-                            yield answer
+            try:
+                async with around(context):
+                    request = taken(request)
+                    try:
+                        answers = behaviour(request, context)
+                        if inspect.isawaitable(answers):
+                            await answers
+                        elif answers is not None:
+                            async with aclosing(answers):
+                                async for answer in answers:
+                                    yield answer
+                    finally:
+                        if streaming:
+                            await request.aclose()
+            except grpc.aio.AbortError as abort:
+                del request, context
+                raise _alone(abort)  # noqa: B904 - it is the same error
 
         return call
 

@@ -193,6 +193,8 @@ class _Surroundings:
             if self._entered:
                 interceptor.leave(self._caller)
                 interceptor.drain.end(method, self._task)
+                # A task that was cancelled keeps the error, which keeps this and the request: a circle without this.
+                del self._task
             if error is None:
                 return
             if isinstance(error, asyncio.CancelledError):
