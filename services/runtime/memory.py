@@ -1,4 +1,4 @@
-"""How much memory this process may use, and how often it looks for cycles that nobody needs any more."""
+"""How much memory this process may use, and what of it is never looked through for cycles that nobody needs."""
 
 import gc
 import os
@@ -7,19 +7,15 @@ from pathlib import Path
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
 
-# Python's 700 are a few calls' worth. Nearly all that a call leaves is freed without the collector.
-_OBJECTS_PER_COLLECTION = 10_000
-
 
 def keep_what_is_loaded() -> None:
-    """Has the collector of cycles pass over all objects that there are by now, and come more seldom from now on.
+    """Has the collector of cycles pass over all objects that there are by now.
 
     For the end of a start: modules and messages' classes stay as long as the process does, and to look through them
-    again and again takes a server some two percent of its time.
+    again and again takes a server some two percent of its time. To come more seldom, too, would gain nothing more.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_OBJECTS_PER_COLLECTION)
 
 
 def memory_bytes(*, membership: Path = _MEMBERSHIP, groups: Path = _GROUPS) -> int:

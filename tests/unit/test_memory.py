@@ -60,11 +60,8 @@ loaded = Node()
 loaded.me = loaded
 there = weakref.ref(loaded)
 keep_what_is_loaded()
-before = gc.get_stats()[0]["collections"]
 new = cycle()
 kept = [[] for _ in range(5_000)]
-assert new() is not None and gc.get_stats()[0]["collections"] == before
-kept += [[] for _ in range(10_000)]
 assert new() is None
 # What was loaded is passed over from then on, even once nobody needs it.
 del loaded
