@@ -23,9 +23,16 @@ async def answered_in_order(
     async def read() -> None:
         try:
             async for request in requests:
-                await under_way.put(asyncio.ensure_future(answer(request)))
-        finally:
+                begun = asyncio.ensure_future(answer(request))
+                try:
+                    await under_way.put(begun)
+                except asyncio.CancelledError:
+                    begun.cancel()
+                    raise
+        except Exception:
             await under_way.put(None)
+            raise
+        await under_way.put(None)
 
     reader = asyncio.create_task(read())
     try:
@@ -34,6 +41,8 @@ async def answered_in_order(
         await reader
     finally:
         reader.cancel()
+        # Whoever the requests belong to may close them next, which nobody may do who still reads.
+        await asyncio.gather(reader, return_exceptions=True)
         while not under_way.empty():
             if (left := under_way.get_nowait()) is not None:
                 left.cancel()

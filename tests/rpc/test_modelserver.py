@@ -316,6 +316,21 @@ async def test_the_pipeline_reads_no_further_than_its_depth_and_stops_when_left(
     assert len(read) == before
 
 
+async def test_nobody_reads_the_requests_any_more_when_the_pipeline_is_left() -> None:
+    async def numbers() -> AsyncIterator[int]:
+        yield 1
+        await asyncio.Event().wait()
+
+    async def answer(number: int) -> int:
+        return number
+
+    source = numbers()
+    stream = answered_in_order(source, answer)
+    assert await anext(stream) == 1
+    await stream.aclose()  # type: ignore[attr-defined]
+    await source.aclose()  # type: ignore[attr-defined]
+
+
 async def test_an_error_of_the_stream_comes_out_after_the_answers_before_it() -> None:
     async def numbers() -> AsyncIterator[int]:
         yield 1
