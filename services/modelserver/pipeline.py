@@ -1,7 +1,7 @@
 """Answers to a stream of requests in the order they came, several under way at once."""
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable
 from typing import TypeVar
 
 Request = TypeVar("Request")
@@ -13,10 +13,10 @@ DEPTH = 4
 
 async def answered_in_order(
     requests: AsyncIterable[Request], answer: Callable[[Request], Awaitable[Answer]], *, depth: int = DEPTH
-) -> AsyncIterator[Answer]:
+) -> AsyncGenerator[Answer, None]:
     """Yield `answer(request)` for each request in order, with at most `depth` read ahead of the one yielded.
 
-    An error of the stream or of `answer` comes out at its place. When the caller stops, what is under way is cancelled.
+    An error of the stream or of `answer` comes out at its place. When it is closed, what is under way is cancelled.
     """
     under_way: asyncio.Queue[asyncio.Future[Answer] | None] = asyncio.Queue(depth)
 

@@ -1,6 +1,7 @@
 """The Open Inference Protocol over the loaded models."""
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -52,8 +53,9 @@ class InferenceServicer(rpc.GRPCInferenceServiceServicer):
         self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Any
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Run batches as they come and answer them in order."""
-        async for answer in answered_in_order(request_iterator, self._stream_answer):
-            yield answer
+        async with aclosing(answered_in_order(request_iterator, self._stream_answer)) as answers:
+            async for answer in answers:
+                yield answer
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Any) -> pb.RepositoryIndexResponse:
         """The repository's models."""

@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from services.modelserver.models import Models
 from services.modelserver.pipeline import answered_in_order
@@ -203,6 +204,20 @@ async def test_a_stream_is_answered_before_it_ends(stub: rpc.GRPCInferenceServic
         assert answer.infer_response.id == str(number)
     await call.done_writing()
     assert await call.read() is grpc.aio.EOF
+
+
+async def test_a_stream_that_is_cancelled_in_the_middle_ends_without_a_trace(
+    stub: rpc.GRPCInferenceServiceAsyncStub,
+) -> None:
+    with capture_logs() as logged:
+        call = stub.ModelStreamInfer()
+        await call.write(request())
+        assert (await call.read()).infer_response.model_name == "m"
+        call.cancel()
+        async with asyncio.timeout(10):
+            while not logged:  # noqa: ASYNC110 - the server is a step behind its client
+                await asyncio.sleep(0.01)
+    assert [(entry["event"], entry["code"]) for entry in logged] == [("call", "CANCELLED")]
 
 
 async def test_models_are_loaded_anew_and_let_go(

@@ -5,6 +5,7 @@ The owner asks a model by its training's id; a validator that judges a submitted
 
 import asyncio
 import importlib
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -138,7 +139,8 @@ def _stream(models: TrainedModels, name: str) -> Any:
 
     async def method(requests: Any, context: Any) -> Any:
         servicer = await models.servicer()
-        async for answer in getattr(servicer, name)(named(requests), context):
-            yield answer
+        async with aclosing(getattr(servicer, name)(named(requests), context)) as answers:
+            async for answer in answers:
+                yield answer
 
     return method
