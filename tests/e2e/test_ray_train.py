@@ -95,7 +95,7 @@ async def test_ray_train_with_two_workers_has_the_loss_curve_of_one(
 ) -> None:
     points: list[Progress] = []
     notes: list[Note] = []
-    end = await children.train(training, device="cpu", report=points.append, note=notes.append)
+    end = await children.train(training, device="cpu", report=points.append, note=notes.append, goes_on=lambda: False)
     assert isinstance(end, Trained), (end, notes)
     assert not processes_of(tmp_path / "runs" / "1")
     descent, alone = one_worker()
@@ -118,7 +118,9 @@ async def test_ray_train_is_cancelled_within_a_second_and_leaves_no_process(
     tmp_path: Path, children: ChildProcesses, training: Training
 ) -> None:
     folder = tmp_path / "runs" / "1"
-    running = asyncio.ensure_future(children.train(training, device="cpu", report=lambda _: None, note=lambda _: None))
+    running = asyncio.ensure_future(
+        children.train(training, device="cpu", report=lambda _: None, note=lambda _: None, goes_on=lambda: False)
+    )
     # Ray's own processes are there, and more of them are on their way.
     while not any(process.name().startswith("ray") for process in processes_of(folder)):
         await asyncio.sleep(0.05)
@@ -137,7 +139,9 @@ async def test_ray_train_that_diverges_says_at_which_step_and_leaves_no_worker_w
     tmp_path: Path, children: ChildProcesses, training: Training
 ) -> None:
     too_fast = replace(training, config=replace(training.config, learning_rate=1e30))
-    end = await children.train(too_fast, device="cpu", report=lambda _: None, note=lambda _: None)
+    end = await children.train(
+        too_fast, device="cpu", report=lambda _: None, note=lambda _: None, goes_on=lambda: False
+    )
     assert isinstance(end, Broken)
     assert "try a smaller learning rate" in end.error
     assert not processes_of(tmp_path / "runs" / "1")
@@ -163,4 +167,6 @@ def serve(folder: str, dataset_mark: str) -> None:
     """Trains in a process that is going to be killed."""
     training = replace(TRAINING, dataset_mark=dataset_mark, config=replace(TRAINING.config, epochs=1_000_000))
     children = children_in(Path(folder))
-    asyncio.run(children.train(training, device="cpu", report=lambda _: None, note=lambda _: None))
+    asyncio.run(
+        children.train(training, device="cpu", report=lambda _: None, note=lambda _: None, goes_on=lambda: False)
+    )
