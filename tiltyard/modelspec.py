@@ -25,6 +25,8 @@ MAX_ENCODER_LAYERS = 64
 MAX_HEADS = 256
 MAX_SCALE = 1e6
 MAX_OPSET = 1000
+# More values of a list are not looked at: a stranger's may have a million, whose product alone takes minutes.
+_MOST_LISTED = MAX_LAYERS
 
 # After the last block of a convnet its maps are averaged down to at most this many rows and columns, so that the
 # head's size does not grow with the image.
@@ -331,13 +333,14 @@ def validate(spec: ModelSpec, *, max_parameters: int) -> list[Violation]:
             found.append(Violation(path, description))
 
     def each(path: str, values: Sequence[int], low: int, high: int) -> None:
-        for index, value in enumerate(values):
+        for index, value in enumerate(values[:_MOST_LISTED]):
             check(low <= value <= high, f"{path}[{index}]", f"must be {low} to {high}, is {value}")
 
     shape = spec.input_shape
     check(1 <= len(shape) <= 3, "input_shape", "must be (features), (rows, columns) or (channels, rows, columns)")
     each("input_shape", shape, 1, MAX_DIMENSION)
-    check(math.prod(shape) <= MAX_INPUT_ELEMENTS, "input_shape", f"a row may have at most {MAX_INPUT_ELEMENTS} values")
+    elements = math.prod(shape[:_MOST_LISTED])
+    check(elements <= MAX_INPUT_ELEMENTS, "input_shape", f"a row may have at most {MAX_INPUT_ELEMENTS} values")
     check(1 <= spec.outputs <= MAX_OUTPUTS, "outputs", f"must be 1 to {MAX_OUTPUTS}, is {spec.outputs}")
     check(0 < abs(spec.input_scale) <= MAX_SCALE, "input_scale", f"must be finite, not 0 and at most {MAX_SCALE:g}")
     check(abs(spec.input_offset) <= MAX_SCALE, "input_offset", f"must be finite and at most {MAX_SCALE:g}")
@@ -372,7 +375,7 @@ def validate(spec: ModelSpec, *, max_parameters: int) -> list[Violation]:
             check(2 <= width <= MAX_CHANNELS, "resnet.width", f"must be 2 to {MAX_CHANNELS}, is {width}")
         case Transformer(vocabulary=vocabulary, width=width, heads=heads, dropout=dropout) as transformer:
             check(len(shape) == 1, "input_shape", "a transformer needs rows of token ids: (tokens)")
-            check(math.prod(shape) <= MAX_TOKENS, "input_shape", f"a transformer's row has at most {MAX_TOKENS} tokens")
+            check(elements <= MAX_TOKENS, "input_shape", f"a transformer's row has at most {MAX_TOKENS} tokens")
             check(spec.input_scale == 1, "input_scale", "must be left out: token ids are not scaled")
             check(spec.input_offset == 0, "input_offset", "must be left out: token ids are not shifted")
             for name, value, low, high in (

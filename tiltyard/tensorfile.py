@@ -67,7 +67,7 @@ def read_header(read: Read, total_bytes: int) -> TensorFileHeader:
     position = data_start
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != position:
-            raise TensorFileError(f"tensor {name!r} leaves a gap or overlaps another at byte {position}")
+            raise TensorFileError(f"tensor {name[:80]!r} leaves a gap or overlaps another at byte {position}")
         position = entry.end
     if position != total_bytes:
         raise TensorFileError(f"the tensors end at byte {position}, but the file has {total_bytes}")

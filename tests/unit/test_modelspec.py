@@ -110,6 +110,19 @@ def test_bounds_name_the_field(change: dict[str, object], field: str) -> None:
     assert field in [violation.field for violation in validate(bad, max_parameters=1_000_000)]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input_shape": (2**31 - 1,) * 500_000},
+        {"architecture": Mlp((0,) * 500_000)},
+        {"architecture": Transformer(9, 8, 1, 2), "input_shape": (2**31 - 1,) * 500_000},
+    ],
+)
+def test_a_list_of_any_length_is_refused_in_few_words(change: dict[str, object]) -> None:
+    bad = dataclasses.replace(MLP, **change)  # type: ignore[arg-type]
+    assert len(validate(bad, max_parameters=1_000_000)) < 40
+
+
 def test_the_limit_of_parameters_is_inclusive() -> None:
     size = count_parameters(MLP)
     assert validate(MLP, max_parameters=size) == []
@@ -244,6 +257,7 @@ def _broken() -> dict[str, bytes]:
         "bytes left over": _file(entries, data + 1),
         "gap": _file({**entries, "hidden.0.weight": {**first, "data_offsets": [4, 4 + end]}}, data),
         "overlap": _file({**entries, "head.bias": {**entries["head.bias"], "data_offsets": [0, 40]}}, data),
+        "gap after a long name": _file({"n" * 100_000: {**first, "data_offsets": [4, 4 + end]}}, data),
         "negative": _file({**entries, "hidden.0.weight": {**first, "data_offsets": [-4, end - 4]}}, data),
         "wrong length": _file({**entries, "hidden.0.weight": {**first, "data_offsets": [start, end - 4]}}, data),
         "shape of truths": _file({**entries, "hidden.0.weight": {**first, "shape": [True, 2048]}}, data),
@@ -258,6 +272,8 @@ def test_what_is_no_weights_file_is_bad_format(raw: bytes) -> None:
     with pytest.raises(ModelFault) as caught:
         _check(raw)
     assert caught.value.code is FaultCode.BAD_FORMAT
+    # It is kept in the record log for good.
+    assert len(caught.value.detail) < 500
 
 
 def test_other_tensors_than_the_specs_are_a_shape_mismatch() -> None:
