@@ -4,13 +4,14 @@ Format: one protobuf message ModelProto (https://github.com/onnx/onnx/blob/main/
 is read; weights are stepped over.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tiltyard.modelspec import FaultCode, ModelFault, ModelSpec, Onnx
-from tiltyard.tensorfile import Read
+from tiltyard.tensorfile import MAX_DIMENSIONS, Read
 
 # The newest operator set that the model server runs: onnxruntime 1.20, https://onnxruntime.ai/docs/reference/compatibility.
 NEWEST_OPSET = 21
@@ -22,6 +23,11 @@ MAX_TEXT_BYTES = 4096
 
 # Operators of everybody's: the ONNX project's own.
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
+
+# Operators whose answer is drawn anew each time: two validators would not count alike, and honest ones be outliers.
+_RANDOM = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
 
 _FLOAT = 1
 # Bytes of one element by TensorProto.DataType; a string has none. Those of less than a byte are refused.
@@ -43,8 +49,8 @@ def check_onnx(read: Read, total_bytes: int, spec: ModelSpec, *, max_bytes: int,
 
     It must have one float32 input [n, ...input_shape] and one float32 output [n, outputs], n open. Raises ModelFault:
     TOO_LARGE over `max_bytes`, `max_parameters` or the bounds of this module; BAD_FORMAT for what is no ONNX file, for
-    external data, operators of other domains, local functions and training graphs; SHAPE_MISMATCH for other inputs and
-    outputs.
+    external data, operators of other domains or that draw at random, local functions and training graphs;
+    SHAPE_MISMATCH for other inputs and outputs.
     """
     if total_bytes > max_bytes:
         raise ModelFault(FaultCode.TOO_LARGE, f"{total_bytes} bytes are over the limit of {max_bytes}")
@@ -242,16 +248,27 @@ class _Survey:
                     raise _bad("sparse weights are not taken")
 
     def _node(self, message: _Field, depth: int) -> None:
-        """NodeProto: op_type = 4, attribute = 5, domain = 7."""
+        """NodeProto: input = 1, op_type = 4, attribute = 5, domain = 7."""
         self.nodes += 1
         if self.nodes > MAX_NODES:
             raise ModelFault(FaultCode.TOO_LARGE, f"the graph has more than {MAX_NODES} nodes")
+        operator, inputs, third_is_given = "", 0, False
         for found in self.reader.fields(message.start, _message_end(message)):
             match found.number:
+                case 1 if found.is_bytes:
+                    inputs += 1
+                    third_is_given |= inputs == 3 and found.end > found.start
+                case 4:
+                    operator = self.reader.text(found)
                 case 5:
                     self._attribute(found, depth)
                 case 7:
                     _known(self.reader.text(found))
+        if operator in _RANDOM:
+            raise _bad(f"the operator {operator} draws at random")
+        if operator == "Dropout" and third_is_given:
+            # Its third input says whether it trains.
+            raise _bad("a Dropout that can be told to train draws at random")
 
     def _attribute(self, message: _Field, depth: int) -> None:
         """AttributeProto: t = 5, g = 6, floats = 7, ints = 8, tensors = 10, graphs = 11, sparse tensors 22 and 23."""
@@ -275,7 +292,7 @@ class _Survey:
         for found in self.reader.fields(message.start, _message_end(message)):
             match found.number:
                 case 1:
-                    shape.extend(self.reader.numbers(found))
+                    shape.extend(self._dimensions(found, most=MAX_DIMENSIONS - len(shape)))
                 case 2:
                     dtype = found.value
                 case 8:
@@ -293,6 +310,12 @@ class _Survey:
             raise _bad(f"tensor {name[:80]!r} has {raw_bytes} bytes, which its shape and type do not make")
         self.parameters += elements
         return name
+
+    def _dimensions(self, found: _Field, *, most: int) -> list[int]:
+        dimensions = list(itertools.islice(self.reader.numbers(found), most + 1))
+        if len(dimensions) > most:
+            raise _too_many_dimensions()
+        return dimensions
 
     def _value(self, message: _Field) -> _Value:
         """ValueInfoProto: name = 1, type = 2; TypeProto: tensor_type = 1."""
@@ -318,6 +341,8 @@ class _Survey:
                 dimensions: list[int | None] = []
                 for dimension in self.reader.fields(found.start, _message_end(found)):
                     if dimension.number == 1:
+                        if len(dimensions) == MAX_DIMENSIONS:
+                            raise _too_many_dimensions()
                         parts = self.reader.fields(dimension.start, _message_end(dimension))
                         # A dimension of 0 or below is how some exporters write an open one.
                         values = [part.value for part in parts if part.number == 1 and 0 < part.value < 1 << 63]
@@ -335,6 +360,10 @@ def _message_end(found: _Field) -> int:
 def _known(domain: str) -> None:
     if domain not in _DOMAINS:
         raise _bad(f"operators of the domain {domain[:80]!r} are not taken")
+
+
+def _too_many_dimensions() -> ModelFault:
+    return ModelFault(FaultCode.TOO_LARGE, f"a tensor has more than {MAX_DIMENSIONS} dimensions")
 
 
 def _bad(detail: str) -> ModelFault:

@@ -110,6 +110,22 @@ def swell(model: onnx.ModelProto) -> None:
     model.graph.initializer.append(onnx.TensorProto(name="z", data_type=1, dims=[1 << 40]))
 
 
+def many_dimensions(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(onnx.TensorProto(name="z", data_type=1, dims=[2**63 - 1] * 100_000))
+
+
+def input_of_many_dimensions(model: onnx.ModelProto) -> None:
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *[4] * 100_000]))
+
+
+def operator(name: str, inputs: list[str]) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        inner = helper.make_graph([helper.make_node(name, inputs, ["r2"])], "inner", [], [])
+        model.graph.node.append(helper.make_node("If", ["c"], ["o"], then_branch=inner, else_branch=inner))
+
+    return change
+
+
 def two_inputs(model: onnx.ModelProto) -> None:
     model.graph.input.append(helper.make_tensor_value_info("x2", TensorProto.FLOAT, ["n", 1]))
 
@@ -142,6 +158,11 @@ def other_outputs(model: onnx.ModelProto) -> None:
         (sparse, FaultCode.BAD_FORMAT, "sparse"),
         (nested(MAX_NESTING + 1), FaultCode.TOO_LARGE, "deep"),
         (swell, FaultCode.TOO_LARGE, "over the limit of 1000"),
+        (many_dimensions, FaultCode.TOO_LARGE, "more than 8 dimensions"),
+        (input_of_many_dimensions, FaultCode.TOO_LARGE, "more than 8 dimensions"),
+        (operator("RandomUniformLike", ["r"]), FaultCode.BAD_FORMAT, "RandomUniformLike draws at random"),
+        (operator("Bernoulli", ["r"]), FaultCode.BAD_FORMAT, "Bernoulli draws at random"),
+        (operator("Dropout", ["r", "", "t"]), FaultCode.BAD_FORMAT, "told to train"),
         (lambda m: setattr(m.opset_import[0], "version", 999), FaultCode.BAD_FORMAT, "operator set 999"),
         (lambda m: m.ClearField("opset_import"), FaultCode.BAD_FORMAT, "operator set None"),
         (lambda m: m.ClearField("graph"), FaultCode.BAD_FORMAT, "0 graphs"),
@@ -159,6 +180,12 @@ def test_what_is_refused_is_named(change: Callable[[onnx.ModelProto], None], cod
     with pytest.raises(ModelFault, match=text) as caught:
         check(model.SerializeToString())
     assert caught.value.code is code
+
+
+def test_a_dropout_that_only_passes_on_is_taken() -> None:
+    model = graph()
+    operator("Dropout", ["r", "ratio", ""])(model)
+    assert check(model.SerializeToString()).nodes == 4 + 3
 
 
 def test_graphs_within_graphs_are_taken_up_to_a_depth_and_counted() -> None:
