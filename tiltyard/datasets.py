@@ -184,16 +184,22 @@ def pack(
         return Packed(x.rows, x.row_shape, labels)
 
 
-def scan(dataset: Dataset, input_shape: Sequence[int], classes: int | None) -> list[DatasetViolation]:
+def scan(
+    dataset: Dataset, input_shape: Sequence[int], classes: int | None, *, targets: int | None = None
+) -> list[DatasetViolation]:
     """What is wrong with a dataset for a model of this input shape and number of classes (None: a regression).
 
-    Reads the file in chunks of 8 MiB, so its size does not matter. An empty list means that it is good.
+    `targets` is how many a row of a regression must have, None for any number. Reads the file in chunks of 8 MiB, so
+    its size does not matter. An empty list means that it is good.
     """
     found = header_violations(dataset, input_shape)
     x, y = dataset.x, dataset.y
     if classes is None and y.dtype.kind != "f":
         found.append(DatasetViolation("y", "must be float32 targets"))
     elif classes is None:
+        each = 1 if y.ndim == 1 else y.shape[1]
+        if targets not in (None, each):
+            found.append(DatasetViolation("y", f"has {each} targets a row, but the model has {targets} outputs"))
         found += _first_bad_row(dataset, "y", _not_finite, "has a target that is NaN or infinite")
     elif y.dtype.kind != "i" or y.ndim != 1:
         found.append(DatasetViolation("y", "must be one int64 label for each row"))

@@ -58,7 +58,7 @@ class DatasetScans:
         try:
             with self._files.local(digest.sha256.hex()) as path:
                 dataset = Dataset.open(path)
-                violations = scan(dataset, model.input_shape, classes)
+                violations = scan(dataset, model.input_shape, classes, targets=model.outputs)
         except DatasetError as error:
             return ScanResult(0, str(error))
         shown = "; ".join(f"{violation.field}: {violation.description}" for violation in violations[:_SHOWN_VIOLATIONS])

@@ -25,6 +25,7 @@ from tiltyard.registry.v1.task_pb2 import (
     Task,
     WatchTaskRequest,
 )
+from tiltyard.type.v1 import task_pb2 as type_task_pb2
 from tiltyard.type.v1.task_pb2 import (
     TASK_STATE_CANCELLED,
     TASK_STATE_FINAL,
@@ -80,6 +81,16 @@ async def test_a_bad_dataset_cancels_the_task_and_says_why(arena: RegistryServer
     assert task.state_reason.startswith("the evaluation dataset is not good: ")
     assert finding in task.state_reason
     assert "t" not in arena.selection.pools
+
+
+async def test_a_regression_whose_targets_no_validator_could_count_by_is_cancelled(arena: RegistryServer) -> None:
+    content = tensors(GOOD_X, np.zeros((3, 2), np.float32))
+    creator, config = await arena.participant(), config_of(content)
+    config.metric, config.loss, config.bound = type_task_pb2.METRIC_WITHIN_BOUND, type_task_pb2.LOSS_MSE, 0.5
+    await arena.create_task(creator, content, config=config)
+    await arena.upload(creator, content, task="tasks/t")
+    task = await arena.watch_until(creator, TASK_STATE_CANCELLED)
+    assert "has 2 targets a row, but the model has 3 outputs" in task.state_reason
 
 
 async def test_an_unreachable_selector_delays_the_opening_only(arena: RegistryServer, tmp_path: Path) -> None:

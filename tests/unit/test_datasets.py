@@ -111,6 +111,17 @@ def test_scan_names_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert _fields(_written(path, np.full((6, 2, 2), np.nan, np.float32), Y - 1)) == ["y", "x"]
 
 
+@pytest.mark.parametrize(("shape", "targets"), [((6,), 1), ((6, 1), 1), ((6, 3), 3), ((6, 0), 0)])
+def test_a_regressions_targets_are_as_many_as_the_model_has_outputs(
+    shape: tuple[int, ...], targets: int, tmp_path: Path
+) -> None:
+    dataset = _written(tmp_path / "d", X.astype(np.float32), np.zeros(shape, np.float32))
+    assert scan(dataset, (2, 2), None) == []
+    for outputs in (1, 2, 3):
+        found = [violation.field for violation in scan(dataset, (2, 2), None, targets=outputs)]
+        assert found == ([] if outputs == targets else ["y"])
+
+
 def test_what_is_no_dataset_does_not_open(tmp_path: Path) -> None:
     path = tmp_path / "d"
     for raw in (b"", b"x" * 100, pickle.dumps({"x": 1})):
