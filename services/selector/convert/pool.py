@@ -107,10 +107,10 @@ def applicant(request: pb.CheckEligibilityRequest | pb.AddCandidateRequest) -> A
     checks = FieldChecks()
     checks.one_of("role", request.role, _ROLES)
     facts = request.facts
-    checks.count("facts.track_record", facts.track_record, maximum=_MAX_REFERENCES)
     checks.count("facts.endorsers", facts.endorsers, maximum=_MAX_REFERENCES)
-    for index, reference in enumerate(facts.track_record):
-        checks.text(f"facts.track_record[{index}]", reference, max_chars=_REFERENCE_CHARS)
+    if checks.count("facts.track_record", facts.track_record, maximum=_MAX_REFERENCES):
+        for index, reference in enumerate(facts.track_record):
+            checks.text(f"facts.track_record[{index}]", reference, max_chars=_REFERENCE_CHARS)
     checks.finish()
     for index, endorser in enumerate(facts.endorsers):
         names.parse_participant(endorser, f"facts.endorsers[{index}]")
