@@ -11,7 +11,7 @@ from tiltyard.identity import Key
 from tiltyard.statements import PAYLOAD_TYPES, sign_statement
 from tiltyard.type.v1 import envelope_pb2
 
-_STATEMENTS = {kind: message for message, kind in PAYLOAD_TYPES.items()}
+STATEMENTS = {kind: message for message, kind in PAYLOAD_TYPES.items()}
 _MAX_DEPTH = 6
 
 _TEXTS = (
@@ -86,7 +86,7 @@ class Mutator:
             setattr(message, field.name, self._value(field, getattr(message, field.name)))
 
     def _change_statement(self, envelope: envelope_pb2.Envelope, key: Key, depth: int) -> None:
-        kind = _STATEMENTS.get(envelope.payload_type) or self.random.choice(list(_STATEMENTS.values()))
+        kind = STATEMENTS.get(envelope.payload_type) or self.random.choice(list(STATEMENTS.values()))
         statement = kind()
         try:
             statement.ParseFromString(envelope.payload)
