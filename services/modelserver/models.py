@@ -63,6 +63,7 @@ class Models:
         self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
         # Served, but not in memory now.
         self._resting: dict[str, ModelSpec] = {}
+        self._added: set[str] = set()
         self._failed: dict[str, str] = {}
         self._in_use: Counter[str] = Counter()
         self._loading = asyncio.Lock()
@@ -134,6 +135,7 @@ class Models:
     def add(self, name: str, network: Network) -> None:
         """Serve a module that the process already has."""
         network.eval()
+        self._added.add(name)
         self._loaded[name] = LoadedModel(network.spec, network, 4 * count_parameters(network.spec))
 
     async def unload(self, name: str) -> None:
@@ -142,6 +144,8 @@ class Models:
         async with self._loading:
             self._loaded.pop(name, None)
             self._resting.pop(name, None)
+            self._failed.pop(name, None)
+            self._added.discard(name)
 
     def index(self, *, ready_only: bool) -> list[IndexEntry]:
         """The models of the repository and those added, by name."""
@@ -202,6 +206,7 @@ class Models:
             raise ResourceExhausted("OUT_OF_MEMORY", f"model {name} does not fit in memory", model=name) from error
         self._resting.pop(name, None)
         self._failed.pop(name, None)
+        self._added.discard(name)
 
     def _make_room(self, name: str, wanted_bytes: int) -> None:
         if wanted_bytes > self._budget:
@@ -214,7 +219,7 @@ class Models:
         excess = wanted_bytes + sum(self._loaded[each].memory_bytes for each in others) - self._budget
         leaving = []
         # One that was added has no folder to come back from.
-        for each in (each for each in others if not self._in_use[each] and self._is_stored(each)):
+        for each in (each for each in others if not self._in_use[each] and each not in self._added):
             if excess <= 0:
                 break
             leaving.append(each)
@@ -227,7 +232,10 @@ class Models:
                 model=name,
             )
         for each in leaving:
-            self._resting[each] = self._loaded.pop(each).spec
+            spec = self._loaded.pop(each).spec
+            # One whose folder is gone is over: whoever put it there forgot to unload it.
+            if self._is_stored(each):
+                self._resting[each] = spec
 
     @contextmanager
     def _used(self, name: str) -> Iterator[None]:

@@ -1,23 +1,27 @@
 """One attempt at an evaluation on model servers of the operator's own, which load the model from a shared folder."""
 
 import asyncio
+import contextlib
 import json
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 from services.validator.elsewhere import connected, count
 from services.validator.evaluation import Job
 from services.validator.fleet import Endpoint, ModelServer
-from services.validator.repository import load, unload
+from services.validator.repository import Loads, unload
 from services.validator.rows import EvaluationRows
 from services.validator.runs import Finding, Progress
 from tiltyard.calls.tls import ChannelTls
 from tiltyard.identity import Key
 from tiltyard.modelspec import Onnx, to_json
+
+T = TypeVar("T")
 
 _PLACEHOLDER = b"${MODEL}"
 
@@ -52,8 +56,19 @@ class EndpointAttempts:
         return f"Models run on the operator's own model servers ({names}), which the validator does not confine."
 
     async def tidy(self) -> None:
-        """Removes the models that an earlier process left in the shared folder."""
-        for folder in self._share.glob(f"{self._prefix}-*"):
+        """Removes the models that an earlier process left, from the servers' memory and from the shared folder."""
+        # Listed before any other model can have been placed.
+        hidden = list(self._share.glob(f".{self._prefix}-*"))
+        left = list(self._share.glob(f"{self._prefix}-*"))
+        if hidden or left:
+            await asyncio.to_thread(self._remove, left, hidden)
+
+    def _remove(self, left: Sequence[Path], hidden: Sequence[Path]) -> None:
+        with ExitStack() as stack:
+            endpoints = [stack.enter_context(self._connected(server)) for server in self._servers] if left else []
+            for folder in left:
+                unload(endpoints, folder.name)
+        for folder in (*left, *hidden):
             shutil.rmtree(folder, ignore_errors=True)
 
     async def attempt(self, job: Job, progress: Progress) -> Finding:
@@ -63,16 +78,17 @@ class EndpointAttempts:
             rows.check_shape(job.order.spec.input_shape)
             progress.begin(rows.total)
             name = f"{self._prefix}-{job.order.model_digest[:16]}-{secrets.token_hex(4)}"
-            await loop.run_in_executor(None, self._place, job, name)
             stack.callback(shutil.rmtree, self._share / name, ignore_errors=True)
+            await _to_its_end(loop.run_in_executor(None, self._place, job, name))
             endpoints = [stack.enter_context(self._connected(server)) for server in self._servers]
             try:
-                loaded = await loop.run_in_executor(None, load, endpoints, name)
+                loads = Loads(endpoints, name)
+                loaded = await _to_its_end(loop.run_in_executor(None, loads.run), loads.give_up)
                 return await count(
                     loaded, model=name, rows=rows, order=job.order, progress=progress, threads=self._threads
                 )
             finally:
-                await loop.run_in_executor(None, unload, endpoints, name)
+                await _to_its_end(loop.run_in_executor(None, unload, endpoints, name))
 
     def close(self) -> None:
         """Ends the threads."""
@@ -106,3 +122,17 @@ class EndpointAttempts:
             credentials=(self._tls or ChannelTls()).credentials() if by_tls else None,
             peer=server.address,
         )
+
+
+async def _to_its_end(work: asyncio.Future[T], give_up: Callable[[], None] = lambda: None) -> T:
+    """The result of a thread's work. When this is cancelled the work goes on all the same, and is waited for.
+
+    `give_up` is called then: what the work would still bring about, nobody would take back.
+    """
+    try:
+        return await asyncio.shield(work)
+    finally:
+        while not work.done():
+            give_up()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([work])

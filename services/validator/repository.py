@@ -25,29 +25,40 @@ _HOLDS_NOTHING = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE)
 _log = structlog.get_logger("tiltyard.validator")
 
 
-def load(endpoints: Sequence[Endpoint], name: str) -> list[Endpoint]:
-    """The endpoints that have loaded the model. One that hangs, or is full of others' models, holds up nobody for long.
+class Loads:
+    """The loads of one model on several servers. `run` blocks its thread; `give_up` may be called from any other."""
 
-    Raises ServerLost when none is there, CannotEvaluate if none can.
-    """
-    began = time.monotonic()
-    loads = [_Load(endpoint, name, until=began + LOAD_TIMEOUT_S) for endpoint in endpoints]
-    with ThreadPoolExecutor(max_workers=len(loads), thread_name_prefix="loading") as threads:
-        running = {threads.submit(each.run): each for each in loads}
-        _wait_for_first(running)
-        _, late = wait(running, timeout=max(LATE_S, LATE_TIMES * (time.monotonic() - began)))
-        for future in late:
-            running[future].give_up()
-    for future in running:
-        future.result()  # raises what nobody thought of
-    failures = [(each.endpoint.name, *each.failure) for each in loads if each.failure is not None]
-    for server, _, detail in failures:
-        _log.warning("a model server does not load a model", server=server, detail=detail)
-    if len(failures) == len(loads):
-        away = all(code is grpc.StatusCode.UNAVAILABLE for _, code, _ in failures)
-        told = "; ".join(f"{server}: {detail}" for server, _, detail in failures)
-        raise (ServerLost if away else CannotEvaluate)(f"no model server loads the model: {told}")
-    return [each.endpoint for each in loads if each.failure is None]
+    def __init__(self, endpoints: Sequence[Endpoint], name: str) -> None:
+        until = time.monotonic() + LOAD_TIMEOUT_S
+        self._loads = [_Load(endpoint, name, until=until) for endpoint in endpoints]
+
+    def run(self) -> list[Endpoint]:
+        """The endpoints that have loaded the model. One that hangs, or is full of others' models, holds up nobody long.
+
+        Raises ServerLost when none is there, CannotEvaluate if none can.
+        """
+        began = time.monotonic()
+        with ThreadPoolExecutor(max_workers=len(self._loads), thread_name_prefix="loading") as threads:
+            running = {threads.submit(each.run): each for each in self._loads}
+            _wait_for_first(running)
+            _, late = wait(running, timeout=max(LATE_S, LATE_TIMES * (time.monotonic() - began)))
+            for future in late:
+                running[future].give_up("it took much longer than another server")
+        for future in running:
+            future.result()  # raises what nobody thought of
+        failures = [(each.endpoint.name, *each.failure) for each in self._loads if each.failure is not None]
+        for server, _, detail in failures:
+            _log.warning("a model server does not load a model", server=server, detail=detail)
+        if len(failures) == len(self._loads):
+            away = all(code is grpc.StatusCode.UNAVAILABLE for _, code, _ in failures)
+            told = "; ".join(f"{server}: {detail}" for server, _, detail in failures)
+            raise (ServerLost if away else CannotEvaluate)(f"no model server loads the model: {told}")
+        return [each.endpoint for each in self._loads if each.failure is None]
+
+    def give_up(self) -> None:
+        """Ends `run`: nobody wants the model any more."""
+        for each in self._loads:
+            each.give_up("nobody waits for it any more")
 
 
 def unload(endpoints: Sequence[Endpoint], name: str) -> None:
@@ -82,6 +93,7 @@ class _Load:
         self._until = until
         self._lock = threading.Lock()
         self._given_up = threading.Event()
+        self._reason = ""
         self._call: Any = None
 
     def run(self) -> None:
@@ -99,11 +111,12 @@ class _Load:
             else:
                 return
             self._given_up.wait(wait_s)
-        self.failure = (None, "it took much longer than another server")
+        self.failure = (None, self._reason)
 
-    def give_up(self) -> None:
-        """Ends `run`."""
+    def give_up(self, reason: str) -> None:
+        """Ends `run`, which has then failed for this reason."""
         with self._lock:
+            self._reason = self._reason or reason
             self._given_up.set()
             if self._call is not None:
                 self._call.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -166,6 +167,19 @@ async def test_the_least_recently_used_model_makes_room_and_comes_back_when_it_i
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await answer(stub, "c")
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_models_whose_folders_are_gone_make_room_for_good(repository: Path) -> None:
+    models = Models(repository=repository, memory_bytes=2 * WEIGHTS_BYTES)
+    await models.load_all()
+    shutil.rmtree(repository / "a")
+    await models.load("c")
+    assert models.in_memory() == ["b", "c"]
+    assert not models.ready("a")
+    # As long as nobody needs its room, one is served all the same.
+    shutil.rmtree(repository / "b")
+    async with serving(models) as stub:
+        assert await answer(stub, "b")
 
 
 async def test_a_model_in_use_is_not_pushed_out_and_one_over_the_budget_never_loads(repository: Path) -> None:

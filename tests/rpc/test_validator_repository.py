@@ -13,7 +13,7 @@ from services.runtime.rpc_errors import to_rpc_status
 from services.validator import repository
 from services.validator.evaluation import CannotEvaluate, ServerLost
 from services.validator.fleet import Endpoint
-from services.validator.repository import load, unload
+from services.validator.repository import Loads, unload
 from tiltyard.inference.v2 import inference_pb2 as pb
 from tiltyard.inference.v2 import inference_pb2_grpc as rpc
 
@@ -82,7 +82,7 @@ def full_twice(server, context):
 def test_all_load_and_let_go():
     servers = [Server(), Server(full_twice)]
     with serving(*servers) as endpoints:
-        assert load(endpoints, "m") == endpoints
+        assert Loads(endpoints, "m").run() == endpoints
         assert [server.held for server in servers] == [{"m"}, {"m"}]
         unload(endpoints, "m")
     assert [server.held for server in servers] == [set(), set()]
@@ -94,7 +94,7 @@ def test_one_that_hangs_or_stays_full_or_refuses_or_is_away_is_left_out(monkeypa
     hanging, good = Server(lambda server, context: released.wait(60)), Server()
     with serving(hanging, Server(full), Server(refuse), None, good) as endpoints:
         began = time.monotonic()
-        assert names(load(endpoints, "m")) == ["s4"]
+        assert names(Loads(endpoints, "m").run()) == ["s4"]
         assert time.monotonic() - began < 20
         released.set()
 
@@ -103,12 +103,29 @@ def test_a_slow_one_is_waited_for_where_it_is_the_only_one(monkeypatch):
     monkeypatch.setattr(repository, "LATE_S", 0.0)
     server = Server(full_twice)
     with serving(server) as endpoints:
-        assert names(load(endpoints, "m")) == ["s0"]
+        assert names(Loads(endpoints, "m").run()) == ["s0"]
     assert server.asked == 3
 
 
 def test_when_nobody_loads_it_is_told_why():
     with serving(None, None) as endpoints, pytest.raises(ServerLost, match=r"s0: .*; s1: "):
-        load(endpoints, "m")
+        Loads(endpoints, "m").run()
     with serving(None, Server(refuse)) as endpoints, pytest.raises(CannotEvaluate, match="s1: no such platform"):
-        load(endpoints, "m")
+        Loads(endpoints, "m").run()
+
+
+def test_who_gives_up_a_load_waits_for_no_server():
+    asked, released = threading.Event(), threading.Event()
+
+    def hang(server, context):
+        asked.set()
+        released.wait(60)
+
+    with serving(Server(hang), Server(hang)) as endpoints, futures.ThreadPoolExecutor(1) as threads:
+        loads = Loads(endpoints, "m")
+        running = threads.submit(loads.run)
+        assert asked.wait(60)
+        loads.give_up()
+        with pytest.raises(CannotEvaluate, match="nobody waits for it"):
+            running.result(timeout=20)
+        released.set()
