@@ -1,22 +1,30 @@
-"""Files named by their SHA-256, kept up to a number of bytes; the least recently used go first."""
+"""Files named by their SHA-256, kept up to a number of bytes and to the disk's; the least recently used go first."""
 
 import asyncio
 import contextlib
 import hashlib
 import os
+import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 PARTIAL = ".part"
+# What is not in use goes before the disk has less than this: the run store, say, writes there, too.
+SPARED_BYTES = 64 * 1024 * 1024
 
 Fetch = Callable[[Path], Awaitable[None]]
 """Brings the file to the path given, whole and checked; what lies in `{path}.part` may be gone on with."""
 
 
 class CacheTooSmall(Exception):
-    """The files in use and the one wanted are over the cache's limit together."""
+    """The files in use and the one wanted are together more than the cache may hold, or than the disk has room for."""
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that may still be written to the disk that a folder lies on."""
+    return shutil.disk_usage(folder).free
 
 
 class Cache:
@@ -26,9 +34,10 @@ class Cache:
     its bytes unwritten.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int) -> None:
+    def __init__(self, folder: Path, *, max_bytes: int, free: Callable[[Path], int] = free_bytes) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
+        self._free = free
         self._trusted: set[str] = set()
         self._in_use: Counter[str] = Counter()
         self._wanted_bytes: dict[str, int] = {}
@@ -82,13 +91,25 @@ class Cache:
         idle = [path for path in self._folder.iterdir() if path.name.removesuffix(PARTIAL) not in self._in_use]
         aged = sorted((path.stat().st_mtime_ns, path) for path in idle)
         kept = sum(path.stat().st_size for path in idle)
+        missing = sum(max(0, size - self._present_bytes(digest)) for digest, size in self._wanted_bytes.items())
+        free = self._free(self._folder)
+        if missing > free + kept:
+            raise CacheTooSmall(f"{missing} bytes are yet to come, the disk has room for {free + kept}")
         for _, path in aged:
-            if kept + wanted <= self._max_bytes:
+            if kept + wanted <= self._max_bytes and missing + SPARED_BYTES <= free:
                 return
             kept -= path.stat().st_size
             self._trusted.discard(path.name)
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
+            free = self._free(self._folder)
+
+    def _present_bytes(self, digest: str) -> int:
+        """Bytes of a file, or of the part of it that there is."""
+        for name in (digest, digest + PARTIAL):
+            with contextlib.suppress(FileNotFoundError):
+                return (self._folder / name).stat().st_size
+        return 0
 
 
 def _is_whole(path: Path, digest: str) -> bool:

@@ -25,7 +25,7 @@ class ValidatorSettings(ServiceSettings):
     stop_after: Annotated[int, Field(ge=0)] = 0
     """Drain once so many runs have ended; 0 means never."""
     cache_bytes: Annotated[int, Field(ge=1)] = 20 * GIB
-    """Most bytes of datasets and models kept."""
+    """Most bytes of datasets and models kept; fewer where the disk has no room for so many."""
     device: Literal["cpu", "auto", "cuda"] = "auto"
     """Where models run: `auto` is the CPU, too, and `cuda` stops the start with the reason."""
     model_servers: str = ""

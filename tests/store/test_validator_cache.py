@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from services.validator import cache as cache_module
 from services.validator.cache import Cache, CacheTooSmall
 
 
@@ -60,6 +61,33 @@ async def test_a_file_in_use_stays_and_what_does_not_fit_beside_it_is_refused(tm
         assert path.exists()
     await use(cache, source, "b")
     assert not path.exists()
+
+
+async def test_a_disk_smaller_than_the_cache_may_be_holds_the_latest_that_fit(tmp_path, monkeypatch):
+    disk_bytes = 450
+
+    def free(folder):
+        return disk_bytes - sum(path.stat().st_size for path in folder.iterdir())
+
+    monkeypatch.setattr(cache_module, "SPARED_BYTES", 50)
+    cache, source = Cache(tmp_path, max_bytes=10_000, free=free), Source()
+    for age, name in enumerate("abcdefg"):
+        os.utime(tmp_path / await use(cache, source, name), (age, age))
+    assert {path.name for path in tmp_path.iterdir()} == {content(name)[0] for name in "defg"}
+    with pytest.raises(CacheTooSmall, match="451 bytes are yet to come, the disk has room for 450"):
+        await use(cache, source, "too large", 451)
+    assert len(list(tmp_path.iterdir())) == 4
+    # What a broken fetch has brought already does not need room again.
+    digest, raw = content("half", 450)
+    (tmp_path / f"{digest}.part").write_bytes(raw[:20])
+    fetch = source.of(raw)
+
+    async def go_on(path):
+        path.with_name(f"{digest}.part").unlink()
+        await fetch(path)
+
+    async with cache.hold(digest, len(raw), go_on) as path:
+        assert list(tmp_path.iterdir()) == [path]
 
 
 async def test_bytes_that_a_crash_spoiled_are_fetched_again(tmp_path):
