@@ -23,7 +23,7 @@ from services.validator.assignments import (
 )
 from services.validator.cache import Cache, CacheTooSmall
 from services.validator.evaluation import Attempts, CannotEvaluate, Job, NodeServers, find
-from services.validator.patience import persist
+from services.validator.patience import TRANSIENT, persist
 from services.validator.runs import Finding, Progress, Run, RunState, RunStore, SealedReport
 from services.validator.slots import FairSlots
 from tiltyard.commitments import SALT_BYTES
@@ -115,7 +115,7 @@ class Duty:
             _fail("the registry has a seal that this state folder knows nothing of")
         if self.run.state is not RunState.SEALED:
             # Cut off between the registry's record of the seal and our own.
-            await self._save(state=RunState.SEALED)
+            await self._note_sealed()
         return True
 
     async def _under_lease(self) -> None:
@@ -128,15 +128,13 @@ class Duty:
             lease = await self._accept()
             if self.run is None:
                 run = Run(assignment=name, task=task, state=RunState.FETCHING, start_time=self._means.clock())
-                self.run = await self._means.store.add(run)
+                self.run = await self._begin(run, lease)
                 self._desk.changed()
             if self.run.sealed is None:
-                sealed = await self._guarded(self._evaluate(lease), self._keep(lease))
-                # Durable before anybody hears of it: what was sealed can always be opened.
-                await self._save(sealed=sealed)
+                await self._guarded(self._evaluate_for_good(lease), self._keep(lease))
             assert self.run.sealed is not None
             await self._seal(self.run.sealed, lease)
-            await self._save(state=RunState.SEALED)
+            await self._note_sealed()
 
     async def _accept(self) -> Lease:
         name = self._latest.name
@@ -150,6 +148,20 @@ class Duty:
             if isinstance(error, FailedPrecondition):
                 raise DutyEnded(RunState.RELEASED, error.message) from error
             _fail(f"the lease was refused: {error}", error)
+
+    async def _begin(self, run: Run, lease: Lease) -> Run:
+        try:
+            return await self._means.store.add(run)
+        except ArenaError as error:
+            # Without room for this there is none for a model.
+            await self._decline(lease, str(error))
+            self._desk.dismiss()
+            _fail(str(error), error)
+
+    async def _evaluate_for_good(self, lease: Lease) -> None:
+        sealed = await self._evaluate(lease)
+        # Durable before anybody hears of it: what was sealed can always be opened.
+        await persist(lambda: self._save(sealed=sealed), "store a report")
 
     async def _evaluate(self, lease: Lease) -> SealedReport:
         name = self._latest.name
@@ -166,6 +178,9 @@ class Duty:
             # Not the model's fault: the next reserve may do better, at once.
             await self._decline(lease, str(error))
             _fail(str(error), error)
+        except Exception as error:
+            await self._decline(lease, f"internal error: {type(error).__name__}")
+            raise
         assert self.run is not None
         self.run = replace(self.run, finding=finding, detail=finding.detail)
         self._desk.changed()
@@ -300,13 +315,21 @@ class Duty:
         await self._means.store.save(self.run)
         self._desk.changed()
 
+    async def _note_sealed(self) -> None:
+        try:
+            await self._save(state=RunState.SEALED)
+        except TRANSIENT as error:
+            # The registry knows it, too, and the report can be opened: no full disk is to stand in its way.
+            _log.warning("could not store that a run is sealed", assignment=self._latest.name, reason=error.reason)
+
     async def _end(self, ended: DutyEnded) -> None:
         if self.run is None:
             _log.warning("no run for an assignment", assignment=self._latest.name, detail=ended.detail)
             return
         # What was found stays readable beside why it came to nothing.
         detail = ended.detail or self.run.detail
-        await self._save(state=ended.state, detail=detail, end_time=self._means.clock())
+        end_time = self._means.clock()
+        await persist(lambda: self._save(state=ended.state, detail=detail, end_time=end_time), "store the end of a run")
         _log.info("a run ended", assignment=self._latest.name, state=ended.state.value, detail=detail)
 
     async def _guarded(self, work: Coroutine[Any, Any, T], guard: Coroutine[Any, Any, NoReturn]) -> T:

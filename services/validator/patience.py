@@ -1,4 +1,4 @@
-"""Goes on trying while a peer is away."""
+"""Goes on trying while a peer is away, or our own disk is full."""
 
 import asyncio
 import random
@@ -44,7 +44,7 @@ async def persist(call: Callable[[], Awaitable[T]], what: str) -> T:
         try:
             return await call()
         except TRANSIENT as error:
-            _log.info("the registry is tried again", call=what, reason=error.reason)
+            _log.info("it is tried again", call=what, reason=error.reason)
             await pauses.pause(_wanted_pause_s(error))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable
+from services.runtime.errors import AlreadyExists, DiskFull, FailedPrecondition, InvalidArgument, Unavailable
 from services.validator import duties, patience
 from services.validator.assignments import Assignment, AssignmentState, DigestMismatch, Lease, Order
 from services.validator.cache import Cache
@@ -31,12 +31,17 @@ class MemoryStore:
     def __init__(self, *runs):
         self.runs = {run.assignment: run for run in runs}
         self.changed = asyncio.Condition()
+        self.full_for = lambda run: False
+        self.refused = []
 
     async def add(self, run):
         await self.save(replace(run, number=len(self.runs) + 1))
         return self.runs[run.assignment]
 
     async def save(self, run):
+        if self.full_for(run):
+            self.refused.append(run)
+            raise DiskFull("the disk is full", resource="database")
         async with self.changed:
             self.runs[run.assignment] = run
             self.changed.notify_all()
@@ -375,9 +380,57 @@ async def test_an_error_nobody_thought_of_ends_its_run_and_no_other(tmp_path):
         arena.registry.offer("a")
         ended = await arena.store.until("a", *ENDED_RUNS)
         assert (ended.state, ended.detail) == (RunState.FAILED, "internal error: KeyError")
+        assert arena.calls("decline") == [("decline", "a", "internal error: KeyError")]
         arena.attempts.error = None
         arena.registry.offer("b")
         assert (await arena.store.until("b", *ENDED_RUNS)).state is RunState.OPENED
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """A full disk is tried again at once."""
+    monkeypatch.setattr(DiskFull, "RETRY_AFTER_S", 0.001)
+
+
+async def until_refused(arena, times):
+    async with asyncio.timeout(10):
+        while len(arena.store.refused) < times:  # noqa: ASYNC110 -- the store has no event for what it refuses
+            await asyncio.sleep(0.001)
+
+
+async def test_a_full_disk_gives_a_new_assignment_back_at_once(tmp_path, hurried):
+    async with Arena(tmp_path, stop_after=1) as arena:
+        arena.store.full_for = lambda run: run.state is RunState.FETCHING
+        arena.registry.offer("a")
+        await arena.registry.until_called("decline")
+        arena.store.full_for = lambda run: False
+        arena.registry.offer("b")
+        assert (await arena.store.until("b", *ENDED_RUNS)).state is RunState.OPENED
+    assert set(arena.store.runs) == {"b"}
+    assert arena.calls("decline") == [("decline", "a", "DISK_FULL: the disk is full")]
+
+
+async def test_a_report_waits_for_room_under_its_lease_and_is_sealed_only_then(tmp_path, hurried):
+    async with Arena(tmp_path) as arena:
+        arena.registry.lease_s = 0.15
+        arena.store.full_for = lambda run: run.sealed is not None
+        arena.registry.offer("a")
+        await until_refused(arena, 3)
+        await arena.registry.until_called("renew", 2)
+        assert arena.calls("seal") == []
+        arena.store.full_for = lambda run: False
+        assert (await arena.store.until("a", *ENDED_RUNS)).state is RunState.OPENED
+    assert len(arena.calls("fetch")) == 2
+
+
+async def test_a_full_disk_keeps_no_report_from_being_opened(tmp_path, hurried):
+    async with Arena(tmp_path) as arena:
+        arena.store.full_for = lambda run: run.state in (RunState.SEALED, RunState.OPENED)
+        arena.registry.offer("a")
+        await arena.registry.until_called("open")
+        await until_refused(arena, 3)
+        arena.store.full_for = lambda run: False
+        assert (await arena.store.until("a", *ENDED_RUNS)).state is RunState.OPENED
 
 
 async def test_a_report_that_is_asked_for_too_early_waits(tmp_path):
