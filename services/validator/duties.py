@@ -328,8 +328,15 @@ class Duty:
             return
         # What was found stays readable beside why it came to nothing.
         detail = ended.detail or self.run.detail
-        end_time = self._means.clock()
-        await persist(lambda: self._save(state=ended.state, detail=detail, end_time=end_time), "store the end of a run")
+        sealed = self.run.sealed
+        changes = {
+            "state": ended.state,
+            "detail": detail,
+            "end_time": self._means.clock(),
+            # Megabytes that the registry has by now, or wants no more; the report stays.
+            "sealed": None if sealed is None else replace(sealed, hashes=b""),
+        }
+        await persist(lambda: self._save(**changes), "store the end of a run")
         _log.info("a run ended", assignment=self._latest.name, state=ended.state.value, detail=detail)
 
     async def _guarded(self, work: Coroutine[Any, Any, T], guard: Coroutine[Any, Any, NoReturn]) -> T:
