@@ -10,7 +10,15 @@ from pathlib import Path
 from services.modelserver import sandbox
 from services.modelserver.lane import Lane
 from services.modelserver.models import Models
-from services.modelserver.spawn import EXIT_CRASHED, EXIT_FAULT, EXIT_OUT_OF_MEMORY, LOG_FILE, MODEL_NAME, SOCKET_FILE
+from services.modelserver.spawn import (
+    EXIT_CRASHED,
+    EXIT_FAULT,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_UNREADABLE,
+    LOG_FILE,
+    MODEL_NAME,
+    SOCKET_FILE,
+)
 from services.runtime.telemetry import configure_logging
 from tiltyard.modelspec import ModelFault
 
@@ -66,6 +74,10 @@ def _serve(order: Order, cores: int, report: int) -> int:
     try:
         models.load_folder_here(MODEL_NAME, Path(order.folder))
     except ModelFault as fault:
+        if isinstance(fault.__cause__, OSError):
+            # The disk's fault, or this machine's.
+            os.write(2, f"{fault.detail}\n".encode())
+            return EXIT_UNREADABLE
         _say(report, {"event": "fault", "code": fault.code.value, "detail": fault.detail})
         return EXIT_FAULT
     lane = Lane(SOCKET_FILE, models, cores=cores)

@@ -27,6 +27,7 @@ SOCKET_FILE = "model.sock"
 EXIT_CRASHED = 1
 EXIT_FAULT = 70
 EXIT_OUT_OF_MEMORY = 77
+EXIT_UNREADABLE = 78
 
 # A Unix socket's path must fit into 108 bytes (unix(7)).
 MAX_SOCKET_PATH = 100
@@ -51,7 +52,7 @@ _log = structlog.get_logger("tiltyard.nursery")
 
 
 class ExitKind(StrEnum):
-    """How a child ended. OK: it was stopped by its owner. KILLED: by somebody else, so not the model's fault."""
+    """How a child ended. OK: it was stopped by its owner. KILLED: by somebody or something else than the model."""
 
     OK = "OK"
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
@@ -343,8 +344,13 @@ def _exit_of(event: dict[str, Any], pending: _Pending) -> Exit:
         return Exit(ExitKind.KILLED, "killed from outside", cpu_seconds)
     if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         return Exit(ExitKind.KILLED, f"ended by {signal.Signals(number).name} from outside", cpu_seconds)
+    if number == signal.SIGBUS:
+        # A page of a mapped file that the disk does not give.
+        return Exit(ExitKind.KILLED, "the disk failed under the model's file", cpu_seconds)
     cause = f"ended by {signal.Signals(number).name}" if number else f"exited with status {code}"
     last = log.strip().rpartition("\n")[2][-200:]
+    if code == EXIT_UNREADABLE:
+        return Exit(ExitKind.KILLED, f"the model's files cannot be read: {last}", cpu_seconds)
     return Exit(ExitKind.CRASHED, f"{cause}: {last}" if last else cause, cpu_seconds)
 
 

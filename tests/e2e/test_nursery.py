@@ -254,6 +254,20 @@ async def test_a_crash_is_the_models_and_a_kill_from_outside_is_not(
     assert (await child.kill()).kind is kind
 
 
+async def test_what_the_disk_does_not_give_is_no_fault_of_the_model(nursery: Nursery, tmp_path: Path) -> None:
+    folder = put(tmp_path / "m", SPEC)
+    child = await nursery.spawn(folder, ROOMY)
+    # To a process that has mapped it, a file that became shorter is one whose pages cannot be read.
+    os.truncate(folder / "model.safetensors", 4096)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await infer(child.address, ROWS)
+    assert (await child.wait()).kind is ExitKind.KILLED
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ChildEnded, match=r"cannot be read: .*No such file") as caught:
+        await nursery.spawn(folder, ROOMY)
+    assert caught.value.exit.kind is ExitKind.KILLED
+
+
 async def test_files_that_make_no_model_are_faults(nursery: Nursery, digits: Path, tmp_path: Path) -> None:
     folder = put(tmp_path / "m", ModelSpec((28, 28), 9, Mlp((128,))))
     (folder / "spec.json").write_text(json.dumps(to_json(SPEC)))
