@@ -119,7 +119,8 @@ class Scheduler:
         if assignment.state in ENDED_ASSIGNMENTS:
             self._given_back.discard(assignment.name)
             return
-        run = await self._means.store.get(assignment.name)
+        # What is passed over here is not told again.
+        run = await persist(lambda: self._means.store.get(assignment.name), "look up a run")
         if run is not None and run.state in ENDED_RUNS:
             return
         if self.draining and run is None:

@@ -33,6 +33,7 @@ class MemoryStore:
         self.changed = asyncio.Condition()
         self.full_for = lambda run: False
         self.refused = []
+        self.away = []
 
     async def add(self, run):
         await self.save(replace(run, number=len(self.runs) + 1))
@@ -47,6 +48,8 @@ class MemoryStore:
             self.changed.notify_all()
 
     async def get(self, assignment):
+        if self.away:
+            raise self.away.pop()
         return self.runs.get(assignment)
 
     async def unfinished(self):
@@ -265,6 +268,14 @@ async def test_the_watch_resumes_at_its_cursor_and_begins_anew_when_that_is_refu
         arena.registry.offer("c")
         await arena.store.until("c", *ENDED_RUNS)
     assert arena.registry.cursors == ["", "+", "++", ""]
+
+
+async def test_news_are_not_passed_over_while_the_database_is_away(tmp_path):
+    async with Arena(tmp_path) as arena:
+        await arena.registry.until_called("watch")
+        arena.store.away = [Unavailable("DATABASE_UNAVAILABLE", "the database cannot be used at present")] * 3
+        arena.registry.offer("a")
+        assert (await arena.store.until("a", *ENDED_RUNS)).state is RunState.OPENED
 
 
 async def test_a_lease_that_another_process_holds_is_left_alone(tmp_path):
