@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _PLAIN_EVERY_S = 2.0
+_PIPE_COLUMNS = 10_000
 
 
 def as_json(message: "Message") -> dict[str, Any]:
@@ -41,12 +42,14 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> No
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        # As Text: others choose names, and "[/x]" or ":x:" in one of them is no markup.
+        table.add_row(*(Text(str(cell)) for cell in row))
     # Into a pipe nothing is cut off: programs and people with grep read whole names.
-    console = Console() if sys.stdout.isatty() else Console(width=400)
+    console = Console() if sys.stdout.isatty() else Console(width=_PIPE_COLUMNS)
     console.print(table)
 
 
@@ -90,7 +93,10 @@ class ProgressLine:
     def update(self, done: int, total: int, text: str = "") -> None:
         """Where the job stands: `done` of `total`, and a few words."""
         if self._bar:
-            self._bar.update(self._task, completed=done, total=total or None, description=f"{self._description} {text}")
+            from rich.markup import escape
+
+            said = escape(f"{self._description} {text}")
+            self._bar.update(self._task, completed=done, total=total or None, description=said)
             return
         now = time.monotonic()
         if now - self._last_time >= _PLAIN_EVERY_S or (total and done >= total):
