@@ -4,6 +4,8 @@ It is `tiltyard.client` on a thread of its own, so that tokens, TLS, deadlines a
 """
 
 import asyncio
+import concurrent.futures
+import contextlib
 import threading
 from collections.abc import (
     AsyncGenerator,
@@ -22,11 +24,12 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import grpc
 
-from tiltyard.calls.errors import client_errors
+from tiltyard.calls.errors import ClientError, client_errors
 from tiltyard.client import PATIENCE_S, Client, Node, pages, watch
 from tiltyard.identity import Key
 from tiltyard.submitting import submit_model
 from tiltyard.transfers import Progress, download, upload
+from tiltyard.type.v1 import model_pb2
 
 if TYPE_CHECKING:
     from tiltyard.calls.tls import ChannelTls
@@ -52,6 +55,10 @@ Answered = TypeVar("Answered")
 _END = object()
 
 
+class _ClientClosed(RuntimeError):
+    """A call after `close`."""
+
+
 class _Loop:
     """An event loop on a thread of its own. What is awaited there raises ClientError for what a server refuses."""
 
@@ -59,13 +66,26 @@ class _Loop:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tiltyard-client", daemon=True)
         self._thread.start()
+        self._closing = threading.Lock()
+        self._closed = False
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` returns; an interrupt of the waiting thread cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        """What `work` returns; an interrupt of the waiting thread cancels it.
+
+        Raises ClientError with CANCELLED where the client is closed meanwhile, RuntimeError where it was before.
+        """
+        with self._closing:
+            if self._closed:
+                work.close()
+                raise _ClientClosed("the client is closed")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             with client_errors():
                 return future.result()
+        except (concurrent.futures.CancelledError, asyncio.CancelledError, grpc.aio.UsageError):
+            if not self._closed:
+                raise
+            raise ClientError(code=grpc.StatusCode.CANCELLED, message="the client was closed") from None
         finally:
             future.cancel()
 
@@ -76,17 +96,34 @@ class _Loop:
             while (message := self.wait(_next(flow))) is not _END:
                 yield cast("T", message)
         finally:
-            self.wait(_close(flow))
+            # A client that is closed has ended its streams.
+            with contextlib.suppress(_ClientClosed):
+                self.wait(_close(flow))
 
-    def close(self, last: Coroutine[Any, Any, None]) -> None:
-        """Awaits `last`, then ends the thread. A second time does nothing."""
-        if self._loop.is_closed():
-            last.close()
-            return
-        self.wait(last)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Awaits `last`, cancels what others wait for, and ends the thread. A second time does nothing."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        try:
+            asyncio.run_coroutine_threadsafe(_ended(last), self._loop).result()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+async def _ended(last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    try:
+        await last()
+    finally:
+        # What waits for its next try would wait for ever in a loop that has stopped.
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 async def _next(flow: AsyncGenerator[T, None]) -> object:
@@ -199,8 +236,8 @@ class _Blocking:
         self.close()
 
     def close(self) -> None:
-        """Closes the channels; calls in flight are cancelled. The client can't be used any more."""
-        self._loop.close(self._connections.close())
+        """Closes the channels; calls in flight raise ClientError with CANCELLED, further ones RuntimeError."""
+        self._loop.close(self._connections.close)
 
 
 class BlockingClient(_Blocking):
@@ -244,12 +281,25 @@ class BlockingClient(_Blocking):
         self._loop.wait(downloading())
 
     def submit(
-        self, *, task: str, model: Path, journal: Path, model_index: int = 0, progress: Progress | None = None
+        self,
+        *,
+        task: str,
+        model: Path,
+        journal: Path,
+        model_index: int = 0,
+        format: model_pb2.ModelFormat.ValueType = model_pb2.MODEL_FORMAT_SAFETENSORS,
+        progress: Progress | None = None,
     ) -> str:
-        """Commits to a safetensors model, uploads and reveals it, and returns the submission's name: `submit_model`."""
+        """Commits to a model, uploads and reveals it, and returns the submission's name: `submit_model`."""
         return self._loop.wait(
             submit_model(
-                self._connections, task=task, model=model, model_index=model_index, journal=journal, progress=progress
+                self._connections,
+                task=task,
+                model=model,
+                model_index=model_index,
+                format=format,
+                journal=journal,
+                progress=progress,
             )
         )
 

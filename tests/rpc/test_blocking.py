@@ -21,6 +21,7 @@ class SmallTasks(task_pb2_grpc.TaskServiceServicer):
 
     cursors: list[str] = field(default_factory=list)
     left: threading.Event = field(default_factory=threading.Event)
+    watched: threading.Event = field(default_factory=threading.Event)
 
     def GetTask(self, request: Any, context: Any) -> task_pb2.GetTaskResponse:
         if request.name == "tasks/none":
@@ -36,6 +37,10 @@ class SmallTasks(task_pb2_grpc.TaskServiceServicer):
     def WatchTask(self, request: Any, context: Any) -> Iterator[task_pb2.WatchTaskResponse]:
         self.cursors.append(request.cursor)
         context.add_callback(self.left.set)
+        self.watched.set()
+        if request.name == "tasks/silent":
+            self.left.wait()
+            return
         start = int(request.cursor or 0)
         for n in range(start + 1, start + 1000):
             if n == 3 and len(self.cursors) == 1:
@@ -133,6 +138,39 @@ def test_several_threads_share_a_client_and_closing_twice_is_harmless(client: ti
         assert [answer.task.name for answer in answers] == names
     client.close()
     client.close()
+
+
+def test_closing_ends_what_other_threads_wait_for(
+    client: tiltyard.BlockingClient, tasks: SmallTasks, tmp_path: Path
+) -> None:
+    watching = client.watch(client.tasks.WatchTask, task_pb2.WatchTaskRequest(name="tasks/silent"))
+    # Nobody is there: it would try again for a minute.
+    absent = tiltyard.BlockingClient(tiltyard.Key.generate(), origin="t", registry=f"unix:{tmp_path / 'nobody'}")
+    with ThreadPoolExecutor(2) as threads:
+        waits = [threads.submit(next, watching), threads.submit(absent.download, f"artifacts/{'0' * 64}", tmp_path)]
+        assert tasks.watched.wait(10)
+        client.close()
+        absent.close()
+        for wait in waits:
+            error = wait.exception(10)
+            assert isinstance(error, tiltyard.ClientError)
+            assert (error.code, error.message) == (grpc.StatusCode.CANCELLED, "the client was closed")
+
+
+def test_a_closed_client_says_so(client: tiltyard.BlockingClient) -> None:
+    watching = client.watch(client.tasks.WatchTask, task_pb2.WatchTaskRequest(name="tasks/t"))
+    next(watching)
+    service = client.tasks
+    client.close()
+    watching.close()
+    with pytest.raises(RuntimeError, match="the client is closed"):
+        service.GetTask(task_pb2.GetTaskRequest(name="tasks/t"))
+
+
+def test_several_threads_may_close_at_once(client: tiltyard.BlockingClient) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        for closed in [threads.submit(client.close) for _ in range(4)]:
+            closed.result(10)
 
 
 async def test_within_client_errors_an_awaited_call_raises_one_too(tasks: SmallTasks) -> None:
