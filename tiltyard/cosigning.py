@@ -38,6 +38,12 @@ class WitnessKey:
         encoded = base64.b64encode(bytes([_COSIGNATURE]) + self.public_key).decode()
         return f"{self.name}+{self.key_hash.hex()}+{encoded}"
 
+    @staticmethod
+    def check_name(name: str) -> None:
+        """Raises ValueError for a name that no line of a note can hold."""
+        if not name or "+" in name or not name.isprintable() or any(char.isspace() for char in name):
+            raise ValueError(f"{name!r} is no name of a witness: it may hold neither spaces nor plus signs")
+
     @classmethod
     def parse(cls, text: str) -> "WitnessKey":
         """The reverse of `str`. Raises ValueError."""

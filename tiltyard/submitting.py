@@ -138,7 +138,8 @@ def _begin(path: Path, fresh: Journal) -> Journal:
     found = read_journal(path)
     for name in ("origin", "task", "participant", "model_digest", "model_index", "model_format"):
         if getattr(found, name) != getattr(fresh, name):
-            raise JournalMismatch(f"{path} is of another submission: its {name} is {getattr(found, name)!r}")
+            known = f"{path} is of another submission: its {name} is {getattr(found, name)!r}"
+            raise JournalMismatch(f"{known}; name another journal to submit anew")
     return found
 
 

@@ -60,6 +60,8 @@ class Witness:
     """One folder's witness. It trusts the log key that it has seen first, or was told."""
 
     def __init__(self, folder: Path, *, name: str = "") -> None:
+        if name:
+            WitnessKey.check_name(name)
         self._folder = folder
         for each in (folder, folder / "checkpoints", folder / "alarms"):
             each.mkdir(parents=True, exist_ok=True)

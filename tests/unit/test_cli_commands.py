@@ -16,11 +16,11 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from tiltyard.cli import app
-from tiltyard.cli.connection import with_tls_hint
+from tiltyard.cli.connection import with_hint
 from tiltyard.cli.supervisor import free_ports
 from tiltyard.identity import Key, verify_token
 from tiltyard.statements import open_statement
-from tiltyard.type.v1 import envelope_pb2, participation_pb2
+from tiltyard.type.v1 import envelope_pb2, participation_pb2, task_pb2
 
 
 def tiltyard(*arguments: object, stdin: str | None = None, **environment: str) -> Result:
@@ -205,6 +205,11 @@ def test_the_command_starts_without_torch_and_sklearn() -> None:
         ("log", "entries", "--start", 2**63),
         ("log", "inclusion", 2**63),
         ("log", "consistency", 1, 2**63),
+        ("train", "d", "--task", "t", "--epochs", 2**31),
+        ("train", "d", "--task", "t", "--ray-workers", 2**31),
+        ("train", "d", "--task", "t", "--seed", 2**63),
+        ("train", "d", "--task", "t", "--model-index", 2**31),
+        ("submit", "m.onnx", "--task", "t", "--model-index", -1),
     ],
 )
 def test_numbers_that_no_call_can_take_are_refused_as_usage(tmp_path: Path, arguments: tuple[object, ...]) -> None:
@@ -214,13 +219,67 @@ def test_numbers_that_no_call_can_take_are_refused_as_usage(tmp_path: Path, argu
     assert "Input should be" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("log", "verify", "record"), "'record' is neither a folder nor HOST:PORT"),
+        (("log", "verify", "127.0.0.1:7401", "--log-key", "xyz"), "'xyz' is not in hex"),
+        (("token", "--audience", "regsitry"), "'regsitry' is neither registry, selector nor a participant id"),
+    ],
+)
+def test_a_word_that_nothing_can_be_made_of_is_refused_as_usage(
+    tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    tiltyard("key", "new", tmp_path / "me.pem")
+    result = tiltyard(*arguments, TILTYARD_KEY=str(tmp_path / "me.pem"))
+    assert (result.exit_code, said in result.stderr) == (2, True)
+
+
+def test_a_witness_of_a_bad_name_leaves_nothing(tmp_path: Path) -> None:
+    result = tiltyard("log", "watch", tmp_path / "witness", "--once", "--name", "a+b")
+    assert result.exit_code == 1
+    assert "'a+b' is no name of a witness" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("host", ["bad host", "registry=", "trainer=a/b"])
+def test_certificates_for_no_host_leave_nothing(tmp_path: Path, host: str) -> None:
+    result = tiltyard("certs", "dev", tmp_path / "certs", "--san", host)
+    assert result.exit_code == 1
+    assert "is neither a host name nor an address" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dataset_that_is_none_costs_no_task_its_name(tmp_path: Path) -> None:
+    Key.generate().save(tmp_path / "me.pem")
+    (tmp_path / "task.json").write_text("{}")
+    file = tmp_path / "d.csv"
+    file.write_text("1,2\n" * 10)
+    result = tiltyard("task", "create", tmp_path / "task.json", "--dataset", file, "--key", tmp_path / "me.pem")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {file}: ")
+
+
+def test_the_reference_says_in_one_line_what_it_cannot_read(tmp_path: Path) -> None:
+    config = task_pb2.TaskConfig(models=[{"input_shape": [2], "outputs": 2, "linear": {}}])
+    command = [sys.executable, "-m", "tiltyard.models.reference", str(tmp_path / "d"), "m", "out", "0"]
+    done = subprocess.run(command, input=config.SerializeToString(), capture_output=True)
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+    assert b"No such file" in done.stderr
+
+
+def test_a_token_for_another_node_tells_of_the_option() -> None:
+    refused = f"UNAUTHENTICATED (TOKEN_INVALID): the token is for another audience, '{'a' * 40}', not '{'b' * 40}'"
+    assert "--node" in with_hint(refused)
+
+
 def test_a_connection_that_a_server_ends_without_a_word_may_be_for_want_of_tls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ended = "the service cannot be reached: last error: UNAVAILABLE: ipv4:127.0.0.1:7401: Socket closed"
     monkeypatch.delenv("TILTYARD_TLS_CA", raising=False)
-    assert "TILTYARD_TLS_CA" in with_tls_hint(ended)
+    assert "TILTYARD_TLS_CA" in with_hint(ended)
     monkeypatch.setenv("TILTYARD_TLS_CA", "ca.pem")
-    assert "TILTYARD_TLS_CERTIFICATE" in with_tls_hint(ended)
+    assert "TILTYARD_TLS_CERTIFICATE" in with_hint(ended)
     for other in ("the service cannot be reached: Connection refused", "NOT_FOUND: Socket closed"):
-        assert with_tls_hint(other) == other
+        assert with_hint(other) == other

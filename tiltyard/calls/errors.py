@@ -98,7 +98,7 @@ def explain(error: BaseException) -> str:
     if error.code is grpc.StatusCode.UNAVAILABLE and not error.reason:
         return f"the service cannot be reached: {_one_line(error.message)}"
     if error.code is grpc.StatusCode.UNIMPLEMENTED:
-        return "this service does not offer that yet (UNIMPLEMENTED)"
+        return "this service does not offer that yet (UNIMPLEMENTED), or the address is that of another service"
     if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return "the service did not answer in time (DEADLINE_EXCEEDED)"
     line = f"{error.code.name}{f' ({error.reason})' if error.reason else ''}: {_one_line(error.message)}"

@@ -14,6 +14,7 @@ import typer
 from tiltyard.cli.connection import (
     DEFAULT_ORIGIN,
     REGISTRY,
+    CommandError,
     JsonOption,
     OriginOption,
     RegistryOption,
@@ -54,6 +55,9 @@ def verify(
 
     folder = Path(where)
     is_folder = folder.is_dir()
+    if not is_folder and ":" not in where:
+        raise typer.BadParameter(f"{where!r} is neither a folder nor HOST:PORT", param_hint="DIR|ADDRESS")
+    expected_key = _hex("--log-key", log_key)
 
     async def work() -> None:
         if is_folder:
@@ -62,7 +66,7 @@ def verify(
             record, boards = await fetch_log(key, origin, where)
         with ProgressLine("checking the log", unit="leaves") as line:
             found = await asyncio.to_thread(
-                audit, record, shown=boards, log_key=bytes.fromhex(log_key) or None, progress=line.update
+                audit, record, shown=boards, log_key=expected_key or None, progress=line.update
             )
         problems = [str(failure) for failure in found.failures]
         said: Testimony | None = None
@@ -127,7 +131,10 @@ def watch(
     from tiltyard.witness import Alarm, Witness
 
     async def work() -> None:
-        witness = Witness(folder, name=name)
+        try:
+            witness = Witness(folder, name=name)
+        except ValueError as error:
+            raise CommandError(f"{folder}: {error}") from None
         while True:
             async with connect_reader(key, origin, registry) as client:
                 source = RegistrySource(client)
@@ -149,6 +156,14 @@ def watch(
             await asyncio.sleep(every)
 
     run(work())
+
+
+def _hex(option: str, text: str) -> bytes:
+    """Bytes from hex digits. Raises BadParameter."""
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not in hex", param_hint=option) from None
 
 
 class RegistrySource:

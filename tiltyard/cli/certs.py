@@ -38,7 +38,7 @@ def dev(
 
     Services take new files without a restart. Each certificate is good for localhost and for its own name as a host.
     """
-    from tiltyard.authority import Authority
+    from tiltyard.authority import Authority, check_host
 
     names = (*NAMES, *(name or ()))
     for each in names:
@@ -52,6 +52,8 @@ def dev(
         for each in (target,) if equals else names:
             hosts[each].append(host)
     try:
+        for host in {host for each in hosts.values() for host in each}:
+            check_host(host)
         authority = Authority.open(folder)
         issued = [authority.issue(each, hosts[each], days=days) for each in names]
     except (ValueError, OSError) as error:

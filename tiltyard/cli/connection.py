@@ -3,6 +3,7 @@
 import asyncio
 import getpass
 import os
+import re
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -39,6 +40,9 @@ FilterOption = Annotated[
     typer.Option("--filter", help='Terms as "state = OPEN" joined by AND; docs/reference names fields and operators.'),
 ]
 OrderOption = Annotated[str, typer.Option("--order-by", help='A field, with "desc" behind it for the reverse.')]
+ModelIndexOption = Annotated[
+    int, typer.Option("--model-index", min=0, max=65536, help="Which of the task's models, counted from 0.")
+]
 TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="tasks/{task}, or the last part of it.")]
 TaskOption = Annotated[str, typer.Option("--task", metavar="TASK", help="tasks/{task}, or the last part of it.")]
 
@@ -48,6 +52,7 @@ TRAINER = "127.0.0.1:7403"
 VALIDATOR = "127.0.0.1:7404"
 """Where `tiltyard up` puts them by default."""
 
+_FOR_ANOTHER_NODE = re.compile(r"the token is for another audience, '[0-9a-f]{40}', not '[0-9a-f]{40}'")
 _ENDED = ("Socket closed", "Connection reset", "Broken pipe")
 
 
@@ -164,16 +169,19 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         DigestMismatch,
         OSError,
     ) as error:
-        fail(error if isinstance(error, OSError) else with_tls_hint(explain(error)))
+        fail(error if isinstance(error, OSError) else with_hint(explain(error)))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
 
-def with_tls_hint(line: str) -> str:
-    """What went wrong, with what may be behind it where a server ends the connection without a word.
+def with_hint(line: str) -> str:
+    """What went wrong, with what may be behind it where the answer alone does not tell.
 
-    So does one that hears plaintext where it wants TLS, or misses a certificate: gRPC tells of neither.
+    A server ends the connection without a word when it hears plaintext where it wants TLS, or misses a certificate:
+    gRPC tells of neither. A token for another node is one that names the key's own id.
     """
+    if _FOR_ANOTHER_NODE.search(line):
+        return f"{line} (where the key is not the node's own, --node names the node's id)"
     if not line.startswith("the service cannot be reached") or not any(each in line for each in _ENDED):
         return line
     if os.environ.get("TILTYARD_TLS_CA"):

@@ -79,7 +79,9 @@ def _show(file: Path, json: bool) -> None:
 
     try:
         dataset = datasets.Dataset.open(file)
-    except (datasets.DatasetError, OSError) as error:
+    except datasets.DatasetError as error:
+        fail(f"{file}: {error}")
+    except OSError as error:
         fail(error)
     labelled = dataset.y.dtype.kind == "i"
     classes = 1 + max((int(part.max()) for _, part in dataset.chunks("y")), default=-1) if labelled else 0

@@ -14,6 +14,7 @@ from tiltyard.cli.connection import (
     CommandError,
     JsonOption,
     KeyOption,
+    ModelIndexOption,
     OriginOption,
     RegistryOption,
     TaskOption,
@@ -35,6 +36,8 @@ app = typer.Typer(help="List what validators found, and compare it sample by sam
 _EVALUATION = "tasks/{task}/submissions/{n}/evaluations/{round}-{participant id}"
 _MAX_LISTED = 1000
 _MOST_JUDGES = 21
+# Of the reference, which has said on standard error what is wrong.
+_TOLD = 1
 
 
 async def _read(client: "Client", name: str) -> "evaluation_pb2.Evaluation":
@@ -185,7 +188,7 @@ def predict(
     model: Annotated[Path, typer.Option("--model", help="The submitted model, a safetensors or an ONNX file.")],
     out: Annotated[Path, typer.Option("--out", help="Where to write the predictions.")],
     key: KeyOption,
-    model_index: Annotated[int, typer.Option(help="Which of the task's models, counted from 0.")] = 0,
+    model_index: ModelIndexOption = 0,
     origin: OriginOption = DEFAULT_ORIGIN,
     registry: RegistryOption = REGISTRY,
 ) -> None:
@@ -220,6 +223,8 @@ def predict(
         for word in child.stdout:
             rows = int(word)
             line.update(0, 0, f"{rows:,} rows")
+    if child.returncode == _TOLD:
+        raise typer.Exit(1)
     if child.returncode:
         fail(f"the predictions could not be computed, exit status {child.returncode}")
     print(f"{rows} predictions in {out}")

@@ -1,6 +1,7 @@
 """`tiltyard key`, `token` and `sign`: keys, and what they prove to a server or to everyone."""
 
 import getpass
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +24,8 @@ from tiltyard.cli.output import as_json, print_json
 if TYPE_CHECKING:
     from tiltyard.cli.key_copies import AnyKey
     from tiltyard.identity import Key
+
+_PARTICIPANT_ID = re.compile(r"[0-9a-f]{40}")
 
 PassphraseOption = Annotated[
     Path | None, typer.Option(help="A file whose first line is the passphrase, instead of typing it.")
@@ -185,9 +188,14 @@ def token(
     from tiltyard.identity import issue_token
 
     signer = _load(key)
+    audience = audience.removeprefix("participants/")
     if audience in ("registry", "selector"):
         audience = f"{origin}/{audience}"
-    print(issue_token(signer, audience=audience.removeprefix("participants/")))
+    elif not _PARTICIPANT_ID.fullmatch(audience):
+        raise typer.BadParameter(
+            f"{audience!r} is neither registry, selector nor a participant id", param_hint="--audience"
+        )
+    print(issue_token(signer, audience=audience))
 
 
 def sign(

@@ -13,6 +13,7 @@ from tiltyard.cli.connection import (
     FilterOption,
     JsonOption,
     KeyOption,
+    ModelIndexOption,
     OrderOption,
     OriginOption,
     RegistryOption,
@@ -75,7 +76,7 @@ def submit(
     model: Annotated[Path, typer.Argument(help="The model's file: .safetensors or .onnx.")],
     task: TaskOption,
     key: KeyOption,
-    model_index: Annotated[int, typer.Option(help="Which of the task's models, counted from 0.")] = 0,
+    model_index: ModelIndexOption = 0,
     journal: Annotated[
         Path | None, typer.Option(help="Where to keep the salt and how far it is; default: beside the model.")
     ] = None,

@@ -55,8 +55,14 @@ def _read_config(path: Path) -> "task_type_pb2.TaskConfig":
 
 
 def _fix_digest(digest: "task_type_pb2.DatasetDigest", file: Path) -> None:
+    from tiltyard.datasets import Dataset, DatasetError
     from tiltyard.filedigest import file_digest
 
+    try:
+        # A task that is cancelled for its dataset keeps its name for good.
+        Dataset.open(file)
+    except DatasetError as error:
+        raise CommandError(f"{file}: {error}") from None
     digest.sha256 = file_digest(file)
     digest.size_bytes = file.stat().st_size
 

@@ -11,6 +11,7 @@ from tiltyard.cli.connection import (
     CommandError,
     JsonOption,
     KeyOption,
+    ModelIndexOption,
     NodeOption,
     OriginOption,
     RegistryOption,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from tiltyard.registry.v1 import submission_pb2
 
 OPTIMIZERS = {"adamw": "OPTIMIZER_KIND_ADAMW", "sgd": "OPTIMIZER_KIND_SGD"}
+_INT32_MAX = 2**31 - 1
+_INT64_MAX = 2**63 - 1
 SCHEDULES = {"cosine": "SCHEDULE_KIND_COSINE", "constant": "SCHEDULE_KIND_CONSTANT"}
 
 
@@ -39,9 +42,13 @@ def train(
     key: KeyOption,
     trainer: TrainerOption = TRAINER,
     node: NodeOption = "",
-    model_index: Annotated[int, typer.Option(help="Which of the task's models, counted from 0.")] = 0,
-    epochs: Annotated[int, typer.Option(help="Passes over the dataset; 0 takes the node's default.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Rows per step; 0 takes the node's default.")] = 0,
+    model_index: ModelIndexOption = 0,
+    epochs: Annotated[
+        int, typer.Option(min=0, max=_INT32_MAX, help="Passes over the dataset; 0 takes the node's default.")
+    ] = 0,
+    batch_size: Annotated[
+        int, typer.Option(min=0, max=_INT32_MAX, help="Rows per step; 0 takes the node's default.")
+    ] = 0,
     learning_rate: Annotated[float, typer.Option(help="Step size; 0 takes the node's default.")] = 0.0,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
     weight_decay: Annotated[float | None, typer.Option(help="Default: 0.01 for adamw, 0 for sgd.")] = None,
@@ -49,19 +56,31 @@ def train(
     schedule: Annotated[str, typer.Option(help="cosine or constant, after the warm-up.")] = "cosine",
     warmup: Annotated[float | None, typer.Option(help="Share of the steps that warm up. Default: 0.05.")] = None,
     max_gradient_norm: Annotated[float, typer.Option(help="Clip gradients to this norm; 0 never.")] = 0.0,
-    accumulation: Annotated[int, typer.Option(help="Steps whose gradients are added up before one update.")] = 1,
+    accumulation: Annotated[
+        int, typer.Option(min=0, max=_INT32_MAX, help="Steps whose gradients are added up before one update.")
+    ] = 1,
     holdout_share: Annotated[float | None, typer.Option(help="Share of the rows held out. Default: 0.1.")] = None,
-    patience: Annotated[int, typer.Option(help="Epochs without progress before stopping; 0 means never.")] = 0,
+    patience: Annotated[
+        int, typer.Option(min=0, max=_INT32_MAX, help="Epochs without progress before stopping; 0 means never.")
+    ] = 0,
     label_smoothing: Annotated[float | None, typer.Option(help="Of cross-entropy. Default: 0.1.")] = None,
     class_weights: Annotated[str, typer.Option(help="Of cross-entropy: one factor for each class, as 1,1,2.5.")] = "",
-    seed: Annotated[int, typer.Option(help="Seed of weights, order and dropout.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=-_INT64_MAX - 1, max=_INT64_MAX, help="Seed of weights, order and dropout.")
+    ] = 0,
     augment: Annotated[bool, typer.Option("--augment", help="Shift images at random while training.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute products in bfloat16.")] = False,
     tf32: Annotated[bool, typer.Option("--tf32", help="CUDA: let float32 products be computed in TF32.")] = False,
     compile_network: Annotated[bool, typer.Option("--compile", help="Compile the network first.")] = False,
-    ray_workers: Annotated[int, typer.Option(help="Train with so many workers of Ray Train; 0: without Ray.")] = 0,
-    checkpoint_interval_s: Annotated[int, typer.Option(help="Seconds between checkpoints; 0 takes 60.")] = 0,
-    checkpoint_interval_steps: Annotated[int, typer.Option(help="Steps between checkpoints, too; 0: by time.")] = 0,
+    ray_workers: Annotated[
+        int, typer.Option(min=0, max=_INT32_MAX, help="Train with so many workers of Ray Train; 0: without Ray.")
+    ] = 0,
+    checkpoint_interval_s: Annotated[
+        int, typer.Option(min=0, max=_INT32_MAX, help="Seconds between checkpoints; 0 takes 60.")
+    ] = 0,
+    checkpoint_interval_steps: Annotated[
+        int, typer.Option(min=0, max=_INT32_MAX, help="Steps between checkpoints, too; 0: by time.")
+    ] = 0,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Begin with fresh weights though the task names a base model.")
     ] = False,

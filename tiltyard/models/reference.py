@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tiltyard.datasets import Dataset
+from tiltyard.datasets import Dataset, DatasetError
 from tiltyard.models.onnxmodel import OnnxNetwork
 from tiltyard.models.weights import load_model
-from tiltyard.modelspec import ModelSpec, Onnx
+from tiltyard.modelspec import ModelFault, ModelSpec, Onnx
 from tiltyard.type.v1 import task_pb2
 from tiltyard.wire import model_spec_from_proto
 
@@ -70,4 +70,7 @@ def main(data: str, model: str, out: str, index: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except (DatasetError, ModelFault, OSError) as error:
+        sys.exit(f"error: {error}")
