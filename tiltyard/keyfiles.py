@@ -156,8 +156,11 @@ def read_secret(path: Path) -> tuple[bytes, bool]:
 
 
 def write_secret(path: Path, content: bytes) -> None:
-    """Writes a new file of mode 0600, whole or not at all. Raises FileExistsError where a file is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a new file of mode 0600, whole or not at all; a folder that it makes for it is closed to others.
+
+    Raises FileExistsError where a file is.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:

@@ -107,7 +107,7 @@ async def build(
 
     `clock` is the record's; tokens go by the machine's, as their issuers' do.
     """
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     log_key = Key.load_or_create(settings.state_dir / "log.pem", settings.key_lock)
     tokens = PageTokens(load_secret(settings.state_dir / "pages.key"))
     files = await asyncio.to_thread(open_artifacts, settings.artifacts, state_dir=settings.state_dir)

@@ -62,7 +62,7 @@ async def build(settings: SelectorSettings, *, clock: Callable[[], datetime] = u
 
     `clock` is the ledger's. Tokens go by the machine's, as those of their issuers do.
     """
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     key = BlsKey.load_or_create(settings.state_dir / "bls.key", settings.key_lock)
     tokens = PageTokens(load_secret(settings.state_dir / "pages.key"))
     migrations = "services.selector.migrations"

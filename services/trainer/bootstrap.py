@@ -56,7 +56,7 @@ class Trainer:
 async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = utc_now) -> Trainer:
     """Opens the state and puts everything together. Raises NoSuchDevice for a device that is not here."""
     devices = await find_devices(settings.device)
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     folder = settings.state_dir / "trainings"
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -129,3 +129,20 @@ def test_ports_follow_the_base(tmp_path: Path) -> None:
         )
         assert second.returncode == 1
         assert f"port {base + 1} is taken" in second.stderr
+
+
+def test_two_of_one_state_are_refused_and_others_see_nothing_of_it(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with running(state, "--port-base", "0"):
+        assert [oct(path.stat().st_mode & 0o077) for path in (state, state / "registry", state / "validator")] == 3 * [
+            "0o0"
+        ]
+        second = subprocess.run(
+            [sys.executable, "-m", "tiltyard.cli", "up", "--state", str(state), "--port-base", "0"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert (second.returncode, second.stdout) == (1, "")
+        assert second.stderr == f"error: {state} is in use by another `tiltyard up`; choose another --state\n"

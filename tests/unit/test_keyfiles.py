@@ -44,6 +44,11 @@ def refusal(result: Result) -> str:
     return result.stderr
 
 
+def test_a_folder_made_for_a_key_is_closed_to_others(tmp_path: Path) -> None:
+    Key.generate().save(tmp_path / "keys" / "me.pem")
+    assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o700
+
+
 @pytest.mark.usefixtures("quick")
 def test_an_encrypted_key_opens_with_its_passphrase_alone(tmp_path: Path) -> None:
     key, path = Key.generate(), tmp_path / "key.pem"

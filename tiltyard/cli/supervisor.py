@@ -79,6 +79,7 @@ class Supervisor:
         self._programs: dict[str, Program] = {}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._served: set[str] = set()
+        self._log_starts: dict[str, int] = {}
         self._stopping = False
         self._bounding: asyncio.Task[None] | None = None
 
@@ -107,6 +108,8 @@ class Supervisor:
             if program.name in self._programs:
                 raise ValueError(f"{program.name} runs already")
             self._programs[program.name] = program
+            log = self.log_file(program.name)
+            self._log_starts[program.name] = log.stat().st_size if log.exists() else 0
             await self._spawn(program)
             self._keepers[program.name] = asyncio.create_task(self._keep(program), name=f"keep {program.name}")
 
@@ -208,10 +211,13 @@ class Supervisor:
             watching.cancel()
 
     def _log_tail(self, name: str) -> str:
+        """The end of what the program has said since we started it."""
         try:
-            tail = self.log_file(name).read_bytes()[-_LOG_TAIL_BYTES:]
+            log = self.log_file(name).read_bytes()
         except FileNotFoundError:
             return ""
+        start = self._log_starts[name]
+        tail = log[start if start <= len(log) else 0 :][-_LOG_TAIL_BYTES:]
         return tail.decode(errors="replace").strip()
 
 

@@ -1,9 +1,12 @@
 """`tiltyard up`: one of each service on this machine."""
 
 import asyncio
+import contextlib
+import fcntl
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -87,8 +90,7 @@ def up(
 
 
 async def _up(state: Path, port_base: int, origin: str) -> None:
-    from tiltyard.cli.supervisor import StartFailed, Supervisor, free_ports, is_free
-    from tiltyard.identity import Key
+    from tiltyard.cli.supervisor import free_ports, is_free
 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -98,6 +100,16 @@ async def _up(state: Path, port_base: int, origin: str) -> None:
     if taken:
         raise CommandError(f"port {taken[0]} is taken; choose another --port-base, or 0 for free ports")
     lock, settings = key_lock(), _lock_settings()
+    with _owned(state):
+        await _run_services(state, ports, origin, lock, settings, stop)
+
+
+async def _run_services(
+    state: Path, ports: list[int], origin: str, lock: "KeyLock", settings: dict[str, str], stop: asyncio.Event
+) -> None:
+    from tiltyard.cli.supervisor import StartFailed, Supervisor
+    from tiltyard.identity import Key
+
     operator = await asyncio.to_thread(Key.load_or_create, state / "operator.pem", lock)
     async with Supervisor(state, report=_report) as supervisor:
         registry, selector = arena_programs(
@@ -135,11 +147,27 @@ async def _up(state: Path, port_base: int, origin: str) -> None:
                 _report(f"state, keys and logs lie in {state}; stop with Ctrl-C or SIGTERM to {os.getpid()}")
                 await stopped
         except StartFailed as error:
-            raise CommandError(str(error)) from None
+            what, _, log = str(error).partition("\n")
+            if log:
+                _report(log)
+            raise CommandError(what) from None
         finally:
             serving.cancel()
             stopped.cancel()
         _report("draining")
+
+
+@contextlib.contextmanager
+def _owned(state: Path) -> Iterator[None]:
+    """Holds the state folder for this process; the kernel lets go of it however the process ends."""
+    # What validators have sealed and nobody may see yet lies in it, and hidden datasets.
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (state / "up.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CommandError(f"{state} is in use by another `tiltyard up`; choose another --state") from None
+        yield
 
 
 def _lock_settings() -> dict[str, str]:
