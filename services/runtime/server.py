@@ -118,11 +118,14 @@ class ArenaServer:
         channelz_name = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
         reflection.enable_server_reflection([*names, health_name, channelz_name, reflection.SERVICE_NAME], self._server)
         await self.set_serving(False)
-        # Nobody listens in on a Unix socket.
-        if self._tls is None or self._listen.startswith("unix:"):
-            self._port = self._server.add_insecure_port(self._listen)
-        else:
-            self._port = self._server.add_secure_port(self._listen, self._tls.credentials())
+        try:
+            # Nobody listens in on a Unix socket.
+            if self._tls is None or self._listen.startswith("unix:"):
+                self._port = self._server.add_insecure_port(self._listen)
+            else:
+                self._port = self._server.add_secure_port(self._listen, self._tls.credentials())
+        except RuntimeError as error:
+            raise RuntimeError(f"TILTYARD_LISTEN: {self._listen} is taken, or no address of this machine") from error
         if self._listen.startswith("unix:"):
             self._port = 0
         await self._server.start()

@@ -402,7 +402,7 @@ async def test_a_drain_lets_calls_finish_ends_watches_and_tells_health() -> None
 
 async def test_a_second_server_on_the_port_fails() -> None:
     async with ArenaServer("127.0.0.1:0", [], authenticator=None) as first:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match=r"TILTYARD_LISTEN: .* is taken"):
             await ArenaServer(first.address, [], authenticator=None).start()
 
 

@@ -3,6 +3,7 @@
 import base64
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -266,6 +267,16 @@ def test_the_reference_says_in_one_line_what_it_cannot_read(tmp_path: Path) -> N
     done = subprocess.run(command, input=config.SerializeToString(), capture_output=True)
     assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
     assert b"No such file" in done.stderr
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "import sys; from tiltyard.cli.connection import run\nasync def work(): print('x' * 100_000, flush=True)\n"
+    code += "import typer; app = typer.Typer(); app.command()(lambda: run(work())); app()"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_token_for_another_node_tells_of_the_option() -> None:

@@ -157,6 +157,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     try:
         telemetry.start("cli")
         return asyncio.run(_traced(work))
+    except BrokenPipeError:
+        raise  # whoever read the output has seen enough, as `head` has: click ends without a word
     except (
         CommandError,
         grpc.aio.AioRpcError,
