@@ -1,11 +1,8 @@
 """Puts a validator together from its settings."""
 
-import fcntl
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from services.modelserver.spawn import Nursery
 from services.runtime.auth import AccessPolicy, Authenticator, Role, utc_now
@@ -13,6 +10,7 @@ from services.runtime.channels import open_peer
 from services.runtime.database import Database
 from services.runtime.paging import load_secret
 from services.runtime.server import Background, Mount
+from services.runtime.state_folder import own_state_folder
 from services.validator import migrations
 from services.validator.cache import Cache
 from services.validator.children import NurseryAttempts
@@ -55,7 +53,7 @@ async def build(settings: ValidatorSettings, *, on_drained: Callable[[], None]) 
 
     Exits with status 2 when another process has the state folder.
     """
-    lock = _own(settings.state_dir)
+    lock = own_state_folder(settings.state_dir, settings.service)
     key = Key.load_or_create(settings.key_file, settings.key_lock)
     database = Database.open(settings.database_url, migrations=migrations)
     store = DatabaseRunStore(database)
@@ -135,15 +133,3 @@ def _attempts(
         own.close()
 
     return own, nursery.start, close
-
-
-def _own(state_dir: Path) -> int:
-    """Takes the state folder for this process; the kernel gives it back however the process ends."""
-    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(state_dir / "process.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.stderr.write(f"TILTYARD_STATE_DIR: {state_dir} is in use by another validator\n")
-        raise SystemExit(2) from None
-    return descriptor

@@ -515,6 +515,25 @@ def start_service(state: Path, address: str, *, max_runs: int = 1) -> subprocess
     return subprocess.Popen([sys.executable, "-m", "services.trainer"], env=environment)
 
 
+async def test_a_second_process_leaves_the_trainings_of_the_first_alone(settings: TrainerSettings) -> None:
+    Key.load_or_create(settings.key_file)
+    with tempfile.TemporaryDirectory(prefix="tiltyard") as short:
+        address = f"unix:{short}/node"
+        service = start_service(settings.state_dir, address)
+        try:
+            key = Key.load(settings.key_file)
+            async with Node(key, address=address, node_id=key.id) as node:
+                trainer = RunningTrainer(node, address, settings.state_dir)
+                name = (await persist(functools.partial(trainer.start, epochs=LONG, request_id="one"))).name
+                await trainer.until(name, pb.TRAINING_STATE_RUNNING, step=1)
+                second = start_service(settings.state_dir, f"unix:{short}/second")
+                assert second.wait(60) == 2
+                assert (await trainer.get(name)).state == pb.TRAINING_STATE_RUNNING
+        finally:
+            service.kill()
+            service.wait()
+
+
 async def test_what_was_being_cancelled_when_the_service_died_is_not_resumed(settings: TrainerSettings) -> None:
     async with served(settings) as trainer:
         name = (await trainer.start(epochs=LONG)).name
