@@ -237,6 +237,8 @@ def test_copies_never_overwrite_and_say_what_is_wrong(tmp_path: Path) -> None:
     document(tiltyard("key", "export", file, copy, *options, "--json"))
     before = copy.read_bytes()
     assert "is there already" in refusal(tiltyard("key", "export", file, copy, *options))
+    # No passphrase would open what is none.
+    assert "is no copy" in refusal(tiltyard("key", "import", file, tmp_path / "another"))
     assert copy.read_bytes() == before
     original = file.read_bytes()
     assert "is there already" in refusal(tiltyard("key", "import", copy, file, *options))

@@ -51,6 +51,12 @@ def key_copy(key: "AnyKey", passphrase: bytes) -> bytes:
     return f"{_TITLE}\n{_ID}{id_of(key)}\n{_SUM}{hashlib.sha256(pem).hexdigest()}\n".encode() + pem
 
 
+def check_is_copy(path: Path) -> None:
+    """Raises OSError, and CommandError for a file that `tiltyard key export` did not write."""
+    if path.read_bytes().partition(b"\n")[0].decode(errors="replace") != _TITLE:
+        raise CommandError(f"{path} is no copy that `tiltyard key export` wrote")
+
+
 def read_key_copy(path: Path, passphrase: bytes) -> "AnyKey":
     """The key in such a copy.
 
@@ -60,12 +66,10 @@ def read_key_copy(path: Path, passphrase: bytes) -> "AnyKey":
     from tiltyard.bls import BlsKey, is_seed_file
     from tiltyard.identity import Key
 
-    content = path.read_bytes()
-    title, _, rest = content.partition(b"\n")
+    check_is_copy(path)
+    _, _, rest = path.read_bytes().partition(b"\n")
     named, _, rest = rest.partition(b"\n")
     checksum, _, pem = rest.partition(b"\n")
-    if title.decode(errors="replace") != _TITLE:
-        raise CommandError(f"{path} is no copy that `tiltyard key export` wrote")
     if checksum.decode(errors="replace") != _SUM + hashlib.sha256(pem).hexdigest():
         raise CommandError(f"{path} is damaged: its checksum is another")
     kind = BlsKey if is_seed_file(pem) else Key

@@ -18,7 +18,7 @@ from tiltyard.cli.connection import (
     key_lock,
     load_key,
 )
-from tiltyard.cli.key_copies import id_of, key_copy, load_any_key, public_key_of, read_key_copy
+from tiltyard.cli.key_copies import check_is_copy, id_of, key_copy, load_any_key, public_key_of, read_key_copy
 from tiltyard.cli.output import as_json, print_json
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ def import_(
 
     try:
         lock = key_lock()
+        check_is_copy(copy)
         if passphrase_file is not None:
             passphrase = KeyLock.read(passphrase_file).passphrase
         elif sys.stdin.isatty():
