@@ -96,8 +96,8 @@ class Registry(Protocol):
         """Own assignments that have not ended, then each change, with the cursor to resume after it."""
         ...
 
-    async def assignments(self) -> list[Assignment]:
-        """All own assignments, those that have ended too."""
+    async def assignments(self, submission: str = "") -> list[Assignment]:
+        """All own assignments, those that have ended too; of one submission, where it is named, everybody's."""
         ...
 
     async def accept(self, assignment: str, lease_holder: bytes) -> Lease:

@@ -70,12 +70,12 @@ class RegistryPeer:
             ):
                 yield _assignment(message.assignment), message.cursor
 
-    async def assignments(self) -> list[Assignment]:
-        """All own assignments, those that have ended too."""
+    async def assignments(self, submission: str = "") -> list[Assignment]:
+        """All own assignments, those that have ended too; of one submission, where it is named, everybody's."""
         found: list[Assignment] = []
         token = ""
         while True:
-            request = assignment_pb2.ListAssignmentsRequest(page_size=_PAGE_SIZE, page_token=token)
+            request = assignment_pb2.ListAssignmentsRequest(parent=submission, page_size=_PAGE_SIZE, page_token=token)
             async with _translated():
                 page = await self._assignments.ListAssignments(request)
             found += [_assignment(each) for each in page.assignments]

@@ -113,9 +113,9 @@ class Registry:
                 raise update
             yield update, f"{cursor}+"
 
-    async def assignments(self):
-        self._called("assignments")
-        return list(self.known.values())
+    async def assignments(self, submission=""):
+        self._called("assignments", submission)
+        return [each for each in self.known.values() if each.name.startswith(submission)]
 
     async def accept(self, assignment, lease_holder):
         self._called("accept", assignment)
@@ -569,9 +569,12 @@ async def test_a_drain_does_not_wait_for_a_registry_that_never_asks(tmp_path, mo
 
 async def test_news_that_the_watch_lost_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(duties, "_OVERDUE_S", 0.01)
+    name = "tasks/t/submissions/1/assignments/1-a"
     async with Arena(tmp_path) as arena:
         arena.registry.open_at_once = False
-        arena.registry.offer("a", deadline=NOW - timedelta(minutes=5))
-        await arena.store.until("a", RunState.SEALED)
-        arena.registry.known["a"] = replace(arena.registry.known["a"], opening=True)
-        assert (await arena.store.until("a", *ENDED_RUNS)).state is RunState.OPENED
+        arena.registry.offer(name, deadline=NOW - timedelta(minutes=5))
+        await arena.store.until(name, RunState.SEALED)
+        arena.registry.known[name] = replace(arena.registry.known[name], opening=True)
+        assert (await arena.store.until(name, *ENDED_RUNS)).state is RunState.OPENED
+    # Of one submission, not of all that there ever were.
+    assert {call[1] for call in arena.calls("assignments")[1:]} == {"tasks/t/submissions/1"}
