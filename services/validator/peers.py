@@ -10,11 +10,12 @@ import grpc
 from services.runtime.names import format_artifact, format_task, parse_artifact, parse_assignment, parse_participant
 from services.runtime.rpc_errors import from_rpc_error
 from services.validator.assignments import Assignment, AssignmentState, DigestMismatch, Lease, Node, Order
+from services.validator.evaluation import MAX_PARAMETERS
 from services.validator.leavings import TaskDatasets
 from tiltyard.chunks import ArtifactStub
 from tiltyard.client import new_request_id
 from tiltyard.counting import Metric
-from tiltyard.modelspec import Onnx
+from tiltyard.modelspec import Onnx, validate
 from tiltyard.registry.v1 import (
     assignment_pb2,
     assignment_pb2_grpc,
@@ -172,6 +173,9 @@ def _order(message: assignment_pb2.EvaluationOrder) -> tuple[Order | None, str]:
         spec = model_spec_from_proto(message.spec)
     except WireError as error:
         return None, f"the task's model is not known to this validator: {error}"
+    # The registry checks a task's model as well, but what it sends is not to be worked on unseen.
+    if violations := validate(spec, max_parameters=MAX_PARAMETERS):
+        return None, f"the task's model is not good: {violations[0].field} {violations[0].description}"
     expected = model_pb2.MODEL_FORMAT_ONNX if isinstance(spec.architecture, Onnx) else _SAFETENSORS
     if (message.format or _SAFETENSORS) != expected:
         return None, "the order's format is not that of the task's model"

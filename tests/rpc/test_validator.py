@@ -499,6 +499,15 @@ def test_predictions_of_the_test_are_not_all_alike(tmp_path):
     assert len(np.unique(logits.argmax(axis=1))) > 1
 
 
+async def test_a_model_that_no_task_may_have_is_not_worked_on(registry, start):
+    data = dataset_bytes(*random_dataset(10, (8, 8), 10))
+    boundless = ModelSpec((8, 8), 10, Mlp((1 << 17,)), input_scale=1 / 255)
+    name = await registry.offer(data, model_bytes(SPEC), boundless)
+    await start()
+    duty = await asyncio.wait_for(registry.until(name, OPENED, DECLINED), LONG_S)
+    assert "mlp.hidden[0] must be 1 to 65536" in duty.reason
+
+
 @pytest.mark.parametrize("metric", ["TOP_K_ACCURACY", "WITHIN_BOUND"])
 async def test_other_metrics_are_counted_as_a_tally_counts_them(registry, start, tmp_path, metric):
     spec = ModelSpec((8, 8), 3, Mlp((16,)), input_scale=1 / 255)
