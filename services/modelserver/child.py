@@ -25,9 +25,6 @@ from tiltyard.modelspec import ModelFault
 # What a child would otherwise import at its first batch.
 _LATE_IMPORTS = ("safetensors.torch", "numpy", "encodings.idna")
 
-# What one more batch at a time may need between a network's layers.
-BATCH_BYTES = 256 * 1024 * 1024
-
 
 @dataclass(frozen=True)
 class Order:
@@ -57,8 +54,8 @@ def live(order: Order, report: int, zygote: int) -> int:
     configure_logging("modelserver", "warning", "json")
     sandbox.limit_files()
     cores = order.threads or len(os.sched_getaffinity(0))
-    # What fits on one core is to fit on many, so that no model fails at one validator and passes at another.
-    sandbox.limit_memory(order.memory_bytes + (cores - 1) * BATCH_BYTES)
+    # No more for many cores, whose batches need more: what passes there is to pass on one core elsewhere.
+    sandbox.limit_memory(order.memory_bytes)
     sandbox.limit_cpu(order.cpu_seconds)
     sandbox.confine()
     # Taking a user namespace may have cleared it.

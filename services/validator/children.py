@@ -86,7 +86,7 @@ class NurseryAttempts:
             limits = Limits(
                 memory_bytes=job.order.max_memory_bytes,
                 cpu_seconds=max(1, math.ceil(job.order.max_cpu_s)),
-                threads=self._threads,
+                threads=1 if job.one_core else self._threads,
             )
             try:
                 child = await self._nursery.spawn(folder, limits)

@@ -1,7 +1,7 @@
 """From a model and a dataset to a finding: structure first, then rows through a model server, each fault confirmed."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,8 @@ _FAULT_OF = {
     FaultCode.BAD_FORMAT: Fault.BAD_FORMAT,
     FaultCode.SHAPE_MISMATCH: Fault.SHAPE_MISMATCH,
 }
+# More cores hold more batches at once: a model must not fail at one validator for that, and pass at another.
+_OF_MANY_CORES = (Fault.OUT_OF_MEMORY, Fault.CRASHED)
 
 
 class ModelFailed(Exception):
@@ -45,11 +47,15 @@ class CannotEvaluate(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation: the order and the files that it names, their digests checked."""
+    """One evaluation: the order and the files that it names, their digests checked.
+
+    With `one_core` no two batches run at once.
+    """
 
     order: Order
     dataset: Path
     model: Path
+    one_core: bool = False
 
 
 class Attempts(Protocol):
@@ -75,7 +81,8 @@ class NodeServers(Protocol):
 async def find(job: Job, attempts: Attempts, progress: Progress) -> Finding:
     """What is to be said of the job's model.
 
-    A fault in an attempt is reported only when a second, fresh server ends in a fault too. Raises CannotEvaluate.
+    A fault in an attempt is reported only when a second, fresh server ends in a fault too; what several batches at once
+    may have brought about, only when it does so with one at a time, as on the smallest machine. Raises CannotEvaluate.
     """
     try:
         # In a thread: a graph may have a million fields, and leases are to be renewed meanwhile.
@@ -92,6 +99,7 @@ async def find(job: Job, attempts: Attempts, progress: Progress) -> Finding:
             if suspected:
                 return Finding(fault=failed.fault, detail=failed.detail)
             suspected = True
+            job = replace(job, one_core=failed.fault in _OF_MANY_CORES)
         except ServerLost as error:
             lost += 1
             if lost == _LOST_ATTEMPTS:

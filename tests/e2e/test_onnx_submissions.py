@@ -149,3 +149,28 @@ async def test_each_bad_graph_has_its_fault(
     finding = await find(job(tmp_path, dataset, content, max_cpu_s=3), attempts, Progress())
     assert (finding.fault, finding.counts) == (fault, None), finding.detail
     assert text in finding.detail
+
+
+async def test_a_model_that_fits_on_one_core_fits_on_many(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    # 400 MB between its layers for each batch of 4096 rows, of the 512 MB that it may have.
+    weights = {
+        name: rng.normal(size=size).astype(np.float32) for name, size in (("w", (64, 25_000)), ("v", (25_000, 10)))
+    }
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["f"]),
+        helper.make_node("MatMul", ["f", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "v"], ["y"]),
+    ]
+    data = tmp_path / "d"
+    save_file({"x": np.tile(X, (4, 1, 1))[:16_384], "y": np.tile(Y, 4)[:16_384]}, data)
+    wide = job(tmp_path, data, model(nodes, weights))
+    findings = []
+    for cores in (1, 4):
+        async with Nursery() as nursery:
+            made = NurseryAttempts(nursery, folder=tmp_path / "children", threads=cores, concurrency=1)
+            findings.append(await find(wide, made, Progress()))
+            made.close()
+    assert findings[0].counts is not None, findings[0].detail
+    assert findings[0].counts == findings[1].counts

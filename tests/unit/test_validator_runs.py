@@ -52,8 +52,10 @@ def test_a_row_over_the_message_limit_is_nobodys_fault():
 class ScriptedAttempts:
     def __init__(self, *outcomes):
         self._outcomes = list(outcomes)
+        self.one_core = []
 
     async def attempt(self, job, progress):
+        self.one_core.append(job.one_core)
         outcome = self._outcomes.pop(0)
         if isinstance(outcome, Exception):
             raise outcome
@@ -90,6 +92,14 @@ async def test_a_fault_is_confirmed_once(job, outcomes, finding):
     attempts = ScriptedAttempts(*outcomes)
     assert await find(job, attempts, Progress()) == finding
     assert attempts.left == 0
+
+
+@pytest.mark.parametrize("fault", Fault)
+async def test_what_many_cores_may_have_brought_about_is_confirmed_on_one(job, fault):
+    attempts = ScriptedAttempts(ModelFailed(fault, ""), LOST, GOOD)
+    assert await find(job, attempts, Progress()) == GOOD
+    once_more = fault in (Fault.OUT_OF_MEMORY, Fault.CRASHED)
+    assert attempts.one_core == [False, once_more, once_more]
 
 
 async def test_servers_that_keep_dying_are_the_platforms_trouble(job):
