@@ -179,9 +179,10 @@ class Tasks:
             if found.holdout is HoldoutState.FAILED or tx.now >= holdout_deadline(found):
                 raise FailedPrecondition("HOLDOUT_EXPIRED", "the time to publish the holdout is over")
             sha256 = digest.sha256.hex()
-            if tx.artifact(sha256) is None:
-                raise FailedPrecondition("HOLDOUT_NOT_UPLOADED", "upload the holdout first")
-            tx.put_artifact_use(ArtifactUse(sha256, task, ArtifactPurpose.HOLDOUT, caller, tx.now))
+            own = ArtifactUse(sha256, task, ArtifactPurpose.HOLDOUT, caller, tx.now)
+            # That somebody has handed in such bytes is not enough: digests are public, and who publishes may read.
+            if tx.artifact(sha256) is None or own not in tx.artifact_uses(sha256):
+                raise FailedPrecondition("HOLDOUT_NOT_UPLOADED", "upload the holdout for this task first")
             return tx.put_task(replace(found, holdout=HoldoutState.PUBLISHED))
 
         return await self._store.write(work)

@@ -31,6 +31,7 @@ from tiltyard.registry.v1.artifact_pb2 import (
     UploadArtifactRequest,
     UploadHeader,
 )
+from tiltyard.registry.v1.task_pb2 import CloseTaskRequest, PublishHoldoutRequest
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 DENIED = grpc.StatusCode.PERMISSION_DENIED
@@ -314,6 +315,22 @@ async def test_the_evaluation_dataset_is_for_its_creator_and_lease_holders(
     await put_lease(arena, holder, round=2)
     assert await is_readable(holder, HOLDOUT)
     assert not await is_readable(holder, dataset)
+
+
+async def test_publishing_a_holdout_makes_nobody_a_reader_of_what_others_have_handed_in(
+    arena: RegistryServer, creator: Client, dataset: bytes, tmp_path: Path
+) -> None:
+    await arena.upload(creator, dataset, task="tasks/t")
+    stranger, own = await arena.participant(), dataset_bytes(tmp_path, seed=1)
+    config = config_of(own)
+    config.holdout.CopyFrom(digest_of(dataset))
+    await arena.open_task(stranger, own, task="second", config=config)
+    await stranger.tasks.CloseTask(CloseTaskRequest(name="tasks/second"))
+    with refused(PRECONDITION, "HOLDOUT_NOT_UPLOADED"):
+        await stranger.tasks.PublishHoldout(PublishHoldoutRequest(name="tasks/second"))
+    assert not await is_readable(stranger, dataset)
+    await arena.upload(stranger, dataset, task="tasks/second")
+    await stranger.tasks.PublishHoldout(PublishHoldoutRequest(name="tasks/second"))
 
 
 async def test_a_model_is_for_its_submitter_lease_holders_and_after_close_the_creator(
