@@ -45,8 +45,8 @@ class TensorFileHeader:
     metadata: Mapping[str, str]
 
 
-def read_header(read: Read, total_bytes: int) -> TensorFileHeader:
-    """Read and check the header of a file of `total_bytes` bytes.
+def read_header(read: Read, total_bytes: int, *, max_header_bytes: int = MAX_HEADER_BYTES) -> TensorFileHeader:
+    """Read and check the header of a file of `total_bytes` bytes; it takes up to 30 times its bytes of memory.
 
     Tensors must cover the data without gap or overlap and agree with their dtype and shape.
     Raises TensorFileError with a sentence for the file's author.
@@ -54,8 +54,8 @@ def read_header(read: Read, total_bytes: int) -> TensorFileHeader:
     if total_bytes < 10:
         raise TensorFileError(f"{total_bytes} bytes are too few for a safetensors file")
     header_bytes = int.from_bytes(_exactly(read, 0, 8), "little")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise TensorFileError(f"a header of {header_bytes} bytes is over the limit of {MAX_HEADER_BYTES}")
+    if header_bytes > max_header_bytes:
+        raise TensorFileError(f"a header of {header_bytes} bytes is over the limit of {max_header_bytes}")
     data_start = 8 + header_bytes
     if data_start > total_bytes:
         raise TensorFileError(f"the header says {header_bytes} bytes, but the file has {total_bytes}")

@@ -276,6 +276,19 @@ def test_what_is_no_weights_file_is_bad_format(raw: bytes) -> None:
     assert len(caught.value.detail) < 500
 
 
+def test_a_header_longer_than_any_specs_is_not_parsed() -> None:
+    read: list[int] = []
+    raw = _file({}, 0, header=b'{"a":[' + b"[]," * (1 << 20) + b"[]]}")
+
+    def reading(offset: int, n: int) -> bytes:
+        read.append(n)
+        return raw[offset : offset + n]
+
+    with pytest.raises(ModelFault, match="header of 3145738 bytes is over the limit") as caught:
+        check_safetensors(reading, len(raw), MLP, max_bytes=1 << 30)
+    assert (caught.value.code, sum(read)) == (FaultCode.BAD_FORMAT, 8)
+
+
 def test_other_tensors_than_the_specs_are_a_shape_mismatch() -> None:
     def encoded(entries: dict[str, dict[str, object]]) -> bytes:
         position, moved = 0, {}
