@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from services.validator.assignments import Node, Order
+from services.validator.children import stall_s
 from services.validator.elsewhere import connected, count
 from services.validator.evaluation import CannotEvaluate, ModelFailed, ServerLost
 from services.validator.fleet import Endpoint
@@ -79,16 +80,25 @@ def parse_reach(text: str) -> Reach:
 class NodeEndpoints:
     """Evaluations by the training nodes' own servers, as far as `reach` goes; reports say that it was so.
 
-    A submitted model has the 64 hex digits of its digest for a name there.
+    A submitted model has the 64 hex digits of its digest for a name there. `longest_s` is how long one may take for all
+    rows: other evaluations wait meanwhile, and who answers a row now and then would have them wait for days.
     """
 
     def __init__(
-        self, reach: Reach, *, key: Key, concurrency: int, tls: ChannelTls | None = None, resolve: Resolve | None = None
+        self,
+        reach: Reach,
+        *,
+        key: Key,
+        concurrency: int,
+        tls: ChannelTls | None = None,
+        resolve: Resolve | None = None,
+        longest_s: Callable[[Order], float] = stall_s,
     ) -> None:
         self._reach = reach
         self._key = key
         self._tls = tls or ChannelTls()
         self._resolve = resolve or _system_resolve
+        self._longest_s = longest_s
         self._threads = ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="node-evaluation")
 
     def may_ask(self, order: Order) -> bool:
@@ -104,17 +114,21 @@ class NodeEndpoints:
             rows.check_shape(order.spec.input_shape)
             progress.begin(rows.total)
             with await self._connected(node) as endpoint:
+                longest_s = self._longest_s(order)
                 try:
-                    finding = await count(
-                        [endpoint],
-                        model=order.model_digest,
-                        rows=rows,
-                        order=order,
-                        progress=progress,
-                        threads=self._threads,
-                    )
+                    async with asyncio.timeout(longest_s):
+                        finding = await count(
+                            [endpoint],
+                            model=order.model_digest,
+                            rows=rows,
+                            order=order,
+                            progress=progress,
+                            threads=self._threads,
+                        )
                 except (ModelFailed, ServerLost) as error:
                     raise CannotEvaluate(f"the node's own endpoint: {error}") from error
+                except TimeoutError as error:
+                    raise CannotEvaluate(f"the node's own endpoint took more than {longest_s:g} s") from error
         return replace(finding, node_endpoint=True)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from test_validator import LONG_S, ValidatorProcess
 from trainer_registry import MODELS, request, served, until_ended
 from trainer_registry import FakeRegistry as NodesRegistry
@@ -19,10 +20,15 @@ from validator_registry import DECLINED, OPENED, dataset_bytes
 from validator_registry import FakeRegistry as ValidatorsRegistry
 
 from services.runtime.server import ArenaServer, Mount
+from services.validator import assignments
+from services.validator.evaluation import CannotEvaluate
+from services.validator.nodes import NodeEndpoints, parse_reach
+from services.validator.runs import Progress
 from tiltyard.client import Node
 from tiltyard.identity import Key
 from tiltyard.inference.v2 import inference_pb2
 from tiltyard.models import load_model
+from tiltyard.modelspec import Linear, ModelSpec
 from tiltyard.registry.v1 import assignment_pb2, assignment_pb2_grpc, task_pb2
 from tiltyard.trainer.v1 import trainer_pb2
 from tiltyard.type.v1 import evaluation_pb2 as types_pb2
@@ -184,3 +190,39 @@ async def test_a_validator_without_room_for_the_model_asks_the_node_and_says_so(
     # Never fetched: there is no room for it.
     assert [name for name in registry.downloads if done.digest.hex() in name] == []
     assert "leads where this validator does not go" in found["elsewhere"].reason
+
+
+async def test_a_server_that_answers_a_batch_now_and_then_is_given_up(tmp_path: Path) -> None:
+    rows = 10 * 4096
+    save_file({"x": np.zeros((rows, 4), np.float32), "y": np.zeros(rows, np.int64)}, tmp_path / "dataset")
+    one_by_one = asyncio.Lock()
+
+    async def answer(request: inference_pb2.ModelInferRequest, context: object) -> inference_pb2.ModelInferResponse:
+        async with one_by_one:
+            await asyncio.sleep(0.2)
+        response = inference_pb2.ModelInferResponse(raw_output_contents=[bytes(8 * 4096)])
+        response.outputs.add(name="logits", datatype="FP32", shape=[4096, 2])
+        return response
+
+    server = grpc.aio.server()
+    method = grpc.unary_unary_rpc_method_handler(
+        answer, inference_pb2.ModelInferRequest.FromString, inference_pb2.ModelInferResponse.SerializeToString
+    )
+    service = grpc.method_handlers_generic_handler("inference.GRPCInferenceService", {"ModelInfer": method})
+    server.add_generic_rpc_handlers((service,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    nodes = NodeEndpoints(
+        parse_reach("127.0.0.0/8"),
+        key=Key.generate(),
+        concurrency=1,
+        longest_s=lambda order: 0.5,
+    )
+    node = assignments.Node("a" * 40, f"grpc://127.0.0.1:{port}")
+    order = assignments.Order("d" * 64, 1, "e" * 64, 1, ModelSpec((4,), 2, Linear()), 1, 1, node=node)
+    try:
+        with pytest.raises(CannotEvaluate, match=r"took more than 0\.5 s"):
+            await nodes.evaluate(order, tmp_path / "dataset", Progress())
+    finally:
+        nodes.close()
+        await server.stop(0)
