@@ -16,7 +16,17 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from services.modelserver.spawn import MODEL_NAME, Child, ChildEnded, Exit, ExitKind, Limits, Nursery, NurseryDown
+from services.modelserver.spawn import (
+    MODEL_NAME,
+    READY_TIMEOUT_S,
+    Child,
+    ChildEnded,
+    Exit,
+    ExitKind,
+    Limits,
+    Nursery,
+    NurseryDown,
+)
 from services.validator.assignments import Order
 from services.validator.batches import rows_per_batch
 from services.validator.evaluation import CannotEvaluate, Job, ModelFailed, ServerLost
@@ -89,7 +99,8 @@ class NurseryAttempts:
                 threads=1 if job.one_core else self._threads,
             )
             try:
-                child = await self._nursery.spawn(folder, limits)
+                # One that computes while it loads ends by its limit of CPU time, and then it is the model's fault.
+                child = await self._nursery.spawn(folder, limits, timeout_s=max(READY_TIMEOUT_S, stall_s(job.order)))
             except ModelFault as fault:
                 raise ModelFailed.by(fault) from fault
             except ChildEnded as ended:

@@ -12,10 +12,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from services.modelserver.spawn import Nursery
+from services.modelserver.spawn import READY_TIMEOUT_S, Child, Limits, Nursery, NurseryDown
 from services.validator.assignments import Order
 from services.validator.children import NurseryAttempts
-from services.validator.evaluation import Job, find
+from services.validator.evaluation import Job, ServerLost, find
 from services.validator.runs import Fault, Progress
 from tiltyard.counting import Tally
 from tiltyard.models import build
@@ -174,3 +174,20 @@ async def test_a_model_that_fits_on_one_core_fits_on_many(tmp_path: Path) -> Non
             made.close()
     assert findings[0].counts is not None, findings[0].detail
     assert findings[0].counts == findings[1].counts
+
+
+class LoadsForLong(Nursery):
+    """A nursery whose children are not ready when `spawn` asks; how long it would wait is told in the error."""
+
+    async def spawn(self, folder: Path, limits: Limits, *, timeout_s: float = READY_TIMEOUT_S) -> Child:
+        raise NurseryDown(f"a child did not serve within {timeout_s:g} s")
+
+
+@pytest.mark.parametrize(("max_cpu_s", "waited"), [(5, "120 s"), (600, "1200 s")])
+async def test_a_load_is_waited_for_until_the_limit_of_cpu_time_ends_it(
+    dataset: Path, tmp_path: Path, max_cpu_s: float, waited: str
+) -> None:
+    made = NurseryAttempts(LoadsForLong(), folder=tmp_path / "children", threads=1, concurrency=1)
+    with pytest.raises(ServerLost, match=waited):
+        await made.attempt(job(tmp_path, dataset, perceptron()[0], max_cpu_s=max_cpu_s), Progress())
+    made.close()
