@@ -104,6 +104,10 @@ def test_scan_names_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         targets = Y.astype(np.float32)
         targets[5] = bad
         assert "row 5 " in scan(_written(path, x, targets), (2, 2), None)[0].description
+    for bad in (1e39, -1e300):
+        wide = X.astype(np.float64)
+        wide[2, 0, 0] = bad
+        assert "row 2 " in scan(_written(path, wide, Y), (2, 2), 3)[0].description
     for bad in (-1, 3, 2**62):
         labels = Y.copy()
         labels[3] = bad
