@@ -503,7 +503,10 @@ def _integers(path: str, value: object) -> tuple[int, ...]:
 def _number(path: str, value: object) -> float:
     if type(value) is not int and type(value) is not float:
         raise ValueError(f"{path} must be a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{path} is over the range of a float") from error
 
 
 def _argument(path: str, value: object) -> object:

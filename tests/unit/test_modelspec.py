@@ -188,6 +188,7 @@ def test_a_message_without_a_known_architecture_is_refused(message: wire.model_p
         ("outputs", 1.5, "outputs"),
         ("outputs", True, "outputs"),
         ("input_shape", "8", "input_shape"),
+        ("input_scale", 10**400, "input_scale"),
         ("extra", 1, "extra"),
         ("architecture", {"kind": "perceptron"}, "kind"),
         ("architecture", {"kind": "mlp"}, "hidden"),
