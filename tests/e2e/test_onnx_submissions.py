@@ -19,6 +19,7 @@ from services.validator.evaluation import Job, ServerLost, find
 from services.validator.runs import Fault, Progress
 from tiltyard.counting import Tally
 from tiltyard.models import build
+from tiltyard.models.onnxmodel import OnnxNetwork
 from tiltyard.modelspec import Mlp, ModelSpec, Onnx
 
 SPEC = ModelSpec((8, 8), 10, Onnx(), input_scale=1 / 255)
@@ -191,3 +192,21 @@ async def test_a_load_is_waited_for_until_the_limit_of_cpu_time_ends_it(
     with pytest.raises(ServerLost, match=waited):
         await made.attempt(job(tmp_path, dataset, perceptron()[0], max_cpu_s=max_cpu_s), Progress())
     made.close()
+
+
+def test_products_of_small_integers_are_exact_on_every_processor(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["f"]),
+        helper.make_node("Cast", ["f"], ["u"], to=TensorProto.UINT8),
+        helper.make_node("MatMulInteger", ["u", "w"], ["i"]),
+        helper.make_node("Cast", ["i"], ["y"], to=TensorProto.FLOAT),
+    ]
+    path.write_bytes(model(nodes, {"w": np.full((64, 10), 127, np.int8)}))
+    network, _ = OnnxNetwork.load(ModelSpec((8, 8), 10, Onnx()), path, max_bytes=1 << 20, max_parameters=1 << 20)
+    answered = network(torch.full((3, 8, 8), 255, dtype=torch.uint8))
+    # Two such products are over the range of 16 bits, to which some processors would clamp them.
+    assert (answered == 64 * 255 * 127).all()
+    # The one that runs this test may be none of them.
+    entry = network._session.get_session_options().get_session_config_entry("session.x64quantprecision")
+    assert entry == "1"
