@@ -16,7 +16,8 @@ WEIGHTS_FILE = "model.safetensors"
 ONNX_FILE = "model.onnx"
 SPEC_FILE = "spec.json"
 MAX_SPEC_BYTES = 1 << 20
-MAX_PARAMETERS = 1 << 32
+# The most that a task may allow.
+MAX_PARAMETERS = 1 << 40
 # protobuf's own limit: such a file is one message.
 MAX_ONNX_BYTES = (1 << 31) - 1
 

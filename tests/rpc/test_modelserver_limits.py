@@ -18,13 +18,13 @@ from services.modelserver.loading import resolve_device
 from services.modelserver.models import Models
 from services.modelserver.running import MAX_MESSAGE_BYTES
 from services.modelserver.servicer import mounts
-from services.runtime.errors import ResourceExhausted
+from services.runtime.errors import FailedPrecondition, ResourceExhausted
 from services.runtime.rpc_errors import from_rpc_error
 from services.runtime.server import ArenaServer
 from tiltyard.inference.v2 import inference_pb2 as pb
 from tiltyard.inference.v2 import inference_pb2_grpc as rpc
 from tiltyard.models import Network, build, save_weights
-from tiltyard.modelspec import Mlp, ModelSpec, to_json
+from tiltyard.modelspec import Mlp, ModelSpec, Transformer, count_parameters, to_json
 
 SPEC = ModelSpec((4,), 2, Mlp((8,)))
 WEIGHTS_BYTES = 4 * (4 * 8 + 8 + 8 * 2 + 2)
@@ -167,6 +167,17 @@ async def test_the_least_recently_used_model_makes_room_and_comes_back_when_it_i
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await answer(stub, "c")
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_model_of_any_size_that_a_task_may_allow_is_no_bad_one(tmp_path: Path) -> None:
+    huge = ModelSpec((16,), 2, Transformer(1 << 20, 8192, 1, 1))
+    assert count_parameters(huge) > 1 << 33
+    (tmp_path / "huge").mkdir()
+    (tmp_path / "huge" / "spec.json").write_text(json.dumps(to_json(huge)))
+    models = Models(repository=tmp_path, memory_bytes=1 << 30)
+    with pytest.raises(FailedPrecondition) as caught:
+        await models.load("huge")
+    assert caught.value.reason == "MODEL_TOO_LARGE"
 
 
 async def test_models_whose_folders_are_gone_make_room_for_good(repository: Path) -> None:
