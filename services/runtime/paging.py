@@ -6,13 +6,21 @@ import hashlib
 import hmac
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
+
+from google.protobuf.message import Message
 
 from services.runtime.errors import InvalidArgument
 
 _SECRET_BYTES = 32
 _MAC_BYTES = 16
 _MAX_TOKEN_CHARS = 2048
+# Half of what an answer may have: rows are far smaller than the other half.
+MAX_PAGE_BYTES = 2 * 1024 * 1024
+
+M = TypeVar("M", bound=Message)
 
 
 def load_secret(path: Path) -> bytes:
@@ -84,3 +92,15 @@ def page_size(requested: int, default: int = 50, maximum: int = 1000) -> int:
     if requested < 0:
         raise InvalidArgument.field("page_size", f"is {requested}, must not be negative")
     return min(requested or default, maximum)
+
+
+def fitting(rows: Iterable[M]) -> list[M]:
+    """The first rows that go into one answer: one at least where there is one, and at most 2 MiB otherwise."""
+    page: list[M] = []
+    size_bytes = 0
+    for row in rows:
+        size_bytes += row.ByteSize()
+        if page and size_bytes > MAX_PAGE_BYTES:
+            break
+        page.append(row)
+    return page

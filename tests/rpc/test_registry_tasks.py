@@ -14,7 +14,7 @@ from tests.support.registry_server import (
     dataset_bytes,
     refused,
 )
-from tiltyard.client import Client
+from tiltyard.client import Client, pages
 from tiltyard.identity import Key
 from tiltyard.registry.v1 import leaderboard_pb2
 from tiltyard.registry.v1.task_pb2 import (
@@ -164,6 +164,7 @@ BAD_CONFIGS: list[tuple[Callable[[TaskConfig], object], str]] = [
         "config.selection.alpha_millis",
     ),
     (change("loss", 99), "config.loss"),
+    (lambda c: c.class_names.extend(["x" * 1000] * 1049), "config"),
     (change("metric", type_task_pb2.METRIC_WITHIN_BOUND), "config.bound"),
     (change("metric", type_task_pb2.METRIC_TOP_K_ACCURACY), "config.top_k"),
     (change("score_visibility", 77), "config.score_visibility"),
@@ -237,6 +238,19 @@ async def test_tasks_are_listed_newest_first_and_filtered(arena: RegistryServer,
     for bad in ("state = NO_STATE", "color = red", "state"):
         with refused(INVALID, field="filter"):
             await listed(filter=bad)
+
+
+async def test_a_page_of_large_tasks_ends_before_it_is_too_large_for_an_answer(
+    arena: RegistryServer, tmp_path: Path
+) -> None:
+    creator, dataset = await arena.participant(), dataset_bytes(tmp_path)
+    config = config_of(dataset)
+    config.models[0].outputs = 10_000
+    config.class_names.extend(f"{number:0100}" for number in range(10_000))
+    for number in range(3):
+        await arena.create_task(creator, dataset, task=f"t{number}", config=config)
+    listed = [[task.name for task in page.tasks] async for page in pages(creator.tasks.ListTasks, ListTasksRequest())]
+    assert listed == [["tasks/t2", "tasks/t1"], ["tasks/t0"]]
 
 
 async def test_unknown_tasks_are_not_found(arena: RegistryServer) -> None:

@@ -9,16 +9,20 @@ import pytest
 from services.registry.changes import ChangeBoard
 from services.registry.convert import listings
 from services.registry.convert.listings import Lists
+from services.registry.convert.submissions import submission_message
 from services.registry.listing import Condition, Listing, Place
 from services.registry.records import Participant, Submission, Task, ValidatorFault
 from services.registry.states import SubmissionState, TaskState, ValidatorFaultKind
 from services.registry.store import SqlStore
+from services.registry.submissions import SubmissionView
 from services.registry.transaction import Writing
 from services.runtime.database import Database
 from services.runtime.errors import InvalidArgument
+from services.runtime.names import parse_submission
 from services.runtime.paging import PageTokens
 from tests.support.registry_fakes import START, SettableClock
 from tests.support.registry_world import task_config
+from tiltyard.registry.v1 import submission_pb2
 
 TOKENS = PageTokens(bytes(32))
 ADA, BOB = "a" * 40, "b" * 40
@@ -65,6 +69,10 @@ def put_submissions(*numbers: int) -> Callable[[Writing], None]:
     return put
 
 
+def message_of(found: Submission) -> submission_pb2.Submission:
+    return submission_message(SubmissionView(found, validators=(), ranking_round=1))
+
+
 async def listed(store: SqlStore, **fields: str) -> list[int]:
     """Numbers of submissions, all pages of two."""
     numbers: list[int] = []
@@ -72,8 +80,8 @@ async def listed(store: SqlStore, **fields: str) -> list[int]:
     while True:
         page = listings.SUBMISSIONS.open(request, TOKENS, parent="t")
         found = await store.read(lambda tx, page=page: tx.submissions_listed("t", page.listing))  # type: ignore[misc]
-        shown, request.page_token = page.close(TOKENS, found)
-        numbers += [each.number for each in shown]
+        shown, request.page_token = page.close(TOKENS, found, message_of)
+        numbers += [parse_submission(each.name)[1] for each in shown]
         if not request.page_token:
             return numbers
 
@@ -117,8 +125,8 @@ async def test_what_is_written_between_pages_neither_repeats_nor_hides_a_row(sto
     while True:
         page = listings.SUBMISSIONS.open(request, TOKENS, parent="t")
         found = await store.read(lambda tx, page=page: tx.submissions_listed("t", page.listing))  # type: ignore[misc]
-        shown, request.page_token = page.close(TOKENS, found)
-        seen += [each.number for each in shown]
+        shown, request.page_token = page.close(TOKENS, found, message_of)
+        seen += [parse_submission(each.name)[1] for each in shown]
         if not request.page_token:
             break
         # Before, within and behind what has been read; and a change of what has been.
@@ -194,9 +202,9 @@ def test_an_order_that_cannot_be_read_is_named_by_its_position(order: str, probl
 )
 def test_a_token_goes_on_with_its_own_list_alone(lists: Lists, request_: Request, parent: str) -> None:
     first = listings.SUBMISSIONS.open(Request(page_size=1), TOKENS, parent="t")
-    found: list[tuple[Place, str]] = [((1, 1), "one"), ((2, 2), "two")]
-    shown, token = first.close(TOKENS, found)
-    assert shown == ["one"]
+    found: list[tuple[Place, Submission]] = [((1, 1), submission(1)), ((2, 2), submission(2))]
+    shown, token = first.close(TOKENS, found, message_of)
+    assert shown == [message_of(submission(1))]
     again = listings.SUBMISSIONS.open(Request(page_size=1, order_by="number asc", page_token=token), TOKENS, parent="t")
     assert again.listing == Listing(after=(1, 1), limit=2)
     for strange in (replace(request_, page_token=token), Request(page_token=token[:-1] + "A", page_size=1)):

@@ -26,6 +26,8 @@ from tiltyard.wire import WireError, model_spec_from_proto
 SECOND, DAY = timedelta(seconds=1), timedelta(days=1)
 MAX_MODELS = 100
 MAX_DESCRIPTION_CHARS = 10_000
+# A task shows in answers and in the log, beside much else, and no message is larger than 4 MiB.
+MAX_CONFIG_BYTES = 1 << 20
 MAX_VALIDATORS = 99
 _INT64 = (1 << 63) - 1
 _MOST_ASSIGNMENTS = (1 << 31) - 1  # in one rate window, as the selector allows them
@@ -38,6 +40,9 @@ def draft_of(message: task_pb2.TaskConfig, *, now: datetime, max_dataset_bytes: 
 
     Raises InvalidArgument that names every bad field, as `config.models[0].mlp.hidden[2]`.
     """
+    size_bytes = message.ByteSize()
+    if size_bytes > MAX_CONFIG_BYTES:
+        raise InvalidArgument.field("config", f"has {size_bytes} bytes, at most {MAX_CONFIG_BYTES} are allowed")
     checks = FieldChecks()
     limits = _limits(checks, message.limits)
     models = _models(checks, message.models, limits.max_parameters)

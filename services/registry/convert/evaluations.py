@@ -13,7 +13,7 @@ from services.registry.records import Counts, Evaluation, Finding, ValidatorFaul
 from services.runtime import names
 from services.runtime.fields import FieldChecks
 from services.runtime.names import AssignmentId
-from services.runtime.paging import PageTokens, page_size
+from services.runtime.paging import PageTokens, fitting, page_size
 from tiltyard.identity import Envelope
 from tiltyard.predictions import MAX_HASHES, rows_per_hash
 from tiltyard.registry.v1 import evaluation_pb2
@@ -128,12 +128,10 @@ def page_message(
     query: EvaluationQuery, found: Sequence[Evaluation], tokens: PageTokens
 ) -> evaluation_pb2.ListEvaluationsResponse:
     """The page, and where the next one begins."""
-    page = found[: query.size]
-    cursor = f"{page[-1].round}.{page[-1].validator}" if len(found) > query.size else ""
-    return evaluation_pb2.ListEvaluationsResponse(
-        evaluations=[evaluation_message(evaluation) for evaluation in page],
-        next_page_token=tokens.encode(query.query, cursor),
-    )
+    page = fitting(map(evaluation_message, found[: query.size]))
+    last = found[len(page) - 1] if len(found) > len(page) else None
+    cursor = "" if last is None else f"{last.round}.{last.validator}"
+    return evaluation_pb2.ListEvaluationsResponse(evaluations=page, next_page_token=tokens.encode(query.query, cursor))
 
 
 def committed_message(evaluation: Evaluation) -> evaluation_pb2.CommitEvaluationResponse:
@@ -184,10 +182,8 @@ def faults_message(
     page: ListedPage, found: Sequence[tuple[Place, ValidatorFault]], tokens: PageTokens
 ) -> evaluation_pb2.ListValidatorFaultsResponse:
     """The page, and where the next one begins."""
-    faults, token = page.close(tokens, found)
-    return evaluation_pb2.ListValidatorFaultsResponse(
-        faults=[_fault_message(fault) for fault in faults], next_page_token=token
-    )
+    faults, token = page.close(tokens, found, _fault_message)
+    return evaluation_pb2.ListValidatorFaultsResponse(faults=faults, next_page_token=token)
 
 
 def _fault_message(fault: ValidatorFault) -> evaluation_pb2.ValidatorFault:

@@ -1,9 +1,11 @@
 """Lists that can be filtered and ordered: what each knows, which page is asked for, and where the next one begins."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
+
+from google.protobuf.message import Message
 
 from services.registry.convert.enums import (
     MEMBERSHIP_STATE,
@@ -17,9 +19,10 @@ from services.registry.listing import Condition, Listing, Place
 from services.runtime import names
 from services.runtime.errors import InvalidArgument
 from services.runtime.filters import NUMBER, TEXT, TIME, Kind, parse_filter, parse_order, words
-from services.runtime.paging import PageTokens, page_size
+from services.runtime.paging import PageTokens, fitting, page_size
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 
 
 class ListRequest(Protocol):
@@ -43,11 +46,13 @@ class ListedPage:
     query: str
     size: int
 
-    def close(self, tokens: PageTokens, found: Sequence[tuple[Place, T]]) -> tuple[list[T], str]:
-        """What the page shows, and the token of the next one."""
-        shown = found[: self.size]
-        cursor = json.dumps(shown[-1][0]) if len(found) > self.size else ""
-        return [row for _, row in shown], tokens.encode(self.query, cursor)
+    def close(
+        self, tokens: PageTokens, found: Sequence[tuple[Place, T]], message: Callable[[T], M]
+    ) -> tuple[list[M], str]:
+        """What the page shows, each row as its `message`, and the token of the next one."""
+        shown = fitting(message(row) for _, row in found[: self.size])
+        cursor = json.dumps(found[len(shown) - 1][0]) if len(found) > len(shown) else ""
+        return shown, tokens.encode(self.query, cursor)
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,17 +74,13 @@ def members_message(
     page: ListedPage, found: Sequence[tuple[Place, Member]], tokens: PageTokens
 ) -> membership_pb2.ListMembersResponse:
     """One page of ListMembers."""
-    members, token = page.close(tokens, found)
-    return membership_pb2.ListMembersResponse(
-        members=[member_message(member) for member in members], next_page_token=token
-    )
+    members, token = page.close(tokens, found, member_message)
+    return membership_pb2.ListMembersResponse(members=members, next_page_token=token)
 
 
 def verdicts_message(
     page: Page, found: Sequence[tuple[int, Verdict]], tokens: PageTokens
 ) -> membership_pb2.ListEligibilityVerdictsResponse:
     """One page of ListEligibilityVerdicts."""
-    verdicts, token = close_page(page, tokens, found)
-    return membership_pb2.ListEligibilityVerdictsResponse(
-        verdicts=[verdict_message(verdict) for verdict in verdicts], next_page_token=token
-    )
+    verdicts, token = close_page(page, tokens, found, verdict_message)
+    return membership_pb2.ListEligibilityVerdictsResponse(verdicts=verdicts, next_page_token=token)

@@ -1,12 +1,15 @@
 """Pages of the lists whose rows are numbered: where one goes on, and how the next one is asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from services.runtime.paging import PageTokens, page_size
+from google.protobuf.message import Message
+
+from services.runtime.paging import PageTokens, fitting, page_size
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,10 @@ def open_page(query: str, tokens: PageTokens, *, size: int, token: str) -> Page:
     return Page(query, int(cursor) if cursor else None, page_size(size))
 
 
-def close_page(page: Page, tokens: PageTokens, found: Sequence[tuple[int, T]]) -> tuple[list[T], str]:
-    """What the page shows, and the token of the next one."""
-    shown = found[: page.size]
-    cursor = str(shown[-1][0]) if len(found) > page.size else ""
-    return [row for _, row in shown], tokens.encode(page.query, cursor)
+def close_page(
+    page: Page, tokens: PageTokens, found: Sequence[tuple[int, T]], message: Callable[[T], M]
+) -> tuple[list[M], str]:
+    """What the page shows, each row as its `message`, and the token of the next one."""
+    shown = fitting(message(row) for _, row in found[: page.size])
+    cursor = str(found[len(shown) - 1][0]) if len(found) > len(shown) else ""
+    return shown, tokens.encode(page.query, cursor)

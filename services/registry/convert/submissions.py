@@ -56,10 +56,8 @@ def page_message(
     page: ListedPage, found: Sequence[tuple[Place, SubmissionView]], tokens: PageTokens
 ) -> submission_pb2.ListSubmissionsResponse:
     """The page, and where the next one begins."""
-    views, token = page.close(tokens, found)
-    return submission_pb2.ListSubmissionsResponse(
-        submissions=[submission_message(view) for view in views], next_page_token=token
-    )
+    submissions, token = page.close(tokens, found, submission_message)
+    return submission_pb2.ListSubmissionsResponse(submissions=submissions, next_page_token=token)
 
 
 def committed_message(view: SubmissionView) -> submission_pb2.CommitSubmissionResponse:

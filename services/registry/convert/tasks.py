@@ -62,8 +62,8 @@ def page_message(
     page: ListedPage, found: Sequence[tuple[Place, Task]], tokens: PageTokens
 ) -> task_pb2.ListTasksResponse:
     """The page, and where the next one begins."""
-    tasks, token = page.close(tokens, found)
-    return task_pb2.ListTasksResponse(tasks=[task_message(task) for task in tasks], next_page_token=token)
+    tasks, token = page.close(tokens, found, task_message)
+    return task_pb2.ListTasksResponse(tasks=tasks, next_page_token=token)
 
 
 def task_message(task: Task) -> task_pb2.Task:

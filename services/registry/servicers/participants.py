@@ -38,9 +38,9 @@ class ParticipantServicer(participant_pb2_grpc.ParticipantServiceServicer):
         self, request: participant_pb2.ListParticipantsRequest, context: Any
     ) -> participant_pb2.ListParticipantsResponse:
         page = listings.PARTICIPANTS.open(request, self._tokens)
-        profiles, token = page.close(self._tokens, await self._participants.page(page.listing))
-        messages = [convert.participant_message(profile) for profile in profiles]
-        return participant_pb2.ListParticipantsResponse(participants=messages, next_page_token=token)
+        found = await self._participants.page(page.listing)
+        participants, token = page.close(self._tokens, found, convert.participant_message)
+        return participant_pb2.ListParticipantsResponse(participants=participants, next_page_token=token)
 
     @idempotent(answer=convert.bound_message)
     async def BindOwner(self, request: participant_pb2.BindOwnerRequest, context: Any) -> Profile:
