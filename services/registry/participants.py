@@ -11,10 +11,13 @@ from services.registry.transaction import Reading, Store, Writing
 from services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound
 from tiltyard.identity import Envelope
 
+# Anybody endorses whom it likes, in as many fields as it likes, and whoever is endorsed is to stay readable.
+_SHOWN_ENDORSEMENTS = 100
+
 
 @dataclass(frozen=True)
 class Profile:
-    """A participant with the endorsements in force."""
+    """A participant with endorsements in force: 100 at most whose word counts, and 100 at most of all."""
 
     participant: Participant
     endorsements: tuple[Endorsement, ...]
@@ -92,7 +95,7 @@ class Participants:
         def work(tx: Writing) -> Profile:
             registered(tx, caller)
             participant = _known(tx, subject)
-            if not _endorsed(tx, caller, subject, field):
+            if tx.endorsement(caller, subject, field) is None:
                 tx.put_endorsement(Endorsement(caller, subject, field, tx.now))
                 tx.append(EndorsementChanged(statement))
             return self._profile(tx, participant)
@@ -112,8 +115,15 @@ class Participants:
         return await self._store.write(work)
 
     def _profile(self, tx: Reading, participant: Participant) -> Profile:
-        endorsements = tx.endorsements(participant.id)
-        return Profile(participant, tuple(replace(e, trusted=e.endorser in self._trusted) for e in endorsements))
+        trusted = tx.endorsements(participant.id, by=self._trusted, limit=_SHOWN_ENDORSEMENTS)
+        shown = {*trusted, *tx.endorsements(participant.id, limit=_SHOWN_ENDORSEMENTS)}
+        return Profile(
+            participant,
+            tuple(
+                replace(each, trusted=each.endorser in self._trusted)
+                for each in sorted(shown, key=lambda e: (e.create_time, e.endorser, e.field))
+            ),
+        )
 
 
 def registered(tx: Reading, participant: str) -> Participant:
@@ -129,7 +139,3 @@ def _known(tx: Reading, participant: str) -> Participant:
     if known is None:
         raise NotFound("PARTICIPANT_NOT_FOUND", f"there is no participant {participant}")
     return known
-
-
-def _endorsed(tx: Reading, endorser: str, subject: str, field: str) -> bool:
-    return any(e.endorser == endorser and e.field == field for e in tx.endorsements(subject))

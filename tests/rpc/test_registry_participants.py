@@ -3,6 +3,8 @@
 import grpc
 import pytest
 
+from services.registry.records import Endorsement
+from services.registry.transaction import Writing
 from tests.support.registry_server import ORIGIN, RegistryServer, refused
 from tiltyard.client import Client
 from tiltyard.identity import Key, issue_token
@@ -197,6 +199,24 @@ async def test_endorsements_show_whom_the_arena_trusts(arena: RegistryServer) ->
     found = {e.endorser.removeprefix("participants/"): e.trusted for e in answer.participant.endorsements}
     assert found == {friend.key.id: False, arena.trusted.id: True, arena.operator.id: True}
     assert (await arena.kinds()).count("endorsement_changed") == 3
+
+
+async def test_whoever_is_endorsed_over_and_over_stays_readable(arena: RegistryServer) -> None:
+    subject = await arena.participant()
+    strangers = [Endorsement("0" * 40, subject.key.id, f"field-{number}", arena.clock()) for number in range(40_000)]
+
+    def put(tx: Writing) -> None:
+        for stranger in strangers:
+            tx.put_endorsement(stranger)
+
+    await arena.registry.store.write(put)
+    trusted = await arena.participant(key=arena.trusted)
+    request = EndorseParticipantRequest(statement=endorsement(arena.trusted, subject.key.id))
+    answer = await trusted.participants.EndorseParticipant(request)
+    found = await get(subject, subject.key.id)
+    assert found == answer.participant
+    assert len(found.endorsements) == 101
+    assert [e.endorser for e in found.endorsements if e.trusted] == [f"participants/{arena.trusted.id}"]
 
 
 async def test_an_endorsement_is_taken_back_once(arena: RegistryServer) -> None:

@@ -98,7 +98,8 @@ QUESTIONS: dict[str, Callable[[SqlReading], Any]] = {
     "artifacts by their first digits": lambda tx: tx.artifacts_with("ab"),
     "the next deadline": lambda tx: tx.next_deadline(),
     "the nodes of a proof": lambda tx: prove(tx),
-    "endorsements": lambda tx: tx.endorsements("a"),
+    "endorsements": lambda tx: tx.endorsements("a", limit=100),
+    "endorsements by some": lambda tx: tx.endorsements("a", by={"b", "c"}, limit=100),
 }
 
 

@@ -1,6 +1,6 @@
 """Questions about participants, tasks and their members."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 
 from services.registry.convert.times import micros_of
@@ -36,9 +36,16 @@ class TaskQuestions(Asking):
     def participants(self, listing: Listing) -> Sequence[tuple[Place, Participant]]:
         return self._page(PARTICIPANTS, listing, number=_P.position)
 
-    def endorsements(self, subject: str) -> Sequence[Endorsement]:
+    def endorsement(self, endorser: str, subject: str, field: str) -> Endorsement | None:
+        return self._load(ENDORSEMENTS, subject, endorser, field)
+
+    def endorsements(
+        self, subject: str, *, by: Collection[str] | None = None, limit: int | None = None
+    ) -> Sequence[Endorsement]:
         query = ENDORSEMENTS.query().where(_E.subject == subject)
-        return self._records(ENDORSEMENTS, query.order_by(_E.create_time, _E.endorser, _E.field))
+        if by is not None:
+            query = query.where(_E.endorser.in_(sorted(by)))
+        return self._records(ENDORSEMENTS, query.order_by(_E.endorser, _E.field).limit(limit))
 
     def task(self, task: str) -> Task | None:
         return self._load(TASKS, task)
