@@ -86,9 +86,7 @@ class Registry:
         while True:
             try:
                 await self.log.begin(operators=self.operators)
-                away = await self.outages.end()
-                if away:
-                    _log.info("back after an outage, deadlines have moved", away_s=away.total_seconds())
+                await self.outages.end()
                 return
             except Unavailable as error:
                 _log.warning("waiting for the selector before the first start", error=str(error))
@@ -137,7 +135,6 @@ async def build(
     outages = Outages(store, clock)
     uploads = Uploads(store, files, settings.quotas)
     steps: Sequence[Step] = (
-        outages.beat,
         memberships.finish_joining,
         turns.scan_evaluation_datasets,
         turns.open_tasks,
@@ -180,7 +177,7 @@ async def build(
         policy=AccessPolicy(),
         database=database,
         store=store,
-        referee=Referee(steps, log.take_ledger_events, store, changes, clock),
+        referee=Referee(outages.beat, steps, log.take_ledger_events, store, changes, clock),
         garbage=Garbage(store, files, uploads, clock, settings.keeping),
         files=files,
         uploads=uploads,

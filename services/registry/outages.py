@@ -1,8 +1,10 @@
-"""What the registry could not hear while it was away is not held against anybody: deadlines move by that time."""
+"""What the registry could not hear, or not write, is not held against anybody: deadlines move by that time."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
+
+import structlog
 
 from services.registry.entries import OutageEnded
 from services.registry.states import SubmissionState
@@ -13,21 +15,33 @@ _BEAT = timedelta(seconds=2)
 
 _WITH_DEADLINE = (SubmissionState.COMMITTED, SubmissionState.REVEALED, SubmissionState.EVALUATING)
 
+_log = structlog.get_logger("tiltyard.registry")
+
 
 class Outages:
-    """Notes that the registry is alive, and finds out at its start for how long it was not."""
+    """Notes that the registry is alive, and finds out for how long it was not: before its start, or without a database
+    to write to."""
 
     def __init__(self, store: Store, clock: Callable[[], datetime]) -> None:
         self._store = store
         self._clock = clock
         self._noted: datetime | None = None
+        self._failing = False
 
     async def beat(self) -> int:
-        """A step of the referee: note every two seconds that the registry is at work. There is never more to do."""
+        """What the referee begins each turn with: note every two seconds that the registry is at work.
+
+        The first note after one that failed moves the deadlines, as `end` does: nothing could be taken in meanwhile.
+        """
         now = self._clock()
-        if self._noted is None or now - self._noted >= _BEAT:
+        if self._noted is not None and now - self._noted < _BEAT:
+            return 0
+        failing, self._failing = self._failing, True
+        if failing:
+            await self.end()
+        else:
             await self._store.write(lambda tx: tx.set_alive_time(tx.now), quick=True)
-            self._noted = now
+        self._noted, self._failing = now, False
         return 0
 
     async def end(self) -> timedelta:
@@ -47,7 +61,10 @@ class Outages:
             tx.append(OutageEnded(last_alive=alive, back=tx.now))
             return away
 
-        return await self._store.write(write)
+        away = await self._store.write(write)
+        if away:
+            _log.info("back after an outage, deadlines have moved", away_s=away.total_seconds())
+        return away
 
 
 def _move_deadlines(tx: Writing, alive: datetime, away: timedelta) -> None:

@@ -48,11 +48,22 @@ class Alarm(Protocol):
 
 
 class Referee:
-    """Runs all steps when something has changed, when a deadline has come, and at least every second."""
+    """Runs all steps when something has changed, when a deadline has come, and at least every second.
+
+    `beat` notes that the registry is at work. Where it fails the turn is over: what could not be taken in is not to
+    expire, so that none of the steps comes before it is known for how long that was.
+    """
 
     def __init__(
-        self, steps: Sequence[Step], ledger: Step, store: Store, alarm: Alarm, clock: Callable[[], datetime]
+        self,
+        beat: Step,
+        steps: Sequence[Step],
+        ledger: Step,
+        store: Store,
+        alarm: Alarm,
+        clock: Callable[[], datetime],
     ) -> None:
+        self._beat = beat
         self._steps = tuple(steps)
         self._ledger = ledger
         self._store = store
@@ -75,34 +86,40 @@ class Referee:
             await self._alarm.wait_for_referee(await self._pause_s())
 
     async def turn(self, *, ledger_due: bool = True) -> int:
-        """Run each step once; one that fails is logged and does not hold up the others.
+        """Run each step once after the beat; one that fails is logged and does not hold up the others.
 
         The ledger comes last, where it is due or a step has done something.
         """
         started = time.perf_counter()
-        done = 0
-        for step in self._steps:
-            done += await _tried(step)
-        if ledger_due or done:
-            done += await _tried(self._ledger)
+        done = await _tried(self._beat)
+        if done is not None:
+            for step in self._steps:
+                done += await _tried(step) or 0
+            if ledger_due or done:
+                done += await _tried(self._ledger) or 0
         _TURN.record(time.perf_counter() - started)
         _TURNED.set(self._clock().timestamp())
-        return done
+        return done or 0
 
     async def _pause_s(self) -> float:
-        deadline = await self._store.look_up(lambda tx: tx.next_deadline())
+        try:
+            deadline = await self._store.look_up(lambda tx: tx.next_deadline())
+        except Unavailable:
+            # The next turn says so.
+            return _LONGEST_PAUSE_S
         if deadline is None:
             return _LONGEST_PAUSE_S
         due_s = (deadline - self._clock()).total_seconds()
         return min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, due_s))
 
 
-async def _tried(step: Step) -> int:
+async def _tried(step: Step) -> int | None:
+    """How much it has done, None where it failed."""
     try:
         return await step()
     except Exception as error:
         _report(step, error)
-        return 0
+        return None
 
 
 def _report(step: Step, error: Exception) -> None:

@@ -1,12 +1,12 @@
 """Leases pass on in order, are held once, are shared out fairly, and outlive the registry's own absence."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -14,10 +14,12 @@ from services.registry import docket
 from services.registry.duty_watch import Told
 from services.registry.leaderboard import Ranking
 from services.registry.listing import Listing
+from services.registry.outages import Outages
 from services.registry.queries import SqlReading
 from services.registry.records import Assignment
 from services.registry.states import Role, RoundState, SubmissionState, ValidatorFaultKind
-from services.runtime.errors import AlreadyExists, ArenaError, FailedPrecondition, ResourceExhausted
+from services.registry.transaction import Store, Writing
+from services.runtime.errors import AlreadyExists, ArenaError, DiskFull, FailedPrecondition, ResourceExhausted
 from tests.support.registry_fakes import FakeSelection, SettableClock
 from tests.support.registry_world import (
     NODES,
@@ -234,6 +236,19 @@ def _drawn(world: World, validator: str) -> int:
 # The registry's own absence
 
 
+class FillingDisk:
+    """A store that cannot be written to while its disk is full."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.full = False
+
+    async def write(self, work: Callable[[Writing], Any], **options: bool) -> Any:
+        if self.full:
+            raise DiskFull("the disk is full", resource="database")
+        return await self._store.write(work, **options)
+
+
 async def test_deadlines_that_passed_while_the_registry_was_away_punish_nobody(world: World) -> None:
     number = await evaluating(world)
     unrevealed = await world.commit(NODES[1], model_bytes("later"))
@@ -266,6 +281,29 @@ async def test_deadlines_that_passed_while_the_registry_was_away_punish_nobody(w
     assert (await world.submission(number)).state is SubmissionState.SCORED
     assert await faults(world) == []
     assert (await world.leaf_kinds()).count("outage_ended") == 2
+
+
+async def test_deadlines_that_passed_while_nothing_could_be_written_punish_nobody(world: World) -> None:
+    number = await evaluating(world)
+    unrevealed = await world.commit(NODES[1], model_bytes("later"))
+    await world.accept((await world.duties(number))[0])
+    disk = FillingDisk(world.store)
+    world.outages = Outages(cast(Store, disk), world.clock)
+    await world.outages.beat()
+    disk.full = True
+    for _ in range(3):
+        world.clock.advance(seconds=2 * HOUR_S)
+        with pytest.raises(DiskFull):
+            await world.outages.beat()
+    disk.full = False
+    await world.outages.beat()
+    await world.turn()
+    assert await world.states(number) == ["ACCEPTED", "OFFERED", "OFFERED"]
+    assert (await world.submission(unrevealed)).state is SubmissionState.COMMITTED
+    world.clock.advance(seconds=3)
+    await world.outages.beat()
+    assert await faults(world) == []
+    assert (await world.leaf_kinds()).count("outage_ended") == 1
 
 
 async def test_what_was_late_before_the_outage_stays_late(world: World) -> None:

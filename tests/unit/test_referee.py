@@ -27,9 +27,11 @@ async def test_the_ledger_is_asked_where_it_is_due_or_something_was_done(
     done: int, due: bool, expected: list[str]
 ) -> None:
     asked: list[str] = []
-    referee = Referee([step(asked, "a", done)], step(asked, "l", 2), NOBODY, NOBODY, SettableClock())
+    referee = Referee(
+        step(asked, "b", 0), [step(asked, "a", done)], step(asked, "l", 2), NOBODY, NOBODY, SettableClock()
+    )
     assert await referee.turn(ledger_due=due) == done + 2 * ("l" in expected)
-    assert asked == expected
+    assert asked == ["b", *expected]
 
 
 async def test_a_step_that_fails_holds_up_neither_the_others_nor_the_ledger() -> None:
@@ -38,6 +40,19 @@ async def test_a_step_that_fails_holds_up_neither_the_others_nor_the_ledger() ->
     async def fails() -> int:
         raise Unavailable("SELECTOR_UNAVAILABLE", "the selector is away")
 
-    referee = Referee([fails, step(asked, "a", 0)], step(asked, "l", 0), NOBODY, NOBODY, SettableClock())
+    referee = Referee(
+        step(asked, "b", 0), [fails, step(asked, "a", 0)], step(asked, "l", 0), NOBODY, NOBODY, SettableClock()
+    )
     assert await referee.turn() == 0
-    assert asked == ["a", "l"]
+    assert asked == ["b", "a", "l"]
+
+
+async def test_nothing_is_done_before_it_is_known_that_the_registry_is_at_work() -> None:
+    asked: list[str] = []
+
+    async def fails() -> int:
+        raise Unavailable("DATABASE_UNAVAILABLE", "the database is away")
+
+    referee = Referee(fails, [step(asked, "a", 1)], step(asked, "l", 0), NOBODY, NOBODY, SettableClock())
+    assert await referee.turn() == 0
+    assert asked == []
