@@ -22,7 +22,7 @@ from services.registry.selection import Selection
 from services.registry.states import HoldoutState, MembershipState, Role, RoundState, SubmissionState, TaskState
 from services.registry.transaction import Reading, Store, Writing
 from services.registry.turns import each, traced
-from services.runtime.errors import ArenaError, FailedPrecondition, Unavailable
+from services.runtime.errors import ArenaError, FailedPrecondition, NotFound
 from services.runtime.names import format_submission
 from tiltyard.commitments import holdout_anchor
 
@@ -139,8 +139,8 @@ class Draws:
                 paused=waiting.paused,
             )
         except ArenaError as error:
-            too_few = error.reason in ("NOT_ENOUGH_VALIDATORS", "QUOTA_USED_UP")
-            if not too_few and not (overdue and isinstance(error, Unavailable)):
+            # Whatever it is that the selector says, no round waits for longer than its task allows.
+            if error.reason not in ("NOT_ENOUGH_VALIDATORS", "QUOTA_USED_UP") and not overdue:
                 raise
             self._refuse(waiting, now)
             message = error.message
@@ -198,9 +198,10 @@ class Draws:
             with traced("settle", assignment):
                 try:
                     await self._selection.settle(draw, assignment.validator, refund=assignment.refund)
-                except FailedPrecondition as error:
-                    # The selector's book is the truth; asking again would not change it.
-                    if error.reason != "ALREADY_SETTLED":
+                except (FailedPrecondition, NotFound) as error:
+                    # The selector's book is the truth, also one of before or after a restored backup; asking again
+                    # would not change it, and keep others waiting.
+                    if error.reason not in ("ALREADY_SETTLED", "DRAW_NOT_FOUND"):
                         raise
             settled.append(assignment)
             return 1

@@ -1,12 +1,14 @@
 """Faults of validators: listed for everybody, and taken to the selector, which knows what each costs."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from services.registry.listing import Listing, Place
 from services.registry.records import ValidatorFault
 from services.registry.selection import Selection
 from services.registry.transaction import Store, Writing
 from services.registry.turns import each
+from services.runtime.errors import AlreadyExists
 from services.runtime.names import AssignmentId, format_assignment
 
 _SLASHED_A_TURN = 64
@@ -31,7 +33,9 @@ class ValidatorFaults:
         async def slash_one(found: tuple[int, ValidatorFault]) -> int:
             position, fault = found
             duty = AssignmentId(fault.task, fault.number, fault.round, fault.validator)
-            await self._selection.slash(fault.validator, fault.kind, evidence=format_assignment(duty))
+            # Its book is the truth: evidence that it knows, for another fault, is of an arena before a restored backup.
+            with suppress(AlreadyExists):
+                await self._selection.slash(fault.validator, fault.kind, evidence=format_assignment(duty))
 
             def note(tx: Writing) -> int:
                 tx.note_slashed(position)

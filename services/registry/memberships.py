@@ -115,7 +115,7 @@ class Memberships:
     async def _finish(self, application: _Application) -> int:
         try:
             candidacy = await self._ask(application)
-        except (FailedPrecondition, NotFound):
+        except (AlreadyExists, FailedPrecondition, NotFound):
             return 1  # refused and recorded
         decide = _admit if candidacy.verdict.eligible else _refuse
         await self._store.write(lambda tx: decide(tx, application.member, candidacy))
@@ -159,8 +159,8 @@ class Memberships:
                 facts=application.facts,
                 owner=application.owner,
             )
-        except (FailedPrecondition, NotFound):
-            # The pool is closed or gone: nothing was locked, and nothing will be.
+        except (AlreadyExists, FailedPrecondition, NotFound):
+            # The pool is closed or gone, or knows the caller in another role: nothing was locked, and nothing will be.
             await self._store.write(lambda tx: _end_pending(tx, member, MembershipState.REFUSED), final=False)
             raise
 

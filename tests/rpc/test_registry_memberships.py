@@ -5,6 +5,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from services.registry.states import Role
 from tests.support.registry_server import ORIGIN, RegistryServer, dataset_bytes, join_request, refused
 from tiltyard.client import Client
 from tiltyard.identity import Key
@@ -207,6 +208,16 @@ async def test_a_pool_that_closed_meanwhile_ends_the_joining(arena: RegistryServ
     validator = await arena.participant()
     arena.selection.pools["t"].open = False
     with refused(PRECONDITION, "POOL_CLOSED"):
+        await arena.join(validator, ROLE_VALIDATOR)
+    assert (await members(creator))[validator.key.id].state == MEMBERSHIP_STATE_REFUSED
+
+
+async def test_whom_the_selector_knows_in_another_role_does_not_wait_for_ever(
+    arena: RegistryServer, creator: Client
+) -> None:
+    validator = await arena.participant()
+    arena.selection.pools["t"].candidates[validator.key.id] = Role.TRAINING_NODE
+    with refused(EXISTS, "ROLE_TAKEN"):
         await arena.join(validator, ROLE_VALIDATOR)
     assert (await members(creator))[validator.key.id].state == MEMBERSHIP_STATE_REFUSED
 

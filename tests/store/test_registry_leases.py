@@ -19,7 +19,8 @@ from services.registry.queries import SqlReading
 from services.registry.records import Assignment
 from services.registry.states import Role, RoundState, SubmissionState, ValidatorFaultKind
 from services.registry.transaction import Store, Writing
-from services.runtime.errors import AlreadyExists, ArenaError, DiskFull, FailedPrecondition, ResourceExhausted
+from services.runtime.errors import AlreadyExists, ArenaError, DiskFull, FailedPrecondition, NotFound, ResourceExhausted
+from services.runtime.names import format_assignment
 from tests.support.registry_fakes import FakeSelection, SettableClock
 from tests.support.registry_world import (
     NODES,
@@ -141,6 +142,26 @@ async def test_a_slash_whose_answer_was_lost_is_asked_for_again(world: World) ->
     assert await world.faults.slash() == 1
     assert await world.faults.slash() == 0
     assert list(world.selection.slashes.values()) == [ValidatorFaultKind.LEASE_EXPIRED]
+
+
+async def test_what_the_selector_says_of_settled_duties_and_known_evidence_stands(world: World) -> None:
+    number = await evaluating(world)
+    duty = (await world.duties(number))[0]
+    await world.accept(duty)
+    world.clock.advance(seconds=2 * MINUTE_S)
+    await world.judging.expire_assignments()
+    # One of the two services has come back from an older backup than the other.
+    known = {(duty.participant, format_assignment(duty)): ValidatorFaultKind.OUTLIER}
+    world.selection.slashes |= known
+
+    def forgotten(question: str) -> None:
+        if question == "settle":
+            raise NotFound("DRAW_NOT_FOUND", "there is no such draw")
+
+    world.selection.before = forgotten
+    assert [await world.faults.slash(), await world.faults.slash()] == [1, 0]
+    assert [await world.draws.settle(), await world.draws.settle()] == [3, 0]
+    assert world.selection.slashes == known
 
 
 # Fair across tasks

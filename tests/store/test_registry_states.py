@@ -19,8 +19,8 @@ from services.registry.states import (
     TaskState,
 )
 from services.registry.task_config import DatasetDigest
-from services.runtime.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
-from tests.support.registry_fakes import FakeSelection, SettableClock
+from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
+from tests.support.registry_fakes import FakeDraw, FakeSelection, SettableClock
 from tests.support.registry_world import (
     HOLDOUT,
     NODES,
@@ -224,6 +224,20 @@ async def test_while_the_selector_is_away_submissions_wait(world: World) -> None
     with pytest.raises(ExceptionGroup) as failure:
         await world.draws.draw()
     assert failure.group_contains(Unavailable)
+    world.clock.advance(seconds=24 * HOUR_S)
+    await world.draws.draw()
+    assert await rejection(world, number) is RejectionReason.VALIDATORS_UNAVAILABLE
+
+
+async def test_what_the_selector_refuses_for_good_is_given_up_in_time(world: World) -> None:
+    await world.open_task()
+    number = await world.submit(NODES[0], MODEL)
+    await world.structure.check()
+    # The registry's state is that of an older backup: the selector has drawn for another submission of this name.
+    world.selection.draws[f"{TASK}-{number}-1"] = FakeDraw((), TASK, "", 1, (), [])
+    with pytest.raises(ExceptionGroup) as failure:
+        await world.draws.draw()
+    assert failure.group_contains(AlreadyExists)
     world.clock.advance(seconds=24 * HOUR_S)
     await world.draws.draw()
     assert await rejection(world, number) is RejectionReason.VALIDATORS_UNAVAILABLE
