@@ -65,13 +65,13 @@ class StructureChecks:
         submission = revealed.submission
         try:
             finding = await asyncio.to_thread(self._examine, revealed)
-        except OSError as error:
+        except Exception as error:
             if submission.deadline is None or self._clock() < submission.deadline:
                 raise
-            # A file that cannot be read is not the submitter's fault.
-            finding = _Finding(
-                RejectionReason.VALIDATORS_UNAVAILABLE, f"the registry could not read the model: {error.strerror}"
-            )
+            # A file that cannot be read is not the submitter's fault; nor may one that the check stumbles over keep its
+            # task from ever ending.
+            why = error.strerror if isinstance(error, OSError) else type(error).__name__
+            finding = _Finding(RejectionReason.VALIDATORS_UNAVAILABLE, f"the registry could not read the model: {why}")
         return await self._store.write(lambda tx: _record(tx, submission, finding))
 
     def _examine(self, revealed: _Revealed) -> _Finding | None:

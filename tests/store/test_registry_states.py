@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.registry import rounds
+from services.registry import rounds, structure
 from services.registry.states import (
     EvaluationVerdict,
     HoldoutState,
@@ -155,6 +155,23 @@ async def test_a_file_that_cannot_be_read_for_a_minute_is_the_platforms_fault(wo
     world.clock.advance(seconds=MINUTE_S)
     await world.turn()
     assert await rejection(world, number) is RejectionReason.VALIDATORS_UNAVAILABLE
+
+
+async def test_a_file_that_the_check_stumbles_over_does_not_stay_for_good(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stumble(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(structure, "check_model_file", stumble)
+    await world.open_task()
+    number = await world.submit(NODES[0], MODEL)
+    with pytest.raises(ExceptionGroup):
+        await world.structure.check()
+    world.clock.advance(seconds=MINUTE_S)
+    await world.turn()
+    assert await rejection(world, number) is RejectionReason.VALIDATORS_UNAVAILABLE
+    assert (await world.submission(number)).detail == "the registry could not read the model: MemoryError"
 
 
 async def test_one_unreadable_file_does_not_hold_up_the_others(world: World) -> None:
