@@ -356,7 +356,7 @@ class ListEvaluationsRequest(_message.Message):
     parent: _builtins.str
     """Submission as tasks/{task}/submissions/{n}."""
     page_size: _builtins.int
-    """At most this many, 50 when 0, 1000 at most."""
+    """At most this many, 50 when 0, 1000 at most; fewer when they would exceed 2 MiB."""
     page_token: _builtins.str
     """Of the previous page; INVALID_ARGUMENT when it is of another list."""
     def __init__(
@@ -416,7 +416,7 @@ class ListValidatorFaultsRequest(_message.Message):
     parent: _builtins.str
     """Task as tasks/{task} for those in one task, validator as participants/{id} for its own in all tasks."""
     page_size: _builtins.int
-    """At most this many, 50 when 0, 1000 at most."""
+    """At most this many, 50 when 0, 1000 at most; fewer when they would exceed 2 MiB."""
     page_token: _builtins.str
     """Of the previous page; INVALID_ARGUMENT when it is of another list."""
     filter: _builtins.str

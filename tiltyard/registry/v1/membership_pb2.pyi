@@ -295,7 +295,7 @@ class ListMembersRequest(_message.Message):
     parent: _builtins.str
     """Task as tasks/{task}."""
     page_size: _builtins.int
-    """At most this many, 50 when 0, 1000 at most."""
+    """At most this many, 50 when 0, 1000 at most; fewer when they would exceed 2 MiB."""
     page_token: _builtins.str
     """Of the previous page; INVALID_ARGUMENT when it is of another list."""
     filter: _builtins.str
@@ -365,7 +365,7 @@ class ListEligibilityVerdictsRequest(_message.Message):
     parent: _builtins.str
     """Task as tasks/{task}."""
     page_size: _builtins.int
-    """At most this many, 50 when 0, 1000 at most."""
+    """At most this many, 50 when 0, 1000 at most; fewer when they would exceed 2 MiB."""
     page_token: _builtins.str
     """Of the previous page; INVALID_ARGUMENT when it is of another list."""
     def __init__(

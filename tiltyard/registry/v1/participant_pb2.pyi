@@ -45,7 +45,7 @@ class Participant(_message.Message):
     """Its own Open Inference Protocol server, as grpc://HOST:PORT, or grpcs://HOST:PORT with TLS; empty for none."""
     @_builtins.property
     def endorsements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Endorsement]:
-        """Endorsements in force."""
+        """Endorsements in force: the first 100 by endorser and field, and beside them the first 100 by those whose word counts."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -222,7 +222,7 @@ class ListParticipantsRequest(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     ORDER_BY_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most this many, 50 when 0, 1000 at most."""
+    """At most this many, 50 when 0, 1000 at most; fewer when they would exceed 2 MiB."""
     page_token: _builtins.str
     """Of the previous page; INVALID_ARGUMENT when it is of another list."""
     filter: _builtins.str

@@ -225,7 +225,7 @@ class ListTasksRequest(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     ORDER_BY_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most this many, 50 when 0, 1000 at most."""
+    """At most this many, 50 when 0, 1000 at most; fewer when they would exceed 2 MiB."""
     page_token: _builtins.str
     """Of the previous page; INVALID_ARGUMENT when it is of another list."""
     filter: _builtins.str

@@ -655,8 +655,9 @@ Global___ValidatorFault: _TypeAlias = ValidatorFault  # noqa: Y015
 
 @_typing.final
 class OutageEnded(_message.Message):
-    """OutageEnded records that the registry was away: what validators and training nodes could not do meanwhile is not held against
-    them. Every deadline of a commitment, a draw, an assignment and a round that had not passed at `last_alive` moved by the difference.
+    """OutageEnded records that the registry was away, or could not write: what validators and training nodes could not do meanwhile is
+    not held against them. Every deadline of a commitment, a draw, an assignment and a round that had not passed at `last_alive` moved
+    by the difference.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

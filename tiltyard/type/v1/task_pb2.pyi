@@ -379,7 +379,7 @@ Global___SelectionPolicy: _TypeAlias = SelectionPolicy  # noqa: Y015
 @_typing.final
 class TaskConfig(_message.Message):
     """TaskConfig is all that a task creator decides. It does not change once the task is OPEN but for the display name,
-    the description and a later close time.
+    the description and a later close time. It has at most 1 MiB.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
