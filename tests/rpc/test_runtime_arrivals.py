@@ -177,7 +177,8 @@ async def test_each_connection_is_told_of_when_it_has_ended_however_short_it_was
                         listener.accept()[0].close()
                         mine.append(connection.getsockname()[:2])
             assert sorted(await ended(told, 10)) == sorted(mine)
-            assert other.read(100) == []
+            # That port may be some other connection's own, which ends when it likes.
+            assert not set(other.read(100)) & set(mine)
 
 
 def accepts(port: int, host: str, source: str) -> bool:
