@@ -112,6 +112,14 @@ class Dataset:
         for start in range(0, len(values), step):
             yield start, self.part(name, start, start + step)
 
+    def pieces(self, name: str) -> Iterator[tuple[int, Array]]:
+        """The values of `x` or `y`, at most 8 MiB at once however long a row is, each piece with its first one's index."""
+        values = self.x if name == "x" else self.y
+        step = CHUNK_BYTES // values.dtype.itemsize
+        for start in range(0, values.size, step):
+            offset = self._starts[name] + start * values.dtype.itemsize
+            yield start, np.fromfile(self.path, values.dtype, min(step, values.size - start), offset=offset)
+
     def part(self, name: str, start: int, stop: int) -> Array:
         """Rows start to stop of `x` or `y`, read past the memory map."""
         values = self.x if name == "x" else self.y
@@ -189,8 +197,8 @@ def scan(
 ) -> list[DatasetViolation]:
     """What is wrong with a dataset for a model of this input shape and number of classes (None: a regression).
 
-    `targets` is how many a row of a regression must have, None for any number. Reads the file in chunks of 8 MiB, so
-    its size does not matter. An empty list means that it is good.
+    `targets` is how many a row of a regression must have, None for any number. Reads the file in pieces of 8 MiB,
+    so that neither its size nor a row's matters. An empty list means that it is good.
     """
     found = header_violations(dataset, input_shape)
     x, y = dataset.x, dataset.y
@@ -239,10 +247,11 @@ def _first_bad_row(
     dataset: Dataset, field: str, bad: Callable[[Array], Array], description: str
 ) -> Iterator[DatasetViolation]:
     """One violation that names the first bad row of x or y, if there is one."""
-    for start, part in dataset.chunks(field):
-        wrong = bad(part).reshape(len(part), -1).any(axis=1)
+    row_values = math.prod((dataset.x if field == "x" else dataset.y).shape[1:])
+    for start, piece in dataset.pieces(field):
+        wrong = bad(piece)
         if wrong.any():
-            yield DatasetViolation(field, f"row {start + int(wrong.argmax())} {description}")
+            yield DatasetViolation(field, f"row {(start + int(wrong.argmax())) // row_values} {description}")
             return
 
 
@@ -264,7 +273,10 @@ def _mapped(path: Path, name: str, entry: TensorEntry) -> Array:
     dtype = np.dtype(NUMPY_OF[entry.dtype])
     if entry.start == entry.end:
         # Nothing cannot be mapped.
-        return np.empty(entry.shape, dtype)
+        try:
+            return np.empty(entry.shape, dtype)
+        except ValueError as error:
+            raise DatasetError(f"{name} has the shape {entry.shape}, which no array can have") from error
     return np.memmap(path, dtype=dtype, mode="r", offset=entry.start, shape=entry.shape)
 
 

@@ -115,6 +115,32 @@ def test_scan_names_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert _fields(_written(path, np.full((6, 2, 2), np.nan, np.float32), Y - 1)) == ["y", "x"]
 
 
+def test_a_row_of_any_length_is_scanned_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "CHUNK_BYTES", 4096)
+    x = np.zeros((2, 50_000), np.float32)
+    x[1, 49_999] = np.nan
+    dataset = _written(tmp_path / "d", x, Y[:2])
+    assert [len(piece) for _, piece in dataset.pieces("x")] == [1024] * 97 + [672]
+    described = [violation.description for violation in scan(dataset, (4,), 3)]
+    assert described == [
+        "has rows of shape (50000,), but the model takes (4,)",
+        "row 1 has a value that is NaN or infinite",
+    ]
+
+
+@pytest.mark.parametrize("shape", [(2**62, 0), (2**62, 0, 2**62)])
+def test_an_empty_tensor_of_any_shape_is_refused_as_one(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    tensors = {
+        "x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]},
+        "y": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]},
+    }
+    header = json.dumps(tensors).encode()
+    path = tmp_path / "d"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(DatasetError, match="which no array can have"):
+        Dataset.open(path)
+
+
 @pytest.mark.parametrize(("shape", "targets"), [((6,), 1), ((6, 1), 1), ((6, 3), 3), ((6, 0), 0)])
 def test_a_regressions_targets_are_as_many_as_the_model_has_outputs(
     shape: tuple[int, ...], targets: int, tmp_path: Path
