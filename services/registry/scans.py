@@ -13,6 +13,7 @@ from services.registry.task_config import DatasetDigest
 from tiltyard.datasets import Dataset, DatasetError, scan
 
 _SHOWN_VIOLATIONS = 5
+_AT_ONCE = 2
 
 
 class DatasetFiles(Protocol):
@@ -32,25 +33,39 @@ class ScanResult:
 
 
 class DatasetScans:
-    """Runs each scan once in a thread; `wake` is called when one is done."""
+    """Runs each scan once in a thread; `wake` is called when one is done.
+
+    Two run at once, and one of each creator, so that nobody's many large datasets hold up others' tasks or uploads.
+    """
 
     def __init__(self, files: DatasetFiles, wake: Callable[[], None]) -> None:
         self._files = files
         self._wake = wake
         self._running: dict[tuple[str, bytes], asyncio.Task[ScanResult]] = {}
+        self._busy: set[str] = set()
 
     def look(self, task: Task, digest: DatasetDigest) -> ScanResult | None:
-        """The result when there is one; else the scan is started, or goes on. Raises OSError once, then starts anew."""
+        """The result when there is one; else the scan is started, goes on, or waits until there is room for it.
+
+        Raises OSError once, then starts anew.
+        """
         key = (task.id, digest.sha256)
         running = self._running.get(key)
         if running is None:
+            if len(self._busy) == _AT_ONCE or task.creator in self._busy:
+                return None
             running = asyncio.ensure_future(asyncio.to_thread(self._scan, task, digest))
-            running.add_done_callback(lambda done: self._wake())
+            running.add_done_callback(lambda done: self._end(task.creator))
+            self._busy.add(task.creator)
             self._running[key] = running
         if not running.done():
             return None
         del self._running[key]
         return running.result()
+
+    def _end(self, creator: str) -> None:
+        self._busy.remove(creator)
+        self._wake()
 
     def _scan(self, task: Task, digest: DatasetDigest) -> ScanResult:
         model = task.config.models[0]
