@@ -113,7 +113,7 @@ class Dataset:
             yield start, self.part(name, start, start + step)
 
     def pieces(self, name: str) -> Iterator[tuple[int, Array]]:
-        """The values of `x` or `y`, at most 8 MiB at once however long a row is, each piece with its first one's index."""
+        """The values of `x` or `y` with the index of the first: at most 8 MiB at once, however long a row is."""
         values = self.x if name == "x" else self.y
         step = CHUNK_BYTES // values.dtype.itemsize
         for start in range(0, values.size, step):
