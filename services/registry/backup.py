@@ -17,9 +17,9 @@ from pathlib import Path
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.registry.artifact_files import ArtifactFiles
+from services.registry.artifacts.files import ArtifactFiles
+from services.registry.artifacts.storage import open_artifacts
 from services.registry.settings import RegistrySettings
-from services.registry.storage import open_artifacts
 from services.runtime.copying import CopyRefused, copy_database, holds_rows
 from services.runtime.engines import migrate, reading_engine
 from tiltyard.growingfile import GrowingFile

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from contextlib import closing
 from datetime import datetime
 
-from services.registry.artifact_rights import readable
+from services.registry.artifacts.rights import readable
 from services.registry.records import Artifact
-from services.registry.structure import ModelFiles
+from services.registry.referee.structure import ModelFiles
 from services.registry.task_config import TaskConfig
 from services.registry.transaction import Reading, Store
 from services.runtime.errors import InvalidArgument, NotFound, PermissionDenied

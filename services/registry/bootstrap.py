@@ -8,24 +8,28 @@ from datetime import datetime
 import structlog
 
 from services.registry import servicers
-from services.registry.artifact_files import ArtifactFiles
-from services.registry.artifacts import Artifacts
+from services.registry.artifacts.artifacts import Artifacts
+from services.registry.artifacts.files import ArtifactFiles
+from services.registry.artifacts.garbage import Garbage
+from services.registry.artifacts.storage import open_artifacts
+from services.registry.artifacts.uploads import Uploads
 from services.registry.assignments import Assignments
 from services.registry.base_models import BaseModels
 from services.registry.changes import ChangeBoard
-from services.registry.draws import Draws
 from services.registry.evaluations import Evaluations
 from services.registry.faults import ValidatorFaults
-from services.registry.garbage import Garbage
-from services.registry.judging import Judging
 from services.registry.leaderboard import Leaderboard
 from services.registry.memberships import Memberships
-from services.registry.outages import Outages
 from services.registry.participants import Participants
 from services.registry.peers import SelectorPeer
 from services.registry.record_log import RecordLog
-from services.registry.referee import Referee, Step
-from services.registry.scans import DatasetScans
+from services.registry.referee.draws import Draws
+from services.registry.referee.judging import Judging
+from services.registry.referee.outages import Outages
+from services.registry.referee.referee import Referee, Step
+from services.registry.referee.scans import DatasetScans
+from services.registry.referee.structure import StructureChecks
+from services.registry.referee.task_turns import TaskTurns
 from services.registry.selection import Selection
 from services.registry.servicers.artifacts import ArtifactServicer
 from services.registry.servicers.assignments import AssignmentServicer
@@ -37,14 +41,10 @@ from services.registry.servicers.participants import ParticipantServicer
 from services.registry.servicers.submissions import SubmissionServicer
 from services.registry.servicers.tasks import TaskServicer
 from services.registry.settings import RegistrySettings
-from services.registry.storage import open_artifacts
 from services.registry.store import SqlStore
-from services.registry.structure import StructureChecks
 from services.registry.submissions import Submissions
-from services.registry.task_turns import TaskTurns
 from services.registry.tasks import Tasks
 from services.registry.transaction import Store
-from services.registry.uploads import Uploads
 from services.runtime.auth import AccessPolicy, Authenticator, utc_now
 from services.runtime.channels import open_peer
 from services.runtime.database import Database

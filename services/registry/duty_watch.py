@@ -4,8 +4,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from services.registry.records import Assignment
+from services.registry.referee.turns import fairly
 from services.registry.states import AssignmentState
-from services.registry.turns import fairly
 
 _ENDED = (AssignmentState.OPENED, AssignmentState.DECLINED, AssignmentState.EXPIRED, AssignmentState.RELEASED)
 

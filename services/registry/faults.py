@@ -5,9 +5,9 @@ from contextlib import suppress
 
 from services.registry.listing import Listing, Place
 from services.registry.records import ValidatorFault
+from services.registry.referee.turns import each
 from services.registry.selection import Selection
 from services.registry.transaction import Store, Writing
-from services.registry.turns import each
 from services.runtime.errors import AlreadyExists
 from services.runtime.names import AssignmentId, format_assignment
 

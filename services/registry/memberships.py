@@ -9,12 +9,12 @@ from services.registry.entries import MembershipChanged
 from services.registry.listing import Listing, Place
 from services.registry.participants import registered
 from services.registry.records import Member, Task, Verdict
+from services.registry.referee.turns import each
 from services.registry.selection import Candidacy, EligibilityFacts, Selection
 from services.registry.states import MembershipState, Role, SubmissionState, TaskState
 from services.registry.task_states import ENDED, check_unended, known_task
 from services.registry.tasks import not_eligible, record_verdict
 from services.registry.transaction import Reading, Store, Writing
-from services.registry.turns import each
 from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied
 from tiltyard.identity import Envelope
 

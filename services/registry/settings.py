@@ -6,9 +6,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator
 
-from services.registry.keeping import Keeping
-from services.registry.storage import bucket_of
-from services.registry.uploads import Quotas
+from services.registry.artifacts.keeping import Keeping
+from services.registry.artifacts.storage import bucket_of
+from services.registry.artifacts.uploads import Quotas
 from services.runtime.settings import ParticipantIds, ServiceSettings
 
 MaxBytes = Annotated[int, Field(ge=1, le=1 << 42)]

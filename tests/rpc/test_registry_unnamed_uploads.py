@@ -7,7 +7,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from services.registry.artifact_files import stand_in
+from services.registry.artifacts.files import stand_in
 from tests.rpc.test_registry_artifacts import code_of, download, progress, put_submission, send, sent
 from tests.support.registry_server import RegistryServer, artifact_name, config_of, dataset_bytes, refused
 from tiltyard.client import Client

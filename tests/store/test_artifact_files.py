@@ -11,11 +11,11 @@ from typing import Any
 import obstore
 import pytest
 
-from services.registry import bucket
-from services.registry.artifact_files import ArtifactFiles, stand_in
-from services.registry.bucket import BucketFiles
-from services.registry.files import DirectoryFiles, PartialFile
-from services.registry.storage import open_artifacts
+from services.registry.artifacts import bucket
+from services.registry.artifacts.bucket import BucketFiles
+from services.registry.artifacts.directory import DirectoryFiles, PartialFile
+from services.registry.artifacts.files import ArtifactFiles, stand_in
+from services.registry.artifacts.storage import open_artifacts
 from tests.support.s3_server import S3Server
 
 ADA, BOB = "a" * 40, "b" * 40

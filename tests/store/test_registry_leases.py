@@ -10,13 +10,13 @@ from typing import Any, cast
 
 import pytest
 
-from services.registry import docket
 from services.registry.duty_watch import Told
 from services.registry.leaderboard import Ranking
 from services.registry.listing import Listing
-from services.registry.outages import Outages
 from services.registry.queries import SqlReading
 from services.registry.records import Assignment
+from services.registry.referee import docket
+from services.registry.referee.outages import Outages
 from services.registry.states import Role, RoundState, SubmissionState, ValidatorFaultKind
 from services.registry.transaction import Store, Writing
 from services.runtime.errors import AlreadyExists, ArenaError, DiskFull, FailedPrecondition, NotFound, ResourceExhausted

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from services.registry import rounds, structure
+from services.registry import rounds
+from services.registry.referee import structure
 from services.registry.states import (
     EvaluationVerdict,
     HoldoutState,

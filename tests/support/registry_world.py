@@ -19,14 +19,16 @@ from google.protobuf.message import Message
 
 from services.registry.assignments import Assignments
 from services.registry.changes import ChangeBoard
-from services.registry.draws import Draws
 from services.registry.evaluations import Evaluations
 from services.registry.faults import ValidatorFaults
-from services.registry.judging import Judging
 from services.registry.leaderboard import Leaderboard
-from services.registry.outages import Outages
 from services.registry.records import Artifact, ArtifactUse, Assignment, Member, Round, Submission, Task
-from services.registry.scans import DatasetScans
+from services.registry.referee.draws import Draws
+from services.registry.referee.judging import Judging
+from services.registry.referee.outages import Outages
+from services.registry.referee.scans import DatasetScans
+from services.registry.referee.structure import StructureChecks
+from services.registry.referee.task_turns import TaskTurns
 from services.registry.selection import EligibilityFacts
 from services.registry.servicers.assignments import AssignmentServicer
 from services.registry.servicers.evaluations import EvaluationServicer
@@ -42,10 +44,8 @@ from services.registry.states import (
     TaskState,
 )
 from services.registry.store import SqlStore
-from services.registry.structure import StructureChecks
 from services.registry.submissions import Submissions
 from services.registry.task_config import DatasetDigest, Limits, Schedule, SelectionPolicy, TaskConfig, ValidatorRate
-from services.registry.task_turns import TaskTurns
 from services.registry.transaction import Store
 from services.runtime import names
 from services.runtime.auth import Caller, set_caller

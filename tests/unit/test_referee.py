@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 
-from services.registry.referee import Referee
+from services.registry.referee.referee import Referee
 from services.runtime.errors import Unavailable
 from tests.support.registry_fakes import SettableClock
 

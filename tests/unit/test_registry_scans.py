@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from services.registry.records import Task
-from services.registry.scans import DatasetScans
+from services.registry.referee.scans import DatasetScans
 from services.registry.states import TaskState
 from services.registry.task_config import DatasetDigest
 from tests.support.registry_fakes import START

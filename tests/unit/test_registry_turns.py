@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from services.registry.turns import each, fairly
+from services.registry.referee.turns import each, fairly
 from services.runtime.errors import Unavailable
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import AsyncIterator
 
-from services.registry.artifact_rights import Upload
-from services.registry.artifacts import Progress
+from services.registry.artifacts.artifacts import Progress
+from services.registry.artifacts.rights import Upload
 from services.registry.convert.times import timestamp
 from services.registry.records import Artifact
 from services.runtime import names

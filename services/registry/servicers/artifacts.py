@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from services.registry.artifacts import Artifacts
+from services.registry.artifacts.artifacts import Artifacts
 from services.registry.convert import artifacts as convert
 from services.runtime.auth import current_caller
 from services.runtime.names import parse_artifact

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
-from services.registry.docket import Docket
 from services.registry.entries import ScoreConcluded, SubmissionChanged
 from services.registry.records import Round, Score, Submission, Task
+from services.registry.referee.docket import Docket
+from services.registry.referee.turns import each, traced
 from services.registry.rounds import (
     FIRST_ROUND,
     Standing,
@@ -32,7 +33,6 @@ from services.registry.states import (
     ValidatorFaultKind,
 )
 from services.registry.transaction import Reading, Store, Writing
-from services.registry.turns import each, traced
 from services.registry.visibility import hides
 from tiltyard import ladder, scoring
 from tiltyard.commitments import SALT_BYTES

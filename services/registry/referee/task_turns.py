@@ -8,13 +8,13 @@ from datetime import datetime
 from services.registry.entries import HoldoutChanged, TaskChanged
 from services.registry.listing import Listing
 from services.registry.records import Task
+from services.registry.referee.scans import DatasetScans
+from services.registry.referee.turns import each
 from services.registry.rounds import FIRST_ROUND, HOLDOUT_ROUND, disclose
-from services.registry.scans import DatasetScans
 from services.registry.selection import Selection
 from services.registry.states import ArtifactPurpose, HoldoutState, ScoreVisibility, SubmissionState, TaskState
 from services.registry.task_states import cancel, close, fail_holdout
 from services.registry.transaction import Reading, Store, Writing
-from services.registry.turns import each
 from services.runtime.errors import NotFound
 
 _UNENDED = (SubmissionState.COMMITTED, SubmissionState.REVEALED, SubmissionState.EVALUATING)

@@ -3,8 +3,8 @@
 import asyncio
 from collections import deque
 
-from services.registry.artifact_files import StoredFile
-from services.registry.storedwork import stored
+from services.registry.artifacts.files import StoredFile
+from services.registry.artifacts.storedwork import stored
 from services.runtime.errors import DataLoss
 
 # A thread's turn for each chunk would cost as much as the chunk.

@@ -7,10 +7,10 @@ from functools import partial
 
 import structlog
 
-from services.registry.artifact_files import ArtifactFiles, OpenUpload
-from services.registry.keeping import Keeping, removable_from
+from services.registry.artifacts.files import ArtifactFiles, OpenUpload
+from services.registry.artifacts.keeping import Keeping, removable_from
+from services.registry.artifacts.uploads import Uploads
 from services.registry.transaction import Reading, Store, Writing
-from services.registry.uploads import Uploads
 from services.runtime.errors import Aborted
 
 # The digests by their first two digits, so that no question to the store or the files is about all of them.

@@ -4,9 +4,9 @@ from collections.abc import Callable, Collection
 from datetime import datetime
 
 from services.registry.records import Round
+from services.registry.referee.turns import fairly
 from services.registry.states import RoundState
 from services.registry.transaction import Reading
-from services.registry.turns import fairly
 
 RoundKey = tuple[str, int, int]
 IsDue = Callable[[Reading, Round, datetime], bool]

@@ -11,8 +11,8 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from services.registry.artifact_files import Stored
-from services.registry.files import UploadFolder
+from services.registry.artifacts.directory import UploadFolder
+from services.registry.artifacts.files import Stored
 
 _BLOCK_BYTES = 8 << 20
 _LEAST_BYTES = 1 << 20

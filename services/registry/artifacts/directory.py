@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from services.registry.artifact_files import OpenUpload, Partial, Stored, UnnamedPartial
+from services.registry.artifacts.files import OpenUpload, Partial, Stored, UnnamedPartial
 from tiltyard.growingfile import GrowingFile
 from tiltyard.pagecache import Passage
 

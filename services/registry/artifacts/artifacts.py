@@ -4,13 +4,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from services.registry.artifact_files import ArtifactFiles, Partial, StoredFile, stand_in
-from services.registry.artifact_rights import Upload, check_unnamed, expected_use, readable, size_mismatch
-from services.registry.readahead import ReadAhead
+from services.registry.artifacts.files import ArtifactFiles, Partial, StoredFile, stand_in
+from services.registry.artifacts.readahead import ReadAhead
+from services.registry.artifacts.rights import Upload, check_unnamed, expected_use, readable, size_mismatch
+from services.registry.artifacts.storedwork import storage_failed, stored
+from services.registry.artifacts.uploads import Uploads
 from services.registry.records import Artifact
-from services.registry.storedwork import storage_failed, stored
 from services.registry.transaction import Reading, Store, Writing
-from services.registry.uploads import Uploads
 from services.runtime.errors import DataLoss, InvalidArgument, OutOfRange
 from tiltyard.writebehind import WriteBehind
 

@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from services.registry.docket import Docket, RoundKey, key_of
 from services.registry.entries import DrawMade, SubmissionChanged
 from services.registry.listing import Condition, Listing
 from services.registry.records import Assignment, Draw, Round, Submission, Task
+from services.registry.referee.docket import Docket, RoundKey, key_of
+from services.registry.referee.turns import each, traced
 from services.registry.rounds import (
     FIRST_ROUND,
     HOLDOUT_ROUND,
@@ -21,7 +22,6 @@ from services.registry.rounds import (
 from services.registry.selection import Selection
 from services.registry.states import HoldoutState, MembershipState, Role, RoundState, SubmissionState, TaskState
 from services.registry.transaction import Reading, Store, Writing
-from services.registry.turns import each, traced
 from services.runtime.errors import ArenaError, FailedPrecondition, NotFound
 from services.runtime.names import format_submission
 from tiltyard.commitments import holdout_anchor

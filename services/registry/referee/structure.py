@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
 
-from services.registry.artifact_files import StoredFile
+from services.registry.artifacts.files import StoredFile
 from services.registry.records import Submission
+from services.registry.referee.turns import each
 from services.registry.rounds import FIRST_ROUND, reject, start_round
 from services.registry.states import RejectionReason, SubmissionState
 from services.registry.transaction import Reading, Store, Writing
-from services.registry.turns import each
 from services.runtime.names import format_submission
 from tiltyard.modelfile import check_model_file
 from tiltyard.modelspec import ModelFault, ModelSpec

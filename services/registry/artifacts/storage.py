@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from services.registry.files import DirectoryFiles
+from services.registry.artifacts.directory import DirectoryFiles
 
 if TYPE_CHECKING:
-    from services.registry.artifact_files import ArtifactFiles
+    from services.registry.artifacts.files import ArtifactFiles
 
 BUCKET_SCHEME = "s3"
 
@@ -27,6 +27,6 @@ def open_artifacts(place: str, *, state_dir: Path) -> "ArtifactFiles":
     if bucket_of(place) is None:
         return DirectoryFiles(Path(place) if place else state_dir)
     # With the extra `s3` alone.
-    from services.registry.bucket import BucketFiles
+    from services.registry.artifacts.bucket import BucketFiles
 
     return BucketFiles(place, state_dir)

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
-from services.registry.artifact_files import ArtifactFiles
-from services.registry.artifact_rights import Upload
-from services.registry.keeping import is_pending
+from services.registry.artifacts.files import ArtifactFiles
+from services.registry.artifacts.keeping import is_pending
+from services.registry.artifacts.rights import Upload
 from services.registry.transaction import Reading, Store
 from services.runtime.errors import Aborted, ResourceExhausted
 
