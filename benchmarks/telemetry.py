@@ -202,7 +202,7 @@ async def _windows(node: Node, switch: _Switch) -> Pairs:
 def _trainers() -> list[int]:
     """This process, which serves the node, and the training's own."""
     children = psutil.Process().children()
-    return [os.getpid(), *(each.pid for each in children if "services.trainer.child" in each.cmdline())]
+    return [os.getpid(), *(each.pid for each in children if "services.trainer.descent.child" in each.cmdline())]
 
 
 async def _evaluation(folder: Path, switch: _Switch) -> Pairs:

@@ -24,10 +24,10 @@ from sklearn.datasets import load_digits
 
 from benchmarks import _peers
 from services.trainer.config import LossKind, TrainingConfig
-from services.trainer.descent import Descent
-from services.trainer.keeper import CheckpointKeeper
+from services.trainer.descent.descent import Descent
+from services.trainer.descent.keeper import CheckpointKeeper
+from services.trainer.descent.rows import Rows
 from services.trainer.progress import Progress
-from services.trainer.rows import Rows
 from services.trainer.schedule import Plan
 from services.trainer.trainings import DEFAULT_LABEL_SMOOTHING
 from tiltyard.models import build

@@ -31,7 +31,7 @@ _LOG_TAIL_BYTES = 4096
 
 
 class ChildProcesses:
-    """Runs each training by `python -m services.trainer.child`, in a process group and a folder of its own."""
+    """Runs each training by `python -m services.trainer.descent.child`, in a process group and a folder of its own."""
 
     def __init__(self, *, folder: Path, bases: Path, data: DataFolder, threads: int) -> None:
         self._folder = folder
@@ -105,7 +105,7 @@ class ChildProcesses:
             return await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "services.trainer.child",
+                "services.trainer.descent.child",
                 str(folder),
                 str(os.getpid()),
                 stdin=asyncio.subprocess.DEVNULL,

@@ -19,13 +19,13 @@ from sklearn.datasets import load_digits
 
 from services.trainer import runfolder
 from services.trainer.config import Executor, LossKind, TrainingConfig
-from services.trainer.descent import Descent
+from services.trainer.descent.descent import Descent
+from services.trainer.descent.rows import Rows
 from services.trainer.ends import Broken, Note, Trained
 from services.trainer.leftovers import RUN_VARIABLE
 from services.trainer.localdata import DataFolder
 from services.trainer.packed import mark_of
 from services.trainer.progress import Progress
-from services.trainer.rows import Rows
 from services.trainer.runner import ChildProcesses
 from services.trainer.training import Training
 from tiltyard.datasets import write_dataset

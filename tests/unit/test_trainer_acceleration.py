@@ -12,12 +12,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from services.trainer.acceleration import Acceleration, is_out_of_memory
-from services.trainer.checkpoints import load_checkpoint, save_checkpoint
 from services.trainer.config import LossKind, OptimizerKind, Precision, TrainingConfig
-from services.trainer.descent import Descent
-from services.trainer.objectives import objective
-from services.trainer.rows import Rows
+from services.trainer.descent.acceleration import Acceleration, is_out_of_memory
+from services.trainer.descent.checkpoints import load_checkpoint, save_checkpoint
+from services.trainer.descent.descent import Descent
+from services.trainer.descent.objectives import objective
+from services.trainer.descent.rows import Rows
 from tiltyard.modelspec import Architecture, Convnet, Linear, Mlp, ModelSpec, Resnet, Transformer
 
 DIGITS = load_digits()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.trainer import keeper as keeping
-from services.trainer.checkpoints import Checkpoint, CheckpointUnreadable, load_checkpoint, save_checkpoint
-from services.trainer.keeper import CheckpointKeeper
+from services.trainer.descent import keeper as keeping
+from services.trainer.descent.checkpoints import Checkpoint, CheckpointUnreadable, load_checkpoint, save_checkpoint
+from services.trainer.descent.keeper import CheckpointKeeper
 from tiltyard.tensorfile import read_header
 
 STATE = {

@@ -16,9 +16,9 @@ from services.runtime.errors import DiskFull, InvalidArgument
 from services.trainer import runfolder
 from services.trainer.config import LossKind, TrainingConfig
 from services.trainer.datareport import DataReport, report_on
+from services.trainer.descent.preparing import packed as packed_before
 from services.trainer.fulldisk import write_when_there_is_room
 from services.trainer.localdata import DataFolder, LocalFile, examine
-from services.trainer.preparing import packed as packed_before
 from tiltyard.datasets import Dataset, DatasetError, pack
 from tiltyard.modelspec import Linear, ModelSpec
 

@@ -12,14 +12,14 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from services.trainer.batches import Batches, split
-from services.trainer.checkpoints import Checkpoint
 from services.trainer.config import LossKind, OptimizerKind, ScheduleKind, TrainingConfig
-from services.trainer.descent import Descent
-from services.trainer.meter import Diverged
-from services.trainer.objectives import objective
+from services.trainer.descent.batches import Batches, split
+from services.trainer.descent.checkpoints import Checkpoint
+from services.trainer.descent.descent import Descent
+from services.trainer.descent.meter import Diverged
+from services.trainer.descent.objectives import objective
+from services.trainer.descent.rows import Rows
 from services.trainer.progress import Progress
-from services.trainer.rows import Rows
 from services.trainer.schedule import Plan, default_epochs
 from services.trainer.trainings import DEFAULT_LABEL_SMOOTHING
 from tiltyard.models import build
@@ -336,7 +336,7 @@ def test_the_learning_rate_warms_up_and_comes_down_to_zero() -> None:
 
 
 def test_an_image_is_shifted_by_a_pixel_at_most() -> None:
-    from services.trainer.augmentation import shifted
+    from services.trainer.descent.augmentation import shifted
 
     x = torch.zeros(200, 8, 8, dtype=torch.uint8)
     x[:, 4, 4] = 7

@@ -13,9 +13,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from services.trainer import runfolder
-from services.trainer.acceleration import allow_tf32
 from services.trainer.config import LossKind, TrainingConfig
-from services.trainer.run import train
+from services.trainer.descent.acceleration import allow_tf32
+from services.trainer.descent.run import train
 from tiltyard.datasets import write_dataset
 from tiltyard.models import Network, build, save_weights
 from tiltyard.modelspec import Mlp, ModelSpec
@@ -93,7 +93,7 @@ def test_a_model_whose_file_answers_otherwise_is_not_let_stand(tmp_path: Path, m
             save_weights(module, path)
             module.get_parameter("head.bias")[0] -= 1
 
-    monkeypatch.setattr("services.trainer.run.save_weights", damaging)
+    monkeypatch.setattr("services.trainer.descent.run.save_weights", damaging)
     folder = ordered(tmp_path / "run")
     status, events = run(folder)
     assert status == 1

@@ -11,9 +11,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from services.trainer.config import LossKind, TrainingConfig
-from services.trainer.descent import Descent
+from services.trainer.descent.descent import Descent
+from services.trainer.descent.rows import Rows
 from services.trainer.progress import Progress
-from services.trainer.rows import Rows
 from tiltyard.modelspec import Mlp, ModelSpec
 
 DIGITS = load_digits()
@@ -23,7 +23,7 @@ CONFIG = TrainingConfig(epochs=4, batch_size=50, accumulation=2, label_smoothing
 
 
 class Threads:
-    """services.trainer.workers.Workers as threads of one process."""
+    """services.trainer.descent.workers.Workers as threads of one process."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from services.trainer.checkpoints import Checkpoint, save_checkpoint
+from services.trainer.descent.checkpoints import Checkpoint, save_checkpoint
 
 
 class CheckpointKeeper:

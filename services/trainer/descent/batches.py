@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from services.trainer.rows import Rows
+from services.trainer.descent.rows import Rows
 
 # What a row's number takes in memory is half of int64, where that will do.
 _NARROW_ROWS = 1 << 31

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from services.trainer.holdout import Holdout
+from services.trainer.descent.holdout import Holdout
 from services.trainer.progress import Progress
 from services.trainer.schedule import Plan
 

@@ -9,18 +9,18 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from services.trainer.acceleration import Acceleration, is_out_of_memory
-from services.trainer.augmentation import shifted
-from services.trainer.batches import Batches, split
-from services.trainer.checkpoints import Checkpoint
 from services.trainer.config import LossKind, TrainingConfig
-from services.trainer.holdout import EVALUATED_ROWS, Holdout, evaluated
-from services.trainer.meter import REPORT_INTERVAL_S, Diverged, Meter
-from services.trainer.objectives import objective, optimizer_of
+from services.trainer.descent.acceleration import Acceleration, is_out_of_memory
+from services.trainer.descent.augmentation import shifted
+from services.trainer.descent.batches import Batches, split
+from services.trainer.descent.checkpoints import Checkpoint
+from services.trainer.descent.holdout import EVALUATED_ROWS, Holdout, evaluated
+from services.trainer.descent.meter import REPORT_INTERVAL_S, Diverged, Meter
+from services.trainer.descent.objectives import objective, optimizer_of
+from services.trainer.descent.rows import Rows
+from services.trainer.descent.workers import Workers
 from services.trainer.progress import Progress
-from services.trainer.rows import Rows
 from services.trainer.schedule import Plan
-from services.trainer.workers import Workers
 from tiltyard.models import Network, build
 from tiltyard.modelspec import ModelSpec
 

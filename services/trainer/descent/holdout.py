@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from services.trainer.config import LossKind
-from services.trainer.objectives import objective
-from services.trainer.rows import Rows
+from services.trainer.descent.objectives import objective
+from services.trainer.descent.rows import Rows
 from tiltyard.models import Network
 
 EVALUATED_ROWS = 512

@@ -17,9 +17,9 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.queue import Queue
 
 from services.trainer import runfolder
-from services.trainer.run import train
+from services.trainer.descent.run import train
+from services.trainer.descent.workers import ProcessGroup
 from services.trainer.runfolder import Say
-from services.trainer.workers import ProcessGroup
 
 _END = None
 # A cluster for one run on one machine: nobody takes it away or asks for figures, and an end is noticed at once.

@@ -1,4 +1,4 @@
-"""`python -m services.trainer.child RUN_DIR PARENT_PID`: one training in a process of its own.
+"""`python -m services.trainer.descent.child RUN_DIR PARENT_PID`: one training in a process of its own.
 
 Says what happens as JSON lines on standard output: `preparing`, `data`, `progress`, `warning`, and at the end `trained`
 or `broken`. Ends without a last word when it is told to stop (SIGTERM, after a checkpoint) or dies; started again, it
@@ -19,8 +19,8 @@ from services.modelserver.sandbox import die_with_parent
 from services.runtime.errors import InvalidArgument
 from services.trainer import runfolder
 from services.trainer.config import Executor
+from services.trainer.descent.preparing import looked_through, packed
 from services.trainer.leftovers import end_with_me
-from services.trainer.preparing import looked_through, packed
 from services.trainer.runfolder import Say
 from tiltyard.datasets import Dataset, DatasetError
 
@@ -75,13 +75,13 @@ def _train(folder: Path, say: Say) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         end_with_me(folder)
         try:
-            from services.trainer.ray_workers import train_with_ray
+            from services.trainer.descent.ray_workers import train_with_ray
         except ImportError as error:
             say({"event": "broken", "error": f"executor RAY needs pip install 'tiltyard[ray]': {error}"})
             return 1
         return train_with_ray(folder, say)
     # Imported here so that the parent's death is noticed from the first moment on.
-    from services.trainer.run import train
+    from services.trainer.descent.run import train
 
     def on_stop(stop: Callable[[], None]) -> None:
         def both(_number: int, _frame: object) -> None:

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 
 from services.trainer import runfolder
-from services.trainer.acceleration import allow_tf32
-from services.trainer.checkpoints import CheckpointUnreadable, load_checkpoint
-from services.trainer.descent import Descent
+from services.trainer.descent.acceleration import allow_tf32
+from services.trainer.descent.checkpoints import CheckpointUnreadable, load_checkpoint
+from services.trainer.descent.descent import Descent
+from services.trainer.descent.keeper import CheckpointKeeper
+from services.trainer.descent.meter import Diverged
+from services.trainer.descent.rows import Rows
+from services.trainer.descent.workers import Workers
 from services.trainer.fulldisk import write_when_there_is_room
-from services.trainer.keeper import CheckpointKeeper
-from services.trainer.meter import Diverged
 from services.trainer.progress import Progress
-from services.trainer.rows import Rows
 from services.trainer.runfolder import STOPPED_STATUS, Say
 from services.trainer.schedule import completed
-from services.trainer.workers import Workers
 from tiltyard.datasets import Dataset
 from tiltyard.models import Network, load_model, load_weights, save_weights
 from tiltyard.modelspec import ModelFault
