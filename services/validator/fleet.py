@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any
 
 import grpc
@@ -109,7 +110,10 @@ class Fleet:
         self._step = rows_per_batch
         self._window = window
         self._changed = threading.Condition()
-        self._waiting: deque[int] = deque()
+        self._unsent = 0
+        """Where the first batch begins that no server has had."""
+        self._left: list[int] = []
+        """A heap of batches that servers have left behind."""
         self._answered: dict[int, NDArray[np.float32]] = {}
         self._taken = 0
         self._total = 0
@@ -129,7 +133,6 @@ class Fleet:
         and `take` raise.
         """
         self._total = rows.total
-        self._waiting.extend(range(0, rows.total, self._step))
         threads = [
             threading.Thread(target=self._serve, args=(endpoint, rows), name=f"fleet-{endpoint.name}")
             for endpoint in self._endpoints
@@ -243,8 +246,12 @@ class Fleet:
         with self._changed:
             while not self._over and self._failure is None:
                 late_in_s = self._late_in_s()
-                if self._waiting and self._waiting[0] < self._taken + reach:
-                    start = self._waiting.popleft()
+                if (first := self._left[0] if self._left else self._unsent) < min(self._taken + reach, self._total):
+                    start = first
+                    if self._left:
+                        heappop(self._left)
+                    else:
+                        self._unsent += self._step
                 elif not wait or self._taken >= self._total:
                     return None
                 elif late_in_s is not None and late_in_s <= 0:
@@ -281,9 +288,9 @@ class Fleet:
 
     def _leave(self, left: Sequence[int]) -> None:
         """Batches that another server, or the same one later, is to answer. The lock is held."""
-        unanswered = [start for start in left if self._sent.pop(start, None) is not None]
-        # The oldest first: the count waits for them.
-        self._waiting = deque(sorted((*unanswered, *self._waiting)))
+        for start in left:
+            if self._sent.pop(start, None) is not None:
+                heappush(self._left, start)
         self._changed.notify_all()
 
 

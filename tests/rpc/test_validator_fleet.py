@@ -2,8 +2,10 @@
 
 import threading
 import time
+import tracemalloc
 from concurrent import futures
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -247,6 +249,19 @@ def test_what_take_raises_comes_out_and_ends_the_threads(rows):
     with serving(Server()) as endpoints, pytest.raises(ValueError, match="enough"):
         fleet_of(endpoints).run(rows, take)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fleet")]
+
+
+def test_many_small_batches_are_not_listed_before_the_first(rows):
+    def take(start, stop, logits):
+        raise ValueError("enough")
+
+    tracemalloc.start()
+    try:
+        with serving(Server()) as endpoints, pytest.raises(ValueError, match="enough"):
+            fleet_of(endpoints).run(replace(rows, total=10**7 * STEP), take)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_slow_start_of_the_count_bounds_what_is_read_ahead(rows):
