@@ -40,6 +40,7 @@ class Leavings:
         self._cache = cache
         self._every_s = every_s
         self._ended: set[str] = set()
+        self._needed: dict[str, frozenset[str]] = {}
         self._useless: set[str] = set()
 
     async def run(self) -> None:
@@ -49,7 +50,11 @@ class Leavings:
             await asyncio.sleep(self._every_s)
 
     async def remove(self) -> None:
-        """Looks once. What cannot be asked for, and what is in use, has its turn the next time."""
+        """Looks once. What cannot be asked for, and what is in use, has its turn the next time.
+
+        Of two tasks with one dataset both are to have ended. One that cannot be asked for counts as it stood before; at
+        worst its dataset is fetched again.
+        """
         needed: set[str] = set()
         for task in await self._store.tasks():
             if task in self._ended:
@@ -59,12 +64,14 @@ class Leavings:
             except NotFound:
                 found = TaskDatasets(frozenset(), ended=True)
             except ArenaError as error:
-                # Two tasks may have one dataset, so nothing goes before all have been asked for.
                 _log.info("a task could not be asked for", task=task, reason=error.reason)
-                return
+                needed |= self._needed.get(task, frozenset())
+                continue
             if found.ended:
                 self._ended.add(task)
+                self._needed.pop(task, None)
                 self._useless |= found.digests
             else:
+                self._needed[task] = found.digests
                 needed |= found.digests
         self._useless -= {digest for digest in self._useless - needed if self._cache.remove(digest)}

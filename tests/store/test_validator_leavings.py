@@ -60,13 +60,15 @@ async def test_a_dataset_goes_when_the_last_task_that_has_it_is_over(tmp_path):
     assert registry.asked == ["one", "two", "one"]
 
 
-async def test_nothing_goes_while_a_task_cannot_be_asked_for(tmp_path):
-    cache = await filled(tmp_path, A)
-    registry = Registry({"one": of(A, ended=True), "two": Unavailable("AWAY", "away")})
+async def test_a_task_that_cannot_be_asked_for_keeps_what_it_had_and_nothing_else(tmp_path):
+    cache = await filled(tmp_path, A, B)
+    registry = Registry({"one": of(A, ended=False), "two": of(A, B, ended=False)})
     leavings = Leavings(registry, registry, cache)
     await leavings.remove()
+    registry.known = {"one": Unavailable("AWAY", "away"), "two": of(A, B, ended=True)}
+    await leavings.remove()
     assert left(tmp_path) == {A}
-    registry.known["two"] = NotFound("TASK_NOT_FOUND", "forgotten")
+    registry.known["one"] = NotFound("TASK_NOT_FOUND", "forgotten")
     await leavings.remove()
     assert left(tmp_path) == set()
 
