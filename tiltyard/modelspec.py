@@ -25,8 +25,6 @@ MAX_ENCODER_LAYERS = 64
 MAX_HEADS = 256
 MAX_SCALE = 1e6
 MAX_OPSET = 1000
-# The largest spec's tensors take a seventh of it. A dataset's header, which names its labels, may be longer.
-MAX_WEIGHTS_HEADER_BYTES = 2 * 1024 * 1024
 # More values of a list are not looked at: a stranger's may have a million, whose product alone takes minutes.
 _MOST_LISTED = MAX_LAYERS
 
@@ -446,7 +444,7 @@ def check_safetensors(read: Read, total_bytes: int, spec: ModelSpec, *, max_byte
     if total_bytes > max_bytes:
         raise ModelFault(FaultCode.TOO_LARGE, f"{total_bytes} bytes are over the limit of {max_bytes}")
     try:
-        header = read_header(read, total_bytes, max_header_bytes=MAX_WEIGHTS_HEADER_BYTES)
+        header = read_header(read, total_bytes)
     except TensorFileError as error:
         raise ModelFault(FaultCode.BAD_FORMAT, str(error)) from error
     for name, entry in header.tensors.items():

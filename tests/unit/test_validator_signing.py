@@ -43,6 +43,13 @@ def test_a_fault_is_stated_without_counts(fault):
     assert len(statement.detail) == 500
 
 
+def test_a_report_holds_no_folder_of_the_machine_and_keeps_a_graphs_names(tmp_path):
+    told = f"unix:{tmp_path}/socket: cannot open '{tmp_path}/model.onnx', at /layer1/conv/Conv of a/b/c, 1/2"
+    report = KeyNotary(Key.generate(), "o").report(NAME, ORDER, Finding(fault=Fault.CRASHED, detail=told))
+    statement, _ = open_statement(envelope_pb2.Envelope.FromString(report), envelope_pb2.EvaluationReport)
+    assert statement.detail == "unix:socket: cannot open 'model.onnx', at /layer1/conv/Conv of a/b/c, 1/2"
+
+
 def test_a_seal_binds_the_report_and_its_salt():
     notary = KeyNotary(Key.generate(), "o")
     report = notary.report(NAME, ORDER, found(1))
