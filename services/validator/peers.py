@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
+import structlog
 
 from services.runtime.names import format_artifact, format_task, parse_artifact, parse_assignment, parse_participant
 from services.runtime.rpc_errors import from_rpc_error
@@ -32,7 +33,11 @@ from tiltyard.wire import WireError, model_spec_from_proto
 
 _PAGE_SIZE = 1000
 _SHORTEST_LEASE_S = 1.0
-_STATE_PREFIX = "ASSIGNMENT_STATE_"
+_STATES = {
+    evaluation_types_pb2.AssignmentState.Value(f"ASSIGNMENT_STATE_{state.value}"): state for state in AssignmentState
+}
+_log = structlog.get_logger("tiltyard.validator")
+
 _SAFETENSORS = model_pb2.MODEL_FORMAT_SAFETENSORS
 
 _ENDED_TASKS = (task_pb2.TASK_STATE_FINAL, task_pb2.TASK_STATE_CANCELLED)
@@ -62,6 +67,7 @@ class RegistryPeer:
         self._artifacts = ArtifactStub(channel)
         self._tasks = task_pb2_grpc.TaskServiceStub(channel)
         self._clock = clock
+        self._unknown: set[int] = set()
 
     async def watch(self, cursor: str) -> AsyncIterator[tuple[Assignment, str]]:
         """Own assignments that have not ended, then each change, with the cursor to resume after it."""
@@ -69,7 +75,8 @@ class RegistryPeer:
             async for message in self._assignments.WatchAssignments(
                 assignment_pb2.WatchAssignmentsRequest(cursor=cursor)
             ):
-                yield _assignment(message.assignment), message.cursor
+                if (assignment := self._known(message.assignment)) is not None:
+                    yield assignment, message.cursor
 
     async def assignments(self, submission: str = "") -> list[Assignment]:
         """All own assignments, those that have ended too; of one submission, where it is named, everybody's."""
@@ -79,7 +86,7 @@ class RegistryPeer:
             request = assignment_pb2.ListAssignmentsRequest(parent=submission, page_size=_PAGE_SIZE, page_token=token)
             async with _translated():
                 page = await self._assignments.ListAssignments(request)
-            found += [_assignment(each) for each in page.assignments]
+            found += filter(None, map(self._known, page.assignments))
             token = page.next_page_token
             if not token:
                 return found
@@ -145,6 +152,15 @@ class RegistryPeer:
             digests=frozenset(digest.hex() for digest in digests if digest), ended=found.state in _ENDED_TASKS
         )
 
+    def _known(self, message: assignment_pb2.Assignment) -> Assignment | None:
+        """An assignment in a state known to this validator; a newer registry's other ones are passed over."""
+        if message.state in _STATES:
+            return _assignment(message)
+        if message.state not in self._unknown:
+            self._unknown.add(message.state)
+            _log.warning("a state of assignments is not known to this version", state=message.state, first=message.name)
+        return None
+
     def _left_s(self, assignment: assignment_pb2.Assignment) -> float:
         """Seconds until the lease ends, by the registry's own clock where it is behind or ahead of ours."""
         deadline = assignment.deadline.ToDatetime(tzinfo=UTC)
@@ -156,11 +172,10 @@ class RegistryPeer:
 
 
 def _assignment(message: assignment_pb2.Assignment) -> Assignment:
-    state = evaluation_types_pb2.AssignmentState.Name(message.state).removeprefix(_STATE_PREFIX)
     return Assignment(
         name=message.name,
         task=parse_assignment(message.name).task,
-        state=AssignmentState(state),
+        state=_STATES[message.state],
         opening=message.opening,
         deadline=message.deadline.ToDatetime(tzinfo=UTC) if message.HasField("deadline") else None,
         trace=message.traceparent,

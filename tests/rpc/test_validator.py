@@ -398,6 +398,20 @@ async def test_a_registry_that_restarts_is_found_again(registry, start):
     assert validator.process.returncode is None
 
 
+async def test_a_state_that_only_a_newer_registry_knows_is_passed_over(registry, start):
+    x, y = random_dataset(300, (8, 8), 10)
+    data = dataset_bytes(x, y)
+    strange = await registry.offer(data, model_bytes(SPEC), SPEC)
+    await registry.change(strange, state=99)
+    validator = await start()
+    await asyncio.wait_for(registry.until_watched(), LONG_S)
+    await registry.change(strange, state=99)
+    name = await registry.offer(data, model_bytes(SPEC, 1), SPEC)
+    await asyncio.wait_for(registry.until(name, OPENED), LONG_S)
+    assert registry.watches == 1
+    assert validator.process.returncode is None
+
+
 async def test_an_artifact_of_another_digest_is_declined(registry, start):
     x, y = random_dataset(300, (8, 8), 10)
     name = await registry.offer(dataset_bytes(x, y), model_bytes(SPEC), SPEC)
