@@ -24,6 +24,7 @@ from services.validator.assignments import (
 from services.validator.cache import Cache, CacheTooSmall
 from services.validator.evaluation import Attempts, CannotEvaluate, Job, NodeServers, find
 from services.validator.patience import TRANSIENT, persist
+from services.validator.redaction import without_folders
 from services.validator.runs import Finding, Progress, Run, RunState, RunStore, SealedReport
 from services.validator.slots import FairSlots
 from tiltyard.commitments import SALT_BYTES
@@ -85,6 +86,7 @@ class Duty:
         self.progress = Progress()
         self.waiting = False
         """True while it has neither run nor lease and waits for its turn."""
+        self._begun = False
         self._latest = assignment
         self._news = asyncio.Event()
         self._means = means
@@ -172,6 +174,7 @@ class Duty:
                 if self._desk.draining():
                     # It waited with many others: whoever wants to stop does not work them all off first.
                     raise CannotEvaluate("the validator takes no further assignments")
+                self._begun = True
                 finding = await self._find(lease.order)
             report = self._means.notary.report(name, lease.order, finding)
         except (CannotEvaluate, CacheTooSmall, DigestMismatch, OSError, ArenaError) as error:
@@ -228,7 +231,10 @@ class Duty:
         self._desk.changed()
 
     async def _keep(self, lease: Lease) -> NoReturn:
-        """Renews the lease at each third of it, until cancelled."""
+        """Renews the lease at each third of it, until cancelled.
+
+        None outlasts its round: where the round's end comes before this duty's turn, a reserve still has time for it.
+        """
         left_s = lease.left_s
         while True:
             await asyncio.sleep(min(max(left_s / 3, _SHORTEST_RENEWAL_S), _LONGEST_RENEWAL_S))
@@ -236,6 +242,10 @@ class Duty:
                 left_s = await persist(lambda: self._means.registry.renew(self._latest.name, lease.token), "renew")
             except ArenaError as error:
                 _fail(f"the lease was lost: {error.message}", error)
+            if not self._begun and left_s < lease.left_s / 2:
+                reason = "other evaluations take longer than this one's round lasts"
+                await self._decline(lease, reason)
+                _fail(reason)
 
     async def _seal(self, sealed: SealedReport, lease: Lease) -> None:
         try:
@@ -306,7 +316,9 @@ class Duty:
 
     async def _decline(self, lease: Lease, reason: str) -> None:
         try:
-            await self._means.registry.decline(self._latest.name, lease.token, reason[:_MAX_REASON_CHARS])
+            await self._means.registry.decline(
+                self._latest.name, lease.token, without_folders(reason)[:_MAX_REASON_CHARS]
+            )
         except ArenaError as error:
             # The lease runs out by itself.
             _log.warning("could not give an assignment back", assignment=self._latest.name, reason=error.reason)

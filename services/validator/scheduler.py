@@ -67,7 +67,7 @@ class Scheduler:
         for name, active in self._active.items():
             if active.duty.waiting:
                 active.task.cancel()
-                self._give_back(name)
+                self._give_back(name, leased=False)
         self._stop_when_drained()
 
     async def run(self) -> None:
@@ -124,8 +124,8 @@ class Scheduler:
         if run is not None and run.state in ENDED_RUNS:
             return
         if self.draining and run is None:
-            if assignment.state is AssignmentState.OFFERED:
-                self._give_back(assignment.name)
+            if assignment.state is not AssignmentState.SEALED:
+                self._give_back(assignment.name, leased=assignment.state is AssignmentState.ACCEPTED)
             return
         self._start(assignment, run)
 
@@ -148,20 +148,23 @@ class Scheduler:
         self._announce()
         self._stop_when_drained()
 
-    def _give_back(self, name: str) -> None:
-        """Lets the next reserve have it at once, instead of after the time for acceptance."""
+    def _give_back(self, name: str, *, leased: bool) -> None:
+        """Lets the next reserve have it at once, instead of after the time for acceptance, or of the lease."""
         if name in self._given_back:
             return
         self._given_back.add(name)
-        task = asyncio.create_task(self._decline(name))
+        task = asyncio.create_task(self._decline(name, leased=leased))
         self._farewells.add(task)
         task.add_done_callback(self._said_farewell)
 
-    async def _decline(self, name: str) -> None:
+    async def _decline(self, name: str, *, leased: bool) -> None:
+        registry = self._means.registry
         try:
-            await self._means.registry.decline(name, "", "the validator takes no further assignments")
+            # Who was cut off between accepting and storing a run has the lease, but not its token.
+            token = (await registry.accept(name, self._means.lease_holder)).token if leased else ""
+            await registry.decline(name, token, "the validator takes no further assignments")
         except ArenaError as error:
-            _log.info("could not give an offer back", assignment=name, reason=error.reason)
+            _log.info("could not give an assignment back", assignment=name, reason=error.reason)
 
     def _said_farewell(self, task: asyncio.Task[None]) -> None:
         self._farewells.discard(task)

@@ -313,6 +313,23 @@ async def test_the_lease_is_renewed_while_work_goes_on(tmp_path):
         assert (await arena.store.until("a", *ENDED_RUNS)).state is RunState.OPENED
 
 
+async def test_what_has_not_had_its_turn_when_its_round_is_about_to_end_is_given_back(tmp_path):
+    async with Arena(tmp_path) as arena:
+        arena.registry.lease_s = 0.3
+        arena.attempts.hold = asyncio.Event()
+        arena.registry.offer("a")
+        await arena.attempts.began.wait()
+        arena.registry.offer("b")
+        await arena.registry.until_called("accept", 2)
+        # No lease is prolonged beyond the end of its round.
+        arena.registry.lease_s = 0.1
+        waited = await arena.store.until("b", *ENDED_RUNS)
+        assert (waited.state, waited.detail) == (RunState.FAILED, arena.calls("decline")[0][2])
+        arena.attempts.hold.set()
+        assert (await arena.store.until("a", *ENDED_RUNS)).state is RunState.OPENED
+    assert [call[1] for call in arena.calls("decline")] == ["b"]
+
+
 async def test_a_lost_lease_ends_the_run(tmp_path):
     async with Arena(tmp_path) as arena:
         arena.registry.lease_s = 0.15
@@ -538,6 +555,16 @@ async def test_a_drain_gives_back_what_is_leased_and_has_not_begun(tmp_path):
         assert (await arena.store.until("a", *ENDED_RUNS)).state is RunState.OPENED
         assert [name for _, name, _ in arena.calls("decline")] == ["b"]
         assert (await arena.store.until("b", *ENDED_RUNS)).detail == "the validator takes no further assignments"
+
+
+async def test_a_drain_gives_back_a_lease_of_which_no_run_was_stored(tmp_path):
+    arena = Arena(tmp_path)
+    arena.registry.known["a"] = Assignment("a", "t", AssignmentState.ACCEPTED)
+    arena.scheduler.drain()
+    async with arena, asyncio.timeout(10):
+        await arena.drained.wait()
+    assert [call[:2] for call in arena.registry.calls if call[1:2] == ("a",)] == [("accept", "a"), ("decline", "a")]
+    assert arena.store.runs == {}
 
 
 async def test_an_idle_drain_is_over_at_once(tmp_path):
