@@ -156,7 +156,8 @@ class TokenSource:
         """A token that is good for another minute at least."""
         moment = time.time() if now is None else now
         with self._lock:
-            if self._expires_at - moment < _RENEWAL_S:
+            # One from the future is of before the clock was set back: servers refuse it until that time has come.
+            if not _RENEWAL_S <= self._expires_at - moment <= TOKEN_LIFETIME_S:
                 self._token = issue_token(self._key, audience=self._audience, now=moment)
                 self._expires_at = int(moment) + TOKEN_LIFETIME_S
             return self._token

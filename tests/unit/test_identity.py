@@ -161,6 +161,12 @@ def test_a_token_source_renews_with_a_minute_left() -> None:
     assert verify_token(renewed, audience=AUDIENCE, now=NOW + 181).expires_at == NOW + 181 + 240
 
 
+def test_a_token_is_made_anew_when_the_clock_is_set_back() -> None:
+    source = TokenSource(KEY, AUDIENCE)
+    source.token(NOW + 3600)
+    assert verify_token(source.token(NOW), audience=AUDIENCE, now=NOW).expires_at == NOW + 240
+
+
 def test_pre_authentication_encoding_is_dsse_v1() -> None:
     # The example of secure-systems-lab/dsse, protocol.md.
     assert pae("http://example.com/HelloWorld", b"hello world") == (

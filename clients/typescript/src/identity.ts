@@ -113,7 +113,9 @@ export class TokenSource {
 
   /** A token that is good for another minute at least. */
   token(nowS: number = Date.now() / 1000): string {
-    if (this.#expiresAtS - nowS < RENEWAL_S) {
+    const leftS = this.#expiresAtS - nowS;
+    // One from the future is of before the clock was set back: servers refuse it until that time has come.
+    if (leftS < RENEWAL_S || leftS > TOKEN_LIFETIME_S) {
       this.#token = issueToken(this.key, this.audience, nowS);
       this.#expiresAtS = Math.floor(nowS) + TOKEN_LIFETIME_S;
     }

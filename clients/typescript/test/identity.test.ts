@@ -26,6 +26,13 @@ test("one token serves until less than a minute of it is left", () => {
   assert.notEqual(tokens.token(1_181), first);
 });
 
+test("a token is made anew when the clock is set back", () => {
+  const tokens = new TokenSource(Key.generate(), "arena/registry");
+  tokens.token(5_000);
+  const [, claims] = tokens.token(1_000).split(".");
+  assert.equal(JSON.parse(Buffer.from(claims ?? "", "base64url").toString()).iat, 1_000);
+});
+
 test("a key survives its file, plain and encrypted, and never overwrites one", async () => {
   const folder = await mkdtemp(join(tmpdir(), "tiltyard-"));
   try {
