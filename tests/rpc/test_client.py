@@ -1,5 +1,6 @@
 """The public client: errors read, pages turned, watches resumed, patience kept."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -166,6 +167,22 @@ async def test_a_watch_that_brings_nothing_is_given_up() -> None:
     async with serving(SmallTasks(breaks=[0] * 100)) as client:
         with pytest.raises(grpc.aio.AioRpcError):
             [message async for message in watch(client.tasks.WatchTask, request, patience_s=0.4)]
+
+
+async def test_a_watch_that_was_silent_for_longer_than_its_patience_goes_on() -> None:
+    asked: list[str] = []
+
+    async def broken_twice(request: task_pb2.WatchTaskRequest) -> AsyncIterator[task_pb2.WatchTaskResponse]:
+        asked.append(request.cursor)
+        if len(asked) == 1:
+            yield task_pb2.WatchTaskResponse(cursor="1")
+        if len(asked) < 3:
+            await asyncio.sleep(0.3)  # as a task in which nothing happens
+            raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata())
+
+    request = task_pb2.WatchTaskRequest(name="tasks/t")
+    seen = [message.cursor async for message in watch(broken_twice, request, patience_s=0.25)]
+    assert (seen, asked) == (["1"], ["", "1", "1"])
 
 
 async def test_patience_outlasts_a_restart_but_no_refusal() -> None:

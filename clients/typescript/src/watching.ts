@@ -1,9 +1,47 @@
 /** Lists to their end and watches without end: pages one after the other, streams that resume where they broke. */
 
+import { setTimeout as wait } from "node:timers/promises";
+
 import { ArenaError } from "./errors.js";
 
 const FIRST_WAIT_MS = 100;
 const LONGEST_WAIT_MS = 2_000;
+/** Milliseconds to go on without an answer. */
+export const PATIENCE_MS = 60_000;
+
+/** How long to go on, and what ends it before: an aborted signal throws its AbortError. */
+export interface Patient {
+  /** Milliseconds, 60,000 where left out. */
+  patienceMs?: number;
+  signal?: AbortSignal;
+}
+
+/**
+ * The answer of `call`, made again and again with growing pauses while it fails for a transient reason.
+ *
+ * A mutating call must carry one request id through all of them. Throws the last ArenaError.
+ */
+export async function persist<Answer>(call: () => Promise<Answer>, patient: Patient = {}): Promise<Answer> {
+  const giveUpAt = performance.now() + (patient.patienceMs ?? PATIENCE_MS);
+  for (let waitMs = FIRST_WAIT_MS; ; waitMs = Math.min(2 * waitMs, LONGEST_WAIT_MS)) {
+    let pauseMs: number;
+    try {
+      return await call();
+    } catch (error) {
+      pauseMs = pauseBefore(error, waitMs, giveUpAt);
+    }
+    await pause(pauseMs, patient.signal);
+  }
+}
+
+/** Milliseconds until the next attempt: `waitMs`, or more where the server said so. Throws the error when it is over. */
+function pauseBefore(error: unknown, waitMs: number, giveUpAt: number): number {
+  const leastMs = error instanceof ArenaError ? error.leastPauseMs : undefined;
+  if (leastMs === undefined) throw error;
+  const pauseMs = Math.max(waitMs, leastMs);
+  if (performance.now() + pauseMs > giveUpAt) throw error;
+  return pauseMs;
+}
 
 /** All pages of a list method, in order. */
 export async function* pages<Request extends { pageToken?: string }, Page extends { nextPageToken: string }>(
@@ -21,38 +59,41 @@ export async function* pages<Request extends { pageToken?: string }, Page extend
 /**
  * The messages of a watch: a stream that breaks is started again after the last cursor, without gap or repeat.
  *
- * Throws the ArenaError that is not transient, or the last one when broken streams bring nothing for `patienceMs`.
+ * Throws the ArenaError that is not transient, or the last one when no stream can be had for the patience; one that stands
+ * may be silent for as long as it likes.
  */
 export async function* watch<Request extends { cursor?: string }, Message extends { cursor: string }>(
-  method: (request: Request) => AsyncIterable<Message>,
+  method: (request: Request, options: { signal?: AbortSignal }) => AsyncIterable<Message>,
   request: Request,
-  patienceMs = 60_000,
+  { patienceMs = PATIENCE_MS, signal }: Patient = {},
 ): AsyncGenerator<Message, void, undefined> {
   let cursor = request.cursor ?? "";
   let waitMs = FIRST_WAIT_MS;
-  let giveUpAt = Date.now() + patienceMs;
+  let giveUpAt: number | undefined;
   for (;;) {
+    const beganAt = performance.now();
     let pauseMs: number;
     try {
-      for await (const message of method({ ...request, cursor })) {
+      for await (const message of method({ ...request, cursor }, { signal })) {
         cursor = message.cursor;
-        waitMs = FIRST_WAIT_MS;
+        [waitMs, giveUpAt] = [FIRST_WAIT_MS, undefined];
         yield message;
-        giveUpAt = Date.now() + patienceMs;
       }
       return;
     } catch (error) {
-      const leastMs = error instanceof ArenaError ? error.leastPauseMs : undefined;
-      if (leastMs === undefined) throw error;
-      pauseMs = Math.max(waitMs, leastMs);
-      if (Date.now() + pauseMs > giveUpAt) throw error;
+      const brokeAt = performance.now();
+      // A stream that stood for so long had a server, though it brought nothing: what counts is the time without one.
+      if (giveUpAt === undefined || brokeAt - beganAt > patienceMs) {
+        [waitMs, giveUpAt] = [FIRST_WAIT_MS, brokeAt + patienceMs];
+      }
+      pauseMs = pauseBefore(error, waitMs, giveUpAt);
     }
-    await pause(pauseMs);
+    await pause(pauseMs, signal);
     waitMs = Math.min(2 * waitMs, LONGEST_WAIT_MS);
   }
 }
 
-/** Resolves after `ms` milliseconds. */
-export function pause(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms));
+/** Resolves after `ms` milliseconds. Throws an AbortError when the signal is aborted before. */
+export async function pause(ms: number, signal?: AbortSignal): Promise<void> {
+  await wait(ms, undefined, { signal });
 }

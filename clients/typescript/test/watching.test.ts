@@ -4,6 +4,7 @@ import { test } from "node:test";
 import { Status } from "nice-grpc";
 
 import { ArenaError, watch } from "../src/index.js";
+import { pause } from "../src/watching.js";
 
 function refusal(code: Status, reason: string, retryAfterS?: number): ArenaError {
   return new ArenaError(code, "no", reason, {}, [], retryAfterS);
@@ -42,4 +43,40 @@ test("a watch ends with what waiting does not help, or takes longer than its pat
   ]) {
     await assert.rejects(breaking([error]).seen(), error);
   }
+});
+
+test("a watch that was silent for longer than its patience goes on when its server restarts", async () => {
+  const cursors: string[] = [];
+  async function* method({ cursor = "" }: { cursor?: string }) {
+    cursors.push(cursor);
+    if (cursors.length === 1) yield { cursor: "1" };
+    if (cursors.length === 3) return;
+    await pause(300); // as a task in which nothing happens
+    throw refusal(Status.UNAVAILABLE, "");
+  }
+  for await (const _message of watch(method, {}, { patienceMs: 250 }));
+  assert.deepEqual(cursors, ["", "1", "1"]);
+});
+
+test("a watch ends with its last error when no stream can be had for its patience", async () => {
+  const cursors: string[] = [];
+  async function* method({ cursor = "" }: { cursor?: string }): AsyncGenerator<{ cursor: string }> {
+    cursors.push(cursor);
+    throw refusal(Status.UNAVAILABLE, "");
+  }
+  const watched = watch(method, {}, { patienceMs: 350 });
+  await assert.rejects(watched.next(), ArenaError);
+  assert.equal(cursors.length, 3); // after 0, 100 and 300 ms
+});
+
+test("a watch that is aborted ends with its signal's error, also in a pause", { timeout: 5_000 }, async () => {
+  const ending = new AbortController();
+  const signals: unknown[] = [];
+  async function* method(_request: object, { signal }: { signal?: AbortSignal }): AsyncGenerator<{ cursor: string }> {
+    signals.push(signal);
+    setTimeout(() => ending.abort(), 20);
+    throw refusal(Status.RESOURCE_EXHAUSTED, "CALL_RATE", 30);
+  }
+  await assert.rejects(watch(method, {}, { signal: ending.signal }).next(), { name: "AbortError" });
+  assert.deepEqual(signals, [ending.signal]);
 });
