@@ -6,9 +6,18 @@ export { ArenaError, type FieldViolation } from "./errors.js";
 export { Key, TokenSource, issueToken, participantId } from "./identity.js";
 export { COMMIT, ENDORSEMENT, JOIN, OWNER, REVEAL, openStatement, signStatement } from "./statements.js";
 export { drawSeed, evaluationSeal, submissionCommitment } from "./commitments.js";
-export { joinTask, newJournal, submitModel, type Journal } from "./submitting.js";
-export { DigestMismatch, download, fileDigest, upload, type Progress, type Purpose } from "./transfers.js";
-export { pages, watch } from "./watching.js";
+export { joinTask, submitModel, type Model } from "./submitting.js";
+export { JournalMismatch, readJournal, type Journal } from "./journal.js";
+export {
+  DigestMismatch,
+  download,
+  fileDigest,
+  upload,
+  type Progress,
+  type Purpose,
+  type TransferOptions,
+} from "./transfers.js";
+export { pages, persist, watch, type Patient } from "./watching.js";
 export { ReceiptInvalid, receiptFromJson, verifyReceipt } from "./receipts.js";
 export { checkOrder, drawId, drawnMember, drawnValue } from "./sortition.js";
 export {

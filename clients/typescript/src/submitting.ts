@@ -1,15 +1,16 @@
 /** Joining a task and submitting a model to it: the signed statements and their order. */
 
-import { randomBytes } from "node:crypto";
-
+import { fromHex, toHex } from "./bytes.js";
 import { newRequestId } from "./calling.js";
 import type { Client } from "./client.js";
-import { SALT_BYTES, submissionCommitment } from "./commitments.js";
+import { submissionCommitment } from "./commitments.js";
+import { beginJournal, writeJournal, type Journal } from "./journal.js";
 import type { Member } from "./proto/tiltyard/registry/v1/membership.js";
 import { ModelFormat } from "./proto/tiltyard/type/v1/model.js";
 import type { Role } from "./proto/tiltyard/type/v1/participation.js";
 import { COMMIT, JOIN, REVEAL, signStatement } from "./statements.js";
-import { fileDigest, upload, type Progress } from "./transfers.js";
+import { fileDigest, upload, type TransferOptions } from "./transfers.js";
+import { persist } from "./watching.js";
 
 /** Joins a task in one role. Throws ArenaError, for example with the reason NOT_ELIGIBLE. */
 export async function joinTask(client: Client, task: string, role: Role): Promise<Member> {
@@ -24,58 +25,71 @@ export async function joinTask(client: Client, task: string, role: Role): Promis
   return member;
 }
 
-/** What has to be kept from before the commit until the reveal: without the salt a commitment cannot be opened. */
-export interface Journal {
+/** A model to submit: its file, the task, and the file of the journal that this submission goes on from. */
+export interface Model {
   task: string;
-  modelDigest: Uint8Array;
-  salt: Uint8Array;
-  commitRequestId: string;
-  revealRequestId: string;
-}
-
-/** The journal of a new submission of the model in a file. Keep it where it survives a crash before calling `submitModel`. */
-export async function newJournal(task: string, model: string): Promise<Journal> {
-  return {
-    task,
-    modelDigest: await fileDigest(model),
-    salt: new Uint8Array(randomBytes(SALT_BYTES)),
-    commitRequestId: newRequestId(),
-    revealRequestId: newRequestId(),
-  };
+  path: string;
+  journal: string;
+  /** Which of the task's models this is, 0 where left out. */
+  index?: number;
+  /** Layout of the file, safetensors where left out. */
+  format?: ModelFormat;
 }
 
 /**
  * Commits to the model in a file, uploads it, reveals it, and returns the submission's name.
  *
- * Calling again with the same journal, after a crash at any point, goes on with the same submission. Throws ArenaError.
+ * Salt and request ids are in the journal (mode 0600) before the first call, so that calling again with the same journal,
+ * after a crash at any point, goes on with the same submission and never makes a second one. Throws JournalMismatch for the
+ * journal of something else, ArenaError for what the registry refuses.
  */
-export async function submitModel(
-  client: Client,
-  journal: Journal,
-  model: { path: string; index?: number; format?: ModelFormat },
-  progress?: Progress,
-): Promise<string> {
-  const { origin, participant, key } = client;
-  const { task, modelDigest, salt } = journal;
+export async function submitModel(client: Client, model: Model, options: TransferOptions = {}): Promise<string> {
+  const { signal } = options;
+  const digest = await fileDigest(model.path, signal);
+  let begun = await beginJournal(model.journal, {
+    origin: client.origin,
+    task: model.task,
+    participant: client.participant,
+    modelDigest: toHex(digest),
+    modelIndex: model.index ?? 0,
+    modelFormat: model.format ?? ModelFormat.MODEL_FORMAT_SAFETENSORS,
+  });
+  if (!begun.submission) {
+    begun = { ...begun, submission: await commit(client, begun, signal) };
+    await writeJournal(model.journal, begun);
+  }
+  if (!begun.revealed) {
+    await upload(client, model.path, { $case: "submission", value: begun.submission }, { ...options, digest });
+    await reveal(client, begun, signal);
+    await writeJournal(model.journal, { ...begun, revealed: true });
+  }
+  return begun.submission;
+}
+
+async function commit(client: Client, begun: Journal, signal: AbortSignal | undefined): Promise<string> {
+  const { origin, task, participant } = begun;
+  const [modelDigest, salt] = [fromHex(begun.modelDigest), fromHex(begun.salt)];
   const commitment = submissionCommitment({ origin, task, participant, modelDigest, salt });
-  const committed = await client.submissions.commitSubmission({
-    statement: signStatement(key, COMMIT, { origin, task, participant, commitment }),
-    requestId: journal.commitRequestId,
-  });
-  const submission = committed.submission?.name;
-  if (!submission) throw new Error("the registry answered without a submission");
-  await upload(client, model.path, { $case: "submission", value: submission }, progress, modelDigest);
-  const format = model.format ?? ModelFormat.MODEL_FORMAT_SAFETENSORS;
-  await client.submissions.revealSubmission({
-    statement: signStatement(key, REVEAL, {
-      origin,
-      submission,
-      modelDigest,
-      salt,
-      format,
-      modelIndex: model.index ?? 0,
+  const request = {
+    statement: signStatement(client.key, COMMIT, { origin, task, participant, commitment }),
+    requestId: begun.commitRequestId,
+  };
+  const { submission } = await persist(() => client.submissions.commitSubmission(request, { signal }), { signal });
+  if (!submission?.name) throw new Error("the registry answered without a submission");
+  return submission.name;
+}
+
+async function reveal(client: Client, begun: Journal, signal: AbortSignal | undefined): Promise<void> {
+  const request = {
+    statement: signStatement(client.key, REVEAL, {
+      origin: begun.origin,
+      submission: begun.submission,
+      modelDigest: fromHex(begun.modelDigest),
+      salt: fromHex(begun.salt),
+      format: begun.modelFormat,
+      modelIndex: begun.modelIndex,
     }),
-    requestId: journal.revealRequestId,
-  });
-  return submission;
+    requestId: begun.revealRequestId,
+  };
+  await persist(() => client.submissions.revealSubmission(request, { signal }), { signal });
 }

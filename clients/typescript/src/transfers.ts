@@ -9,18 +9,29 @@ import { toHex } from "./bytes.js";
 import type { Client } from "./client.js";
 import { ArenaError } from "./errors.js";
 import type { DeepPartial, UploadArtifactRequest } from "./proto/tiltyard/registry/v1/artifact.js";
-import { pause } from "./watching.js";
+import { PATIENCE_MS, pause, persist } from "./watching.js";
 
 const CHUNK_BYTES = 512 * 1024;
 const FIRST_WAIT_MS = 100;
 const LONGEST_WAIT_MS = 2_000;
-const PATIENCE_MS = 60_000;
 
 /** Called with the bytes moved so far and the bytes in all. */
 export type Progress = (moved: bigint, total: bigint) => void;
 
-/** What an uploaded file is for: the D_eval or holdout of a task, or the model of a submission (resource names). */
-export type Purpose = { $case: "task"; value: string } | { $case: "submission"; value: string };
+/**
+ * What an uploaded file is for: the D_eval or holdout of a task, or the model of a submission (resource names); or a base
+ * model for a task to name.
+ */
+export type Purpose =
+  | { $case: "task"; value: string }
+  | { $case: "submission"; value: string }
+  | { $case: "baseModel"; value: true };
+
+/** Who hears of a transfer, and what ends it before: an aborted signal throws its AbortError. */
+export interface TransferOptions {
+  progress?: Progress;
+  signal?: AbortSignal;
+}
 
 /** The bytes that arrived are not those that the artifact's name promises; they have been deleted. */
 export class DigestMismatch extends Error {
@@ -28,9 +39,9 @@ export class DigestMismatch extends Error {
 }
 
 /** SHA-256 of a file, 32 bytes. */
-export async function fileDigest(path: string): Promise<Uint8Array> {
+export async function fileDigest(path: string, signal?: AbortSignal): Promise<Uint8Array> {
   const hash = createHash("sha256");
-  for await (const chunk of createReadStream(path)) hash.update(chunk as Buffer);
+  for await (const chunk of createReadStream(path, { signal })) hash.update(chunk as Buffer);
   return new Uint8Array(hash.digest());
 }
 
@@ -43,25 +54,25 @@ export async function upload(
   client: Client,
   path: string,
   purpose: Purpose,
-  progress?: Progress,
-  digest?: Uint8Array,
+  { progress, signal, digest }: TransferOptions & { digest?: Uint8Array } = {},
 ): Promise<string> {
-  const artifact = `artifacts/${toHex(digest ?? (await fileDigest(path)))}`;
+  const artifact = `artifacts/${toHex(digest ?? (await fileDigest(path, signal)))}`;
   const sizeBytes = BigInt((await stat(path)).size);
   const patience = new Patience();
   for (;;) {
     try {
-      const at = await client.artifacts.getUpload({ artifact });
+      const at = await client.artifacts.getUpload({ artifact }, { signal });
       // A complete artifact still has to be claimed for this purpose: a header with no bytes left to send.
       const offset = at.complete ? sizeBytes : at.offset;
       patience.movedTo(offset);
-      await client.artifacts.uploadArtifact(messages(path, { artifact, sizeBytes, offset, purpose }, progress));
+      const header = { artifact, sizeBytes, offset, purpose };
+      await client.artifacts.uploadArtifact(messages(path, header, progress), { signal });
       progress?.(sizeBytes, sizeBytes);
       return artifact;
     } catch (error) {
       if (!mayGoOn(error) || patience.isOver) throw error;
     }
-    await patience.pause();
+    await patience.pause(signal);
   }
 }
 
@@ -70,27 +81,28 @@ export async function download(
   client: Client,
   artifact: string,
   destination: string,
-  progress?: Progress,
+  { progress, signal }: TransferOptions = {},
 ): Promise<void> {
   const part = `${destination}.part`;
   await mkdir(dirname(destination), { recursive: true });
-  const total = (await client.artifacts.getArtifact({ name: artifact })).artifact?.sizeBytes ?? 0n;
+  const known = await persist(() => client.artifacts.getArtifact({ name: artifact }, { signal }), { signal });
+  const total = known.artifact?.sizeBytes ?? 0n;
   const patience = new Patience();
   for (;;) {
     const offset = await bytesSoFar(part, total);
     if (offset === total) break;
     patience.movedTo(offset);
     try {
-      await fetchInto(client, artifact, part, offset, total, progress);
+      await fetchInto(client, artifact, part, offset, total, { progress, signal });
     } catch (error) {
       if (!(error instanceof ArenaError) || !error.isTransient || patience.isOver) throw error;
     }
     if ((await bytesSoFar(part, total)) < total) {
       if (patience.isOver) throw new DigestMismatch(`${artifact} ends after ${offset} of ${total} bytes`);
-      await patience.pause();
+      await patience.pause(signal);
     }
   }
-  if (toHex(await fileDigest(part)) !== artifact.replace("artifacts/", "")) {
+  if (toHex(await fileDigest(part, signal)) !== artifact.replace("artifacts/", "")) {
     await rm(part);
     throw new DigestMismatch(`the bytes received are not those of ${artifact}`);
   }
@@ -119,12 +131,12 @@ async function fetchInto(
   part: string,
   offset: bigint,
   total: bigint,
-  progress: Progress | undefined,
+  { progress, signal }: TransferOptions,
 ): Promise<void> {
   const file = await open(part, "a");
   try {
     let position = offset;
-    for await (const { chunk } of client.artifacts.downloadArtifact({ name, offset })) {
+    for await (const { chunk } of client.artifacts.downloadArtifact({ name, offset }, { signal })) {
       position += BigInt(chunk.length);
       if (position > total) {
         await rm(part);
@@ -158,21 +170,21 @@ function mayGoOn(error: unknown): boolean {
 class Patience {
   #position = -1n;
   #waitMs = FIRST_WAIT_MS;
-  #giveUpAt = Date.now() + PATIENCE_MS;
+  #giveUpAt = performance.now() + PATIENCE_MS;
 
   movedTo(position: bigint): void {
     if (position <= this.#position) return;
     this.#position = position;
     this.#waitMs = FIRST_WAIT_MS;
-    this.#giveUpAt = Date.now() + PATIENCE_MS;
+    this.#giveUpAt = performance.now() + PATIENCE_MS;
   }
 
   get isOver(): boolean {
-    return Date.now() + this.#waitMs > this.#giveUpAt;
+    return performance.now() + this.#waitMs > this.#giveUpAt;
   }
 
-  async pause(): Promise<void> {
-    await pause(this.#waitMs);
+  async pause(signal: AbortSignal | undefined): Promise<void> {
+    await pause(this.#waitMs, signal);
     this.#waitMs = Math.min(2 * this.#waitMs, LONGEST_WAIT_MS);
   }
 }

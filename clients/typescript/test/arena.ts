@@ -6,9 +6,8 @@ import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
-import { fileURLToPath } from "node:url";
 
-const TILTYARD = process.env["TILTYARD_BIN"] ?? fileURLToPath(new URL("../../../../.venv/bin/tiltyard", import.meta.url));
+import { TILTYARD } from "./python.js";
 
 /** A running arena; `folder` holds its keys, and is removed with it. */
 export class Arena {

@@ -111,11 +111,13 @@ test("a task lives from its creation to a score that an outsider checks", { time
     "head.weight": { dtype: "F32", shape: [CLASSES, FEATURES], data: weight },
     "head.bias": { dtype: "F32", shape: [CLASSES], data: new Float32Array(CLASSES) },
   });
-  const journal = await tiltyard.newJournal(task, model);
+  const journal = join(arena.folder, "journal.json");
   let moved = 0n;
-  const submission = await tiltyard.submitModel(node, journal, { path: model }, (bytes) => (moved = bytes));
+  const progress = (bytes: bigint) => (moved = bytes);
+  const submission = await tiltyard.submitModel(node, { task, path: model, journal }, { progress });
   assert.equal(moved, BigInt((await stat(model)).size));
-  assert.equal(await tiltyard.submitModel(node, journal, { path: model }), submission, "the journal names one submission");
+  const again = await tiltyard.submitModel(node, { task, path: model, journal });
+  assert.equal(again, submission, "the journal names one submission");
 
   for await (const seen of tiltyard.watch(node.leaderboard.watchLeaderboard, { task })) {
     if (seen.leaderboard?.entries.length) break;
