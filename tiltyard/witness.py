@@ -117,7 +117,11 @@ class Witness:
             raise InvalidNote("this witness has not looked at the log yet")
         theirs = parse_checkpoint(verify_note(other, name=seen.origin, public_key=seen.log_key))
         if theirs.size > seen.frontier.size:
-            self._raise(other, f"the log has signed {theirs.size} leaves and shows {seen.frontier.size}")
+            # It may have grown since it was looked at.
+            note = verify_note(await source.note(), name=seen.origin, public_key=seen.log_key)
+            shown = parse_checkpoint(note).size
+            if theirs.size > shown:
+                self._raise(other, f"the log has signed {theirs.size} leaves and shows {shown}")
         small, large = sorted(((theirs.size, theirs.root), (seen.frontier.size, seen.frontier.root())))
         path = await source.consistency(old_size=small[0], new_size=large[0]) if small[0] != large[0] else []
         same = verify_consistency(old_size=small[0], new_size=large[0], path=path, old_root=small[1], new_root=large[1])

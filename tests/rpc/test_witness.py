@@ -115,6 +115,15 @@ async def test_two_histories_that_are_shown_to_two_people_are_found(
         await witness.compare(source, theirs)
 
 
+async def test_a_checkpoint_that_is_newer_than_the_last_look_is_no_matter_for_alarm(
+    arena: RegistryServer, source: RegistrySource, tmp_path: Path
+) -> None:
+    witness = Witness(tmp_path / "w")
+    before = await witness.look(source, now_s=NOW_S)
+    await arena.participant("one more")
+    assert (await witness.compare(source, await source.note())).size == before.size + 1
+
+
 async def test_a_checkpoint_of_another_key_is_no_matter_for_alarm(
     arena: RegistryServer, source: RegistrySource, tmp_path: Path
 ) -> None:
