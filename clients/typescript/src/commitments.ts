@@ -47,6 +47,17 @@ export function drawSeed(fields: { sigma: Uint8Array; revealSalt: Uint8Array }):
   return taggedHash("tiltyard/draw-seed/v1", fields.sigma, fields.revealSalt);
 }
 
+/** What sigma is over in round 2: the hash of the leaf that accepted the holdout, and the submission (a resource name). */
+export function holdoutAnchor(fields: { holdoutLeaf: Uint8Array; submission: string }): Uint8Array {
+  return taggedHash("tiltyard/holdout-anchor/v1", fields.holdoutLeaf, utf8(fields.submission));
+}
+
+/** What the log holds of a score until its task is closed, where the task hides it; `score` is the message's bytes. */
+export function scoreCommitment(fields: { score: Uint8Array; salt: Uint8Array }): Uint8Array {
+  checkLength("a salt", fields.salt, SALT_BYTES);
+  return taggedHash("tiltyard/score-commitment/v1", fields.score, fields.salt);
+}
+
 function checkLength(what: string, bytes: Uint8Array, length: number): void {
   if (bytes.length !== length) throw new RangeError(`${what} has ${length} bytes, not ${bytes.length}`);
 }

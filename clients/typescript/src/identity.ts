@@ -8,9 +8,10 @@ import {
   verify as verifyWith,
   type KeyObject,
 } from "node:crypto";
-import { readFile, stat, writeFile } from "node:fs/promises";
+import { readFile, stat } from "node:fs/promises";
 
 import { sha256, toHex, utf8 } from "./bytes.js";
+import { createFile } from "./keptfile.js";
 
 export const TOKEN_LIFETIME_S = 240;
 const RENEWAL_S = 60;
@@ -54,13 +55,13 @@ export class Key {
     return Key.fromPem(pem, passphrase);
   }
 
-  /** Writes PKCS #8 PEM with mode 0600, encrypted when there is a `passphrase`; fails where a file is already. */
+  /** Writes PKCS #8 PEM with mode 0600, whole or not at all, encrypted when there is a `passphrase`; fails where a file is. */
   async save(path: string, passphrase?: string): Promise<void> {
     const plain = { type: "pkcs8", format: "pem" } as const;
     const pem = this.#privateKey.export(
       passphrase === undefined ? plain : { ...plain, cipher: "aes-256-cbc", passphrase },
     );
-    await writeFile(path, pem, { mode: 0o600, flag: "wx" });
+    await createFile(path, String(pem), 0o600);
   }
 
   /** The 64-byte signature of `message` (RFC 8032: always the same one). */

@@ -4,8 +4,8 @@ export { newRequestId } from "./calling.js";
 export { Client, Node, type ArenaCallOptions, type ArenaOptions, type TlsOptions } from "./client.js";
 export { ArenaError, type FieldViolation } from "./errors.js";
 export { Key, TokenSource, issueToken, participantId } from "./identity.js";
-export { COMMIT, ENDORSEMENT, JOIN, OWNER, REVEAL, openStatement, signStatement } from "./statements.js";
-export { drawSeed, evaluationSeal, submissionCommitment } from "./commitments.js";
+export { COMMIT, ENDORSEMENT, JOIN, OWNER, REPORT, REVEAL, SEAL, openStatement, signStatement } from "./statements.js";
+export { drawSeed, evaluationSeal, holdoutAnchor, scoreCommitment, submissionCommitment } from "./commitments.js";
 export { joinTask, submitModel, type Model } from "./submitting.js";
 export { JournalMismatch, readJournal, type Journal } from "./journal.js";
 export {
@@ -20,7 +20,20 @@ export {
 export { pages, persist, watch, type Patient } from "./watching.js";
 export { ReceiptInvalid, receiptFromJson, verifyReceipt } from "./receipts.js";
 export { checkOrder, drawId, drawnMember, drawnValue } from "./sortition.js";
+export { Alarm, Witness, witnessed, type Seen, type Testimony } from "./witness.js";
+export { WitnessKey, cosign, verifyCosignature } from "./cosigning.js";
+export { CLAIMS, audit, type Audit, type Claim, type Failure } from "./audit.js";
 export {
+  InvalidRecord,
+  RegistryLog,
+  fetchRecord,
+  readRecord,
+  writeRecord,
+  type LogSource,
+  type RecordLog,
+} from "./recordlog.js";
+export {
+  Frontier,
   InvalidNote,
   leafHash,
   openCheckpoint,

@@ -1,21 +1,43 @@
 /** Files that must outlive the process: written whole or not at all, also through a crash. */
 
-import { open, rename } from "node:fs/promises";
+import { randomBytes } from "node:crypto";
+import { link, open, rename, rm } from "node:fs/promises";
 import { basename, dirname, join } from "node:path";
 
 /** Puts `text` in the place of the file at `path`; it is on the disk when this resolves. A new file gets `mode`. */
 export async function replaceFile(path: string, text: string, mode = 0o666): Promise<void> {
   const draft = join(dirname(path), `.${basename(path)}.draft`);
-  const file = await open(draft, "w", mode);
+  await writeThrough(draft, "w", text, mode);
+  await rename(draft, path);
+  await syncFolder(dirname(path));
+}
+
+/** Writes a new file in the same way; fails with EEXIST where one is. */
+export async function createFile(path: string, text: string, mode: number): Promise<void> {
+  const draft = join(dirname(path), `.${basename(path)}.${randomBytes(8).toString("hex")}`);
+  try {
+    await writeThrough(draft, "wx", text, mode);
+    // A link, unlike a rename, fails where a file is there already.
+    await link(draft, path);
+  } finally {
+    await rm(draft, { force: true });
+  }
+  await syncFolder(dirname(path));
+}
+
+async function writeThrough(path: string, flags: string, text: string, mode: number): Promise<void> {
+  const file = await open(path, flags, mode);
   try {
     await file.writeFile(text);
     await file.sync();
   } finally {
     await file.close();
   }
-  await rename(draft, path);
+}
+
+async function syncFolder(path: string): Promise<void> {
   if (process.platform === "win32") return; // a folder can't be opened there
-  const folder = await open(dirname(path), "r");
+  const folder = await open(path, "r");
   try {
     await folder.sync();
   } finally {

@@ -5,9 +5,11 @@ import {
   CommitStatement,
   EndorsementStatement,
   Envelope,
+  EvaluationReport,
   JoinStatement,
   OwnerStatement,
   RevealStatement,
+  SealStatement,
 } from "./proto/tiltyard/type/v1/envelope.js";
 
 /** What can be signed: the message's codec and its name within the payload type. */
@@ -19,6 +21,8 @@ export interface StatementKind<T> {
 export const JOIN: StatementKind<JoinStatement> = { name: "join", codec: JoinStatement };
 export const COMMIT: StatementKind<CommitStatement> = { name: "submission-commit", codec: CommitStatement };
 export const REVEAL: StatementKind<RevealStatement> = { name: "submission-reveal", codec: RevealStatement };
+export const SEAL: StatementKind<SealStatement> = { name: "evaluation-seal", codec: SealStatement };
+export const REPORT: StatementKind<EvaluationReport> = { name: "evaluation-report", codec: EvaluationReport };
 export const ENDORSEMENT: StatementKind<EndorsementStatement> = { name: "endorsement", codec: EndorsementStatement };
 export const OWNER: StatementKind<OwnerStatement> = { name: "owner", codec: OwnerStatement };
 

@@ -30,6 +30,45 @@ export function nodeHash(left: Uint8Array, right: Uint8Array): Uint8Array {
   return sha256(Uint8Array.of(1), left, right);
 }
 
+/** A tree that only grows, held by the roots of its complete subtrees, the largest first: all that has to be kept of it. */
+export class Frontier {
+  #size: bigint;
+  readonly #hashes: Uint8Array[];
+
+  /** Throws RangeError for hashes that a tree of this size does not have. */
+  constructor(size = 0n, hashes: readonly Uint8Array[] = []) {
+    const wanted = size < 0n ? -1 : size.toString(2).replaceAll("0", "").length;
+    if (hashes.length !== wanted || hashes.some((hash) => hash.length !== HASH_BYTES)) {
+      throw new RangeError(`a frontier of ${size} leaves has one hash of ${HASH_BYTES} bytes for each of its size's bits`);
+    }
+    this.#size = size;
+    this.#hashes = [...hashes];
+  }
+
+  /** Number of leaves. */
+  get size(): bigint {
+    return this.#size;
+  }
+
+  /** Roots of the complete subtrees, the largest (leftmost) first. */
+  get hashes(): readonly Uint8Array[] {
+    return [...this.#hashes];
+  }
+
+  /** Adds a leaf by its hash. */
+  append(leaf: Uint8Array): void {
+    let current = leaf;
+    for (let index = this.#size; (index & 1n) === 1n; index >>= 1n) current = nodeHash(this.#hashes.pop()!, current);
+    this.#hashes.push(current);
+    this.#size += 1n;
+  }
+
+  /** Root of the tree, 32 bytes; of the empty tree the hash of nothing. */
+  root(): Uint8Array {
+    return this.#hashes.length ? this.#hashes.reduceRight((right, left) => nodeHash(left, right)) : EMPTY_ROOT;
+  }
+}
+
 /** Whether `path` proves the leaf with hash `leaf` at `index` of the tree of `size` leaves (RFC 9162, 2.1.3.2). */
 export function verifyInclusion(proof: {
   leaf: Uint8Array;
@@ -116,12 +155,17 @@ function parseCheckpoint(body: string): Checkpoint {
   return { origin, size: BigInt(size), root: bytes };
 }
 
-function verifyNote(note: string, signer: { name: string; publicKey: Uint8Array }): string {
+/** What is signed of a note: its text up to the empty line. Throws InvalidNote. */
+export function noteBody(note: string): string {
   const end = note.lastIndexOf("\n\n");
   if (end < 0 || !note.endsWith("\n")) throw new InvalidNote("a note is a text, an empty line, and signature lines");
-  const body = note.slice(0, end + 1);
+  return note.slice(0, end + 1);
+}
+
+function verifyNote(note: string, signer: { name: string; publicKey: Uint8Array }): string {
+  const body = noteBody(note);
   const wanted = sha256(utf8(`${signer.name}\n`), Uint8Array.of(ED25519_NOTE), signer.publicKey);
-  for (const line of note.slice(end + 2, -1).split("\n")) {
+  for (const line of note.slice(body.length + 1, -1).split("\n")) {
     const parts = /^\u2014 (\S+) (\S+)$/.exec(line);
     if (!parts) throw new InvalidNote("a signature line is an em dash, a name and base64");
     const raw = decoded(parts[2] ?? "", "a signature is not base64");

@@ -10,6 +10,7 @@ import { SubmissionState } from "../src/proto/tiltyard/type/v1/evaluation.js";
 import { LogEntry } from "../src/proto/tiltyard/type/v1/log.js";
 import { Role } from "../src/proto/tiltyard/type/v1/participation.js";
 import { Arena } from "./arena.js";
+import { tiltyard as command } from "./python.js";
 import { writeSafetensors } from "./safetensors.js";
 
 const ORIGIN = "tiltyard.local";
@@ -132,6 +133,8 @@ test("a task lives from its creation to a score that an outsider checks", { time
   assert.equal(genesis?.$case, "genesis");
   const { logKey, selectorKey } = genesis.value;
   const checkpoint = await checkpointOf(node, logKey);
+  const witness = await tiltyard.Witness.open(join(arena.folder, "witness"));
+  assert.equal((await witness.look(new tiltyard.RegistryLog(node))).size >= checkpoint.size, true);
   const drawn = await drawLeaf(node, judged.draws[0] ?? "", checkpoint.size);
   tiltyard.verifyReceipt(drawn.receipt, selectorKey);
   assert.deepEqual(drawn.receipt.picks.map(({ participant }) => participant), [validator.participant]);
@@ -160,6 +163,21 @@ test("a task lives from its creation to a score that an outsider checks", { time
   assert.ok(
     tiltyard.verifyConsistency({ ...sizes, path: consistency.path, oldRoot: checkpoint.root, newRoot: later.root }),
   );
+
+  // The whole record, audited here and by Python; two witnesses in one folder, one after the other.
+  const record = await tiltyard.fetchRecord(node);
+  const found = tiltyard.audit(record, { logKey });
+  assert.deepEqual(found.failures, []);
+  for (const claim of Object.keys(tiltyard.CLAIMS) as tiltyard.Claim[]) assert.ok(found.checked[claim] > 0, claim);
+  await tiltyard.writeRecord(record, join(arena.folder, "export", "log"));
+  await command("log", "watch", join(arena.folder, "witness"), "--once", "--registry", arena.address("registry"));
+  const last = await witness.look(new tiltyard.RegistryLog(node));
+  await witness.compare(new tiltyard.RegistryLog(node), record.note);
+  const grown = await tiltyard.fetchRecord(node);
+  const said = await tiltyard.witnessed(join(arena.folder, "witness"), grown.leaves, { origin: ORIGIN, logKey });
+  assert.equal(said?.size, last.size);
+  const verified = await command("log", "verify", join(arena.folder, "export"), "--witness", join(arena.folder, "witness"));
+  assert.match(verified, /witnessed by witness-/);
 });
 
 test("errors are typed, and lists come page by page", { timeout: 60_000 }, async () => {
