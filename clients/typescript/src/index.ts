@@ -3,6 +3,7 @@
 export { newRequestId } from "./calling.js";
 export { Client, Node, type ArenaCallOptions, type ArenaOptions, type TlsOptions } from "./client.js";
 export { ArenaError, type FieldViolation } from "./errors.js";
+export { Status } from "nice-grpc";
 export { Key, TokenSource, issueToken, participantId } from "./identity.js";
 export { COMMIT, ENDORSEMENT, JOIN, OWNER, REPORT, REVEAL, SEAL, openStatement, signStatement } from "./statements.js";
 export { drawSeed, evaluationSeal, holdoutAnchor, scoreCommitment, submissionCommitment } from "./commitments.js";
