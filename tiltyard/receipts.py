@@ -67,10 +67,13 @@ def receipt_from_json(text: str) -> draw_pb2.DrawReceipt:
         document = json.loads(text, object_pairs_hook=_once_each)
         if not isinstance(document, dict):
             raise ValueError("it is not a JSON object")
+        # A name that no UTF-8 can hold is an error of its own kind to protobuf.
+        json.dumps(document, ensure_ascii=False).encode()
         receipt = json_format.ParseDict(document, draw_pb2.DrawReceipt())
     except (ValueError, json_format.ParseError, RecursionError) as error:
         raise ReceiptInvalid(f"this is no receipt: {error}") from error
-    if document not in (_document(receipt, every_field=True), _document(receipt, every_field=False)):
+    # As text: to Python 1.0 is 1.
+    if _sorted(document) not in {_sorted(_document(receipt, every_field=every)) for every in (True, False)}:
         raise ReceiptInvalid("a value is not written in the one way that protobuf's JSON form has for it")
     return receipt
 
@@ -200,6 +203,10 @@ def _document(receipt: draw_pb2.DrawReceipt, *, every_field: bool) -> dict[str, 
     return json_format.MessageToDict(
         receipt, preserving_proto_field_name=True, always_print_fields_with_no_presence=every_field
     )
+
+
+def _sorted(document: dict[str, Any]) -> str:
+    return json.dumps(document, sort_keys=True)
 
 
 def _once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -187,6 +187,8 @@ def test_nothing_can_be_taken_out_or_put_in() -> None:
     for text in (
         json.dumps(document | {"note": "verified"}),
         json.dumps(document)[:-1] + ', "round": 1}',
+        json.dumps(document | {"round": float(document["round"])}),
+        json.dumps(document | {"\ud800": 1}),
         "[]",
         "{}",
         "null",
