@@ -28,17 +28,19 @@ export function receiptLeaf(receipt: DrawReceipt): Uint8Array {
  * not signed cannot hide.
  */
 export function receiptFromJson(text: string): DrawReceipt {
-  let document: Record<string, unknown>;
   let receipt: DrawReceipt;
+  let isInTheOneWay: boolean;
   try {
-    document = JSON.parse(text) as Record<string, unknown>;
+    const document = JSON.parse(text) as Record<string, unknown>;
     receipt = { ...DrawReceipt.fromJSON(document), drawTime: timestamp(document["draw_time"]) };
+    // No string of a receipt has white space in it, and JSON.parse keeps one of two values of a name.
+    const isOnce = text.replace(/[ \t\r\n]/g, "") === JSON.stringify(document);
+    isInTheOneWay = isOnce && isDeepStrictEqual(withoutDefaults(document), written(receipt));
   } catch (error) {
+    // Brackets by the thousand included, which end in a RangeError.
     throw new ReceiptInvalid(`this is no receipt: ${String(error)}`, { cause: error });
   }
-  // No string of a receipt has white space in it, and JSON.parse keeps one of two values of a name.
-  const isOnce = text.replace(/[ \t\r\n]/g, "") === JSON.stringify(document);
-  if (!isOnce || !isDeepStrictEqual(withoutDefaults(document), written(receipt))) {
+  if (!isInTheOneWay) {
     throw new ReceiptInvalid("a value is not written in the one way that protobuf's JSON form has for it");
   }
   return receipt;
@@ -147,7 +149,7 @@ function checkMembers(receipt: DrawReceipt): void {
     if (pick.position !== position) throw new ReceiptInvalid(`pick ${position} is said to be at ${pick.position}`);
     // Ids are ASCII, so that JavaScript's order is that of their bytes.
     const ordered = [...new Set(pick.members)].sort();
-    if (ordered.length === 0 || ordered.join() !== pick.members.join()) {
+    if (ordered.length === 0 || !isDeepStrictEqual(ordered, pick.members)) {
       throw new ReceiptInvalid(`pick ${position}: the members of its owner group are not in order of id, each once`);
     }
     if (pick.participant !== drawnMember(receipt.seed, pick.place, pick.members)) {

@@ -4,6 +4,7 @@ import { bigEndian, equal, sha256, toHex, toInteger, utf8 } from "./bytes.js";
 
 export const HASH_BYTES = 32;
 export const SUM_BYTES = 16;
+const MOST = 1n << 256n;
 const GROUP_STREAM = Uint8Array.of(0);
 const MEMBER_STREAM = Uint8Array.of(1);
 
@@ -91,6 +92,7 @@ function provedLeftSum(proved: ProvedPlace, pool: PoolRoot): bigint {
 }
 
 function uniform(stream: readonly Uint8Array[], bound: bigint): bigint {
+  if (bound < 1n || bound > MOST) throw new RangeError(`no value is drawn below ${bound}`);
   const bits = bitLength(bound - 1n);
   for (let attempt = 0; ; attempt += 1) {
     const value = toInteger(sha256(...stream, bigEndian(attempt, 4))) >> BigInt(256 - bits);

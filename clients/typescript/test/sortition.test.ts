@@ -43,6 +43,9 @@ test("values and members are drawn as in the vectors", () => {
   for (const { seed, place, members, member } of shared.members) {
     assert.equal(drawnMember(fromHex(seed), place, members), member);
   }
+  // There is none, and looking for one would not end.
+  for (const bound of [0n, -1n, (1n << 256n) + 1n]) assert.throws(() => drawnValue(fromHex("00"), 0, bound), RangeError);
+  assert.throws(() => drawnMember(fromHex("00"), 0, []), RangeError);
 });
 
 test("orders hold with their proofs, and fail with any weight, leaf or root changed", () => {
@@ -79,6 +82,15 @@ test("receipts hold under their key, and not with a value changed that the signa
   }
 });
 
+test("members of an owner group stand in their order, each once", () => {
+  const [{ selector_key, receipt: document } = { selector_key: "", receipt: {} }] = shared.receipts;
+  const receipt = receiptFromJson(JSON.stringify(document));
+  for (const members of [[], ["x,x", "x"], ["b", "a"], ["a", "a"]]) {
+    const picks = receipt.picks.with(0, { ...receipt.picks[0]!, members });
+    assert.throws(() => verifyReceipt({ ...receipt, picks }, fromHex(selector_key)), /not in order of id, each once/);
+  }
+});
+
 test("nothing can stand in a receipt's file that is not signed", () => {
   for (const { receipt } of shared.receipts as { receipt: Record<string, unknown> }[]) {
     const [pick] = receipt["picks"] as Record<string, unknown>[];
@@ -100,6 +112,8 @@ test("nothing can stand in a receipt's file that is not signed", () => {
     const indented = JSON.stringify({ ...receipt, draw_time: "2030-01-02T03:04:05Z" }, null, 2);
     assert.equal(receiptFromJson(indented).drawTime?.nanos, 0);
     assert.equal(receiptFromJson(indented.replace("05Z", "05.120Z")).drawTime?.nanos, 120_000_000);
-    assert.throws(() => receiptFromJson("[]"), ReceiptInvalid);
+    for (const text of ["[]", "{}x", "null", `{"a":${"[".repeat(100_000)}${"]".repeat(100_000)}}`]) {
+      assert.throws(() => receiptFromJson(text), ReceiptInvalid, text.slice(0, 20));
+    }
   }
 });
