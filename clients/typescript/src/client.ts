@@ -9,11 +9,10 @@ import {
   type CompatServiceDefinition,
 } from "nice-grpc";
 import { deadlineMiddleware, type DeadlineOptions } from "nice-grpc-client-middleware-deadline";
-import { errorDetailsClientMiddleware } from "nice-grpc-error-details";
 
 import { CircuitBreaker, breaking } from "./breaker.js";
 import { DEADLINE_MS, bearer, channelOptions, deadlines, repeatable } from "./calling.js";
-import { arenaErrors } from "./errors.js";
+import { arenaErrors, detailed } from "./errors.js";
 import { Key, TokenSource } from "./identity.js";
 import { GRPCInferenceServiceDefinition } from "./proto/tiltyard/inference/v2/inference.js";
 import { ArtifactServiceDefinition } from "./proto/tiltyard/registry/v1/artifact.js";
@@ -87,7 +86,7 @@ class Connections {
     // The last is the outermost: a failure is taken apart where it arrives and leaves as an ArenaError.
     const calls = createClientFactory()
       .use(bearer(new TokenSource(this.key, audience)))
-      .use(errorDetailsClientMiddleware)
+      .use(detailed)
       .use(deadlineMiddleware)
       .use(deadlines(this.deadlineMs))
       .use(breaking(breaker, this.deadlineMs))

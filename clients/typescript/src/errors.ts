@@ -1,7 +1,8 @@
 /** What a call answers instead of a result, taken apart for programs. */
 
+import { BinaryReader } from "@bufbuild/protobuf/wire";
 import { ClientError, Status, type CallOptions, type ClientMiddlewareCall } from "nice-grpc";
-import { RichClientError, type BadRequest, type ErrorInfo, type RetryInfo } from "nice-grpc-error-details";
+import { Any, BadRequest, ErrorInfo, RetryInfo, RichClientError } from "nice-grpc-error-details";
 
 /** One field of a request that was refused, by its path, and why. */
 export interface FieldViolation {
@@ -51,8 +52,7 @@ export class ArenaError extends Error {
     for (const detail of error instanceof RichClientError ? error.extra : []) {
       switch (detail.$type) {
         case "google.rpc.ErrorInfo": {
-          const info = detail as ErrorInfo;
-          ({ reason, metadata } = info);
+          ({ reason, metadata } = detail as ErrorInfo);
           break;
         }
         case "google.rpc.BadRequest":
@@ -67,6 +67,55 @@ export class ArenaError extends Error {
     }
     return new ArenaError(error.code, error.details, reason, metadata, violations, retryAfterS, { cause: error });
   }
+}
+
+/**
+ * Client middleware: what the server said in google.rpc details goes with the error, as a RichClientError.
+ *
+ * Details that can't be read are none. (The library's own middleware reads them in an event of the call, where an error ends
+ * the process.)
+ */
+export async function* detailed<Request, Response>(
+  call: ClientMiddlewareCall<Request, Response>,
+  options: CallOptions,
+): AsyncGenerator<Response, Response | void, undefined> {
+  let said: Uint8Array | undefined;
+  const onTrailer: CallOptions["onTrailer"] = (trailer) => {
+    said = trailer.get("grpc-status-details-bin");
+    options.onTrailer?.(trailer);
+  };
+  try {
+    return yield* call.next(call.request, { ...options, onTrailer });
+  } catch (error) {
+    if (!(error instanceof ClientError) || !said) throw error;
+    throw new RichClientError(error.path, error.code, error.details, detailsIn(said));
+  }
+}
+
+// In google.rpc.Status: the details, each an Any.
+const DETAILS_TAG = (3 << 3) | 2;
+const KNOWN = [ErrorInfo, BadRequest, RetryInfo];
+
+/** The details of a google.rpc.Status that are known here, up to the first that can't be read. */
+function detailsIn(status: Uint8Array): (ErrorInfo | BadRequest | RetryInfo)[] {
+  const details: (ErrorInfo | BadRequest | RetryInfo)[] = [];
+  try {
+    const reader = new BinaryReader(status);
+    while (reader.pos < reader.len) {
+      const [field, wireType] = reader.tag();
+      if (((field << 3) | wireType) !== DETAILS_TAG) {
+        reader.skip(wireType, field);
+        continue;
+      }
+      const { typeUrl, value } = Any.decode(reader.bytes());
+      const kind = KNOWN.find(({ $type }) => typeUrl.endsWith(`/${$type}`));
+      if (kind) details.push(kind.decode(value));
+    }
+  } catch (error) {
+    // Both libraries say by an Error that bytes are no message; anything else is not about the bytes.
+    if (!(error instanceof Error)) throw error;
+  }
+  return details;
 }
 
 /** Client middleware: every ClientError leaves as an ArenaError. */
