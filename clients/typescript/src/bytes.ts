@@ -46,7 +46,9 @@ export function toInteger(bytes: Uint8Array): bigint {
 
 const encoder = new TextEncoder();
 
-/** A text's UTF-8. */
+/** A text's UTF-8. Throws RangeError for half of a surrogate pair: it has none, and would pass for U+FFFD. */
 export function utf8(text: string): Uint8Array {
+  const halves = /[\ud800-\udfff]/u.exec(text);
+  if (halves) throw new RangeError("a text with half of a surrogate pair in it has no UTF-8");
   return encoder.encode(text);
 }
