@@ -28,11 +28,14 @@ class SmallTasks(task_pb2_grpc.TaskServiceServicer):
     cursors: list[str] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
     refusal: status_pb2.Status | None = None
+    details: bytes | None = None
 
     async def GetTask(self, request: Any, context: Any) -> task_pb2.GetTaskResponse:
         self.tokens.append(dict(context.invocation_metadata())["authorization"])
         if self.refusal is not None:
             await context.abort_with_status(rpc_status.to_status(self.refusal))
+        if self.details is not None:
+            context.set_trailing_metadata((("grpc-status-details-bin", self.details),))
         if self.answers:
             await context.abort(self.answers.pop(0), "for the test")
         return task_pb2.GetTaskResponse(task=task_pb2.Task(name=request.name))
@@ -130,6 +133,31 @@ async def test_refused_fields_are_named() -> None:
         caught = await refused(client)
     assert ClientError.of(caught).violations == (FieldViolation("config.models[0].mlp.hidden", "empty"),)
     assert explain(caught) == "INVALID_ARGUMENT: the request is invalid [config.models[0].mlp.hidden: empty]"
+
+
+def detail(kind: str, value: bytes) -> bytes:
+    packed = AnyMessage(type_url=f"type.googleapis.com/google.rpc.{kind}", value=value)
+    return status_pb2.Status(details=[packed]).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        b"\xff" * 7,
+        b"junk!",
+        detail("ErrorInfo", b"\xff" * 4),
+        detail("RetryInfo", b"\x0a\x0a\x08" + b"\xff" * 8 + b"\x7f"),
+    ],
+    ids=["no status", "text", "no message", "a wait without end"],
+)
+async def test_details_that_cannot_be_read_leave_the_error_what_it_is(details: bytes) -> None:
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    async with serving(SmallTasks(details=details, answers=[code] * 2)) as client:
+        caught = await refused(client)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await persist(lambda: client.tasks.GetTask(task_pb2.GetTaskRequest(name="tasks/t")))
+    assert (ClientError.of(caught).code, ClientError.of(caught).reason) == (code, "")
+    assert explain(caught).startswith("RESOURCE_EXHAUSTED: for the test")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 # What a server that restarts answers with, or leaves unanswered.
@@ -46,22 +47,19 @@ class ClientError(Exception):
 
     @classmethod
     def of(cls, error: grpc.aio.AioRpcError) -> "ClientError":
-        """The error of a call with its google.rpc details (ErrorInfo, BadRequest, RetryInfo) read."""
+        """The error of a call with its google.rpc details (ErrorInfo, BadRequest, RetryInfo) read.
+
+        Details that are no message, as a peer may send them, are none.
+        """
         reason, metadata, retry_after_s = "", dict[str, str](), None
         violations: list[FieldViolation] = []
-        for detail in _details(error).details:
-            if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
-                info = error_details_pb2.ErrorInfo()
-                detail.Unpack(info)
-                reason, metadata = info.reason, dict(info.metadata)
-            elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
-                refused = error_details_pb2.BadRequest()
-                detail.Unpack(refused)
-                violations += [FieldViolation(each.field, each.description) for each in refused.field_violations]
-            elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-                retry = error_details_pb2.RetryInfo()
-                detail.Unpack(retry)
-                retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
+        for detail in _details(error):
+            if isinstance(detail, error_details_pb2.ErrorInfo):
+                reason, metadata = detail.reason, dict(detail.metadata)
+            elif isinstance(detail, error_details_pb2.BadRequest):
+                violations += [FieldViolation(each.field, each.description) for each in detail.field_violations]
+            elif isinstance(detail, error_details_pb2.RetryInfo):
+                retry_after_s = detail.retry_delay.seconds + detail.retry_delay.nanos / 1e9
         return cls(
             code=error.code(),
             message=error.details() or "",
@@ -81,12 +79,21 @@ def client_errors() -> Iterator[None]:
         raise ClientError.of(error) from error
 
 
-def _details(error: grpc.aio.AioRpcError) -> status_pb2.Status:
+_KNOWN = (error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo)
+
+
+def _details(error: grpc.aio.AioRpcError) -> Iterator[Message]:
+    """The details that are known here, up to the first that can't be read."""
     status = status_pb2.Status()
-    for name, value in error.trailing_metadata() or ():
-        if name == "grpc-status-details-bin" and isinstance(value, bytes):
-            status.ParseFromString(value)
-    return status
+    with contextlib.suppress(DecodeError):
+        for name, value in error.trailing_metadata() or ():
+            if name == "grpc-status-details-bin" and isinstance(value, bytes):
+                status.ParseFromString(value)
+        for detail in status.details:
+            for kind in _KNOWN:
+                message = kind()
+                if detail.Unpack(message):
+                    yield message
 
 
 def explain(error: BaseException) -> str:
