@@ -53,7 +53,7 @@ export async function* pages<Request extends { pageToken?: string }, Page extend
     const page = await method({ ...request, pageToken });
     yield page;
     pageToken = page.nextPageToken;
-  } while (pageToken !== "");
+  } while (pageToken);
 }
 
 /**
