@@ -1,6 +1,7 @@
 """What holds for the contract as a whole: names, request ids, and that mutating methods remember them."""
 
 import re
+from pathlib import Path
 
 from tests.unit.test_status import contract_services, servicers
 
@@ -17,6 +18,10 @@ KEYED = (
 )
 # Not stored by any service: a client stream resumed by its offset, a process told to end, a model server's memory.
 OTHERS = ("UploadArtifact", "Drain", "RepositoryModelLoad", "RepositoryModelUnload")
+ROOT = Path(__file__).parents[2]
+# What is told of the caller's own state, which a program may act on.
+CODES = "FailedPrecondition|AlreadyExists|ResourceExhausted|Aborted|OutOfRange|Unavailable"
+RAISED = re.compile(rf'\b(?:{CODES})\(\s*"([A-Z_]+)"')
 READS = re.compile("(Get|List|Watch|Check|Estimate|Download|Server|Model|RepositoryIndex)")
 
 
@@ -44,3 +49,17 @@ def test_every_method_with_a_request_id_remembers_its_answer() -> None:
                     forgetful.append(method.full_name)
 
     assert forgetful == []
+
+
+def test_every_reason_stands_in_the_contract_or_among_those_of_any_call() -> None:
+    told = (ROOT / "docs/howto/debug-with-grpcurl.md").read_text()
+    told += "".join(path.read_text() for path in (ROOT / "protos").rglob("*.proto"))
+    raised = {
+        reason
+        for service in ("runtime", "registry", "selector")
+        for path in (ROOT / "services" / service).rglob("*.py")
+        for reason in RAISED.findall(path.read_text())
+    }
+
+    assert len(raised) > 30
+    assert sorted(reason for reason in raised if not re.search(rf"\b{reason}\b", told)) == []

@@ -30,7 +30,7 @@ class ArtifactServiceStub:
 
     An evaluation dataset is read by its creator and by lease holders of its task; a model by its submitter, by lease holders of
     its submission and, once the task is closed, by the task's creator; a base model by who uploaded it and, once a task names it,
-    by the task's creator and active training nodes. For everybody else: PERMISSION_DENIED.
+    by the task's creator and active training nodes. For everybody else: PERMISSION_DENIED (ARTIFACT_NOT_YOURS).
     """
 
     def __init__(self, channel):
@@ -66,7 +66,7 @@ class ArtifactServiceServicer:
 
     An evaluation dataset is read by its creator and by lease holders of its task; a model by its submitter, by lease holders of
     its submission and, once the task is closed, by the task's creator; a base model by who uploaded it and, once a task names it,
-    by the task's creator and active training nodes. For everybody else: PERMISSION_DENIED.
+    by the task's creator and active training nodes. For everybody else: PERMISSION_DENIED (ARTIFACT_NOT_YOURS).
     """
 
     def UploadArtifact(self, request_iterator, context):
@@ -75,10 +75,12 @@ class ArtifactServiceServicer:
         A broken upload is resumed from GetUpload's offset. Nothing is kept under the artifact's name before all bytes are there and
         the digest has been checked. Where the digest is still being computed, the bytes may come first and the name among them: an
         upload that breaks off before its name keeps nothing, and one whose name comes is like any other from there on.
-        Errors: INVALID_ARGUMENT (DIGEST_MISMATCH: the upload starts anew; SIZE_MISMATCH; CHUNK_TOO_LARGE); OUT_OF_RANGE (WRONG_OFFSET, with the
-        right one in the metadata; also when a name comes of which more bytes are there already); FAILED_PRECONDITION (UPLOAD_NOT_EXPECTED) when neither a task nor a submission of the caller awaits it;
-        RESOURCE_EXHAUSTED (TOO_LARGE; UPLOAD_QUOTA, with the quota's name, what is used and the limit in the metadata); UNAVAILABLE
-        (STORAGE_FAILED).
+        Errors: INVALID_ARGUMENT (DIGEST_MISMATCH: the upload starts anew; SIZE_MISMATCH; CHUNK_TOO_LARGE); OUT_OF_RANGE (WRONG_OFFSET,
+        with the right one in the metadata; also when a name comes of which more bytes are there already); ABORTED (UPLOAD_RUNNING) while
+        another stream of the caller for this artifact has not ended, as one that broke off a moment ago: ask GetUpload again;
+        FAILED_PRECONDITION (UPLOAD_NOT_EXPECTED) when neither a task nor a submission of the caller awaits it; RESOURCE_EXHAUSTED
+        (TOO_LARGE; UPLOAD_QUOTA, with the quota's name, what is used and the limit in the metadata); UNAVAILABLE (STORAGE_FAILED;
+        STREAM_IDLE when no whole message came for a minute).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,7 +145,7 @@ class ArtifactService:
 
     An evaluation dataset is read by its creator and by lease holders of its task; a model by its submitter, by lease holders of
     its submission and, once the task is closed, by the task's creator; a base model by who uploaded it and, once a task names it,
-    by the task's creator and active training nodes. For everybody else: PERMISSION_DENIED.
+    by the task's creator and active training nodes. For everybody else: PERMISSION_DENIED (ARTIFACT_NOT_YOURS).
     """
 
     @staticmethod

@@ -71,7 +71,7 @@ class LogServiceServicer:
     def ListEntries(self, request, context):
         """ListEntries reads leaves in order.
 
-        Errors: OUT_OF_RANGE for a start beyond the size.
+        Errors: OUT_OF_RANGE (BEYOND_LOG) for a start beyond the size.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -79,6 +79,8 @@ class LogServiceServicer:
 
     def GetInclusionProof(self, request, context):
         """GetInclusionProof proves that a leaf is in the tree of a given size.
+
+        Errors: OUT_OF_RANGE (BEYOND_LOG) for a leaf that the tree has not, or a tree larger than the log.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,6 +88,8 @@ class LogServiceServicer:
 
     def GetConsistencyProof(self, request, context):
         """GetConsistencyProof proves that the tree of one size is a beginning of the tree of another.
+
+        Errors: OUT_OF_RANGE (BEYOND_LOG) for a tree larger than the log, or an older one that is larger than the newer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,12 +38,18 @@ class LogServiceStub:
     ListEntries: _grpc.UnaryUnaryMultiCallable[_log_pb2.ListEntriesRequest, _log_pb2.ListEntriesResponse]
     """ListEntries reads leaves in order.
 
-    Errors: OUT_OF_RANGE for a start beyond the size.
+    Errors: OUT_OF_RANGE (BEYOND_LOG) for a start beyond the size.
     """
     GetInclusionProof: _grpc.UnaryUnaryMultiCallable[_log_pb2.GetInclusionProofRequest, _log_pb2.GetInclusionProofResponse]
-    """GetInclusionProof proves that a leaf is in the tree of a given size."""
+    """GetInclusionProof proves that a leaf is in the tree of a given size.
+
+    Errors: OUT_OF_RANGE (BEYOND_LOG) for a leaf that the tree has not, or a tree larger than the log.
+    """
     GetConsistencyProof: _grpc.UnaryUnaryMultiCallable[_log_pb2.GetConsistencyProofRequest, _log_pb2.GetConsistencyProofResponse]
-    """GetConsistencyProof proves that the tree of one size is a beginning of the tree of another."""
+    """GetConsistencyProof proves that the tree of one size is a beginning of the tree of another.
+
+    Errors: OUT_OF_RANGE (BEYOND_LOG) for a tree larger than the log, or an older one that is larger than the newer.
+    """
 
 @_typing.type_check_only
 class LogServiceAsyncStub(LogServiceStub):
@@ -55,12 +61,18 @@ class LogServiceAsyncStub(LogServiceStub):
     ListEntries: _aio.UnaryUnaryMultiCallable[_log_pb2.ListEntriesRequest, _log_pb2.ListEntriesResponse]  # type: ignore[assignment]
     """ListEntries reads leaves in order.
 
-    Errors: OUT_OF_RANGE for a start beyond the size.
+    Errors: OUT_OF_RANGE (BEYOND_LOG) for a start beyond the size.
     """
     GetInclusionProof: _aio.UnaryUnaryMultiCallable[_log_pb2.GetInclusionProofRequest, _log_pb2.GetInclusionProofResponse]  # type: ignore[assignment]
-    """GetInclusionProof proves that a leaf is in the tree of a given size."""
+    """GetInclusionProof proves that a leaf is in the tree of a given size.
+
+    Errors: OUT_OF_RANGE (BEYOND_LOG) for a leaf that the tree has not, or a tree larger than the log.
+    """
     GetConsistencyProof: _aio.UnaryUnaryMultiCallable[_log_pb2.GetConsistencyProofRequest, _log_pb2.GetConsistencyProofResponse]  # type: ignore[assignment]
-    """GetConsistencyProof proves that the tree of one size is a beginning of the tree of another."""
+    """GetConsistencyProof proves that the tree of one size is a beginning of the tree of another.
+
+    Errors: OUT_OF_RANGE (BEYOND_LOG) for a tree larger than the log, or an older one that is larger than the newer.
+    """
 
 class LogServiceServicer(metaclass=_abc_1.ABCMeta):
     """LogService serves the record log, an append-only Merkle tree over everything that the registry decides (RFC 9162)."""
@@ -81,7 +93,7 @@ class LogServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_log_pb2.ListEntriesResponse, _abc.Awaitable[_log_pb2.ListEntriesResponse]]:
         """ListEntries reads leaves in order.
 
-        Errors: OUT_OF_RANGE for a start beyond the size.
+        Errors: OUT_OF_RANGE (BEYOND_LOG) for a start beyond the size.
         """
 
     @_abc_1.abstractmethod
@@ -90,7 +102,10 @@ class LogServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _log_pb2.GetInclusionProofRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_log_pb2.GetInclusionProofResponse, _abc.Awaitable[_log_pb2.GetInclusionProofResponse]]:
-        """GetInclusionProof proves that a leaf is in the tree of a given size."""
+        """GetInclusionProof proves that a leaf is in the tree of a given size.
+
+        Errors: OUT_OF_RANGE (BEYOND_LOG) for a leaf that the tree has not, or a tree larger than the log.
+        """
 
     @_abc_1.abstractmethod
     def GetConsistencyProof(
@@ -98,6 +113,9 @@ class LogServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _log_pb2.GetConsistencyProofRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_log_pb2.GetConsistencyProofResponse, _abc.Awaitable[_log_pb2.GetConsistencyProofResponse]]:
-        """GetConsistencyProof proves that the tree of one size is a beginning of the tree of another."""
+        """GetConsistencyProof proves that the tree of one size is a beginning of the tree of another.
+
+        Errors: OUT_OF_RANGE (BEYOND_LOG) for a tree larger than the log, or an older one that is larger than the newer.
+        """
 
 def add_LogServiceServicer_to_server(servicer: LogServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

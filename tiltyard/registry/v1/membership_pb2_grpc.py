@@ -74,8 +74,9 @@ class MembershipServiceServicer:
     def JoinTask(self, request, context):
         """JoinTask asks for one role in one task. The verdict is recorded, also when refused.
 
-        Errors: FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation; NOT_REGISTERED; TASK_ENDED);
-        ALREADY_EXISTS (ROLE_TAKEN) for a second role in one task; INVALID_ARGUMENT when the statement is not the caller's.
+        Errors: FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation; NOT_REGISTERED; TASK_NOT_OPEN, for a training node also
+        once it is closed; TASK_ENDED; STILL_LEAVING while the stake of a former membership is locked); ALREADY_EXISTS (ROLE_TAKEN) for
+        who has a role in the task, be it the same; INVALID_ARGUMENT when the statement is not the caller's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,6 +84,8 @@ class MembershipServiceServicer:
 
     def PauseMembership(self, request, context):
         """PauseMembership leaves the caller out of new draws; duties that it has stay.
+
+        Errors, of ResumeMembership and LeaveTask too: PERMISSION_DENIED (NOT_THE_MEMBER); FAILED_PRECONDITION (NOT_A_MEMBER; CREATOR_STAYS).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,11 +36,15 @@ class MembershipServiceStub:
     JoinTask: _grpc.UnaryUnaryMultiCallable[_membership_pb2.JoinTaskRequest, _membership_pb2.JoinTaskResponse]
     """JoinTask asks for one role in one task. The verdict is recorded, also when refused.
 
-    Errors: FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation; NOT_REGISTERED; TASK_ENDED);
-    ALREADY_EXISTS (ROLE_TAKEN) for a second role in one task; INVALID_ARGUMENT when the statement is not the caller's.
+    Errors: FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation; NOT_REGISTERED; TASK_NOT_OPEN, for a training node also
+    once it is closed; TASK_ENDED; STILL_LEAVING while the stake of a former membership is locked); ALREADY_EXISTS (ROLE_TAKEN) for
+    who has a role in the task, be it the same; INVALID_ARGUMENT when the statement is not the caller's.
     """
     PauseMembership: _grpc.UnaryUnaryMultiCallable[_membership_pb2.PauseMembershipRequest, _membership_pb2.PauseMembershipResponse]
-    """PauseMembership leaves the caller out of new draws; duties that it has stay."""
+    """PauseMembership leaves the caller out of new draws; duties that it has stay.
+
+    Errors, of ResumeMembership and LeaveTask too: PERMISSION_DENIED (NOT_THE_MEMBER); FAILED_PRECONDITION (NOT_A_MEMBER; CREATOR_STAYS).
+    """
     ResumeMembership: _grpc.UnaryUnaryMultiCallable[_membership_pb2.ResumeMembershipRequest, _membership_pb2.ResumeMembershipResponse]
     """ResumeMembership takes the caller back into new draws."""
     LeaveTask: _grpc.UnaryUnaryMultiCallable[_membership_pb2.LeaveTaskRequest, _membership_pb2.LeaveTaskResponse]
@@ -58,11 +62,15 @@ class MembershipServiceAsyncStub(MembershipServiceStub):
     JoinTask: _aio.UnaryUnaryMultiCallable[_membership_pb2.JoinTaskRequest, _membership_pb2.JoinTaskResponse]  # type: ignore[assignment]
     """JoinTask asks for one role in one task. The verdict is recorded, also when refused.
 
-    Errors: FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation; NOT_REGISTERED; TASK_ENDED);
-    ALREADY_EXISTS (ROLE_TAKEN) for a second role in one task; INVALID_ARGUMENT when the statement is not the caller's.
+    Errors: FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation; NOT_REGISTERED; TASK_NOT_OPEN, for a training node also
+    once it is closed; TASK_ENDED; STILL_LEAVING while the stake of a former membership is locked); ALREADY_EXISTS (ROLE_TAKEN) for
+    who has a role in the task, be it the same; INVALID_ARGUMENT when the statement is not the caller's.
     """
     PauseMembership: _aio.UnaryUnaryMultiCallable[_membership_pb2.PauseMembershipRequest, _membership_pb2.PauseMembershipResponse]  # type: ignore[assignment]
-    """PauseMembership leaves the caller out of new draws; duties that it has stay."""
+    """PauseMembership leaves the caller out of new draws; duties that it has stay.
+
+    Errors, of ResumeMembership and LeaveTask too: PERMISSION_DENIED (NOT_THE_MEMBER); FAILED_PRECONDITION (NOT_A_MEMBER; CREATOR_STAYS).
+    """
     ResumeMembership: _aio.UnaryUnaryMultiCallable[_membership_pb2.ResumeMembershipRequest, _membership_pb2.ResumeMembershipResponse]  # type: ignore[assignment]
     """ResumeMembership takes the caller back into new draws."""
     LeaveTask: _aio.UnaryUnaryMultiCallable[_membership_pb2.LeaveTaskRequest, _membership_pb2.LeaveTaskResponse]  # type: ignore[assignment]
@@ -83,8 +91,9 @@ class MembershipServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_membership_pb2.JoinTaskResponse, _abc.Awaitable[_membership_pb2.JoinTaskResponse]]:
         """JoinTask asks for one role in one task. The verdict is recorded, also when refused.
 
-        Errors: FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation; NOT_REGISTERED; TASK_ENDED);
-        ALREADY_EXISTS (ROLE_TAKEN) for a second role in one task; INVALID_ARGUMENT when the statement is not the caller's.
+        Errors: FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation; NOT_REGISTERED; TASK_NOT_OPEN, for a training node also
+        once it is closed; TASK_ENDED; STILL_LEAVING while the stake of a former membership is locked); ALREADY_EXISTS (ROLE_TAKEN) for
+        who has a role in the task, be it the same; INVALID_ARGUMENT when the statement is not the caller's.
         """
 
     @_abc_1.abstractmethod
@@ -93,7 +102,10 @@ class MembershipServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _membership_pb2.PauseMembershipRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_membership_pb2.PauseMembershipResponse, _abc.Awaitable[_membership_pb2.PauseMembershipResponse]]:
-        """PauseMembership leaves the caller out of new draws; duties that it has stay."""
+        """PauseMembership leaves the caller out of new draws; duties that it has stay.
+
+        Errors, of ResumeMembership and LeaveTask too: PERMISSION_DENIED (NOT_THE_MEMBER); FAILED_PRECONDITION (NOT_A_MEMBER; CREATOR_STAYS).
+        """
 
     @_abc_1.abstractmethod
     def ResumeMembership(

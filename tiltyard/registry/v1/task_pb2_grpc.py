@@ -87,7 +87,8 @@ class TaskServiceServicer:
         The evaluation dataset is uploaded as an artifact afterwards; once it is there and has passed the scan the task is OPEN.
         Errors: INVALID_ARGUMENT with the field's path (unknown architecture, over max_parameters, no digest, a base model that is not
         there, not for the caller to read, or of another architecture: both shapes are told ...);
-        FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS for a taken task_id;
+        FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS (TASK_EXISTS) for a
+        taken task_id;
         FAILED_PRECONDITION (NOT_REGISTERED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -111,7 +112,8 @@ class TaskServiceServicer:
     def UpdateTask(self, request, context):
         """UpdateTask amends display_name, description, or a later schedule.close_time; every amendment is recorded. Creator only.
 
-        Errors: INVALID_ARGUMENT for another path in the mask; FAILED_PRECONDITION (TASK_ENDED).
+        Errors: INVALID_ARGUMENT for another path in the mask, or a close time earlier than it was; FAILED_PRECONDITION (TASK_ENDED;
+        TASK_CLOSED for a later close time); PERMISSION_DENIED (NOT_THE_CREATOR), as of all that is the creator's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,6 +128,8 @@ class TaskServiceServicer:
 
     def CloseTask(self, request, context):
         """CloseTask ends the taking of submissions before its time. Creator only. A closed task stays closed.
+
+        Errors: FAILED_PRECONDITION (TASK_NOT_OPEN while it is PREPARING; TASK_ENDED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

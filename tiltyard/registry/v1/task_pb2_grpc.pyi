@@ -39,7 +39,8 @@ class TaskServiceStub:
     The evaluation dataset is uploaded as an artifact afterwards; once it is there and has passed the scan the task is OPEN.
     Errors: INVALID_ARGUMENT with the field's path (unknown architecture, over max_parameters, no digest, a base model that is not
     there, not for the caller to read, or of another architecture: both shapes are told ...);
-    FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS for a taken task_id;
+    FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS (TASK_EXISTS) for a
+    taken task_id;
     FAILED_PRECONDITION (NOT_REGISTERED).
     """
     GetTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.GetTaskRequest, _task_pb2.GetTaskResponse]
@@ -49,12 +50,16 @@ class TaskServiceStub:
     UpdateTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.UpdateTaskRequest, _task_pb2.UpdateTaskResponse]
     """UpdateTask amends display_name, description, or a later schedule.close_time; every amendment is recorded. Creator only.
 
-    Errors: INVALID_ARGUMENT for another path in the mask; FAILED_PRECONDITION (TASK_ENDED).
+    Errors: INVALID_ARGUMENT for another path in the mask, or a close time earlier than it was; FAILED_PRECONDITION (TASK_ENDED;
+    TASK_CLOSED for a later close time); PERMISSION_DENIED (NOT_THE_CREATOR), as of all that is the creator's.
     """
     WatchTask: _grpc.UnaryStreamMultiCallable[_task_pb2.WatchTaskRequest, _task_pb2.WatchTaskResponse]
     """WatchTask streams the task now, and again after each change, until it has ended."""
     CloseTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.CloseTaskRequest, _task_pb2.CloseTaskResponse]
-    """CloseTask ends the taking of submissions before its time. Creator only. A closed task stays closed."""
+    """CloseTask ends the taking of submissions before its time. Creator only. A closed task stays closed.
+
+    Errors: FAILED_PRECONDITION (TASK_NOT_OPEN while it is PREPARING; TASK_ENDED).
+    """
     CancelTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.CancelTaskRequest, _task_pb2.CancelTaskResponse]
     """CancelTask ends a task without a result; its submissions are REJECTED(TASK_CANCELLED), stakes are unlocked. Creator or operator.
 
@@ -77,7 +82,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     The evaluation dataset is uploaded as an artifact afterwards; once it is there and has passed the scan the task is OPEN.
     Errors: INVALID_ARGUMENT with the field's path (unknown architecture, over max_parameters, no digest, a base model that is not
     there, not for the caller to read, or of another architecture: both shapes are told ...);
-    FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS for a taken task_id;
+    FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS (TASK_EXISTS) for a
+    taken task_id;
     FAILED_PRECONDITION (NOT_REGISTERED).
     """
     GetTask: _aio.UnaryUnaryMultiCallable[_task_pb2.GetTaskRequest, _task_pb2.GetTaskResponse]  # type: ignore[assignment]
@@ -87,12 +93,16 @@ class TaskServiceAsyncStub(TaskServiceStub):
     UpdateTask: _aio.UnaryUnaryMultiCallable[_task_pb2.UpdateTaskRequest, _task_pb2.UpdateTaskResponse]  # type: ignore[assignment]
     """UpdateTask amends display_name, description, or a later schedule.close_time; every amendment is recorded. Creator only.
 
-    Errors: INVALID_ARGUMENT for another path in the mask; FAILED_PRECONDITION (TASK_ENDED).
+    Errors: INVALID_ARGUMENT for another path in the mask, or a close time earlier than it was; FAILED_PRECONDITION (TASK_ENDED;
+    TASK_CLOSED for a later close time); PERMISSION_DENIED (NOT_THE_CREATOR), as of all that is the creator's.
     """
     WatchTask: _aio.UnaryStreamMultiCallable[_task_pb2.WatchTaskRequest, _task_pb2.WatchTaskResponse]  # type: ignore[assignment]
     """WatchTask streams the task now, and again after each change, until it has ended."""
     CloseTask: _aio.UnaryUnaryMultiCallable[_task_pb2.CloseTaskRequest, _task_pb2.CloseTaskResponse]  # type: ignore[assignment]
-    """CloseTask ends the taking of submissions before its time. Creator only. A closed task stays closed."""
+    """CloseTask ends the taking of submissions before its time. Creator only. A closed task stays closed.
+
+    Errors: FAILED_PRECONDITION (TASK_NOT_OPEN while it is PREPARING; TASK_ENDED).
+    """
     CancelTask: _aio.UnaryUnaryMultiCallable[_task_pb2.CancelTaskRequest, _task_pb2.CancelTaskResponse]  # type: ignore[assignment]
     """CancelTask ends a task without a result; its submissions are REJECTED(TASK_CANCELLED), stakes are unlocked. Creator or operator.
 
@@ -118,7 +128,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         The evaluation dataset is uploaded as an artifact afterwards; once it is there and has passed the scan the task is OPEN.
         Errors: INVALID_ARGUMENT with the field's path (unknown architecture, over max_parameters, no digest, a base model that is not
         there, not for the caller to read, or of another architecture: both shapes are told ...);
-        FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS for a taken task_id;
+        FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS (TASK_EXISTS) for a
+        taken task_id;
         FAILED_PRECONDITION (NOT_REGISTERED).
         """
 
@@ -146,7 +157,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_task_pb2.UpdateTaskResponse, _abc.Awaitable[_task_pb2.UpdateTaskResponse]]:
         """UpdateTask amends display_name, description, or a later schedule.close_time; every amendment is recorded. Creator only.
 
-        Errors: INVALID_ARGUMENT for another path in the mask; FAILED_PRECONDITION (TASK_ENDED).
+        Errors: INVALID_ARGUMENT for another path in the mask, or a close time earlier than it was; FAILED_PRECONDITION (TASK_ENDED;
+        TASK_CLOSED for a later close time); PERMISSION_DENIED (NOT_THE_CREATOR), as of all that is the creator's.
         """
 
     @_abc_1.abstractmethod
@@ -163,7 +175,10 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_pb2.CloseTaskRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_pb2.CloseTaskResponse, _abc.Awaitable[_task_pb2.CloseTaskResponse]]:
-        """CloseTask ends the taking of submissions before its time. Creator only. A closed task stays closed."""
+        """CloseTask ends the taking of submissions before its time. Creator only. A closed task stays closed.
+
+        Errors: FAILED_PRECONDITION (TASK_NOT_OPEN while it is PREPARING; TASK_ENDED).
+        """
 
     @_abc_1.abstractmethod
     def CancelTask(

@@ -145,7 +145,8 @@ class PoolServiceServicer:
     """
 
     def OpenPool(self, request, context):
-        """OpenPool starts a task's pool. The same task again gets the same answer, with another policy ALREADY_EXISTS.
+        """OpenPool starts a task's pool. The same task again gets the same answer, with another policy, opening or creator ALREADY_EXISTS
+        (POOL_EXISTS).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

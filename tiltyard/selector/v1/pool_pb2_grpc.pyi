@@ -74,7 +74,9 @@ class PoolServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PoolServiceAsyncStub: ...
     OpenPool: _grpc.UnaryUnaryMultiCallable[_pool_pb2.OpenPoolRequest, _pool_pb2.OpenPoolResponse]
-    """OpenPool starts a task's pool. The same task again gets the same answer, with another policy ALREADY_EXISTS."""
+    """OpenPool starts a task's pool. The same task again gets the same answer, with another policy, opening or creator ALREADY_EXISTS
+    (POOL_EXISTS).
+    """
     AddCandidate: _grpc.UnaryUnaryMultiCallable[_pool_pb2.AddCandidateRequest, _pool_pb2.AddCandidateResponse]
     """AddCandidate checks the eligibility, and locks the stake while the pool is open, in one step.
 
@@ -99,7 +101,9 @@ class PoolServiceAsyncStub(PoolServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenPool: _aio.UnaryUnaryMultiCallable[_pool_pb2.OpenPoolRequest, _pool_pb2.OpenPoolResponse]  # type: ignore[assignment]
-    """OpenPool starts a task's pool. The same task again gets the same answer, with another policy ALREADY_EXISTS."""
+    """OpenPool starts a task's pool. The same task again gets the same answer, with another policy, opening or creator ALREADY_EXISTS
+    (POOL_EXISTS).
+    """
     AddCandidate: _aio.UnaryUnaryMultiCallable[_pool_pb2.AddCandidateRequest, _pool_pb2.AddCandidateResponse]  # type: ignore[assignment]
     """AddCandidate checks the eligibility, and locks the stake while the pool is open, in one step.
 
@@ -127,7 +131,9 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _pool_pb2.OpenPoolRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_pool_pb2.OpenPoolResponse, _abc.Awaitable[_pool_pb2.OpenPoolResponse]]:
-        """OpenPool starts a task's pool. The same task again gets the same answer, with another policy ALREADY_EXISTS."""
+        """OpenPool starts a task's pool. The same task again gets the same answer, with another policy, opening or creator ALREADY_EXISTS
+        (POOL_EXISTS).
+        """
 
     @_abc_1.abstractmethod
     def AddCandidate(

@@ -28,7 +28,8 @@ if _version_not_supported:
 class StakeServiceStub:
     """StakeService is a double-entry ledger: every micro-unit lies on exactly one account.
 
-    Amounts are integers of micro-units; the sum of all deposits stays below 2^63, beyond it RESOURCE_EXHAUSTED.
+    Amounts are integers of micro-units; the sum of all deposits stays below 2^63, beyond it RESOURCE_EXHAUSTED
+    (LEDGER_FULL).
     """
 
     def __init__(self, channel):
@@ -77,7 +78,8 @@ class StakeServiceStub:
 class StakeServiceServicer:
     """StakeService is a double-entry ledger: every micro-unit lies on exactly one account.
 
-    Amounts are integers of micro-units; the sum of all deposits stays below 2^63, beyond it RESOURCE_EXHAUSTED.
+    Amounts are integers of micro-units; the sum of all deposits stays below 2^63, beyond it RESOURCE_EXHAUSTED
+    (LEDGER_FULL).
     """
 
     def Deposit(self, request, context):
@@ -139,7 +141,7 @@ class StakeServiceServicer:
     def ListLedgerEvents(self, request, context):
         """ListLedgerEvents lists changes in order, from a sequence number on.
 
-        Errors: OUT_OF_RANGE for a sequence number beyond the next one.
+        Errors: OUT_OF_RANGE (CURSOR_FROM_THE_FUTURE) for a sequence number beyond the next one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -194,7 +196,8 @@ def add_StakeServiceServicer_to_server(servicer, server):
 class StakeService:
     """StakeService is a double-entry ledger: every micro-unit lies on exactly one account.
 
-    Amounts are integers of micro-units; the sum of all deposits stays below 2^63, beyond it RESOURCE_EXHAUSTED.
+    Amounts are integers of micro-units; the sum of all deposits stays below 2^63, beyond it RESOURCE_EXHAUSTED
+    (LEDGER_FULL).
     """
 
     @staticmethod

@@ -29,7 +29,8 @@ GRPC_VERSION: str
 class StakeServiceStub:
     """StakeService is a double-entry ledger: every micro-unit lies on exactly one account.
 
-    Amounts are integers of micro-units; the sum of all deposits stays below 2^63, beyond it RESOURCE_EXHAUSTED.
+    Amounts are integers of micro-units; the sum of all deposits stays below 2^63, beyond it RESOURCE_EXHAUSTED
+    (LEDGER_FULL).
     """
 
     @_typing.overload
@@ -69,14 +70,15 @@ class StakeServiceStub:
     ListLedgerEvents: _grpc.UnaryUnaryMultiCallable[_stake_pb2.ListLedgerEventsRequest, _stake_pb2.ListLedgerEventsResponse]
     """ListLedgerEvents lists changes in order, from a sequence number on.
 
-    Errors: OUT_OF_RANGE for a sequence number beyond the next one.
+    Errors: OUT_OF_RANGE (CURSOR_FROM_THE_FUTURE) for a sequence number beyond the next one.
     """
 
 @_typing.type_check_only
 class StakeServiceAsyncStub(StakeServiceStub):
     """StakeService is a double-entry ledger: every micro-unit lies on exactly one account.
 
-    Amounts are integers of micro-units; the sum of all deposits stays below 2^63, beyond it RESOURCE_EXHAUSTED.
+    Amounts are integers of micro-units; the sum of all deposits stays below 2^63, beyond it RESOURCE_EXHAUSTED
+    (LEDGER_FULL).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -113,13 +115,14 @@ class StakeServiceAsyncStub(StakeServiceStub):
     ListLedgerEvents: _aio.UnaryUnaryMultiCallable[_stake_pb2.ListLedgerEventsRequest, _stake_pb2.ListLedgerEventsResponse]  # type: ignore[assignment]
     """ListLedgerEvents lists changes in order, from a sequence number on.
 
-    Errors: OUT_OF_RANGE for a sequence number beyond the next one.
+    Errors: OUT_OF_RANGE (CURSOR_FROM_THE_FUTURE) for a sequence number beyond the next one.
     """
 
 class StakeServiceServicer(metaclass=_abc_1.ABCMeta):
     """StakeService is a double-entry ledger: every micro-unit lies on exactly one account.
 
-    Amounts are integers of micro-units; the sum of all deposits stays below 2^63, beyond it RESOURCE_EXHAUSTED.
+    Amounts are integers of micro-units; the sum of all deposits stays below 2^63, beyond it RESOURCE_EXHAUSTED
+    (LEDGER_FULL).
     """
 
     @_abc_1.abstractmethod
@@ -196,7 +199,7 @@ class StakeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_stake_pb2.ListLedgerEventsResponse, _abc.Awaitable[_stake_pb2.ListLedgerEventsResponse]]:
         """ListLedgerEvents lists changes in order, from a sequence number on.
 
-        Errors: OUT_OF_RANGE for a sequence number beyond the next one.
+        Errors: OUT_OF_RANGE (CURSOR_FROM_THE_FUTURE) for a sequence number beyond the next one.
         """
 
 def add_StakeServiceServicer_to_server(servicer: StakeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
