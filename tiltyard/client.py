@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import grpc
 
-from tiltyard.calls.channel import open_channel
+from tiltyard.calls.channel import INFERENCE_MESSAGE_BYTES, MAX_MESSAGE_BYTES, open_channel
 from tiltyard.calls.errors import ClientError, FieldViolation, client_errors, explain, is_transient
 from tiltyard.calls.resuming import PATIENCE_S, new_request_id, pages, persist, watch
 from tiltyard.chunks import ArtifactStub
@@ -75,9 +75,14 @@ class _Connections:
         """Resource name of the key's holder."""
         return f"participants/{self.key.id}"
 
-    def _open(self, address: str, audience: str) -> grpc.aio.Channel:
-        tokens = TokenSource(self.key, audience)
-        channel = open_channel(address, tokens=tokens, tls=self._tls, deadline_s=self._deadline_s)
+    def _open(self, address: str, audience: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
+        channel = open_channel(
+            address,
+            tokens=TokenSource(self.key, audience),
+            tls=self._tls,
+            deadline_s=self._deadline_s,
+            max_message_bytes=max_message_bytes,
+        )
         self._channels.append(channel)
         return channel
 
@@ -206,7 +211,7 @@ class Node(_Connections):
 
     @cached_property
     def _node(self) -> grpc.aio.Channel:
-        return self._open(self._address, self._node_id)
+        return self._open(self._address, self._node_id, max_message_bytes=INFERENCE_MESSAGE_BYTES)
 
     @cached_property
     def trainings(self) -> "TrainingServiceAsyncStub":

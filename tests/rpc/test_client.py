@@ -13,8 +13,9 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 import tiltyard
-from tiltyard.client import Client, ClientError, FieldViolation, explain, pages, persist, watch
+from tiltyard.client import Client, ClientError, FieldViolation, Node, explain, pages, persist, watch
 from tiltyard.identity import Key, verify_token
+from tiltyard.inference.v2 import inference_pb2, inference_pb2_grpc
 from tiltyard.registry.v1 import task_pb2, task_pb2_grpc
 
 
@@ -222,6 +223,25 @@ async def test_patience_outlasts_a_restart_but_no_refusal() -> None:
         with pytest.raises(grpc.aio.AioRpcError):
             await persist(lambda: client.tasks.GetTask(request))
     assert tasks.answers == []
+
+
+async def test_a_node_is_sent_batches_and_answers_as_large_as_the_inference_protocol_allows() -> None:
+    class Echo(inference_pb2_grpc.GRPCInferenceServiceServicer):
+        async def ModelInfer(self, request: Any, context: Any) -> inference_pb2.ModelInferResponse:
+            return inference_pb2.ModelInferResponse(raw_output_contents=request.raw_input_contents)
+
+    large = [("grpc.max_receive_message_length", 16 * 1024 * 1024), ("grpc.max_send_message_length", 16 * 1024 * 1024)]
+    server = grpc.aio.server(options=large)
+    inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Echo(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    rows = bytes(15 * 1024 * 1024)
+    try:
+        async with Node(Key.generate(), address=f"127.0.0.1:{port}", node_id="0" * 40) as node:
+            answer = await node.inference.ModelInfer(inference_pb2.ModelInferRequest(raw_input_contents=[rows]))
+    finally:
+        await server.stop(0)
+    assert answer.raw_output_contents[0] == rows
 
 
 async def test_without_its_address_the_selector_is_missed_by_name() -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tiltyard.calls.tls import ChannelTls, Pem
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+INFERENCE_MESSAGE_BYTES = 16 * 1024 * 1024
+"""Of the Open Inference Protocol alone: batches of rows, and what a model answers to them."""
 
 SERVICE_CONFIG = json.dumps(
     {

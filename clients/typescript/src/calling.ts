@@ -14,7 +14,9 @@ import type { DeadlineOptions } from "nice-grpc-client-middleware-deadline";
 
 import type { TokenSource } from "./identity.js";
 
-const MAX_MESSAGE_BYTES = 4 * 1024 * 1024;
+export const MAX_MESSAGE_BYTES = 4 * 1024 * 1024;
+/** Of the Open Inference Protocol alone: batches of rows, and what a model answers to them. */
+export const INFERENCE_MESSAGE_BYTES = 16 * 1024 * 1024;
 const LOOPBACK = /^(localhost|127\.\d+\.\d+\.\d+|\[::1\]):\d+$/;
 
 /** Milliseconds that a call with one answer may take. */
@@ -41,7 +43,7 @@ const SERVICE_CONFIG = JSON.stringify({
 });
 
 /** Options of a channel to `address`: repeats, keepalive, quick reconnects, message limits. */
-export function channelOptions(address: string): ChannelOptions {
+export function channelOptions(address: string, maxMessageBytes = MAX_MESSAGE_BYTES): ChannelOptions {
   return {
     "grpc.service_config": SERVICE_CONFIG,
     "grpc.enable_retries": 1,
@@ -50,8 +52,8 @@ export function channelOptions(address: string): ChannelOptions {
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.initial_reconnect_backoff_ms": 200,
     "grpc.max_reconnect_backoff_ms": 2_000,
-    "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
-    "grpc.max_send_message_length": MAX_MESSAGE_BYTES,
+    "grpc.max_receive_message_length": maxMessageBytes,
+    "grpc.max_send_message_length": maxMessageBytes,
     // A proxy from the environment can't reach this machine's loopback interface.
     "grpc.enable_http_proxy": LOOPBACK.test(address) ? 0 : 1,
   };

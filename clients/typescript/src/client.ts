@@ -11,7 +11,15 @@ import {
 import { deadlineMiddleware, type DeadlineOptions } from "nice-grpc-client-middleware-deadline";
 
 import { CircuitBreaker, breaking } from "./breaker.js";
-import { DEADLINE_MS, bearer, channelOptions, deadlines, repeatable } from "./calling.js";
+import {
+  DEADLINE_MS,
+  INFERENCE_MESSAGE_BYTES,
+  MAX_MESSAGE_BYTES,
+  bearer,
+  channelOptions,
+  deadlines,
+  repeatable,
+} from "./calling.js";
 import { arenaErrors, detailed } from "./errors.js";
 import { Key, TokenSource } from "./identity.js";
 import { GRPCInferenceServiceDefinition } from "./proto/tiltyard/inference/v2/inference.js";
@@ -65,6 +73,7 @@ class Connections {
     readonly key: Key,
     private readonly tls: TlsOptions | undefined,
     private readonly deadlineMs: number = DEADLINE_MS,
+    private readonly maxMessageBytes: number = MAX_MESSAGE_BYTES,
   ) {}
 
   /** Resource name of the key's holder. */
@@ -79,7 +88,8 @@ class Connections {
   ): Calls<Service> {
     const known = this.#services.get(service);
     if (known !== undefined) return known as Calls<Service>;
-    const channel = this.#channels.get(address) ?? createChannel(address, credentials(this.tls), channelOptions(address));
+    const opened = () => createChannel(address, credentials(this.tls), channelOptions(address, this.maxMessageBytes));
+    const channel = this.#channels.get(address) ?? opened();
     this.#channels.set(address, channel);
     const breaker = this.#breakers.get(address) ?? new CircuitBreaker(address);
     this.#breakers.set(address, breaker);
@@ -193,7 +203,7 @@ export class Node extends Connections {
   readonly #nodeId: string;
 
   constructor(options: { key: Key; address: string; nodeId: string; tls?: TlsOptions; deadlineMs?: number }) {
-    super(options.key, options.tls, options.deadlineMs);
+    super(options.key, options.tls, options.deadlineMs, INFERENCE_MESSAGE_BYTES);
     this.#address = options.address;
     this.#nodeId = options.nodeId;
   }

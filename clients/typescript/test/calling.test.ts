@@ -5,7 +5,8 @@ import { Status, createServer } from "nice-grpc";
 import { ErrorInfo, RichServerError, errorDetailsServerMiddleware } from "nice-grpc-error-details";
 
 import { STREAM_DEADLINE_MS, deadlines } from "../src/calling.js";
-import { ArenaError, Client, Key } from "../src/index.js";
+import { ArenaError, Client, Key, Node } from "../src/index.js";
+import { GRPCInferenceServiceDefinition, type ModelInferRequest } from "../src/proto/tiltyard/inference/v2/inference.js";
 import { TaskServiceDefinition, type CloseTaskRequest } from "../src/proto/tiltyard/registry/v1/task.js";
 
 const { closeTask, listTasks } = TaskServiceDefinition.methods;
@@ -82,6 +83,21 @@ test("a change goes out with a request id that stays the same through repeats", 
   assert.equal(ids.length, 4);
   assert.match(ids[0] ?? "", /^[0-9a-f]{32}$/);
   assert.deepEqual(ids.slice(1), [ids[0], ids[0], "mine"]);
+});
+
+test("a node is sent batches and answers as large as the inference protocol allows", { timeout: 20_000 }, async () => {
+  const limits = { "grpc.max_receive_message_length": 2 ** 24, "grpc.max_send_message_length": 2 ** 24 };
+  const server = createServer(limits);
+  const { modelInfer } = GRPCInferenceServiceDefinition.methods;
+  server.add({ ...GRPCInferenceServiceDefinition, methods: { modelInfer } } as const, {
+    modelInfer: async ({ rawInputContents }: ModelInferRequest) => ({ rawOutputContents: rawInputContents }),
+  });
+  const address = `127.0.0.1:${await server.listen("127.0.0.1:0")}`;
+  const node = new Node({ key: Key.generate(), address, nodeId: "0".repeat(40) });
+  open.push(node, server);
+  const rows = new Uint8Array(15 * 1024 * 1024).fill(7);
+  const { rawOutputContents } = await node.inference.modelInfer({ rawInputContents: [rows] });
+  assert.ok(Buffer.from(rows).equals(rawOutputContents[0]!));
 });
 
 test("repeats have a budget", { timeout: 60_000 }, async () => {
