@@ -6,7 +6,7 @@ import { fromHex, toHex, utf8 } from "../src/bytes.js";
 import { evaluationSeal, submissionCommitment } from "../src/commitments.js";
 import { Key } from "../src/identity.js";
 import { COMMIT, openStatement, signStatement } from "../src/statements.js";
-import { InvalidNote, leafHash, openCheckpoint, verifyConsistency, verifyInclusion } from "../src/transparency.js";
+import { Frontier, InvalidNote, leafHash, openCheckpoint, verifyConsistency, verifyInclusion } from "../src/transparency.js";
 import { vectors } from "./vectors.js";
 
 interface Vectors {
@@ -51,6 +51,50 @@ test("inclusion proofs hold, and fail with any node changed, added or dropped", 
       assert.ok(!verifyInclusion({ ...proof, path: path.with(at, new Uint8Array(32)) }));
       assert.ok(!verifyInclusion({ ...proof, path: path.toSpliced(at, 1) }));
     }
+  }
+});
+
+test("inclusion proofs of no place, no tree, or another size do not hold", () => {
+  const leaf = leafHash(utf8("leaf"));
+  const one = { leaf, index: 0n, size: 1n, path: [], root: leaf };
+  assert.ok(verifyInclusion(one));
+  for (const change of [
+    { index: 1n },
+    { index: -1n },
+    { index: 2n ** 63n },
+    { size: 0n },
+    { size: -1n },
+    { size: 2n },
+    { size: 2n ** 64n },
+    { path: [leaf] },
+    { path: [new Uint8Array()] },
+    { leaf: new Uint8Array() },
+    { root: new Uint8Array() },
+    { leaf: new Uint8Array(), root: new Uint8Array(), size: 2n },
+  ]) {
+    assert.ok(!verifyInclusion({ ...one, ...change }), String(Object.entries(change)));
+  }
+});
+
+test("a frontier is read back, and no other number of hashes is", () => {
+  const tree = new Frontier();
+  const sizes = shared.entries.map((entry) => {
+    tree.append(leafHash(utf8(entry)));
+    const again = new Frontier(tree.size, tree.hashes);
+    assert.deepEqual(again.root(), tree.root());
+    return Number(again.size);
+  });
+  assert.deepEqual(sizes, shared.entries.map((_, at) => at + 1));
+  for (const vector of shared.inclusion.filter(({ size }) => size === sizes.length)) {
+    assert.equal(toHex(tree.root()), vector.root);
+  }
+  for (const [size, hashes] of [
+    [1n, []],
+    [0n, [leafHash(utf8(""))]],
+    [-1n, []],
+    [1n, [new Uint8Array(31)]],
+  ] as const) {
+    assert.throws(() => new Frontier(size, hashes), RangeError);
   }
 });
 
