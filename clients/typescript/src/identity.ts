@@ -12,6 +12,7 @@ import { readFile, stat } from "node:fs/promises";
 
 import { sha256, toHex, utf8 } from "./bytes.js";
 import { createFile } from "./keptfile.js";
+import { encryptedPem } from "./keyencryption.js";
 
 export const TOKEN_LIFETIME_S = 240;
 const RENEWAL_S = 60;
@@ -51,17 +52,19 @@ export class Key {
   /** The key in a PKCS #8 PEM file. Throws Error for one that is not encrypted and that others may read. */
   static async load(path: string, passphrase?: string): Promise<Key> {
     const pem = await readFile(path, "utf8");
-    if (!pem.includes("-----BEGIN ENCRYPTED PRIVATE KEY-----")) await checkClosed(path);
+    const isEncrypted = pem.includes("-----BEGIN ENCRYPTED PRIVATE KEY-----");
+    if (isEncrypted && passphrase === undefined) throw new Error(`${path} is encrypted, and no passphrase is given`);
+    if (!isEncrypted) await checkClosed(path);
     return Key.fromPem(pem, passphrase);
   }
 
   /** Writes PKCS #8 PEM with mode 0600, whole or not at all, encrypted when there is a `passphrase`; fails where a file is. */
   async save(path: string, passphrase?: string): Promise<void> {
-    const plain = { type: "pkcs8", format: "pem" } as const;
-    const pem = this.#privateKey.export(
-      passphrase === undefined ? plain : { ...plain, cipher: "aes-256-cbc", passphrase },
-    );
-    await createFile(path, String(pem), 0o600);
+    const pem =
+      passphrase === undefined
+        ? String(this.#privateKey.export({ type: "pkcs8", format: "pem" }))
+        : await encryptedPem(this.#privateKey.export({ type: "pkcs8", format: "der" }), passphrase);
+    await createFile(path, pem, 0o600);
   }
 
   /** The 64-byte signature of `message` (RFC 8032: always the same one). */

@@ -6,6 +6,7 @@ import { test } from "node:test";
 
 import { utf8 } from "../src/bytes.js";
 import { Key, TokenSource, issueToken, participantId, verifySignature } from "../src/identity.js";
+import { python } from "./python.js";
 
 test("a token is an EdDSA JWT whose key hashes to its subject", () => {
   const key = Key.generate();
@@ -44,9 +45,33 @@ test("a key survives its file, plain and encrypted, and never overwrites one", a
     await key.save(join(folder, "secret.pem"), "correct horse");
     assert.equal((await Key.load(join(folder, "secret.pem"), "correct horse")).id, key.id);
     await assert.rejects(Key.load(join(folder, "secret.pem"), "battery"));
+    await assert.rejects(Key.load(join(folder, "secret.pem")), /no passphrase is given/);
     for (const name of ["plain.pem", "secret.pem"]) await chmod(join(folder, name), 0o644);
     await assert.rejects(Key.load(join(folder, "plain.pem")), /chmod 600/);
     assert.equal((await Key.load(join(folder, "secret.pem"), "correct horse")).id, key.id);
+  } finally {
+    await rm(folder, { recursive: true });
+  }
+});
+
+test("an encrypted key is Python's to open, under scrypt, and Python's is ours", { timeout: 60_000 }, async () => {
+  const script = `
+import sys
+from pathlib import Path
+from tiltyard.identity import Key
+from tiltyard.keyfiles import KeyLock, decrypt_pem
+folder, lock = Path(sys.argv[1]), KeyLock(passphrase="korrekt hörse".encode())
+decrypt_pem((folder / "ours.pem").read_bytes(), lock.passphrase, label="ENCRYPTED PRIVATE KEY")
+theirs = Key.generate()
+theirs.save(folder / "theirs.pem", lock)
+print(Key.load(folder / "ours.pem", lock).id, theirs.id)`;
+  const folder = await mkdtemp(join(tmpdir(), "tiltyard-"));
+  try {
+    const key = Key.generate();
+    await key.save(join(folder, "ours.pem"), "korrekt hörse");
+    const [ours, theirs] = (await python(script, folder)).split(" ");
+    assert.equal(ours, key.id);
+    assert.equal((await Key.load(join(folder, "theirs.pem"), "korrekt hörse")).id, theirs);
   } finally {
     await rm(folder, { recursive: true });
   }
