@@ -30,18 +30,25 @@ class Process:
         command = [sys.executable, "-m", f"services.{name}"]
         self.process = subprocess.Popen(command, env=self.environment, stderr=subprocess.PIPE, text=True)
         self.log: list[dict[str, Any]] = []
+        self.port = 0
+        self.address = ""
+
+    def serves(self) -> None:
+        """Waits until it does, and knows its address then."""
         self.port = int(self.until("serving")["address"].rpartition(":")[2])
         self.address = f"localhost:{self.port}"
 
     def until(self, event: str) -> dict[str, Any]:
         """The next line of the log that tells of `event`."""
         assert self.process.stderr is not None
+        said = []
         for line in self.process.stderr:
+            said.append(line)
             if line.startswith("{"):
                 self.log.append(json.loads(line))
                 if self.log[-1]["event"] == event:
                     return self.log[-1]
-        raise AssertionError(f"ended without {event!r}: {self.log}")
+        raise AssertionError(f"ended without {event!r}: {''.join(said)}")
 
     def healthy(self) -> subprocess.CompletedProcess[str]:
         """What the health check of a container says."""
@@ -65,6 +72,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
     def starter(name: str, **settings: str) -> Process:
         started.append(Process(name, tmp_path, tmp_path / "certs", **settings))
+        started[-1].serves()
         return started[-1]
 
     yield starter
