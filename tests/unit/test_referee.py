@@ -1,10 +1,11 @@
-"""When the background loop asks the selector for its ledger."""
+"""What a turn of the background loop does, and when it is told of."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import pytest
 
+from services.registry.referee import referee
 from services.registry.referee.referee import Referee
 from services.runtime.errors import Unavailable
 from tests.support.registry_fakes import SettableClock
@@ -27,10 +28,10 @@ async def test_the_ledger_is_asked_where_it_is_due_or_something_was_done(
     done: int, due: bool, expected: list[str]
 ) -> None:
     asked: list[str] = []
-    referee = Referee(
+    turning = Referee(
         step(asked, "b", 0), [step(asked, "a", done)], step(asked, "l", 2), NOBODY, NOBODY, SettableClock()
     )
-    assert await referee.turn(ledger_due=due) == done + 2 * ("l" in expected)
+    assert await turning.turn(ledger_due=due) == done + 2 * ("l" in expected)
     assert asked == ["b", *expected]
 
 
@@ -40,10 +41,10 @@ async def test_a_step_that_fails_holds_up_neither_the_others_nor_the_ledger() ->
     async def fails() -> int:
         raise Unavailable("SELECTOR_UNAVAILABLE", "the selector is away")
 
-    referee = Referee(
+    turning = Referee(
         step(asked, "b", 0), [fails, step(asked, "a", 0)], step(asked, "l", 0), NOBODY, NOBODY, SettableClock()
     )
-    assert await referee.turn() == 0
+    assert await turning.turn() == 0
     assert asked == ["b", "a", "l"]
 
 
@@ -53,6 +54,20 @@ async def test_nothing_is_done_before_it_is_known_that_the_registry_is_at_work()
     async def fails() -> int:
         raise Unavailable("DATABASE_UNAVAILABLE", "the database is away")
 
-    referee = Referee(fails, [step(asked, "a", 1)], step(asked, "l", 0), NOBODY, NOBODY, SettableClock())
-    assert await referee.turn() == 0
+    turning = Referee(fails, [step(asked, "a", 1)], step(asked, "l", 0), NOBODY, NOBODY, SettableClock())
+    assert await turning.turn() == 0
     assert asked == []
+
+
+async def test_a_registry_that_cannot_write_tells_of_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(referee._TURNED, "set", told.append)
+
+    async def fails() -> int:
+        raise Unavailable("DISK_FULL", "the disk is full")
+
+    clock = SettableClock()
+    await Referee(fails, [], step([], "l", 0), NOBODY, NOBODY, clock).turn()
+    assert told == []
+    await Referee(step([], "b", 0), [], step([], "l", 0), NOBODY, NOBODY, clock).turn()
+    assert told == [clock().timestamp()]

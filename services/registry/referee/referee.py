@@ -97,8 +97,9 @@ class Referee:
                 done += await _tried(step) or 0
             if ledger_due or done:
                 done += await _tried(self._ledger) or 0
+            # Told of turns alone that were at work: where none has been for minutes, somebody is woken.
+            _TURNED.set(self._clock().timestamp())
         _TURN.record(time.perf_counter() - started)
-        _TURNED.set(self._clock().timestamp())
         return done or 0
 
     async def _pause_s(self) -> float:
