@@ -7,7 +7,10 @@ from services.trainer.training import TrainingState
 from tiltyard.telemetry import metrics
 
 DEATHS = metrics.Counter(
-    "tiltyard.training.deaths", unit="{process}", description="Processes of trainings that ended without a word."
+    "tiltyard.training.deaths",
+    unit="{process}",
+    description="Processes of trainings that ended without a word.",
+    told_at_zero=[{}],
 )
 ENDED = metrics.Counter("tiltyard.trainings.ended", unit="{training}", description="Trainings that ended, by state.")
 

@@ -7,7 +7,12 @@ from typing import Protocol
 from services.validator.runs import Run, RunState
 from tiltyard.telemetry import metrics
 
-_ENDED = metrics.Counter("tiltyard.evaluations.ended", unit="{run}", description="Runs that ended, by state.")
+_ENDED = metrics.Counter(
+    "tiltyard.evaluations.ended",
+    unit="{run}",
+    description="Runs that ended, by state.",
+    told_at_zero=[{"state": state.value} for state in (RunState.OPENED, RunState.FAILED)],
+)
 _ROWS = metrics.Counter("tiltyard.evaluation.rows", unit="{row}", description="Rows counted in runs that ended.")
 _FAULTS = metrics.Counter("tiltyard.evaluation.faults", unit="{fault}", description="Faults found in models, by kind.")
 _DURATION = metrics.Histogram(

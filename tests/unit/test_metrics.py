@@ -29,6 +29,15 @@ def test_counters_add_up_by_attributes() -> None:
 
 
 @pytest.mark.usefixtures("fresh")
+def test_a_counter_that_says_so_is_told_before_it_counts() -> None:
+    plain = metrics.Counter("c", unit="{x}", description="", told_at_zero=[{}])
+    by_state = metrics.Counter("d", unit="{x}", description="", told_at_zero=[{"state": "a"}, {"state": "b"}])
+    assert plain.sums() == {(): 0}
+    by_state.add(2, state="b")
+    assert by_state.sums() == {(("state", "a"),): 0, (("state", "b"),): 2}
+
+
+@pytest.mark.usefixtures("fresh")
 def test_gauges_are_set_or_asked() -> None:
     gauge = metrics.Gauge("g", unit="{x}", description="")
     gauge.set(3, state="a")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from services.trainer import training_metrics
+
 ROOT = Path(__file__).parents[2]
 OBSERVABILITY = ROOT / "deploy/observability"
 ALERTS = yaml.safe_load((OBSERVABILITY / "alerts.yaml").read_text())["groups"][0]["rules"]
@@ -93,6 +95,12 @@ def test_each_metric_that_is_asked_for_exists(query: str) -> None:
     wanted = asked_for(query)
     assert wanted
     assert wanted <= in_prometheus()
+
+
+def test_what_an_alert_counts_up_is_told_from_zero_on() -> None:
+    increases = {name for rule in ALERTS for name in re.findall(r"increase\((\w+)_total", rule["expr"])}
+    assert increases == {training_metrics.DEATHS.name.replace(".", "_")}
+    assert () in training_metrics.DEATHS.sums()
 
 
 def test_a_metric_that_nobody_declares_would_be_found_out() -> None:

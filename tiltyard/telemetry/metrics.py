@@ -52,11 +52,17 @@ def declared() -> Sequence[Instrument]:
 
 
 class Counter(Instrument):
-    """A sum that only grows."""
+    """A sum that only grows.
 
-    def __init__(self, name: str, *, unit: str, description: str) -> None:
+    What is `told_at_zero` is told before anything has been counted, too: who looks for an increase between two reports
+    sees none where a sum first appears as what it has grown to.
+    """
+
+    def __init__(
+        self, name: str, *, unit: str, description: str, told_at_zero: Sequence[Mapping[str, Value]] = ()
+    ) -> None:
         super().__init__(name, unit=unit, description=description)
-        self._sums: dict[Key, float] = {}
+        self._sums: dict[Key, float] = {tuple(attributes.items()): 0 for attributes in told_at_zero}
 
     def add(self, amount: float = 1, **attributes: Value) -> None:
         """Adds to the sum of these attributes."""

@@ -35,7 +35,10 @@ _INTERNAL = Kind.INTERNAL  # an enumeration takes as long to look one up as a sp
 _LONGEST_CLOSE_S = 0.5
 _COMPLAIN_EVERY_S = 60.0
 _DROPPED = metrics.Counter(
-    "tiltyard.telemetry.spans.dropped", unit="{span}", description="Spans dropped since the collector did not keep up."
+    "tiltyard.telemetry.spans.dropped",
+    unit="{span}",
+    description="Spans dropped since the collector did not keep up.",
+    told_at_zero=[{}],
 )
 
 _log = logging.getLogger("tiltyard.telemetry")
