@@ -154,18 +154,27 @@ class Arena:
             raise SystemExit(f"TILTYARD_BIND={bind} needs OVERLAYS=tls, or TILTYARD_PLAINTEXT_ANYWHERE=true")
 
     def _certify(self) -> None:
-        """Issues each service a certificate, and another before it ends; services that run follow the files."""
+        """Issues each service a certificate, and another before it ends; services that run follow the files.
+
+        What another authority has issued is the operator's, and so are further authorities in `ca.pem`: both stay.
+        """
         authority = Authority.open(self._folder / "authority")
         for name in KEYS:
             folder = self._certificates / name
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / "certificate.pem"
             if file.exists():
-                ends = x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc
+                certificate = x509.load_pem_x509_certificate(file.read_bytes())
+                ends = certificate.not_valid_after_utc
                 if ends - datetime.now(UTC) > RENEW_BEFORE:
                     continue
+                if not authority.has_issued(certificate):
+                    say(f"{file} ends on {ends:%Y-%m-%d} and is not of {authority.certificate}: it stays")
+                    continue
             issued = authority.issue(name, [name, "localhost", "127.0.0.1"])
-            write(folder / "ca.pem", authority.certificate.read_text())
+            trusted, own = folder / "ca.pem", authority.certificate.read_text()
+            if not trusted.exists() or own not in trusted.read_text():
+                write(trusted, own)
             write(folder / "key.pem", issued.key.read_text(), mode=0o600)
             write(file, issued.certificate.read_text())
             issued.key.unlink()

@@ -66,6 +66,10 @@ class Authority:
             raise ValueError(f"{key_file} is not the key of {certificate_file}")
         return cls(folder, certificate, loaded)
 
+    def has_issued(self, certificate: x509.Certificate) -> bool:
+        """Whether it is of this authority; no two have one name."""
+        return certificate.issuer == self._certificate.subject
+
     def issue(self, name: str, hosts: Iterable[str], *, days: float = 90, now: datetime | None = None) -> Issued:
         """Writes `{name}.pem` and `{name}.key`, good for `hosts` (names and addresses) as server and as client.
 

@@ -3,11 +3,14 @@
 import os
 import shutil
 import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 from deploy.arena import HERE, KEYS, Arena
+from tiltyard.authority import Authority
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +57,32 @@ def test_ports_beyond_loopback_want_encryption_or_a_word(
     Arena(tmp_path / "told").prepare()
     with pytest.raises(SystemExit, match="TILTYARD_BIND"):
         Arena(tmp_path / "encrypted", ["none"]).prepare()
+
+
+def test_certificates_of_the_operators_own_authority_stay_and_those_of_the_arena_are_renewed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Arena(tmp_path, ["tls"]).prepare()
+    certificates = tmp_path / "certificates"
+    own = Authority.open(tmp_path / "own")
+    issued = own.issue("registry", ["arena.example.org"], days=20)
+    (certificates / "registry/certificate.pem").write_bytes(issued.certificate.read_bytes())
+    (certificates / "registry/key.pem").write_bytes(issued.key.read_bytes())
+    # The selector trusts both, and has half of its certificate's life behind it.
+    both = (certificates / "selector/ca.pem").read_text() + own.certificate.read_text()
+    (certificates / "selector/ca.pem").write_text(both)
+    old = Authority.open(tmp_path / "authority").issue("selector", ["selector"], days=20)
+    (certificates / "selector/certificate.pem").write_bytes(old.certificate.read_bytes())
+    trainers = (certificates / "trainer/certificate.pem").read_bytes()
+
+    Arena(tmp_path).prepare()
+    assert (certificates / "registry/certificate.pem").read_bytes() == issued.certificate.read_bytes()
+    assert (certificates / "registry/key.pem").read_bytes() == issued.key.read_bytes()
+    assert f"{certificates / 'registry/certificate.pem'} ends on" in capsys.readouterr().out
+    assert (certificates / "selector/ca.pem").read_text() == both
+    renewed = x509.load_pem_x509_certificate((certificates / "selector/certificate.pem").read_bytes())
+    assert renewed.not_valid_after_utc - datetime.now(UTC) > timedelta(days=89)
+    assert (certificates / "trainer/certificate.pem").read_bytes() == trainers
 
 
 def test_what_the_operator_writes_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
