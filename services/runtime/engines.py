@@ -12,6 +12,8 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import BindParameter, Select, bindparam, event, text
 from sqlalchemy.engine import Connection, Dialect, Engine, RootTransaction, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -31,6 +33,12 @@ _POSTGRES_PATIENCE = {
     "keepalives_count": 3,
     "tcp_user_timeout": 25_000,  # milliseconds
 }
+# The same from the other end: the server would keep the session of a machine that is gone, and with it the locks, of
+# which one says who is active, for two hours. These are of every PostgreSQL from 12 on.
+_POSTGRES_SESSION = (
+    "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3; "
+    "SET tcp_user_timeout = 25000"
+)
 
 
 def writing_engine(url: str) -> Engine:
@@ -61,11 +69,23 @@ def reading_engine(url: str, *, readers: int) -> Engine:
 
 
 def postgres_engine(url: str, **options: Any) -> Engine:
-    """An engine whose connections notice within half a minute that the server is gone; the URL may say otherwise."""
+    """An engine whose connections notice within half a minute that the server is gone, and the server that we are.
+
+    For ours the URL may say otherwise.
+    """
     parsed = make_url(url)
     patience = _POSTGRES_PATIENCE if parsed.get_driver_name().startswith("psycopg") else {}
     own = {name: value for name, value in patience.items() if name not in parsed.query}
-    return create_engine(parsed, connect_args=own, **options)
+    engine = create_engine(parsed, connect_args=own, **options)
+
+    @event.listens_for(engine, "connect")
+    def set_up(connection: Any, _record: Any) -> None:
+        with contextlib.closing(connection.cursor()) as cursor:
+            cursor.execute(_POSTGRES_SESSION)
+        # Rolled back it would be as if never said.
+        connection.commit()
+
+    return engine
 
 
 def _ready_made_savepoints(dialect: Dialect) -> None:
@@ -220,7 +240,10 @@ def is_serialization_failure(error: BaseException) -> bool:
 
 
 def migrate(url: str, migrations: Path | ModuleType | str) -> None:
-    """Brings the database at `url` to the newest version in `migrations`/versions; one process at a time does so."""
+    """Brings the database at `url` to the newest version in `migrations`/versions; one process at a time does so.
+
+    Raises RuntimeError where another version of the code has taken it further than these migrations know.
+    """
     config = Config()
     config.set_main_option("path_separator", "newline")
     config.set_main_option("script_location", str(Path(shared_environment.__path__[0])).replace("%", "%%"))
@@ -232,11 +255,22 @@ def migrate(url: str, migrations: Path | ModuleType | str) -> None:
         with _sqlite_lock(url), engine.connect() as connection:
             if not _is_sqlite(url):
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+            _refuse_unknown(connection, config)
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             connection.commit()
     finally:
         engine.dispose()
+
+
+def _refuse_unknown(connection: Connection, config: Config) -> None:
+    known = {each.revision for each in ScriptDirectory.from_config(config).walk_revisions()}
+    for revision in MigrationContext.configure(connection).get_current_heads():
+        if revision not in known:
+            raise RuntimeError(
+                f"the database is at revision {revision}, which this version does not know: a newer version has "
+                "migrated it, or it is another service's; start that one, or restore the backup from before"
+            )
 
 
 def _is_sqlite(url: str) -> bool:

@@ -1,6 +1,7 @@
 """The database: group commit, isolation of neighbours, snapshots, remembered requests, migrations under a lock."""
 
 import asyncio
+import shutil
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -9,15 +10,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, NullPool, event, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlmodel import Field, Session, SQLModel, select
 
 from services.runtime.database import Database
-from services.runtime.engines import found_rows
+from services.runtime.engines import found_rows, postgres_engine, reading_engine, writing_engine
 from services.runtime.errors import AlreadyExists, DiskFull, Unavailable
 from services.runtime.idempotency import PendingRequest, Replayed, _pending
 from services.runtime.writer import Group
+from tests.support.postgres_server import PostgresServer
 
 _FIRST = '''
 """The first tables."""
@@ -241,6 +243,37 @@ async def test_a_migration_that_dies_leaves_nothing_behind(url: str, migrations:
     assert tables == {"alembic_version", "remembered_requests", "marks"}
     second.unlink()
     await Database.open(url, migrations=migrations).close()
+
+
+async def test_a_database_that_a_newer_version_has_migrated_is_refused_untouched(
+    database_url: str, migrations: Path
+) -> None:
+    second = migrations / "versions" / "second.py"
+    second.write_text(_SECOND_FAILS.replace("raise OSError", "return; OSError"))
+    await Database.open(database_url, migrations=migrations).close()
+    second.unlink()
+    shutil.rmtree(migrations / "versions" / "__pycache__", ignore_errors=True)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="at revision 2, which this version does not know"):
+            Database.open(database_url, migrations=migrations)
+
+
+def test_the_server_lets_go_of_a_machine_that_is_gone(postgres: PostgresServer) -> None:
+    asked = text("SELECT name FROM pg_settings WHERE name LIKE 'tcp!_%' ESCAPE '!' AND source = 'session'")
+    for engine in (
+        writing_engine(postgres.database()),
+        reading_engine(postgres.database(), readers=1),
+        postgres_engine(postgres.database(), poolclass=NullPool, isolation_level="AUTOCOMMIT"),
+    ):
+        with engine.connect() as connection:
+            told = set(connection.execute(asked).scalars())
+        engine.dispose()
+        assert told == {
+            "tcp_keepalives_idle",
+            "tcp_keepalives_interval",
+            "tcp_keepalives_count",
+            "tcp_user_timeout",
+        }
 
 
 def request(request_id: str = "r1", body: bytes = b"body", sub: str = "me") -> PendingRequest:
