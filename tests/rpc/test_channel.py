@@ -1,7 +1,9 @@
 """Our outgoing channels: a deadline and a request id on every call, repeats on a budget, cancellations passed on."""
 
 import asyncio
-from typing import Any
+import ipaddress
+import struct
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -10,6 +12,7 @@ from services.runtime.errors import NotFound, Unavailable
 from tests.support.called_peer import Peer, code_of, collect, echo, get_stake, serving
 from tiltyard.calls.channel import open_channel
 from tiltyard.calls.outgoing import DEADLINE_S, STREAM_DEADLINE_S
+from tiltyard.calls.resuming import persist
 from tiltyard.registry.v1 import task_pb2, task_pb2_grpc
 from tiltyard.selector.v1 import stake_pb2
 
@@ -101,3 +104,37 @@ async def test_a_cancelled_call_is_cancelled_at_the_peer() -> None:
         with pytest.raises(asyncio.CancelledError):
             await calling
         await asyncio.wait_for(ended.wait(), 10)
+
+
+class _Names(asyncio.DatagramProtocol):
+    """A server of names that gives every one the same address of IPv4, and has nothing else to say."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.DatagramTransport, transport)
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        end = data.index(b"\0", 12) + 5
+        question, asked = data[12:end], data[end - 4 : end - 2]
+        answer = b""
+        if asked == b"\0\1":  # A
+            answer = b"\xc0\x0c\0\1\0\1\0\0\0\0\0\4" + ipaddress.IPv4Address(self.address).packed
+        counts = struct.pack("!4H", 1, 1 if answer else 0, 0, 0)
+        self._transport.sendto(data[:2] + b"\x81\x80" + counts + question + answer, addr)
+
+
+async def test_a_peer_that_comes_back_at_another_address_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_grpc_proxy", "peer.test")
+    names = _Names("127.0.0.1")
+    transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: names, ("127.0.0.1", 0))
+    port = transport.get_extra_info("sockname")[1]
+    async with serving(Peer()) as server:
+        address = f"dns://127.0.0.1:{port}/peer.test:{server.port}"
+        channel = open_channel(address)
+        await get_stake(channel)
+    names.address = "127.0.0.2"
+    async with channel, serving(Peer(), f"127.0.0.2:{server.port}"):
+        await persist(lambda: get_stake(channel), patience_s=10)
+    transport.close()

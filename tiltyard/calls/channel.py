@@ -63,6 +63,8 @@ def channel_options(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES)
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
+        # And so is one that comes back at another address: a container, say. gRPC would ask for it every 30 s only.
+        ("grpc.dns_min_time_between_resolutions_ms", 2_000),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         # A proxy from the environment can't reach this machine's loopback interface.

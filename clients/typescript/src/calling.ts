@@ -52,6 +52,8 @@ export function channelOptions(address: string, maxMessageBytes = MAX_MESSAGE_BY
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.initial_reconnect_backoff_ms": 200,
     "grpc.max_reconnect_backoff_ms": 2_000,
+    // A container that comes back has another address: it is asked for this often, not every 30 s.
+    "grpc.dns_min_time_between_resolutions_ms": 2_000,
     "grpc.max_receive_message_length": maxMessageBytes,
     "grpc.max_send_message_length": maxMessageBytes,
     // A proxy from the environment can't reach this machine's loopback interface.
