@@ -106,6 +106,29 @@ async def test_a_cancelled_call_is_cancelled_at_the_peer() -> None:
         await asyncio.wait_for(ended.wait(), 10)
 
 
+async def test_a_peer_far_away_is_reached_by_the_first_connection() -> None:
+    connections = 0
+    async with serving(Peer()) as server:
+
+        async def lead(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal connections
+            connections += 1
+            await asyncio.sleep(0.8)  # the round trips of a handshake
+            there, back = await asyncio.open_connection("127.0.0.1", server.port)
+            await asyncio.gather(_pass_on(reader, back), _pass_on(there, writer), return_exceptions=True)
+
+        listener = await asyncio.start_server(lead, "127.0.0.1", 0)
+        async with listener, open_channel(f"127.0.0.1:{listener.sockets[0].getsockname()[1]}") as channel:
+            await get_stake(channel)
+        assert connections == 1
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while content := await reader.read(65536):
+        writer.write(content)
+    writer.close()
+
+
 class _Names(asyncio.DatagramProtocol):
     """A server of names that gives every one the same address of IPv4, and has nothing else to say."""
 
