@@ -46,8 +46,15 @@ def _first_name(chain: bytes) -> str:
     from cryptography import x509
 
     certificate = x509.load_pem_x509_certificates(chain)[0]
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return str(next(iter(names)).value)
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        names = x509.SubjectAlternativeName([])
+    # It may be good for other things than hosts, too: a workload's URI, an address of e-mail.
+    for name in names:
+        if isinstance(name, x509.DNSName | x509.IPAddress):
+            return str(name.value)
+    raise ValueError("the certificate of TILTYARD_TLS_CERTIFICATE names no host (subjectAltName)")
 
 
 def main() -> None:

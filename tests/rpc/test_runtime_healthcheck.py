@@ -7,9 +7,12 @@ from pathlib import Path
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from services.runtime.healthcheck import check
 from services.runtime.server import ArenaServer, ServerTls
+from tests.support.certificates import self_signed
 from tiltyard.authority import Authority
 
 
@@ -43,6 +46,22 @@ async def test_trusts_and_shows_the_service_s_own_certificate(tmp_path: Path, mu
         other = Authority.open(tmp_path / "another").issue("stranger", ["localhost"])
         environment |= {"TILTYARD_TLS_CERTIFICATE": str(other.certificate), "TILTYARD_TLS_KEY": str(other.key)}
         with pytest.raises(grpc.RpcError):
+            await asyncio.to_thread(check, environment)
+
+
+async def test_asks_by_the_first_host_that_the_certificate_names(tmp_path: Path) -> None:
+    names = [x509.UniformResourceIdentifier("spiffe://arena/registry"), x509.DNSName("registry")]
+    certificate, key = self_signed(tmp_path, ec.generate_private_key(ec.SECP256R1()), names)
+    tls = ServerTls(certificate, key)
+    async with ArenaServer("127.0.0.1:0", [], authenticator=None, tls=tls) as server:
+        environment = {
+            "TILTYARD_LISTEN": f"127.0.0.1:{server.port}",
+            "TILTYARD_TLS_CERTIFICATE": str(certificate),
+            "TILTYARD_TLS_KEY": str(key),
+        }
+        assert await asyncio.to_thread(check, environment) == "SERVING"
+        self_signed(tmp_path, ec.generate_private_key(ec.SECP256R1()), [])
+        with pytest.raises(ValueError, match="names no host"):
             await asyncio.to_thread(check, environment)
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import grpc
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.runtime.certificates import ServerTls
 from services.runtime.server import ArenaServer
+from tests.support.certificates import PrivateKey, self_signed
 from tiltyard.authority import Authority, Issued
 from tiltyard.calls import tls
 from tiltyard.calls.channel import open_channel
@@ -235,3 +237,10 @@ def test_files_that_do_not_fit_are_named(authority: Authority, tmp_path: Path, b
     }[broken]
     with pytest.raises(InvalidPem, match=culprit):
         files.read()
+
+
+@pytest.mark.parametrize("key", [ed25519.Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP521R1())])
+def test_a_key_that_grpc_would_end_each_handshake_for_is_refused_at_once(tmp_path: Path, key: PrivateKey) -> None:
+    certificate, key_file = self_signed(tmp_path, key, [x509.DNSName("localhost")])
+    with pytest.raises(InvalidPem, match=r"self.pem: gRPC takes certificates with keys of RSA, P-256 and P-384 alone"):
+        PemFiles(None, certificate, key_file).read()

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 SYSTEM_AUTHORITIES = "system"
@@ -60,6 +61,8 @@ class PemFiles:
             leaf = _certificates(self.certificate, pem.certificate)[0]
             if _spki(leaf.public_key()) != _spki(key):
                 raise InvalidPem(f"{self.key} is not the key of {self.certificate}")
+            if not _is_spoken(key):
+                raise InvalidPem(f"{self.certificate}: gRPC takes certificates with keys of RSA, P-256 and P-384 alone")
         return pem
 
     def version(self) -> tuple[object, ...]:
@@ -75,6 +78,13 @@ def _certificates(path: Path | None, pem: bytes) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(pem)
     except ValueError as error:
         raise InvalidPem(f"{path} holds no PEM certificate") from error
+
+
+def _is_spoken(public_key: object) -> bool:
+    """Whether gRPC's own TLS takes a certificate with this key: others end each handshake, without a word of why."""
+    if isinstance(public_key, ec.EllipticCurvePublicKey):
+        return isinstance(public_key.curve, ec.SECP256R1 | ec.SECP384R1)
+    return isinstance(public_key, rsa.RSAPublicKey)
 
 
 def _spki(public_key: Any) -> bytes:
