@@ -5,7 +5,8 @@ A log line is one JSON object with ids and no secrets; within a span it names th
 
 import logging
 import sys
-from typing import Literal
+import threading
+from typing import TYPE_CHECKING, Literal
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -14,9 +15,15 @@ from services.runtime import process_metrics
 from tiltyard import telemetry
 from tiltyard.telemetry import tracing
 
+if TYPE_CHECKING:
+    from _typeshed import UnraisableHookArgs
+
 LogFormat = Literal["json", "console"]
 
 _SECRET_KEYS = frozenset({"authorization", "token", "lease_token", "secret", "password", "salt", "database_url"})
+
+
+_log = structlog.get_logger("tiltyard.process")
 
 
 def _without_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
@@ -40,8 +47,28 @@ def default_format() -> LogFormat:
 def configure_telemetry(name: str, level: str = "info", format: LogFormat | None = None) -> None:
     """Logs, traces and metrics of the service `name`, from its composition root and before any channel is opened."""
     configure_logging(name, level, format)
+    _log_what_python_prints()
     if telemetry.start(name):
         process_metrics.follow()
+
+
+def _log_what_python_prints() -> None:
+    """Warnings, and what ends a thread or a finaliser, as lines of the log; by default these go to standard error bare.
+
+    gRPC's core and other native code write there by themselves.
+    """
+    logging.captureWarnings(True)
+
+    def log_thread(ended: threading.ExceptHookArgs) -> None:
+        if ended.exc_type is not SystemExit:
+            thread = ended.thread.name if ended.thread else ""
+            _log.error("a thread was ended by an error", thread=thread, exc_info=ended.exc_value)
+
+    def log_unraisable(ignored: "UnraisableHookArgs") -> None:
+        _log.error("an error could not be raised", where=repr(ignored.object), exc_info=ignored.exc_value)
+
+    threading.excepthook = log_thread
+    sys.unraisablehook = log_unraisable
 
 
 def configure_logging(name: str, level: str = "info", format: LogFormat | None = None) -> None:

@@ -1,6 +1,9 @@
-"""How a process of a service ends that cannot go on."""
+"""How a process of a service ends that cannot go on, and what it says where nobody is there to raise an error to."""
 
+import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -43,3 +46,33 @@ def test_the_last_line_says_what_was_at_fault(
     assert "ended by an error" in said
     assert "Traceback" in said
     assert said.splitlines()[-1] == line
+
+
+_UNHEARD = """
+import threading, warnings
+from services.runtime.telemetry import configure_telemetry
+
+class Last:
+    def __del__(self):
+        raise ValueError("at the end of an object")
+
+def work():
+    raise ValueError("in a thread")
+
+configure_telemetry("sample", format="json")
+thread = threading.Thread(target=work, name="worker")
+thread.start()
+thread.join()
+Last()
+warnings.warn("soon no more")
+"""
+
+
+def test_what_nobody_can_catch_is_a_line_of_the_log() -> None:
+    ended = subprocess.run([sys.executable, "-c", _UNHEARD], capture_output=True, text=True, timeout=60, check=True)
+    thread, unraisable, warning = map(json.loads, ended.stderr.splitlines())
+    assert (thread["level"], thread["thread"], thread["service"]) == ("error", "worker", "sample")
+    assert "ValueError: in a thread" in thread["exception"]
+    assert "Last.__del__" in unraisable["where"]
+    assert "ValueError: at the end of an object" in unraisable["exception"]
+    assert (warning["level"], "soon no more" in warning["event"]) == ("warning", True)
