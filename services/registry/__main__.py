@@ -23,7 +23,12 @@ async def main() -> None:
             authenticator=registry.authenticator,
             policy=registry.policy,
             remembered=registry.database,
-            background=[registry.referee.run, registry.garbage.run, QueueLengths(registry.database).run],
+            background=[
+                registry.outages.watch,
+                registry.referee.run,
+                registry.garbage.run,
+                QueueLengths(registry.database).run,
+            ],
             on_close=[registry.close],
         )
 

@@ -6,7 +6,7 @@ A log line is one JSON object with ids and no secrets; within a span it names th
 import logging
 import sys
 import threading
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -14,9 +14,6 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from services.runtime import process_metrics
 from tiltyard import telemetry
 from tiltyard.telemetry import tracing
-
-if TYPE_CHECKING:
-    from _typeshed import UnraisableHookArgs
 
 LogFormat = Literal["json", "console"]
 
@@ -64,7 +61,7 @@ def _log_what_python_prints() -> None:
             thread = ended.thread.name if ended.thread else ""
             _log.error("a thread was ended by an error", thread=thread, exc_info=ended.exc_value)
 
-    def log_unraisable(ignored: "UnraisableHookArgs") -> None:
+    def log_unraisable(ignored: "sys.UnraisableHookArgs") -> None:
         _log.error("an error could not be raised", where=repr(ignored.object), exc_info=ignored.exc_value)
 
     threading.excepthook = log_thread

@@ -327,6 +327,25 @@ async def test_deadlines_that_passed_while_nothing_could_be_written_punish_nobod
     assert (await world.leaf_kinds()).count("outage_ended") == 1
 
 
+async def test_deadlines_that_passed_while_the_registry_slept_with_its_machine_punish_nobody(world: World) -> None:
+    number = await evaluating(world)
+    await world.accept((await world.duties(number))[0])
+    watching = asyncio.create_task(world.outages.watch())
+    await asyncio.sleep(0)
+    await world.outages.beat()
+    # A pause of a few seconds is none: calls were taken in.
+    world.clock.advance(seconds=8)
+    await world.outages.beat()
+    assert "outage_ended" not in await world.leaf_kinds()
+    world.clock.advance(seconds=5 * HOUR_S)
+    await world.outages.beat()
+    await world.turn()
+    assert await world.states(number) == ["ACCEPTED", "OFFERED", "OFFERED"]
+    assert await faults(world) == []
+    assert (await world.leaf_kinds()).count("outage_ended") == 1
+    watching.cancel()
+
+
 async def test_what_was_late_before_the_outage_stays_late(world: World) -> None:
     number = await evaluating(world)
     duty = (await world.duties(number))[0]

@@ -1,5 +1,6 @@
 """What the registry could not hear, or not write, is not held against anybody: deadlines move by that time."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -12,6 +13,9 @@ from services.registry.transaction import Store, Writing
 
 # How often the registry notes that it is at work. Being away for less than twice as long is not noticed.
 _BEAT = timedelta(seconds=2)
+# A process looks at the clock every second. Where that has moved by so much, nothing ran, or it was put forward.
+_LOOK_EVERY_S = 1.0
+_ASLEEP = timedelta(seconds=10)
 
 _WITH_DEADLINE = (SubmissionState.COMMITTED, SubmissionState.REVEALED, SubmissionState.EVALUATING)
 
@@ -19,20 +23,39 @@ _log = structlog.get_logger("tiltyard.registry")
 
 
 class Outages:
-    """Notes that the registry is alive, and finds out for how long it was not: before its start, or without a database
-    to write to."""
+    """Notes that the registry is alive, and finds out for how long it was not: before its start, without a database to
+    write to, or asleep with its machine."""
 
     def __init__(self, store: Store, clock: Callable[[], datetime]) -> None:
         self._store = store
         self._clock = clock
         self._noted: datetime | None = None
         self._failing = False
+        self._looked: datetime | None = None
+
+    async def watch(self) -> None:
+        """Without end: see that this process runs. The next beat takes for an outage what it has slept through.
+
+        So does it where the clock is put forward: what was to last an hour lasts an hour.
+        """
+        while True:
+            self._look()
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    def _look(self) -> None:
+        now = self._clock()
+        if self._looked is not None and now - self._looked >= _ASLEEP:
+            self._failing = True
+        self._looked = now
 
     async def beat(self) -> int:
         """What the referee begins each turn with: note every two seconds that the registry is at work.
 
-        The first note after one that failed moves the deadlines, as `end` does: nothing could be taken in meanwhile.
+        The first note after one that failed, or after a sleep, moves the deadlines, as `end` does: nothing could be
+        taken in meanwhile.
         """
+        if self._looked is not None:
+            self._look()  # who wakes up first, this or the watch, is chance
         now = self._clock()
         if self._noted is not None and now - self._noted < _BEAT:
             return 0
