@@ -162,6 +162,7 @@ class Arena:
         for name in KEYS:
             folder = self._certificates / name
             folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o755)  # the user of the images reads it, whatever the umask here
             file = folder / "certificate.pem"
             if file.exists():
                 certificate = x509.load_pem_x509_certificate(file.read_bytes())
@@ -251,10 +252,11 @@ def served(wheels: Path | None) -> Iterator[dict[str, str]]:
 
 
 def write(path: Path, text: str, *, mode: int = 0o644) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all, with this mode whatever the umask."""
     draft = path.with_name(f".{path.name}.new")
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+        os.fchmod(file.fileno(), mode)
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

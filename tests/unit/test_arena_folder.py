@@ -85,6 +85,23 @@ def test_certificates_of_the_operators_own_authority_stay_and_those_of_the_arena
     assert (certificates / "trainer/certificate.pem").read_bytes() == trainers
 
 
+def test_containers_read_their_certificates_and_nobody_else_reads_a_secret_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        Arena(tmp_path / "strict", ["tls"]).prepare()
+        os.umask(0)
+        Arena(tmp_path / "lax", ["tls"]).prepare()
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "strict", tmp_path / "lax"):
+        for name in KEYS:
+            shown = folder / "certificates" / name
+            modes = [path.stat().st_mode & 0o777 for path in (shown, shown / "certificate.pem", shown / "ca.pem")]
+            assert modes == [0o755, 0o644, 0o644]
+        hidden = [*(folder / "secrets").iterdir(), *folder.glob("certificates/*/key.pem"), folder / "operator.pem"]
+        assert {path.stat().st_mode & 0o777 for path in hidden} == {0o600}
+
+
 def test_what_the_operator_writes_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TILTYARD_ORIGIN", "arena.example.org")
     Arena(tmp_path).prepare()
