@@ -59,6 +59,8 @@ def main() -> None:
     arena.prepare()
     with served(arguments.wheels) as building:
         arena.compose("build", environment=building)
+    # After all that takes long or fails: until they are given away, no service that starts anew could read new keys.
+    arena.certify()
     arena.own_secrets()
     arena.compose("up", "--detach", "--no-build", "--remove-orphans")
     arena.until_healthy(HEALTHY_AFTER_S)
@@ -104,10 +106,37 @@ class Arena:
                 password = secrets.token_hex(24)
                 write(self._secrets / f"{name}_password", password, mode=0o600)
                 write(self._secrets / f"{name}_pgpass", f"database:5432:{name}:{name}:{password}\n", mode=0o600)
-        if HERE / "compose.tls.yaml" in self._files:
-            self._certify()
         self.settings = self._settings(ids)
         write(self._folder / "settings.env", "".join(f"{name}={value}\n" for name, value in self.settings.items()))
+
+    def certify(self) -> None:
+        """With the overlay `tls`: each service a certificate, and another before it ends, which services follow.
+
+        What another authority has issued is the operator's, and so are further authorities in `ca.pem`: both stay.
+        """
+        if HERE / "compose.tls.yaml" not in self._files:
+            return
+        authority = Authority.open(self._folder / "authority")
+        for name in KEYS:
+            folder = self._certificates / name
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o755)  # the user of the images reads it, whatever the umask here
+            file = folder / "certificate.pem"
+            if file.exists():
+                certificate = x509.load_pem_x509_certificate(file.read_bytes())
+                ends = certificate.not_valid_after_utc
+                if ends - datetime.now(UTC) > RENEW_BEFORE:
+                    continue
+                if not authority.has_issued(certificate):
+                    say(f"{file} ends on {ends:%Y-%m-%d} and is not of {authority.certificate}: it stays")
+                    continue
+            issued = authority.issue(name, [name, "localhost", "127.0.0.1"])
+            trusted, own = folder / "ca.pem", authority.certificate.read_text()
+            if not trusted.exists() or own not in trusted.read_text():
+                write(trusted, own)
+            write(folder / "key.pem", issued.key.read_text(), mode=0o600)
+            write(file, issued.certificate.read_text())
+            issued.key.unlink()
 
     def compose(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         """Runs docker compose; ends this process when it fails."""
@@ -152,33 +181,6 @@ class Arena:
         encrypted = HERE / "compose.tls.yaml" in self._files or told.get("TILTYARD_PLAINTEXT_ANYWHERE") == "true"
         if not encrypted and not is_loopback(bind):
             raise SystemExit(f"TILTYARD_BIND={bind} needs OVERLAYS=tls, or TILTYARD_PLAINTEXT_ANYWHERE=true")
-
-    def _certify(self) -> None:
-        """Issues each service a certificate, and another before it ends; services that run follow the files.
-
-        What another authority has issued is the operator's, and so are further authorities in `ca.pem`: both stay.
-        """
-        authority = Authority.open(self._folder / "authority")
-        for name in KEYS:
-            folder = self._certificates / name
-            folder.mkdir(parents=True, exist_ok=True)
-            folder.chmod(0o755)  # the user of the images reads it, whatever the umask here
-            file = folder / "certificate.pem"
-            if file.exists():
-                certificate = x509.load_pem_x509_certificate(file.read_bytes())
-                ends = certificate.not_valid_after_utc
-                if ends - datetime.now(UTC) > RENEW_BEFORE:
-                    continue
-                if not authority.has_issued(certificate):
-                    say(f"{file} ends on {ends:%Y-%m-%d} and is not of {authority.certificate}: it stays")
-                    continue
-            issued = authority.issue(name, [name, "localhost", "127.0.0.1"])
-            trusted, own = folder / "ca.pem", authority.certificate.read_text()
-            if not trusted.exists() or own not in trusted.read_text():
-                write(trusted, own)
-            write(folder / "key.pem", issued.key.read_text(), mode=0o600)
-            write(file, issued.certificate.read_text())
-            issued.key.unlink()
 
     def _kept(self) -> dict[str, str]:
         file = self._folder / "settings.env"

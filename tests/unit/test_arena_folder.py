@@ -3,13 +3,14 @@
 import os
 import shutil
 import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 
-from deploy.arena import HERE, KEYS, Arena
+from deploy.arena import HERE, KEYS, Arena, main
 from tiltyard.authority import Authority
 
 
@@ -24,6 +25,13 @@ def files(folder: Path, *overlays: str) -> list[str]:
     arena = Arena(folder, overlays)
     arena.prepare()
     return [Path(each).name for each in arena.settings["COMPOSE_FILE"].split(os.pathsep)]
+
+
+def certified(folder: Path) -> None:
+    """An arena with TLS, as it is before it starts."""
+    arena = Arena(folder, ["tls"])
+    arena.prepare()
+    arena.certify()
 
 
 def test_an_arena_with_tls_stays_one_until_it_is_told_otherwise(tmp_path: Path) -> None:
@@ -62,7 +70,7 @@ def test_ports_beyond_loopback_want_encryption_or_a_word(
 def test_certificates_of_the_operators_own_authority_stay_and_those_of_the_arena_are_renewed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Arena(tmp_path, ["tls"]).prepare()
+    certified(tmp_path)
     certificates = tmp_path / "certificates"
     own = Authority.open(tmp_path / "own")
     issued = own.issue("registry", ["arena.example.org"], days=20)
@@ -75,7 +83,7 @@ def test_certificates_of_the_operators_own_authority_stay_and_those_of_the_arena
     (certificates / "selector/certificate.pem").write_bytes(old.certificate.read_bytes())
     trainers = (certificates / "trainer/certificate.pem").read_bytes()
 
-    Arena(tmp_path).prepare()
+    Arena(tmp_path).certify()
     assert (certificates / "registry/certificate.pem").read_bytes() == issued.certificate.read_bytes()
     assert (certificates / "registry/key.pem").read_bytes() == issued.key.read_bytes()
     assert f"{certificates / 'registry/certificate.pem'} ends on" in capsys.readouterr().out
@@ -88,9 +96,9 @@ def test_certificates_of_the_operators_own_authority_stay_and_those_of_the_arena
 def test_containers_read_their_certificates_and_nobody_else_reads_a_secret_whatever_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
-        Arena(tmp_path / "strict", ["tls"]).prepare()
+        certified(tmp_path / "strict")
         os.umask(0)
-        Arena(tmp_path / "lax", ["tls"]).prepare()
+        certified(tmp_path / "lax")
     finally:
         os.umask(before)
     for folder in (tmp_path / "strict", tmp_path / "lax"):
@@ -100,6 +108,25 @@ def test_containers_read_their_certificates_and_nobody_else_reads_a_secret_whate
             assert modes == [0o755, 0o644, 0o644]
         hidden = [*(folder / "secrets").iterdir(), *folder.glob("certificates/*/key.pem"), folder / "operator.pem"]
         assert {path.stat().st_mode & 0o777 for path in hidden} == {0o600}
+
+
+def test_a_build_that_fails_has_touched_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certified(tmp_path)
+    registry = tmp_path / "certificates/registry"
+    old = Authority.open(tmp_path / "authority").issue("registry", ["registry"], days=20)
+    (registry / "certificate.pem").write_bytes(old.certificate.read_bytes())
+    key = (registry / "key.pem").read_bytes()
+
+    def fails(_arena: Arena, *arguments: str, **_: object) -> None:
+        assert arguments == ("build",)
+        raise SystemExit(1)
+
+    monkeypatch.setattr(Arena, "compose", fails)
+    monkeypatch.setattr(sys, "argv", ["arena.py", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    # Until it is given to the user of the images a new one could be read by no service that starts anew.
+    assert (registry / "key.pem").read_bytes() == key
 
 
 def test_what_the_operator_writes_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
