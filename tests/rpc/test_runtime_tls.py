@@ -224,6 +224,22 @@ async def test_an_open_channel_follows_its_certificate_and_authority(
             assert serving == health_pb2.HealthCheckResponse.SERVING
 
 
+async def test_an_authority_that_is_cut_off_leaves_the_earlier_ones(
+    authority: Authority, other: Authority, tmp_path: Path
+) -> None:
+    trusted = tmp_path / "trusted.pem"
+    both = other.certificate.read_bytes() + authority.certificate.read_bytes()
+    trusted.write_bytes(both)
+    issued = authority.issue("server", HOSTS)
+    tls = ServerTls(issued.certificate, issued.key, trusted)
+    known = client_tls(authority, authority.issue("known", HOSTS))
+    async with ArenaServer("127.0.0.1:0", [], authenticator=None, tls=tls) as server:
+        trusted.write_bytes(both[:-40])
+        assert await check(server.address, known)
+    with pytest.raises(InvalidPem, match=r"trusted.pem ends within a certificate"):
+        tls.credentials()
+
+
 @pytest.mark.parametrize("broken", ["key of another", "no certificate", "no key", "only a key", "no authority"])
 def test_files_that_do_not_fit_are_named(authority: Authority, tmp_path: Path, broken: str) -> None:
     good, nonsense = authority.issue("good", HOSTS), tmp_path / "nonsense.pem"

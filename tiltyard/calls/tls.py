@@ -75,9 +75,13 @@ class PemFiles:
 
 def _certificates(path: Path | None, pem: bytes) -> list[x509.Certificate]:
     try:
-        return x509.load_pem_x509_certificates(pem)
+        certificates = x509.load_pem_x509_certificates(pem)
     except ValueError as error:
         raise InvalidPem(f"{path} holds no PEM certificate") from error
+    # One that is cut off would be passed over: the rest of a chain, or an authority that is still to be trusted.
+    if len(certificates) < pem.count(b"-----BEGIN CERTIFICATE-----"):
+        raise InvalidPem(f"{path} ends within a certificate")
+    return certificates
 
 
 def _is_spoken(public_key: object) -> bool:
