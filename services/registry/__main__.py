@@ -5,6 +5,7 @@ from services.registry.queue_lengths import QueueLengths
 from services.registry.settings import RegistrySettings
 from services.runtime.server import run, serve
 from services.runtime.standby import ActiveRole
+from services.runtime.state_folder import make_state_folder
 from services.runtime.telemetry import configure_telemetry
 
 
@@ -12,6 +13,7 @@ async def main() -> None:
     """Serves until SIGTERM or SIGINT."""
     settings = RegistrySettings.load()
     configure_telemetry(settings.service, settings.log_level, settings.log_format)
+    make_state_folder(settings.state_dir)
     # Of several processes on one database the first serves, the others wait to take over.
     async with ActiveRole(settings.database_url, settings.service):
         registry = await build(settings)

@@ -1,6 +1,7 @@
 """`python -m services.selector`: the selector in a process of its own."""
 
 from services.runtime.server import run, serve
+from services.runtime.state_folder import make_state_folder
 from services.runtime.telemetry import configure_telemetry
 from services.selector.bootstrap import build
 from services.selector.settings import SelectorSettings
@@ -15,6 +16,7 @@ async def main() -> None:
     """Serves until SIGTERM or SIGINT."""
     settings = SelectorSettings.load()
     configure_telemetry(settings.service, settings.log_level, settings.log_format)
+    make_state_folder(settings.state_dir)
     selector = await build(settings)
     await serve(
         settings,

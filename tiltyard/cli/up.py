@@ -161,7 +161,10 @@ async def _run_services(
 def _owned(state: Path) -> Iterator[None]:
     """Holds the state folder for this process; the kernel lets go of it however the process ends."""
     # What validators have sealed and nobody may see yet lies in it, and hidden datasets.
-    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{state} can't be made: {error.strerror}", param_hint="--state") from None
     with (state / "up.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
