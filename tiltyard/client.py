@@ -11,6 +11,7 @@ from tiltyard.calls.channel import INFERENCE_MESSAGE_BYTES, MAX_MESSAGE_BYTES, o
 from tiltyard.calls.errors import ClientError, FieldViolation, client_errors, explain, is_transient
 from tiltyard.calls.resuming import PATIENCE_S, new_request_id, pages, persist, watch
 from tiltyard.chunks import ArtifactStub
+from tiltyard.endpoints import check_address
 from tiltyard.identity import Key, TokenSource
 from tiltyard.inference.v2 import inference_pb2_grpc
 from tiltyard.registry.v1 import (
@@ -103,9 +104,9 @@ class _Connections:
 class Client(_Connections):
     """A participant's connections to one arena: the registry's services and, where given, the selector's.
 
-    Addresses are `HOST:PORT` or `unix:PATH`. Channels open on first use; use it within one event loop. A unary call
-    without a deadline of its own gets `deadline_s`. Without `tls` calls go out in plaintext. Calls raise
-    grpc.aio.AioRpcError, or ClientError within `client_errors()`.
+    Addresses are `HOST:PORT` or `unix:PATH`; anything else raises ValueError. Channels open on first use; use it within
+    one event loop. A unary call without a deadline of its own gets `deadline_s`. Without `tls` calls go out in
+    plaintext. Calls raise grpc.aio.AioRpcError, or ClientError within `client_errors()`.
     """
 
     def __init__(
@@ -120,11 +121,13 @@ class Client(_Connections):
     ) -> None:
         super().__init__(key, deadline_s=deadline_s, tls=tls)
         self.origin = origin
-        self._registry_address = registry
-        self._selector_address = selector
+        self._registry_address = registry and check_address(registry)
+        self._selector_address = selector and check_address(selector)
 
     @cached_property
     def _registry(self) -> grpc.aio.Channel:
+        if not self._registry_address:
+            raise ValueError("the registry's address is not given")
         return self._open(self._registry_address, f"{self.origin}/registry")
 
     @cached_property
@@ -206,7 +209,7 @@ class Node(_Connections):
         self, key: Key, *, address: str, node_id: str, tls: "ChannelTls | None" = None, deadline_s: float = 20.0
     ) -> None:
         super().__init__(key, deadline_s=deadline_s, tls=tls)
-        self._address = address
+        self._address = check_address(address)
         self._node_id = node_id
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The address of a training node's own inference server, as it registers it: grpc://HOST:PORT, or grpcs:// with TLS."""
+"""Addresses as people write them: of a service, and of a training node's own inference server."""
 
 import re
 from dataclasses import dataclass
@@ -6,12 +6,26 @@ from urllib.parse import urlsplit
 
 MAX_ENDPOINT_CHARS = 255
 
+_ADDRESS = re.compile(
+    r"unix(-abstract)?:.+|(dns:///)?([^\s:/\[\]@]+|\[[0-9A-Fa-f:.%\w]+\]):(?P<port>[0-9]{1,5})", re.ASCII
+)
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?\Z|[0-9A-Fa-f:.]+\Z")
+
+
+def check_address(text: str) -> str:
+    """The address of a service as it is. Raises ValueError, saying what one looks like; nothing is looked up."""
+    parts = _ADDRESS.fullmatch(text)
+    if parts is None or (parts["port"] and not 0 < int(parts["port"]) < 65536):
+        raise ValueError(f"{text!r} is no address: it must be HOST:PORT, [IPV6]:PORT or unix:PATH")
+    return text
 
 
 @dataclass(frozen=True)
 class InferenceEndpoint:
-    """A host name or bare IP address, a port, and whether the connection is by TLS."""
+    """What a training node registers, grpc://HOST:PORT or grpcs:// with TLS.
+
+    A host name or bare IP address, a port, and whether the connection is by TLS.
+    """
 
     host: str
     port: int

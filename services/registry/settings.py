@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from services.registry.artifacts.keeping import Keeping
 from services.registry.artifacts.storage import bucket_of
 from services.registry.artifacts.uploads import Quotas
-from services.runtime.settings import ParticipantIds, ServiceSettings
+from services.runtime.settings import ParticipantIds, PeerAddress, ServiceSettings
 
 MaxBytes = Annotated[int, Field(ge=1, le=1 << 42)]
 
@@ -20,7 +20,7 @@ class RegistrySettings(ServiceSettings):
     service: ClassVar[str] = "registry"
 
     listen: str = "127.0.0.1:7401"
-    selector: Annotated[str, Field(min_length=1)] = "127.0.0.1:7402"
+    selector: PeerAddress = "127.0.0.1:7402"
     """Address of the selector: `HOST:PORT` or `unix:/PATH`."""
     trusted_endorsers: ParticipantIds = frozenset()
     """Whose endorsements count for eligibility, beside the operators'."""

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, get_args
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from services.runtime.auth import Role
@@ -15,6 +15,7 @@ from services.runtime.connections import ConnectionLimits, file_limit
 from services.runtime.limits import CallLimits
 from services.runtime.telemetry import LogFormat, default_format
 from tiltyard.calls.tls import SYSTEM_AUTHORITIES, ChannelTls, InvalidPem, PemFiles
+from tiltyard.endpoints import check_address
 from tiltyard.keyfiles import KeyLock
 
 PREFIX = "TILTYARD_"
@@ -27,6 +28,9 @@ _PARTICIPANT_ID = re.compile("[0-9a-f]{40}")
 
 ParticipantIds = Annotated[frozenset[str], NoDecode]
 """A set of participant ids, comma-separated in the environment."""
+
+PeerAddress = Annotated[str, AfterValidator(check_address)]
+"""Where another service is: `HOST:PORT` or `unix:/PATH`."""
 
 
 class ServiceSettings(BaseSettings):

@@ -5,10 +5,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from services.runtime.settings import ServiceSettings
 from services.trainer.localdata import DEFAULT_PACKED_BYTES
+from tiltyard.endpoints import check_address
 
 
 class TrainerSettings(ServiceSettings):
@@ -43,6 +44,11 @@ class TrainerSettings(ServiceSettings):
             return values
         state_dir = Path(values.get("state_dir") or cls.model_fields["state_dir"].default)
         return {**values, "data_dir": state_dir / "data"}
+
+    @field_validator("registry")
+    @classmethod
+    def _empty_or_address(cls, value: str) -> str:
+        return value and check_address(value)
 
     @property
     def keep(self) -> timedelta:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from services.runtime.settings import ServiceSettings
+from services.runtime.settings import PeerAddress, ServiceSettings
 from services.validator.fleet import parse_servers
 from services.validator.nodes import parse_reach
 
@@ -18,7 +18,7 @@ class ValidatorSettings(ServiceSettings):
     service: ClassVar[str] = "validator"
 
     listen: str = "127.0.0.1:7404"
-    registry: Annotated[str, Field(min_length=1)]
+    registry: PeerAddress
     """Address of the registry, `HOST:PORT` or `unix:/PATH`."""
     concurrency: Annotated[int, Field(ge=1, le=64)] = 1
     """Evaluations at once."""

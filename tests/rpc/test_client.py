@@ -250,6 +250,14 @@ async def test_without_its_address_the_selector_is_missed_by_name() -> None:
             _ = client.stakes
 
 
+@pytest.mark.parametrize("address", ["http://arena.test:7401", "arena.test"])
+def test_what_is_no_address_is_refused_at_once(address: str) -> None:
+    with pytest.raises(ValueError, match="must be HOST:PORT"):
+        Client(Key.generate(), origin="tiltyard.test", registry=address)
+    with pytest.raises(ValueError, match="must be HOST:PORT"):
+        Node(Key.generate(), address=address, node_id="ab" * 20)
+
+
 def test_the_package_offers_the_client() -> None:
     assert tiltyard.Client is Client
     with pytest.raises(AttributeError):

@@ -243,6 +243,27 @@ def test_a_witness_of_a_bad_name_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "address", ["", "http://host:1", "host", "host:name", "host:0", "host:70000", ":7401", "a b:1"]
+)
+def test_what_is_no_address_is_refused_as_usage(tmp_path: Path, address: str) -> None:
+    tiltyard("key", "new", tmp_path / "me.pem")
+    result = tiltyard("task", "list", TILTYARD_KEY=str(tmp_path / "me.pem"), TILTYARD_REGISTRY=address or " ")
+    assert result.exit_code == 2
+    assert "TILTYARD_REGISTRY" in result.stderr
+    result = tiltyard("validate", "status", "--validator", address, "--key", tmp_path / "me.pem")
+    assert result.exit_code == 2
+    assert f"{address!r} is no address: it must be HOST:PORT" in " ".join(result.stderr.split())
+
+
+def test_a_state_folder_that_cannot_be_made_is_refused_as_usage(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = tiltyard("up", "--state", tmp_path / "file" / "state", "--port-base", "0")
+    assert result.exit_code == 2
+    assert "--state" in result.stderr
+    assert "can't be made: Not a directory" in result.stderr
+
+
 @pytest.mark.parametrize("host", ["bad host", "registry=", "trainer=a/b"])
 def test_certificates_for_no_host_leave_nothing(tmp_path: Path, host: str) -> None:
     result = tiltyard("certs", "dev", tmp_path / "certs", "--san", host)

@@ -1,8 +1,8 @@
-"""What is an endpoint of a training node, and what is none."""
+"""What is an address of a service or an endpoint of a training node, and what is none."""
 
 import pytest
 
-from tiltyard.endpoints import InferenceEndpoint, parse_endpoint
+from tiltyard.endpoints import InferenceEndpoint, check_address, parse_endpoint
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,18 @@ def test_host_port_and_whether_by_tls(text: str, endpoint: InferenceEndpoint) ->
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"must be grpc://HOST:PORT"):
         parse_endpoint(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["registry:7401", "10.0.0.1:1", "[::1]:65535", "[fe80::1%eth0]:1", "unix:/run/s", "dns:///r:1"]
+)
+def test_an_address_stays_as_it_is(text: str) -> None:
+    assert check_address(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "unix:", "registry", "registry:http", "r:0", "r:65536", ":1", "::1:7401", "r:1\n", "http://r:1"]
+)
+def test_what_is_no_address_says_what_one_looks_like(text: str) -> None:
+    with pytest.raises(ValueError, match="must be HOST:PORT"):
+        check_address(text)

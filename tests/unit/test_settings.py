@@ -6,7 +6,10 @@ from typing import ClassVar
 
 import pytest
 
+from services.registry.settings import RegistrySettings
 from services.runtime.settings import ServiceSettings
+from services.trainer.settings import TrainerSettings
+from services.validator.settings import ValidatorSettings
 from tiltyard.authority import Authority
 from tiltyard.calls.tls import ChannelTls
 
@@ -187,3 +190,24 @@ def test_as_many_as_may_be_connected_may_come_back_at_once(monkeypatch: pytest.M
     assert limits.burst_per_address >= 2 * limits.per_address
     assert limits.per_second_per_address > 0
     assert limits.burst >= 10 * limits.per_address
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (RegistrySettings, "TILTYARD_SELECTOR"),
+        (TrainerSettings, "TILTYARD_REGISTRY"),
+        (ValidatorSettings, "TILTYARD_REGISTRY"),
+    ],
+)
+def test_what_is_no_address_of_a_peer_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: type[ServiceSettings],
+    name: str,
+) -> None:
+    monkeypatch.setenv(name, "http://arena.example.org:7401")
+    with pytest.raises(SystemExit) as stopped:
+        settings.load()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"{name}: 'http://arena.example.org:7401' is no address")

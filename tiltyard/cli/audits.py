@@ -51,12 +51,16 @@ def verify(
 ) -> None:
     """Check all of a record log by its leaves alone. Exits with 1 when anything does not hold."""
     from tiltyard.audit import audit
+    from tiltyard.endpoints import check_address
     from tiltyard.witness import Alarm
 
     folder = Path(where)
     is_folder = folder.is_dir()
-    if not is_folder and ":" not in where:
-        raise typer.BadParameter(f"{where!r} is neither a folder nor HOST:PORT", param_hint="DIR|ADDRESS")
+    try:
+        if not is_folder:
+            check_address(where)
+    except ValueError:
+        raise typer.BadParameter(f"{where!r} is neither a folder nor HOST:PORT", param_hint="DIR|ADDRESS") from None
     expected_key = _hex("--log-key", log_key)
 
     async def work() -> None:

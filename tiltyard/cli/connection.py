@@ -21,17 +21,29 @@ T = TypeVar("T")
 
 DEFAULT_ORIGIN = "tiltyard.local"
 
+
+def _checked(address: str) -> str:
+    from tiltyard.endpoints import check_address
+
+    try:
+        return check_address(address)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 KeyOption = Annotated[Path, typer.Option("--key", envvar="TILTYARD_KEY", help="File of the key that acts.")]
 OriginOption = Annotated[str, typer.Option("--origin", envvar="TILTYARD_ORIGIN", help="The arena's name.")]
 RegistryOption = Annotated[
-    str, typer.Option("--registry", envvar="TILTYARD_REGISTRY", help="HOST:PORT of the registry.")
+    str, typer.Option("--registry", envvar="TILTYARD_REGISTRY", callback=_checked, help="HOST:PORT of the registry.")
 ]
 SelectorOption = Annotated[
-    str, typer.Option("--selector", envvar="TILTYARD_SELECTOR", help="HOST:PORT of the selector.")
+    str, typer.Option("--selector", envvar="TILTYARD_SELECTOR", callback=_checked, help="HOST:PORT of the selector.")
 ]
-TrainerOption = Annotated[str, typer.Option("--trainer", envvar="TILTYARD_TRAINER", help="HOST:PORT of a trainer.")]
+TrainerOption = Annotated[
+    str, typer.Option("--trainer", envvar="TILTYARD_TRAINER", callback=_checked, help="HOST:PORT of a trainer.")
+]
 ValidatorOption = Annotated[
-    str, typer.Option("--validator", envvar="TILTYARD_VALIDATOR", help="HOST:PORT of a validator.")
+    str, typer.Option("--validator", envvar="TILTYARD_VALIDATOR", callback=_checked, help="HOST:PORT of a validator.")
 ]
 NodeOption = Annotated[str, typer.Option("--node", help="Participant id of the node, where it is not the key's own.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
