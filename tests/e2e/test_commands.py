@@ -124,17 +124,22 @@ def test_a_task_by_hand(shell: Shell) -> None:
     (entry,) = shell.document("leaderboard", "clouds")["entries"]
     assert (entry["display_name"], entry["submission"]) == ("A node", submission["name"])
 
+    early = shell.call("task", "results", "clouds", folder / "early")
+    assert (early.returncode, "can be had once it is closed: at 20" in early.stderr) == (1, True)
+    assert not (folder / "early").exists()
     assert shell.document("task", "close", "clouds")["name"] == "tasks/clouds"
     watched = shell.call("task", "watch", "clouds", "--json")
     assert json.loads(watched.stdout.splitlines()[-1])["state"] == "TASK_STATE_FINAL"
-    assert shell.call("task", "results", "clouds", "--out", folder / "results").returncode == 0
+    taken = shell.document("task", "results", "clouds", folder / "results")
+    assert taken["models"] == [str(folder / "results/submission-1.safetensors")]
     results = json.loads((folder / "results/results.json").read_text())
     assert results["submissions"][0]["name"] == submission["name"]
     fetched, sent = load_file(folder / "results/submission-1.safetensors"), load_file(trained)
     assert all(np.array_equal(fetched[name], sent[name]) for name in sent)
-    refused = shell.call("task", "results", "clouds", "--out", folder / "stolen", key=validator)
+    refused = shell.call("task", "results", "clouds", folder / "stolen", key=validator)
     assert refused.returncode == 1
-    assert "PERMISSION_DENIED" in refused.stderr
+    assert "are for its creator" in refused.stderr
+    assert not (folder / "stolen").exists()
 
     checkpoint = shell.document("log", "checkpoint")
     entries = shell.document("log", "entries", "--limit", 0)["entries"]

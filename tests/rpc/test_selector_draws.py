@@ -350,11 +350,11 @@ async def test_the_commands_export_check_and_explain_a_draw(arena: SelectorArena
         return result.stdout
 
     exported, selector_key = tmp_path / "receipt.json", tmp_path / "selector.pub"
-    await command("draw", "export", receipt.draw, "--out", str(exported), *reached)
+    await command("draw", "export", receipt.draw, str(exported), *reached)
     # The server logs to the same standard output.
     printed = await command("draw", "export", receipt.draw.removeprefix("draws/"), *reached)
     assert printed.endswith(exported.read_text())
-    await command("draw", "key", "--out", str(selector_key), *reached)
+    await command("draw", "key", str(selector_key), *reached)
     assert "proved: the 4 picks" in await command("draw", "verify", str(exported), "--key", str(selector_key))
     shown = await command("draw", "show", receipt.draw, *reached)
     assert shown.count("assigned") == 4

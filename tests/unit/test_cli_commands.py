@@ -152,6 +152,23 @@ def test_help_says_of_each_command_a_whole_sentence_on_a_narrow_terminal(group: 
     assert [line for line in said.splitlines() if line.endswith("...")] == []
 
 
+def commands(command: Any, path: str = "tiltyard") -> Iterator[tuple[str, Any]]:
+    """All that do something, with what one types for them."""
+    for name, below in getattr(command, "commands", {}).items():
+        yield from commands(below, f"{path} {name}")
+    if not hasattr(command, "commands"):
+        yield path, command
+
+
+def test_where_a_command_writes_is_an_argument_everywhere() -> None:
+    found = dict(commands(typer.main.get_command(app)))
+    assert not [path for path, command in found.items() for each in command.params if {"--out", "-o"} & {*each.opts}]
+    # What it needs comes before it.
+    for path, command in found.items():
+        arguments = [each.name for each in command.params if each.param_type_name == "argument"]
+        assert "out" not in arguments[:-1], path
+
+
 def test_the_version_is_that_of_the_package() -> None:
     assert tiltyard("--version").stdout == f"tiltyard {importlib.metadata.version('tiltyard')}\n"
 

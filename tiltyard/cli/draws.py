@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look at draws of validators, and check them.", no_args_is_help=True)
 
 DrawArgument = Annotated[str, typer.Argument(metavar="DRAW", help="draws/{draw}, or tasks/{task}/submissions/{n}.")]
+OutArgument = Annotated[
+    Path | None, typer.Argument(metavar="FILE", help="File to write; standard output when left out.")
+]
 
 
 def print_draw(receipt: "draw_pb2.DrawReceipt") -> None:
@@ -84,7 +87,7 @@ def show(
 def export(
     draw: DrawArgument,
     key: KeyOption,
-    out: Annotated[Path | None, typer.Option(help="File to write; standard output when left out.")] = None,
+    out: OutArgument = None,
     origin: OriginOption = DEFAULT_ORIGIN,
     selector: SelectorOption = SELECTOR,
 ) -> None:
@@ -101,7 +104,7 @@ def export(
 @app.command("key")
 def selector_key(
     key: KeyOption,
-    out: Annotated[Path | None, typer.Option(help="File to write; standard output when left out.")] = None,
+    out: OutArgument = None,
     origin: OriginOption = DEFAULT_ORIGIN,
     selector: SelectorOption = SELECTOR,
 ) -> None:

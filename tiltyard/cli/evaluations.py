@@ -183,14 +183,15 @@ def print_comparison(found: "Comparison") -> None:
 
 @app.command("predict")
 def predict(
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="The predictions to write.")],
     task: TaskOption,
     data: Annotated[Path, typer.Option("--data", help="The evaluation dataset, a safetensors file.")],
     model: Annotated[Path, typer.Option("--model", help="The submitted model, a safetensors or an ONNX file.")],
-    out: Annotated[Path, typer.Option("--out", help="Where to write the predictions.")],
     key: KeyOption,
     model_index: ModelIndexOption = 0,
     origin: OriginOption = DEFAULT_ORIGIN,
     registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
 ) -> None:
     """Recompute the predictions of a model.
 
@@ -227,7 +228,7 @@ def predict(
         raise typer.Exit(1)
     if child.returncode:
         fail(f"the predictions could not be computed, exit status {child.returncode}")
-    print(f"{rows} predictions in {out}")
+    print_json({"predictions": str(out), "rows": rows}) if json else print(f"{rows} predictions in {out}")
 
 
 @app.command("capture")

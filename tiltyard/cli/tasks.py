@@ -28,6 +28,7 @@ from tiltyard.cli.task_steps import describe
 
 if TYPE_CHECKING:
     from tiltyard.client import Client
+    from tiltyard.registry.v1 import task_pb2
     from tiltyard.type.v1 import task_pb2 as task_type_pb2
 
 app = typer.Typer(help="Create, follow, join and close tasks.", no_args_is_help=True)
@@ -198,35 +199,57 @@ def watch_task(
 @app.command("results")
 def results(
     task: TaskArgument,
-    out: Annotated[Path, typer.Option(help="Folder for results.json and the models.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for results.json and the models.")],
     key: KeyOption,
     origin: OriginOption = DEFAULT_ORIGIN,
     registry: RegistryOption = REGISTRY,
+    json: JsonOption = False,
 ) -> None:
     """Download the scored models and results.json. For the creator, once the task is closed."""
 
     async def work() -> None:
         async with connect(key, origin, registry) as client:
-            count = await fetch_results(client, task_name(task), out)
-        print(f"{count} models and results.json in {out}")
+            models = await fetch_results(client, task_name(task), out)
+        if json:
+            print_json({"results": str(out / "results.json"), "models": [str(model) for model in models]})
+        else:
+            print(f"{len(models)} models and results.json in {out}")
 
     run(work())
 
 
-async def fetch_results(client: "Client", task: str, out: Path) -> int:
-    """Writes results.json (task, submissions, leaderboard) and each scored model into `out`; returns their number."""
+def _check_results(task: "task_pb2.Task", asker: str) -> None:
+    """Raises CommandError that says whose a task's results are, and from when on."""
+    from tiltyard.type.v1 import task_pb2 as task_type_pb2
+
+    if asker != task.creator:
+        raise CommandError(f"the results of {task.name} are for its creator, {task.creator}")
+    if task.state == task_type_pb2.TASK_STATE_CANCELLED:
+        raise CommandError(f"{task.name} was cancelled and has no results")
+    if task.state not in (task_type_pb2.TASK_STATE_CLOSED, task_type_pb2.TASK_STATE_FINAL):
+        closes = task.config.schedule.close_time.ToJsonString()
+        raise CommandError(f"the results of {task.name} can be had once it is closed: at {closes}, or by `task close`")
+
+
+async def fetch_results(client: "Client", task: str, out: Path) -> list[Path]:
+    """Writes results.json (task, submissions, leaderboard) and each scored model into `out`; returns the models' files.
+
+    Raises CommandError, before anything is written, where they are not for this key, or not yet.
+    """
     from tiltyard.client import pages
     from tiltyard.registry.v1 import leaderboard_pb2, submission_pb2, task_pb2
     from tiltyard.transfers import artifact_name, download
     from tiltyard.type.v1 import evaluation_pb2, model_pb2
 
     known = (await client.tasks.GetTask(task_pb2.GetTaskRequest(name=task))).task
+    _check_results(known, client.participant)
     ranking = (await client.leaderboard.GetLeaderboard(leaderboard_pb2.GetLeaderboardRequest(task=task))).leaderboard
     request = submission_pb2.ListSubmissionsRequest(parent=task, page_size=1000)
     submissions = [
         each async for page in pages(client.submissions.ListSubmissions, request) for each in page.submissions
     ]
     await asyncio.to_thread(out.mkdir, parents=True, exist_ok=True)
+    files = []
     scored = [each for each in submissions if each.state == evaluation_pb2.SUBMISSION_STATE_SCORED]
     for each in scored:
         ending = "onnx" if each.format == model_pb2.MODEL_FORMAT_ONNX else "safetensors"
@@ -234,10 +257,11 @@ async def fetch_results(client: "Client", task: str, out: Path) -> int:
         name = artifact_name(each.model_digest)
         with ProgressLine(f"downloading {file.name}", unit="bytes") as line:
             await download(client.artifacts, name, file, size_bytes=each.size_bytes, progress=line.update)
+        files.append(file)
     document = {
         "task": as_json(known),
         "submissions": [as_json(each) for each in submissions],
         "leaderboard": as_json(ranking),
     }
     await asyncio.to_thread((out / "results.json").write_text, json_module.dumps(document, indent=2) + "\n")
-    return len(scored)
+    return files

@@ -116,9 +116,9 @@ class Ending:
         self, folder: Path, record: Record, board: leaderboard_pb2.Leaderboard, document: dict[str, Any]
     ) -> None:
         await asyncio.to_thread(_export_record, folder, record, board)
-        count = await fetch_results(self.cast.creator.client, self.task, folder / "models")
+        models = await fetch_results(self.cast.creator.client, self.task, folder / "models")
         await asyncio.to_thread((folder / "demo.json").write_text, json.dumps(document, indent=2) + "\n")
-        self.reporter.say(f"log, receipts of draws and {count} models exported to {folder}")
+        self.reporter.say(f"log, receipts of draws and {len(models)} models exported to {folder}")
 
 
 def _reason(submission: submission_pb2.Submission) -> str:
