@@ -52,7 +52,8 @@ async def submit_model(
 
     The client's key must be a training node of the task. Salt and request ids are in `journal` (mode 0600) before
     the first call, so that calling again with the same journal, after a crash at any point, goes on with the same
-    submission and never makes a second one. Raises JournalMismatch for the journal of something else,
+    submission and never makes a second one. Index and format may be others until the registry has taken the reveal: a
+    mistyped one costs no second submission. Raises JournalMismatch for the journal of something else,
     grpc.aio.AioRpcError for what the registry refuses.
     """
     digest = await asyncio.to_thread(file_digest, model)
@@ -131,15 +132,27 @@ def read_journal(path: Path) -> Journal:
 
 
 def _begin(path: Path, fresh: Journal) -> Journal:
-    """The journal as it is, or `fresh` written down when there is none."""
+    """The journal as it is, with what the reveal is to say from `fresh`; all of that where there is none."""
     if not path.exists():
         _write(path, fresh)
         return fresh
     found = read_journal(path)
-    for name in ("origin", "task", "participant", "model_digest", "model_index", "model_format"):
+    fixed = ["origin", "task", "participant", "model_digest"]
+    if found.revealed:
+        # The commitment says nothing of these two, and a reveal that did and was refused is none.
+        fixed += ["model_index", "model_format"]
+    for name in fixed:
         if getattr(found, name) != getattr(fresh, name):
             known = f"{path} is of another submission: its {name} is {getattr(found, name)!r}"
             raise JournalMismatch(f"{known}; name another journal to submit anew")
+    if (found.model_index, found.model_format) != (fresh.model_index, fresh.model_format):
+        found = replace(
+            found,
+            model_index=fresh.model_index,
+            model_format=fresh.model_format,
+            reveal_request_id=fresh.reveal_request_id,
+        )
+        _write(path, found)
     return found
 
 

@@ -461,6 +461,20 @@ async def test_a_journal_is_of_one_model_only(model: Path, tmp_path: Path) -> No
             await submit_model(client, task=TASK, model=model, journal=tmp_path / "journal.json")
 
 
+async def test_a_mistyped_index_is_mended_by_the_next_try(model: Path, tmp_path: Path) -> None:
+    registry, journal = SmallRegistry(), tmp_path / "journal.json"
+    registry.fail_next = {"RevealSubmission": [grpc.StatusCode.INVALID_ARGUMENT]}
+    async with serving(registry) as client:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await submit_model(client, task=TASK, model=model, model_index=7, journal=journal)
+        name = await submit_model(client, task=TASK, model=model, model_index=1, journal=journal)
+        (revealed,) = registry.reveals.values()
+        assert (len(registry.commits), revealed.submission, revealed.model_index) == (1, name, 1)
+        # What has been revealed stays.
+        with pytest.raises(JournalMismatch, match="model_index is 1"):
+            await submit_model(client, task=TASK, model=model, model_index=0, journal=journal)
+
+
 async def test_a_file_that_is_no_journal_is_left_alone(model: Path, tmp_path: Path) -> None:
     (tmp_path / "journal.json").write_text("{}")
     async with serving(SmallRegistry()) as client:
