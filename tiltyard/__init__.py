@@ -4,21 +4,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tiltyard.blocking import BlockingClient, BlockingNode
-    from tiltyard.client import Client, ClientError, Node, client_errors, pages, watch
+    from tiltyard.calls.tls import ChannelTls
+    from tiltyard.client import Client, ClientError, Node, client_errors, new_request_id, pages, persist, watch
     from tiltyard.identity import Key
-    from tiltyard.submitting import submit_model
-    from tiltyard.transfers import download, upload
+    from tiltyard.submitting import JournalMismatch, submit_model
+    from tiltyard.transfers import DigestMismatch, download, upload
 
 __all__ = [
     "BlockingClient",
     "BlockingNode",
+    "ChannelTls",
     "Client",
     "ClientError",
+    "DigestMismatch",
+    "JournalMismatch",
     "Key",
     "Node",
     "client_errors",
     "download",
+    "new_request_id",
     "pages",
+    "persist",
     "submit_model",
     "upload",
     "watch",
@@ -26,10 +32,14 @@ __all__ = [
 
 _HOME = {
     **dict.fromkeys(("BlockingClient", "BlockingNode"), "tiltyard.blocking"),
-    **dict.fromkeys(("Client", "ClientError", "Node", "client_errors", "pages", "watch"), "tiltyard.client"),
+    "ChannelTls": "tiltyard.calls.tls",
+    **dict.fromkeys(
+        ("Client", "ClientError", "Node", "client_errors", "new_request_id", "pages", "persist", "watch"),
+        "tiltyard.client",
+    ),
     "Key": "tiltyard.identity",
-    "submit_model": "tiltyard.submitting",
-    **dict.fromkeys(("download", "upload"), "tiltyard.transfers"),
+    **dict.fromkeys(("JournalMismatch", "submit_model"), "tiltyard.submitting"),
+    **dict.fromkeys(("DigestMismatch", "download", "upload"), "tiltyard.transfers"),
 }
 
 
@@ -40,3 +50,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -172,7 +172,6 @@ async def download(
     DigestMismatch when the bytes are not those of the name (they are deleted), grpc.aio.AioRpcError for what the server
     refuses or when no byte comes for `patience_s`.
     """
-    wanted = bytes.fromhex(artifact.removeprefix("artifacts/"))
     if size_bytes is None:
         request = artifact_pb2.GetArtifactRequest(name=artifact)
         known = await persist(lambda: artifacts.GetArtifact(request), patience_s=patience_s)
@@ -181,7 +180,7 @@ async def download(
     file = await asyncio.to_thread(_open_part, part, size_bytes)
     try:
         await _fetch_all(artifacts, artifact, file, size_bytes, progress, _Patience(patience_s))
-        if file.digest() != wanted:
+        if artifact_name(file.digest()) != artifact:
             raise DigestMismatch(f"the bytes received are not those of {artifact}")
         await asyncio.to_thread(_move_into_place, file, part, destination)
     except DigestMismatch:

@@ -260,5 +260,9 @@ def test_what_is_no_address_is_refused_at_once(address: str) -> None:
 
 def test_the_package_offers_the_client() -> None:
     assert tiltyard.Client is Client
+    assert tiltyard.persist is persist
+    assert {*tiltyard.__all__} <= {*dir(tiltyard)}
+    for name in tiltyard.__all__:
+        assert getattr(tiltyard, name).__name__ == name
     with pytest.raises(AttributeError):
         _ = tiltyard.Server  # type: ignore[attr-defined]

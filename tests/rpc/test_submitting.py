@@ -461,6 +461,14 @@ async def test_a_journal_is_of_one_model_only(model: Path, tmp_path: Path) -> No
             await submit_model(client, task=TASK, model=model, journal=tmp_path / "journal.json")
 
 
+async def test_what_is_no_artifact_is_the_servers_to_refuse(tmp_path: Path) -> None:
+    registry = SmallRegistry(fail_next={"GetArtifact": [grpc.StatusCode.INVALID_ARGUMENT]})
+    async with serving(registry) as client:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await download(client.artifacts, "tasks/digits", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
 async def test_a_mistyped_index_is_mended_by_the_next_try(model: Path, tmp_path: Path) -> None:
     registry, journal = SmallRegistry(), tmp_path / "journal.json"
     registry.fail_next = {"RevealSubmission": [grpc.StatusCode.INVALID_ARGUMENT]}
