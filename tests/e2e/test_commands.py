@@ -88,6 +88,11 @@ def test_a_task_by_hand(shell: Shell) -> None:
     assert (task["name"], task["state"], task["evaluation_rows"]) == ("tasks/clouds", "TASK_STATE_OPEN", "100")
     assert [each["name"] for each in shell.document("task", "list")["tasks"]] == ["tasks/clouds"]
 
+    amended = shell.document("task", "amend", "clouds", "--description", "Clouds of points", "--display-name", "Clouds")
+    assert amended["config"]["description"] == "Clouds of points"
+    amended = shell.document("task", "amend", "clouds", "--description", "")
+    assert ("description" in amended["config"], amended["config"]["display_name"]) == (False, "Clouds")
+
     assert shell.document("validate", "join", "clouds", key=validator)["role"] == "ROLE_VALIDATOR"
     assert shell.document("task", "join", "clouds", key=trainer)["role"] == "ROLE_TRAINING_NODE"
     second = shell.call("validate", "join", "clouds", key=trainer)
@@ -98,6 +103,9 @@ def test_a_task_by_hand(shell: Shell) -> None:
     # As many are drawn as the task says, which is one; two there are not.
     assert shell.document("odds", "clouds", key=validator)["probability"] == 1.0
     assert shell.document("odds", "clouds", "--validators", "2", key=validator).get("probability", 0.0) == 0.0
+
+    undrawn = shell.call("odds", "--draw", "tasks/clouds/submissions/1", key=validator)
+    assert (undrawn.returncode, "validators have not been drawn for tasks/clouds" in undrawn.stderr) == (1, True)
 
     training = shell.document(
         *("train", "shard.safetensors", "--task", "clouds", "--epochs", 60, "--batch-size", 16),

@@ -1,5 +1,6 @@
 """`tiltyard draw` and `odds`: who was drawn, why that is right, and who may expect to be."""
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,7 +32,21 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at draws of validators, and check them.", no_args_is_help=True)
 
-DrawArgument = Annotated[str, typer.Argument(metavar="DRAW", help="draws/{draw}, or tasks/{task}/submissions/{n}.")]
+_DRAW = re.compile(r"(draws/)?[0-9a-f]{32}|tasks/[^/]+/submissions/[0-9]+")
+
+
+def _checked(draw: str) -> str:
+    if draw and not _DRAW.fullmatch(draw):
+        raise typer.BadParameter(
+            f"{draw!r} is neither draws/{{draw}} nor tasks/{{task}}/submissions/{{n}}; "
+            "`tiltyard submission show` names a submission's draws"
+        )
+    return draw
+
+
+DrawArgument = Annotated[
+    str, typer.Argument(metavar="DRAW", callback=_checked, help="draws/{draw}, or tasks/{task}/submissions/{n}.")
+]
 OutArgument = Annotated[
     Path | None, typer.Argument(metavar="FILE", help="File to write; standard output when left out.")
 ]
@@ -160,7 +175,9 @@ def odds(
     validators: Annotated[
         int | None, typer.Option(min=1, max=99, help="How many are drawn; as many as the task says when left out.")
     ] = None,
-    draw: Annotated[str, typer.Option(help="Say why this draw did not pick the participant.")] = "",
+    draw: Annotated[
+        str, typer.Option(callback=_checked, help="Say why this draw did not pick the participant; as for `draw show`.")
+    ] = "",
     participant: Annotated[str, typer.Option(help="participants/{id} or the id; the key's own when left out.")] = "",
     origin: OriginOption = DEFAULT_ORIGIN,
     registry: RegistryOption = REGISTRY,
@@ -253,14 +270,21 @@ _REASONS = {
 
 
 async def _receipt(client: "Client", draw: str) -> "draw_pb2.DrawReceipt":
+    import grpc
+
     from tiltyard.selector.v1 import draw_pb2
     from tiltyard.sortition import draw_id
 
-    if draw.startswith("tasks/"):
-        # Round 1 is on the evaluation dataset; a holdout's draw goes by its own name.
-        draw = draw_id(draw, 1)
-    name = draw if draw.startswith("draws/") else f"draws/{draw}"
-    return (await client.draws.GetDraw(draw_pb2.GetDrawRequest(name=name))).receipt
+    of_submission = draw.startswith("tasks/")
+    # Round 1 is on the evaluation dataset; a holdout's draw goes by its own name.
+    name = f"draws/{draw_id(draw, 1) if of_submission else draw.removeprefix('draws/')}"
+    try:
+        return (await client.draws.GetDraw(draw_pb2.GetDrawRequest(name=name))).receipt
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.NOT_FOUND:
+            raise
+        unknown = f"validators have not been drawn for {draw}, or there is no such submission"
+        raise CommandError(unknown if of_submission else f"there is no draw {name}") from None
 
 
 def _write(text: str, out: Path | None) -> None:

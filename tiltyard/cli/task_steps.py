@@ -42,9 +42,9 @@ def _tell(task: "task_pb2.Task", *, json: bool) -> None:
 def amend(
     task: TaskArgument,
     key: KeyOption,
-    display_name: Annotated[str, typer.Option(help="Another name for people.")] = "",
-    description: Annotated[str, typer.Option(help="Another longer text.")] = "",
-    close_time: Annotated[str, typer.Option(help="A later end, as 2027-01-31T12:00:00Z.")] = "",
+    display_name: Annotated[str | None, typer.Option(help="Another name for people.")] = None,
+    description: Annotated[str | None, typer.Option(help="Another longer text; '' for none.")] = None,
+    close_time: Annotated[str | None, typer.Option(help="A later end, as 2027-01-31T12:00:00Z.")] = None,
     origin: OriginOption = DEFAULT_ORIGIN,
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
@@ -55,13 +55,13 @@ def amend(
 
     request = task_pb2.UpdateTaskRequest(request_id=new_request_id())
     request.task.name = task_name(task)
-    if display_name:
+    if display_name is not None:
         request.task.config.display_name = display_name
         request.update_mask.paths.append("config.display_name")
-    if description:
+    if description is not None:
         request.task.config.description = description
         request.update_mask.paths.append("config.description")
-    if close_time:
+    if close_time is not None:
         try:
             request.task.config.schedule.close_time.FromJsonString(close_time)
         except ValueError as error:
