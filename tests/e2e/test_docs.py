@@ -15,7 +15,7 @@ from google.protobuf import json_format
 from services.registry.convert.drafts import draft_of
 from services.registry.states import Metric
 from tests.e2e.test_up import running
-from tiltyard.cli import app
+from tiltyard.cli.commands import app
 from tiltyard.type.v1 import task_pb2
 
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,7 @@ from tests.support.selector_arena import (
     someone,
     timestamp,
 )
-from tiltyard.cli import app
+from tiltyard.cli.commands import app
 from tiltyard.selector.v1 import draw_pb2, pool_pb2, stake_pb2
 from tiltyard.type.v1 import draw_pb2 as draw_types
 from tiltyard.type.v1 import stake_pb2 as stake_types

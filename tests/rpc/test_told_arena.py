@@ -14,7 +14,7 @@ from tests.support.registry_server import ORIGIN, RegistryServer
 from tests.support.registry_world import CREATOR, NODES
 from tests.support.told_arena import Told, dataset_of, model_of, tell_tasks
 from tiltyard.audit import Audit, Claim, Record, audit
-from tiltyard.cli import app
+from tiltyard.cli.commands import app
 from tiltyard.transparency import Checkpoint, checkpoint_body, leaf_hash, root_hash, sign_note
 from tiltyard.type.v1 import evaluation_pb2, log_pb2, stake_pb2, task_pb2
 

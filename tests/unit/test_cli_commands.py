@@ -16,7 +16,7 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from tiltyard.cli import app
+from tiltyard.cli.commands import app
 from tiltyard.cli.connection import with_hint
 from tiltyard.cli.supervisor import free_ports
 from tiltyard.identity import Key, verify_token
@@ -207,7 +207,8 @@ def test_a_config_that_is_none_is_refused_before_anything_is_called(tmp_path: Pa
 
 
 def test_the_command_starts_without_torch_and_sklearn() -> None:
-    code = "import sys, tiltyard.cli; print([m for m in ('torch', 'sklearn', 'grpc', 'numpy') if m in sys.modules])"
+    code = "import sys, tiltyard.cli.commands\n"
+    code += "print([m for m in ('torch', 'sklearn', 'grpc', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
 
@@ -318,6 +319,28 @@ def test_a_reader_who_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+IMPATIENT = """
+import sys
+
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == wanted:
+            raise KeyboardInterrupt
+
+wanted = sys.argv.pop(1)
+sys.meta_path.insert(0, Interrupted())
+from tiltyard.cli import app
+app()
+"""
+
+
+@pytest.mark.parametrize("imported", ["typer", "tiltyard.client", "tiltyard.audit.record"])
+def test_an_interrupt_ends_a_command_that_is_still_being_loaded(imported: str) -> None:
+    command = [sys.executable, "-c", IMPATIENT, imported, "task", "list", "--key", "me.pem"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
 
 
 def test_a_token_for_another_node_tells_of_the_option() -> None:

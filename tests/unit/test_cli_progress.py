@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tiltyard.cli import app, output
+from tiltyard.cli import output
+from tiltyard.cli.commands import app
 from tiltyard.cli.output import ProgressLine
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tiltyard import keyfiles
 from tiltyard.bls import BlsKey
-from tiltyard.cli import app
+from tiltyard.cli.commands import app
 from tiltyard.identity import Key, LockedKey
 from tiltyard.keyfiles import KeyLock, decrypt_pem, encrypt_pem
 

@@ -14,7 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from typer.testing import CliRunner
 
 from tiltyard.bls import BlsKey
-from tiltyard.cli import app
+from tiltyard.cli.commands import app
 from tiltyard.cli.draws import outcome_of
 from tiltyard.commitments import draw_seed
 from tiltyard.receipts import (

@@ -2,4 +2,4 @@
 
 from tiltyard.cli import app
 
-app(prog_name="tiltyard")
+app()

@@ -155,6 +155,15 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
     Where the OTEL_* variables ask for it, all that follows from the command is one trace.
     """
+    try:
+        return _run(work)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    finally:
+        work.close()  # an interrupt may have come before it began
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
     import grpc
 
     from tiltyard import telemetry
@@ -184,8 +193,6 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         OSError,
     ) as error:
         fail(error if isinstance(error, OSError) else with_hint(explain(error)))
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 def with_hint(line: str) -> str:
