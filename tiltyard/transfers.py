@@ -73,17 +73,22 @@ async def upload(
             return artifact_name(digest)
     header.artifact = artifact_name(digest)
     patience = _Patience(patience_s)
+    broken: grpc.aio.AioRpcError | None = None
     asked = artifact_pb2.GetUploadRequest(artifact=header.artifact)
     while True:
         at = await persist(lambda: artifacts.GetUpload(asked), patience_s=patience_s)
         # A complete artifact still has to be claimed for this purpose: a header with no bytes left to send.
         header.offset = size_bytes if at.complete else at.offset
         patience.moved_to(header.offset)
+        # Asked only now: the stream that broke may have brought something for hours.
+        if broken is not None and patience.is_over():
+            raise broken
         try:
             await artifacts.upload_chunks(_messages(path, header, None, progress))
         except grpc.aio.AioRpcError as error:
-            if not _may_go_on(error) or patience.is_over():
+            if not _may_go_on(error):
                 raise
+            broken = error
         else:
             if progress:
                 progress(size_bytes, size_bytes)
@@ -206,17 +211,19 @@ async def _fetch_all(
     progress: Progress | None,
     patience: "_Patience",
 ) -> None:
+    patience.moved_to(file.size)
     while file.size < size_bytes:
-        patience.moved_to(file.size)
+        broken: grpc.aio.AioRpcError | None = None
         try:
             await _fetch(artifacts, artifact, file, size_bytes, progress)
         except grpc.aio.AioRpcError as error:
-            if not is_transient(error) or patience.is_over():
+            if not is_transient(error):
                 raise
-        else:
-            if file.size < size_bytes and patience.is_over():
-                raise DigestMismatch(f"{artifact} ends after {file.size} of {size_bytes} bytes")
+            broken = error
+        patience.moved_to(file.size)
         if file.size < size_bytes:
+            if patience.is_over():
+                raise broken or DigestMismatch(f"{artifact} ends after {file.size} of {size_bytes} bytes")
             await patience.pause()
 
 

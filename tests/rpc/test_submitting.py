@@ -189,6 +189,32 @@ async def test_a_broken_upload_goes_on_where_it_was(model: Path) -> None:
     assert registry.streams == [0, 2 * CHUNK_BYTES, 2 * CHUNK_BYTES, 3 * CHUNK_BYTES]
 
 
+class Slow:
+    """Progress of a transfer that takes a minute for each chunk, and the clock that goes with it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._now = 0.0
+        monkeypatch.setattr(transfers, "time", self)
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def __call__(self, done: int, total: int) -> None:
+        self._now += 60.0
+
+
+async def test_a_transfer_of_hours_goes_on_after_a_break(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, slow = SmallRegistry(break_uploads_after=[3 * CHUNK_BYTES]), Slow(monkeypatch)
+    registry.break_downloads_after = [3 * CHUNK_BYTES]
+    async with serving(registry) as client:
+        name = await upload(client.artifacts, model, task=TASK, progress=slow, patience_s=50)
+        await download(client.artifacts, name, tmp_path / "again", progress=slow, patience_s=50)
+    assert (tmp_path / "again").read_bytes() == model.read_bytes()
+    assert registry.streams == [0, 3 * CHUNK_BYTES] * 2
+
+
 async def test_a_complete_artifact_is_claimed_but_not_sent_again(model: Path) -> None:
     registry = SmallRegistry(complete={artifact_name(file_digest(model)): model.read_bytes()})
     async with serving(registry) as client:
