@@ -62,7 +62,7 @@ def channel_options(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES)
         # A peer that restarts on the same port is found again within a second or two.
         ("grpc.initial_reconnect_backoff_ms", 200),
         # How long an attempt may take, not a pause: an encrypted one is four round trips, of 0.3 s between continents.
-        ("grpc.min_reconnect_backoff_ms", 10_000),
+        ("grpc.min_reconnect_backoff_ms", 5_000),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         # And so is one that comes back at another address: a container, say. gRPC would ask for it every 30 s only.
         ("grpc.dns_min_time_between_resolutions_ms", 2_000),
