@@ -346,6 +346,20 @@ async def test_deadlines_that_passed_while_the_registry_slept_with_its_machine_p
     watching.cancel()
 
 
+async def test_an_outage_is_one_also_when_the_clock_was_put_back_before(world: World) -> None:
+    await world.outages.beat()
+    world.clock.advance(seconds=-5 * HOUR_S)
+    number = await evaluating(world)
+    await world.accept((await world.duties(number))[0])
+    await world.outages.beat()
+    world.clock.advance(seconds=2 * HOUR_S)
+    world = world.restarted()
+    assert await world.outages.end() == timedelta(hours=2)
+    await world.turn()
+    assert await world.states(number) == ["ACCEPTED", "OFFERED", "OFFERED"]
+    assert await faults(world) == []
+
+
 async def test_what_was_late_before_the_outage_stays_late(world: World) -> None:
     number = await evaluating(world)
     duty = (await world.duties(number))[0]

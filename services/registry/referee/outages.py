@@ -57,7 +57,7 @@ class Outages:
         if self._looked is not None:
             self._look()  # who wakes up first, this or the watch, is chance
         now = self._clock()
-        if self._noted is not None and now - self._noted < _BEAT:
+        if self._noted is not None and timedelta(0) <= now - self._noted < _BEAT:
             return 0
         failing, self._failing = self._failing, True
         if failing:
