@@ -106,6 +106,7 @@ class Arena:
                 password = secrets.token_hex(24)
                 write(self._secrets / f"{name}_password", password, mode=0o600)
                 write(self._secrets / f"{name}_pgpass", f"database:5432:{name}:{name}:{password}\n", mode=0o600)
+        self._show_configuration()
         self.settings = self._settings(ids)
         write(self._folder / "settings.env", "".join(f"{name}={value}\n" for name, value in self.settings.items()))
 
@@ -181,6 +182,17 @@ class Arena:
         encrypted = HERE / "compose.tls.yaml" in self._files or told.get("TILTYARD_PLAINTEXT_ANYWHERE") == "true"
         if not encrypted and not is_loopback(bind):
             raise SystemExit(f"TILTYARD_BIND={bind} needs OVERLAYS=tls, or TILTYARD_PLAINTEXT_ANYWHERE=true")
+
+    def _show_configuration(self) -> None:
+        """Has the users of other images read what is mounted into them: a checkout under a strict umask hides it."""
+        if HERE / "compose.observability.yaml" not in self._files:
+            return
+        shown = HERE / "observability"
+        for path in (shown, *shown.rglob("*")):
+            mode = path.stat().st_mode
+            readable = mode | (0o055 if path.is_dir() else 0o044)
+            if mode != readable:
+                path.chmod(readable)
 
     def _kept(self) -> dict[str, str]:
         file = self._folder / "settings.env"

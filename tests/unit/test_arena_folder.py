@@ -110,6 +110,20 @@ def test_containers_read_their_certificates_and_nobody_else_reads_a_secret_whate
         assert {path.stat().st_mode & 0o777 for path in hidden} == {0o600}
 
 
+def test_collector_prometheus_and_grafana_read_their_configuration_from_a_checkout_under_a_strict_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = tmp_path / "deploy"
+    shutil.copytree(HERE, checkout, ignore=shutil.ignore_patterns("state", "__pycache__"))
+    shown = [checkout / "observability", *(checkout / "observability").rglob("*")]
+    for path in shown:
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    monkeypatch.setattr("deploy.arena.HERE", checkout)
+    Arena(tmp_path / "state", ["observability"]).prepare()
+    assert {path.stat().st_mode & 0o777 for path in shown if path.is_file()} == {0o644}
+    assert {path.stat().st_mode & 0o777 for path in shown if path.is_dir()} == {0o755}
+
+
 def test_a_build_that_fails_has_touched_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certified(tmp_path)
     registry = tmp_path / "certificates/registry"
