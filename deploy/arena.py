@@ -31,7 +31,9 @@ from tiltyard.identity import Key
 HERE = Path(__file__).resolve().parent
 IMAGE_USER = "10001:10001"
 DATABASES = ("registry", "selector")
-KEYS = ("registry", "selector", "trainer", "validator-1", "validator-2", "validator-3")
+# The selector calls nobody: it has no key to show, and keeps that of its draws in its volume.
+KEYS = ("registry", "trainer", "validator-1", "validator-2", "validator-3")
+SERVICES = ("selector", *KEYS)
 WHEELS_PORT = 7490
 HEALTHY_AFTER_S = 240.0
 RENEW_BEFORE = timedelta(days=45)
@@ -89,7 +91,7 @@ class Arena:
         ids = self._folder / "ids"
         ids.mkdir(parents=True, exist_ok=True)
         self._environments.mkdir(exist_ok=True)
-        for name in KEYS:
+        for name in SERVICES:
             if not (self._environments / f"{name}.env").exists():
                 # Credentials of a bucket, say, are settings, too.
                 write(self._environments / f"{name}.env", ENVIRONMENT.format(name=name), mode=0o600)
@@ -118,7 +120,7 @@ class Arena:
         if HERE / "compose.tls.yaml" not in self._files:
             return
         authority = Authority.open(self._folder / "authority")
-        for name in KEYS:
+        for name in SERVICES:
             folder = self._certificates / name
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o755)  # the user of the images reads it, whatever the umask here

@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from deploy.arena import DATABASES, IMAGE_USER, KEYS
+from deploy.arena import DATABASES, IMAGE_USER, KEYS, SERVICES
 from services.modelserver.settings import ModelServerSettings
 from services.registry.settings import RegistrySettings
 from services.runtime.settings import PREFIX
@@ -75,7 +75,7 @@ def test_the_gpu_overlay_changes_the_trainer_alone() -> None:
 
 def test_with_tls_every_service_has_a_certificate_of_its_own_and_speaks_nothing_else() -> None:
     said = composition("tls")["services"]
-    assert said.keys() == composition()["services"].keys() - {"database"} == set(KEYS)
+    assert said.keys() == composition()["services"].keys() - {"database"} == set(SERVICES)
     for name, service in said.items():
         assert unknown_settings(re.sub(r"-\d+$", "", name), set(service["environment"])) == set()
         assert service["environment"]["TILTYARD_PLAINTEXT_ANYWHERE"] == "false"
