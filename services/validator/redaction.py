@@ -1,7 +1,7 @@
 """What a machine says in public holds none of its folders."""
 
+import os
 import re
-from pathlib import Path
 
 _PATH = re.compile(r"(?<![\w./])/([\w.+-]+)(?:/[\w.+@-]+)+")
 
@@ -11,4 +11,9 @@ def without_folders(text: str) -> str:
 
     Names in a model's graph often look like paths.
     """
-    return _PATH.sub(lambda found: found[0].rpartition("/")[2] if Path("/", found[1]).exists() else found[0], text)
+    return _PATH.sub(lambda found: found[0].rpartition("/")[2] if _is_here(found[1]) else found[0], text)
+
+
+def _is_here(name: str) -> bool:
+    # A stranger's name may be longer than any folder's can be: then a Path would raise OSError.
+    return os.path.exists(f"/{name}")

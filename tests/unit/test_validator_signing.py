@@ -50,6 +50,14 @@ def test_a_report_holds_no_folder_of_the_machine_and_keeps_a_graphs_names(tmp_pa
     assert statement.detail == "unix:socket: cannot open 'model.onnx', at /layer1/conv/Conv of a/b/c, 1/2"
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "é" * 130])
+def test_a_name_of_a_graph_longer_than_any_folders_stands_as_it_is(name):
+    told = f"the graph failed: Non-zero status code returned while running Reshape node. Name:'/{name}/b'"
+    report = KeyNotary(Key.generate(), "o").report(NAME, ORDER, Finding(fault=Fault.CRASHED, detail=told))
+    statement, _ = open_statement(envelope_pb2.Envelope.FromString(report), envelope_pb2.EvaluationReport)
+    assert statement.detail == told
+
+
 def test_a_seal_binds_the_report_and_its_salt():
     notary = KeyNotary(Key.generate(), "o")
     report = notary.report(NAME, ORDER, found(1))
