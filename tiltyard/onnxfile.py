@@ -30,6 +30,7 @@ _RANDOM = frozenset(
 )
 
 _FLOAT = 1
+_BOOL = 9
 # Bytes of one element by TensorProto.DataType; a string has none. Those of less than a byte are refused.
 _ELEMENT_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 _WINDOW_BYTES = 64 * 1024
@@ -49,7 +50,8 @@ def check_onnx(read: Read, total_bytes: int, spec: ModelSpec, *, max_bytes: int,
 
     It must have one float32 input [n, ...input_shape] and one float32 output [n, outputs], n open. Raises ModelFault:
     TOO_LARGE over `max_bytes`, `max_parameters` or the bounds of this module; BAD_FORMAT for what is no ONNX file, for
-    external data, operators of other domains or that draw at random, local functions and training graphs;
+    external data, operators of other domains or that draw at random (a Dropout whose third input is more than a
+    constant False among them), local functions and training graphs;
     SHAPE_MISMATCH for other inputs and outputs.
     """
     if total_bytes > max_bytes:
@@ -59,6 +61,13 @@ def check_onnx(read: Read, total_bytes: int, spec: ModelSpec, *, max_bytes: int,
         raise ModelFault(FaultCode.BAD_FORMAT, "the task's model is no ONNX model")
     survey = _Survey(_Reader(read, total_bytes))
     survey.model(0, total_bytes)
+    if survey.told:
+        # In a second pass, since a weight may come after the node that takes it.
+        makers = _Survey(_Reader(read, total_bytes), wanted=frozenset(survey.told))
+        makers.model(0, total_bytes)
+        if not all(makers.is_false.get(name) for name in survey.told):
+            # Its third input says whether it trains.
+            raise _bad("a Dropout that can be told to train draws at random")
     newest = architecture.max_opset or NEWEST_OPSET
     if survey.opset is None or not OLDEST_OPSET <= survey.opset <= newest:
         raise _bad(f"operator set {survey.opset} is not within {OLDEST_OPSET} to {newest}")
@@ -148,6 +157,11 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise _bad("a name is no UTF-8") from error
 
+    def byte(self, found: _Field) -> int:
+        """The first byte of a field."""
+        self._load(found.start, 1)
+        return self._window[found.start - self._window_start]
+
     def numbers(self, found: _Field) -> Iterator[int]:
         """A repeated number, packed or not."""
         if not found.is_bytes:
@@ -189,12 +203,19 @@ class _Reader:
 
 @dataclass
 class _Survey:
-    """What has been seen of a file so far."""
+    """What has been seen of a file so far.
+
+    `told` are the third inputs of Dropouts. Of each name in `wanted` that something in the file makes, `is_false` says
+    whether nothing but a constant False does.
+    """
 
     reader: _Reader
+    wanted: frozenset[str] = frozenset()
     opset: int | None = None
     parameters: int = 0
     nodes: int = 0
+    told: set[str] = field(default_factory=set)
+    is_false: dict[str, bool] = field(default_factory=dict)
     weights: set[str] = field(default_factory=set)
     inputs: list[_Value] = field(default_factory=list)
     outputs: list[_Value] = field(default_factory=list)
@@ -239,43 +260,60 @@ class _Survey:
                 case 1:
                     self._node(found, depth)
                 case 5:
-                    name = self._tensor(found)
+                    name, is_false = self._tensor(found)
+                    self._made(name, is_false=is_false)
                     if depth == 0:
                         self.weights.add(name)
                 case 11 | 12 if depth == 0:
                     (self.inputs if found.number == 11 else self.outputs).append(self._value(found))
+                case 11 if self.wanted:
+                    self._made(self._value(found).name, is_false=False)
                 case 15:
                     raise _bad("sparse weights are not taken")
 
     def _node(self, message: _Field, depth: int) -> None:
-        """NodeProto: input = 1, op_type = 4, attribute = 5, domain = 7."""
+        """NodeProto: input = 1, output = 2, op_type = 4, attribute = 5, domain = 7."""
         self.nodes += 1
         if self.nodes > MAX_NODES:
             raise ModelFault(FaultCode.TOO_LARGE, f"the graph has more than {MAX_NODES} nodes")
-        operator, inputs, third_is_given = "", 0, False
+        operator, inputs, third = "", 0, None
+        outputs: list[str] = []
+        values: list[bool] = []
         for found in self.reader.fields(message.start, _message_end(message)):
             match found.number:
                 case 1 if found.is_bytes:
                     inputs += 1
-                    third_is_given |= inputs == 3 and found.end > found.start
+                    if inputs == 3 and found.end > found.start:
+                        third = found
+                case 2 if self.wanted:
+                    outputs.append(self.reader.text(found))
                 case 4:
                     operator = self.reader.text(found)
                 case 5:
-                    self._attribute(found, depth)
+                    values += self._attribute(found, depth)
                 case 7:
                     _known(self.reader.text(found))
         if operator in _RANDOM:
             raise _bad(f"the operator {operator} draws at random")
-        if operator == "Dropout" and third_is_given:
-            # Its third input says whether it trains.
-            raise _bad("a Dropout that can be told to train draws at random")
+        if operator == "Dropout" and third is not None:
+            self.told.add(self.reader.text(third))
+        for name in outputs:
+            self._made(name, is_false=operator == "Constant" and values == [True])
 
-    def _attribute(self, message: _Field, depth: int) -> None:
-        """AttributeProto: t = 5, g = 6, floats = 7, ints = 8, tensors = 10, graphs = 11, sparse tensors 22 and 23."""
+    def _made(self, name: str, *, is_false: bool) -> None:
+        if name in self.wanted:
+            self.is_false[name] = is_false and self.is_false.get(name, True)
+
+    def _attribute(self, message: _Field, depth: int) -> list[bool]:
+        """AttributeProto: t = 5, g = 6, floats = 7, ints = 8, tensors = 10, graphs = 11, sparse tensors 22 and 23.
+
+        Returns of each tensor in it whether it is a single False.
+        """
+        values = []
         for found in self.reader.fields(message.start, _message_end(message)):
             match found.number:
                 case 5 | 10:
-                    self._tensor(found)
+                    values.append(self._tensor(found)[1])
                 case 6 | 11:
                     self._graph(found, depth=depth + 1)
                 case 7:
@@ -284,21 +322,30 @@ class _Survey:
                     self.parameters += found.end - found.start if found.is_bytes else 1
                 case 22 | 23:
                     raise _bad("sparse weights are not taken")
+        return values
 
-    def _tensor(self, message: _Field) -> str:
-        """TensorProto: dims = 1, data_type = 2, name = 8, raw_data = 9, external_data = 13, data_location = 14."""
+    def _tensor(self, message: _Field) -> tuple[str, bool]:
+        """TensorProto: dims = 1, data_type = 2, name = 8, raw_data = 9, external_data = 13, data_location = 14.
+
+        Returns its name, and whether it is a single False (in raw_data or int32_data = 5), where such are wanted.
+        """
         name, dtype, raw_bytes = "", 0, None
         shape: list[int] = []
+        values: list[int] = []
         for found in self.reader.fields(message.start, _message_end(message)):
             match found.number:
                 case 1:
                     shape.extend(self._dimensions(found, most=MAX_DIMENSIONS - len(shape)))
                 case 2:
                     dtype = found.value
+                case 5 if self.wanted:
+                    values += itertools.islice(self.reader.numbers(found), 2)
                 case 8:
                     name = self.reader.text(found)
                 case 9:
                     raw_bytes = found.end - found.start
+                    if self.wanted and raw_bytes == 1:
+                        values.append(self.reader.byte(found))
                 case 13:
                     raise _bad(f"tensor {name[:80]!r} lies outside the file")
                 case 14 if found.value != 0:
@@ -309,7 +356,7 @@ class _Survey:
         if raw_bytes is not None and raw_bytes != elements * _ELEMENT_BYTES.get(dtype, 0):
             raise _bad(f"tensor {name[:80]!r} has {raw_bytes} bytes, which its shape and type do not make")
         self.parameters += elements
-        return name
+        return name, dtype == _BOOL and elements == 1 and values == [0]
 
     def _dimensions(self, found: _Field, *, most: int) -> list[int]:
         dimensions = list(itertools.islice(self.reader.numbers(found), most + 1))

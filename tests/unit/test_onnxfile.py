@@ -188,6 +188,64 @@ def test_a_dropout_that_only_passes_on_is_taken() -> None:
     assert check(model.SerializeToString()).nodes == 4 + 3
 
 
+def told_by(*makers: onnx.NodeProto | onnx.TensorProto) -> onnx.ModelProto:
+    """A Dropout between the layers whose third input `t` is what these make."""
+    model = graph()
+    del model.graph.node[3]
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.5), "ratio"))
+    for maker in makers:
+        (model.graph.initializer if isinstance(maker, onnx.TensorProto) else model.graph.node).append(maker)
+    model.graph.node.append(helper.make_node("Dropout", ["r", "ratio", "t"], ["d"]))
+    model.graph.node.append(helper.make_node("MatMul", ["d", "v"], ["y"]))
+    return model
+
+
+def constant(value: TensorProto) -> onnx.NodeProto:
+    return helper.make_node("Constant", [], ["t"], value=value)
+
+
+RAW_FALSE = numpy_helper.from_array(np.array(False), "t")
+TYPED_FALSE = helper.make_tensor("t", TensorProto.BOOL, [], [False])
+
+
+@pytest.mark.parametrize(
+    "maker", [RAW_FALSE, TYPED_FALSE, constant(RAW_FALSE), constant(TYPED_FALSE)], ids=["raw", "typed", "node", "both"]
+)
+def test_a_dropout_that_is_told_not_to_train_is_taken(maker: onnx.NodeProto | onnx.TensorProto) -> None:
+    model = told_by(maker)
+    onnx.checker.check_model(model)
+    assert check(model.SerializeToString()).opset == 17
+
+
+def inner_input() -> onnx.NodeProto:
+    """A loop whose body has an input of that name."""
+    body = helper.make_graph([], "body", [helper.make_tensor_value_info("t", TensorProto.BOOL, [])], [])
+    return helper.make_node("Loop", ["", ""], ["o"], body=body)
+
+
+@pytest.mark.parametrize(
+    "makers",
+    [
+        [numpy_helper.from_array(np.array(True), "t")],
+        [helper.make_tensor("t", TensorProto.BOOL, [], [True])],
+        [constant(numpy_helper.from_array(np.array(True)))],
+        [numpy_helper.from_array(np.array([False, True]), "t")],
+        [numpy_helper.from_array(np.array([], bool), "t")],
+        [numpy_helper.from_array(np.array(0, np.uint8), "t")],
+        [helper.make_node("Cast", ["r"], ["t"], to=TensorProto.BOOL)],
+        [helper.make_node("Not", ["f"], ["t"], value=RAW_FALSE)],
+        [RAW_FALSE, numpy_helper.from_array(np.array(True), "t")],
+        [numpy_helper.from_array(np.array(True), "t"), RAW_FALSE],
+        [RAW_FALSE, helper.make_node("Cast", ["r"], ["t"], to=TensorProto.BOOL)],
+        [RAW_FALSE, inner_input()],
+        [],
+    ],
+)
+def test_a_dropout_that_may_be_told_to_train_is_refused(makers: list[onnx.NodeProto | onnx.TensorProto]) -> None:
+    with pytest.raises(ModelFault, match="told to train"):
+        check(told_by(*makers).SerializeToString())
+
+
 def test_graphs_within_graphs_are_taken_up_to_a_depth_and_counted() -> None:
     model = graph()
     nested(2)(model)
