@@ -1,5 +1,6 @@
 """The one table between the domain's errors and gRPC's status codes, in both directions."""
 
+import contextlib
 import secrets
 from dataclasses import dataclass
 
@@ -121,10 +122,11 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> ArenaError:
     bad_request = error_details_pb2.BadRequest()
     retry_info = error_details_pb2.RetryInfo()
     has_retry = False
-    for detail in _rich_status(error).details:
-        detail.Unpack(info)
-        detail.Unpack(bad_request)
-        has_retry = detail.Unpack(retry_info) or has_retry
+    with contextlib.suppress(DecodeError):  # up to the first that can't be read
+        for detail in _rich_status(error).details:
+            detail.Unpack(info)
+            detail.Unpack(bad_request)
+            has_retry = detail.Unpack(retry_info) or has_retry
     code = error.code()
     reason = info.reason or code.name
     message = error.details() or code.name

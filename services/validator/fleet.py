@@ -36,6 +36,8 @@ WINDOW = 4
 # What is answered ahead of the row that is counted next waits in memory.
 AHEAD = 4
 ANSWER_TIMEOUT_S = 120.0
+# What a busy server asks for is kept to within this and the time for an answer: it may be a stranger's.
+LEAST_PAUSE_S = 0.05
 # A batch is late after so long, or after so many times the longest that an answer has taken.
 LATE_S = 2.0
 LATE_TIMES = 3
@@ -182,7 +184,8 @@ class Fleet:
         """One server's thread: keeps its window full until no batch is left anywhere."""
         while (wait_s := self._serve_until_refused(endpoint, rows)) is not None:
             with self._changed:
-                self._changed.wait_for(lambda: self._over or self._failure is not None, wait_s)
+                pause_s = min(max(wait_s, LEAST_PAUSE_S), ANSWER_TIMEOUT_S)
+                self._changed.wait_for(lambda: self._over or self._failure is not None, pause_s)
 
     def _serve_until_refused(self, endpoint: Endpoint, rows: EvaluationRows) -> float | None:
         """The seconds after which a server that has too much to do wants more; None when this one is through."""

@@ -10,7 +10,7 @@ import grpc
 import structlog
 
 from services.validator.evaluation import CannotEvaluate, ServerLost
-from services.validator.fleet import Endpoint, wanted_wait_s
+from services.validator.fleet import LEAST_PAUSE_S, Endpoint, wanted_wait_s
 from tiltyard.inference.v2 import inference_pb2 as pb
 from tiltyard.inference.v2 import inference_pb2_grpc as rpc
 
@@ -110,7 +110,7 @@ class _Load:
                     return
             else:
                 return
-            self._given_up.wait(wait_s)
+            self._given_up.wait(max(wait_s, LEAST_PAUSE_S))
         self.failure = (None, self._reason)
 
     def give_up(self, reason: str) -> None:

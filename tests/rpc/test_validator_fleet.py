@@ -10,6 +10,8 @@ from dataclasses import replace
 import grpc
 import numpy as np
 import pytest
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
 from safetensors.numpy import save_file
 
 from services.runtime.errors import ResourceExhausted
@@ -223,6 +225,51 @@ def test_one_that_is_full_for_good_leaves_its_batches_to_the_others(rows):
         began = time.monotonic()
         assert np.array_equal(evaluated(rows, fleet), expected(rows))
     assert time.monotonic() - began < 20
+
+
+def busy_with(details):
+    def spoil(answer, context, served):
+        context.set_trailing_metadata((("grpc-status-details-bin", details),))
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "enough waits already")
+
+    return spoil
+
+
+def retry_info(**delay):
+    packed = any_pb2.Any()
+    packed.Pack(error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(**delay)))
+    return status_pb2.Status(details=[packed]).SerializeToString()
+
+
+@pytest.mark.parametrize("delay", [{}, {"seconds": -5}], ids=["none", "below none"])
+def test_who_is_busy_and_asks_for_no_pause_gets_one(rows, delay):
+    server = Server(busy_with(retry_info(**delay)))
+    with serving(server) as endpoints:
+        fleet = fleet_of(endpoints)
+        threading.Timer(1.0, fleet.cancel).start()
+        with pytest.raises(StreamCancelled):
+            evaluated(rows, fleet)
+    assert WINDOW < len(server.requests) <= WINDOW * (1 / fleet_module.LEAST_PAUSE_S + 2)
+
+
+def test_who_is_busy_and_asks_for_an_endless_pause_is_asked_again(rows, monkeypatch):
+    monkeypatch.setattr(fleet_module, "ANSWER_TIMEOUT_S", 0.2)
+
+    def spoil(answer, context, served):
+        if served == 1:
+            busy_with(retry_info(seconds=300_000_000_000))(answer, context, served)
+
+    with serving(Server(spoil)) as endpoints:
+        assert np.array_equal(evaluated(rows, fleet_of(endpoints)), expected(rows))
+
+
+def test_a_refusal_with_details_that_cannot_be_read_loses_its_server_at_once(rows):
+    junk = any_pb2.Any(type_url="type.googleapis.com/google.rpc.RetryInfo", value=b"\xff\xff\xff")
+    with serving(Server(busy_with(status_pb2.Status(details=[junk]).SerializeToString()))) as endpoints:
+        fleet = fleet_of(endpoints)
+        threading.Timer(10.0, fleet.cancel).start()
+        with pytest.raises(StreamBroken, match="enough waits already"):
+            evaluated(rows, fleet)
 
 
 def refuse(answer, context, served):
