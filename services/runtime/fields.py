@@ -8,6 +8,9 @@ from services.runtime.errors import FieldViolation, InvalidArgument
 
 DIGEST_BYTES = 32
 REQUEST_ID_CHARS = 64
+# Cc control, Cf invisible formatting (bidirectional overrides), Cs surrogates, Zl and Zp line separators: a name that
+# shows as another name on a terminal is not a name.
+UNSEEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 class FieldChecks:
@@ -37,9 +40,7 @@ class FieldChecks:
             return self.require(field, False, f"has {len(value)} characters, allowed are {min_chars} to {max_chars}")
         if value and not value.strip():
             return self.require(field, False, "is blank")
-        # Cc control, Cf invisible formatting (bidirectional overrides), Cs surrogates, Zl and Zp line separators: a
-        # name that shows as another name on a terminal is not a name.
-        if any(unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") for char in value):
+        if any(unicodedata.category(char) in UNSEEN_CATEGORIES for char in value):
             return self.require(field, False, "holds control characters")
         return True
 

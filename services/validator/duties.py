@@ -24,7 +24,7 @@ from services.validator.assignments import (
 from services.validator.cache import Cache, CacheTooSmall
 from services.validator.evaluation import Attempts, CannotEvaluate, Job, NodeServers, find
 from services.validator.patience import TRANSIENT, persist
-from services.validator.redaction import without_folders
+from services.validator.redaction import one_line, published
 from services.validator.runs import Finding, Progress, Run, RunState, RunStore, SealedReport
 from services.validator.slots import FairSlots
 from tiltyard.commitments import SALT_BYTES
@@ -176,6 +176,7 @@ class Duty:
                     raise CannotEvaluate("the validator takes no further assignments")
                 self._begun = True
                 finding = await self._find(lease.order)
+            finding = replace(finding, detail=one_line(finding.detail))
             report = self._means.notary.report(name, lease.order, finding)
         except (CannotEvaluate, CacheTooSmall, DigestMismatch, OSError, ArenaError) as error:
             # Not the model's fault: the next reserve may do better, at once.
@@ -317,7 +318,7 @@ class Duty:
     async def _decline(self, lease: Lease, reason: str) -> None:
         try:
             await self._means.registry.decline(
-                self._latest.name, lease.token, without_folders(reason)[:_MAX_REASON_CHARS]
+                self._latest.name, lease.token, published(reason, max_chars=_MAX_REASON_CHARS)
             )
         except ArenaError as error:
             # The lease runs out by itself.
@@ -341,7 +342,7 @@ class Duty:
             _log.warning("no run for an assignment", assignment=self._latest.name, detail=ended.detail)
             return
         # What was found stays readable beside why it came to nothing.
-        detail = ended.detail or self.run.detail
+        detail = one_line(ended.detail) or self.run.detail
         sealed = self.run.sealed
         changes = {
             "state": ended.state,

@@ -1,7 +1,7 @@
 """Signs reports and seals with the validator's key."""
 
 from services.validator.assignments import Order
-from services.validator.redaction import without_folders
+from services.validator.redaction import published
 from services.validator.runs import Fault, Finding
 from tiltyard.commitments import evaluation_seal
 from tiltyard.identity import Key
@@ -35,7 +35,7 @@ class KeyNotary:
             assignment=assignment,
             dataset_digest=bytes.fromhex(order.dataset_digest),
             model_digest=bytes.fromhex(order.model_digest),
-            detail=without_folders(finding.detail)[:_MAX_DETAIL_CHARS],
+            detail=published(finding.detail, max_chars=_MAX_DETAIL_CHARS),
             node_endpoint=finding.node_endpoint,
         )
         if finding.counts is not None:

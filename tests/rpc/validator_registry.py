@@ -10,6 +10,7 @@ from safetensors.numpy import save
 
 from services.runtime.auth import Authenticator, current_caller
 from services.runtime.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from services.runtime.fields import FieldChecks
 from services.runtime.server import ArenaServer, Mount
 from tiltyard.commitments import evaluation_seal
 from tiltyard.modelspec import ModelSpec, tensor_shapes
@@ -32,6 +33,13 @@ OFFERED, ACCEPTED, SEALED, OPENED, DECLINED, EXPIRED, RELEASED = (
     for name in ("OFFERED", "ACCEPTED", "SEALED", "OPENED", "DECLINED", "EXPIRED", "RELEASED")
 )
 ENDED = {OPENED, DECLINED, EXPIRED, RELEASED}
+
+
+def _check_text(field: str, value: str) -> None:
+    """As the real one does."""
+    checks = FieldChecks()
+    checks.text(field, value, min_chars=0, max_chars=500)
+    checks.finish()
 
 
 @dataclass
@@ -196,6 +204,7 @@ class FakeRegistry(
 
     async def DeclineAssignment(self, request, context):
         duty = self._own(request.name)
+        _check_text("reason", request.reason)
         await self.change(duty.name, state=DECLINED, reason=request.reason)
         return assignment_pb2.DeclineAssignmentResponse(assignment=self._message(duty.name))
 
@@ -218,6 +227,7 @@ class FakeRegistry(
     async def OpenEvaluation(self, request, context):
         report, signer = open_statement(request.report, envelope_pb2.EvaluationReport)
         duty = self._own(report.assignment)
+        _check_text("report.detail", report.detail)
         if not duty.opening:
             raise FailedPrecondition("NOT_OPENING", "not yet")
         expected = evaluation_seal(assignment=duty.name, report=request.report.payload, salt=request.salt)

@@ -347,6 +347,7 @@ async def test_a_lost_lease_ends_the_run(tmp_path):
         ("fetch", DigestMismatch("the bytes received are not those of artifacts/d"), "not those"),
         ("fetch", OSError(28, "No space left on device"), "No space left"),
         ("attempt", CannotEvaluate("no model server stays alive"), "stays alive"),
+        ("attempt", CannotEvaluate("its server:\n\tgone\x00 away \x1b[2J"), "its server: gone away [2J"),
         ("order", None, "not understood"),
         ("metric", None, "metric is not counted"),
     ],

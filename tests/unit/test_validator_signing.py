@@ -2,6 +2,7 @@
 
 import pytest
 
+from services.runtime.fields import FieldChecks
 from services.validator.assignments import Order
 from services.validator.runs import Fault, Finding
 from services.validator.signing import KeyNotary
@@ -56,6 +57,22 @@ def test_a_name_of_a_graph_longer_than_any_folders_stands_as_it_is(name):
     report = KeyNotary(Key.generate(), "o").report(NAME, ORDER, Finding(fault=Fault.CRASHED, detail=told))
     statement, _ = open_statement(envelope_pb2.Envelope.FromString(report), envelope_pb2.EvaluationReport)
     assert statement.detail == told
+
+
+@pytest.mark.parametrize(
+    ("told", "stated"),
+    [
+        ("Name:'a\nb\x00\x1b[2Jc'", "Name:'a b [2Jc'"),
+        ("\u202e\ud800 \u2028", ""),
+        ("\n" + "x y " * 200, ("x y " * 125)),
+    ],
+)
+def test_whatever_a_model_is_named_the_registry_takes_what_is_said_of_it(told, stated):
+    report = KeyNotary(Key.generate(), "o").report(NAME, ORDER, Finding(fault=Fault.CRASHED, detail=told))
+    statement, _ = open_statement(envelope_pb2.Envelope.FromString(report), envelope_pb2.EvaluationReport)
+    assert statement.detail == stated
+    checks = FieldChecks()
+    assert checks.text("report.detail", statement.detail, min_chars=0, max_chars=500)
 
 
 def test_a_seal_binds_the_report_and_its_salt():
