@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -21,6 +22,8 @@ _READ_CHUNKS = 4
 _HASHED_FIRST_BYTES = 16 * 1024 * 1024
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 2.0
+# What lies between may keep a stream open whose server has hung. Over a slow line a chunk takes its time.
+_LONGEST_SILENCE_S = 120.0
 
 Progress = Callable[[int, int], None]
 """Called with the bytes moved so far and the bytes in all."""
@@ -175,7 +178,7 @@ async def download(
 
     The bytes so far lie in `{destination}.part`, also after a crash, and the next call goes on from there. Raises
     DigestMismatch when the bytes are not those of the name (they are deleted), grpc.aio.AioRpcError for what the server
-    refuses or when no byte comes for `patience_s`.
+    refuses or when no byte comes for `patience_s`; that an open stream brings nothing is noticed after two minutes.
     """
     if size_bytes is None:
         request = artifact_pb2.GetArtifactRequest(name=artifact)
@@ -238,7 +241,7 @@ async def _fetch(
     call = artifacts.download_chunks(artifact_pb2.DownloadArtifactRequest(name=artifact, offset=offset))
     behind = WriteBehind(file.append)
     try:
-        async for message in call:
+        async for message in _not_silent(call):
             chunk = message.chunk
             offset += len(chunk)
             if offset > size_bytes:
@@ -250,6 +253,26 @@ async def _fetch(
     finally:
         # Also what came before a break.
         await behind.flush()
+
+
+async def _not_silent(call: Any) -> AsyncIterator[Any]:
+    """The messages of a stream. Raises grpc.aio.AioRpcError, also when none comes for long."""
+    messages = aiter(call)
+    while True:
+        try:
+            async with asyncio.timeout(_LONGEST_SILENCE_S):
+                message = await anext(messages)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            call.cancel()
+            raise grpc.aio.AioRpcError(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                initial_metadata=grpc.aio.Metadata(),
+                trailing_metadata=grpc.aio.Metadata(),
+                details=f"no chunk has come for {_LONGEST_SILENCE_S:g} s",
+            ) from None
+        yield message
 
 
 def _move_into_place(file: GrowingFile, part: Path, destination: Path) -> None:
