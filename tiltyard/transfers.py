@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from tiltyard.calls.errors import pause_before_retry_s
 from tiltyard.chunks import ArtifactStub, Chunk
 from tiltyard.client import PATIENCE_S, ClientError, is_transient, persist
 from tiltyard.filedigest import file_digest, hashing
@@ -89,14 +90,15 @@ async def upload(
         try:
             await artifacts.upload_chunks(_messages(path, header, None, progress))
         except grpc.aio.AioRpcError as error:
-            if not _may_go_on(error):
+            least_s = pause_before_retry_s(error) or 0.0
+            if not _may_go_on(error) or least_s > patience_s:
                 raise
             broken = error
         else:
             if progress:
                 progress(size_bytes, size_bytes)
             return header.artifact
-        await patience.pause()
+        await patience.pause(least_s)
 
 
 async def _arrived_unnamed(
@@ -217,17 +219,19 @@ async def _fetch_all(
     patience.moved_to(file.size)
     while file.size < size_bytes:
         broken: grpc.aio.AioRpcError | None = None
+        least_s: float | None = 0.0
         try:
             await _fetch(artifacts, artifact, file, size_bytes, progress)
         except grpc.aio.AioRpcError as error:
-            if not is_transient(error):
+            least_s = pause_before_retry_s(error)
+            if least_s is None:
                 raise
             broken = error
         patience.moved_to(file.size)
         if file.size < size_bytes:
-            if patience.is_over():
+            if patience.is_over(least_s):
                 raise broken or DigestMismatch(f"{artifact} ends after {file.size} of {size_bytes} bytes")
-            await patience.pause()
+            await patience.pause(least_s)
 
 
 async def _fetch(
@@ -295,9 +299,9 @@ class _Patience:
             self._wait_s = _FIRST_WAIT_S
             self._give_up = time.monotonic() + self._patience_s
 
-    def is_over(self) -> bool:
-        return time.monotonic() + self._wait_s > self._give_up
+    def is_over(self, least_s: float = 0.0) -> bool:
+        return time.monotonic() + max(self._wait_s, least_s) > self._give_up
 
-    async def pause(self) -> None:
-        await asyncio.sleep(self._wait_s)
+    async def pause(self, least_s: float) -> None:
+        await asyncio.sleep(max(self._wait_s, least_s))
         self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)

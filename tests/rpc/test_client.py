@@ -1,6 +1,7 @@
 """The public client: errors read, pages turned, watches resumed, patience kept."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -223,6 +224,29 @@ async def test_patience_outlasts_a_restart_but_no_refusal() -> None:
         with pytest.raises(grpc.aio.AioRpcError):
             await persist(lambda: client.tasks.GetTask(request))
     assert tasks.answers == []
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"), [(code_pb2.RESOURCE_EXHAUSTED, "DISK_FULL"), (code_pb2.UNAVAILABLE, "AWAY")]
+)
+async def test_patience_waits_as_long_as_it_is_told(code: int, reason: str) -> None:
+    wait = error_details_pb2.RetryInfo()
+    wait.retry_delay.FromMilliseconds(400)
+    tasks = SmallTasks(refusal=refusal(code, "not now", error_details_pb2.ErrorInfo(reason=reason), wait))
+    request = task_pb2.GetTaskRequest(name="tasks/t")
+    asked_at: list[float] = []
+    async with serving(tasks) as client:
+
+        async def asked() -> task_pb2.GetTaskResponse:
+            asked_at.append(time.monotonic())
+            if len(asked_at) == 3:
+                tasks.refusal = None
+            return await client.tasks.GetTask(request)
+
+        assert (await persist(asked)).task.name == "tasks/t"
+    first, second, third = asked_at
+    assert second - first >= 0.4
+    assert third - second >= 0.4
 
 
 async def test_a_node_is_sent_batches_and_answers_as_large_as_the_inference_protocol_allows() -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import stat
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class SmallRegistry(artifact_pb2_grpc.ArtifactServiceServicer, submission_pb2_gr
     broke: threading.Event = field(default_factory=threading.Event)
     breaks_at_name: bool = False
     has_room: bool = True
+    full_disk: int = 0
     commits: dict[str, envelope_pb2.CommitStatement] = field(default_factory=dict)
     reveals: dict[str, envelope_pb2.RevealStatement] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
@@ -66,6 +68,9 @@ class SmallRegistry(artifact_pb2_grpc.ArtifactServiceServicer, submission_pb2_gr
 
     async def UploadArtifact(self, requests: Any, context: Any) -> artifact_pb2.UploadArtifactResponse:
         await self._maybe_fail("UploadArtifact", context)
+        if self.full_disk:
+            self.full_disk -= 1
+            await context.abort_with_status(refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL", retry_after_s=0.4))
         header = (await anext(aiter(requests))).header
         part = bytearray()
         if header.artifact:
@@ -142,10 +147,14 @@ class SmallRegistry(artifact_pb2_grpc.ArtifactServiceServicer, submission_pb2_gr
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the process died here")
 
 
-def refusal(code: grpc.StatusCode, reason: str) -> grpc.Status:
+def refusal(code: grpc.StatusCode, reason: str, *, retry_after_s: float | None = None) -> grpc.Status:
     """A status that says why."""
     status = status_pb2.Status(code=code.value[0], message="for the test")
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain="tiltyard"))
+    if retry_after_s is not None:
+        wait = error_details_pb2.RetryInfo()
+        wait.retry_delay.FromNanoseconds(round(retry_after_s * 1e9))
+        status.details.add().Pack(wait)
     return rpc_status.to_status(status)
 
 
@@ -230,6 +239,16 @@ async def test_what_the_registry_refuses_is_not_tried_again(model: Path) -> None
             await upload(client.artifacts, model, task=TASK)
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert registry.calls.count("UploadArtifact") == 1
+
+
+async def test_an_upload_waits_as_long_as_it_is_told_by_a_full_disk(model: Path) -> None:
+    registry = SmallRegistry(full_disk=2)
+    async with serving(registry) as client:
+        began = time.monotonic()
+        name = await upload(client.artifacts, model, task=TASK)
+    assert time.monotonic() - began >= 0.8
+    assert registry.calls.count("UploadArtifact") == 3
+    assert registry.complete[name] == model.read_bytes()
 
 
 async def test_an_upload_that_gets_nowhere_is_given_up(model: Path) -> None:

@@ -10,6 +10,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 # What a server that restarts answers with, or leaves unanswered.
 _TRANSIENT = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
+# Too many calls a second, or no room until somebody makes some; other quotas fill up in hours.
+_SOON_OVER = frozenset({"CALL_RATE", "DISK_FULL"})
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,9 @@ def is_transient(error: grpc.aio.AioRpcError) -> bool:
 
 def pause_before_retry_s(error: grpc.aio.AioRpcError) -> float | None:
     """The least seconds to wait before the same call is made again; None where waiting does not help."""
-    if error.code() in _TRANSIENT:
-        return 0.0
-    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        refused = ClientError.of(error)
-        # Too many calls a second; other quotas fill up in hours.
-        return refused.retry_after_s or 0.0 if refused.reason == "CALL_RATE" else None
+    if error.code() not in _TRANSIENT and error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return None
+    refused = ClientError.of(error)
+    if error.code() in _TRANSIENT or refused.reason in _SOON_OVER:
+        return refused.retry_after_s or 0.0
     return None

@@ -4,6 +4,9 @@ import { BinaryReader } from "@bufbuild/protobuf/wire";
 import { ClientError, Status, type CallOptions, type ClientMiddlewareCall } from "nice-grpc";
 import { Any, BadRequest, ErrorInfo, RetryInfo, RichClientError } from "nice-grpc-error-details";
 
+// Too many calls a second, or no room until somebody makes some; other quotas fill up in hours.
+const SOON_OVER: ReadonlySet<string> = new Set(["CALL_RATE", "DISK_FULL"]);
+
 /** One field of a request that was refused, by its path, and why. */
 export interface FieldViolation {
   field: string;
@@ -37,10 +40,9 @@ export class ArenaError extends Error {
 
   /** The least milliseconds to wait before the same call is made again; undefined where waiting does not help. */
   get leastPauseMs(): number | undefined {
-    if (this.code === Status.UNAVAILABLE || this.code === Status.DEADLINE_EXCEEDED) return 0;
-    // Too many calls a second; other quotas fill up in hours.
-    if (this.reason === "CALL_RATE") return 1000 * (this.retryAfterS ?? 0);
-    return undefined;
+    const isAway = this.code === Status.UNAVAILABLE || this.code === Status.DEADLINE_EXCEEDED;
+    const isSoonOver = this.code === Status.RESOURCE_EXHAUSTED && SOON_OVER.has(this.reason);
+    return isAway || isSoonOver ? 1000 * (this.retryAfterS ?? 0) : undefined;
   }
 
   /** The error of a call with its google.rpc details (ErrorInfo, BadRequest, RetryInfo) read. */

@@ -60,6 +60,7 @@ export async function upload(
   const sizeBytes = BigInt((await stat(path)).size);
   const patience = new Patience();
   for (;;) {
+    let leastMs: number;
     try {
       const at = await client.artifacts.getUpload({ artifact }, { signal });
       // A complete artifact still has to be claimed for this purpose: a header with no bytes left to send.
@@ -70,9 +71,10 @@ export async function upload(
       progress?.(sizeBytes, sizeBytes);
       return artifact;
     } catch (error) {
-      if (!mayGoOn(error) || patience.isOver) throw error;
+      leastMs = leastPauseMs(error);
+      if (!mayGoOn(error) || patience.isOver(leastMs)) throw error;
     }
-    await patience.pause(signal);
+    await patience.pause(leastMs, signal);
   }
 }
 
@@ -92,14 +94,16 @@ export async function download(
     const offset = await bytesSoFar(part, total);
     if (offset === total) break;
     patience.movedTo(offset);
+    let leastMs = 0;
     try {
       await fetchInto(client, artifact, part, offset, total, { progress, signal });
     } catch (error) {
-      if (!(error instanceof ArenaError) || !error.isTransient || patience.isOver) throw error;
+      leastMs = leastPauseMs(error);
+      if (!(error instanceof ArenaError) || !error.isTransient || patience.isOver(leastMs)) throw error;
     }
     if ((await bytesSoFar(part, total)) < total) {
-      if (patience.isOver) throw new DigestMismatch(`${artifact} ends after ${offset} of ${total} bytes`);
-      await patience.pause(signal);
+      if (patience.isOver(leastMs)) throw new DigestMismatch(`${artifact} ends after ${offset} of ${total} bytes`);
+      await patience.pause(leastMs, signal);
     }
   }
   if (toHex(await fileDigest(part, signal)) !== artifact.replace("artifacts/", "")) {
@@ -166,6 +170,11 @@ function mayGoOn(error: unknown): boolean {
   return error.isTransient || ["UPLOAD_RUNNING", "WRONG_OFFSET"].includes(error.reason);
 }
 
+/** The wait that a server named with an error, 0 where it named none. */
+function leastPauseMs(error: unknown): number {
+  return error instanceof ArenaError ? (error.leastPauseMs ?? 0) : 0;
+}
+
 /** How long to go on without getting further, and how long to pause in between. */
 class Patience {
   #position = -1n;
@@ -179,12 +188,12 @@ class Patience {
     this.#giveUpAt = performance.now() + PATIENCE_MS;
   }
 
-  get isOver(): boolean {
-    return performance.now() + this.#waitMs > this.#giveUpAt;
+  isOver(leastMs: number): boolean {
+    return performance.now() + Math.max(this.#waitMs, leastMs) > this.#giveUpAt;
   }
 
-  async pause(signal: AbortSignal | undefined): Promise<void> {
-    await pause(this.#waitMs, signal);
+  async pause(leastMs: number, signal: AbortSignal | undefined): Promise<void> {
+    await pause(Math.max(this.#waitMs, leastMs), signal);
     this.#waitMs = Math.min(2 * this.#waitMs, LONGEST_WAIT_MS);
   }
 }

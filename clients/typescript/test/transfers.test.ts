@@ -16,13 +16,16 @@ before(async () => {
 
 after(() => rm(folder, { recursive: true }));
 
-/** A client of a registry that is away when it is asked for the first time, and when it is sent the file for the first. */
-function patchy(code: Status): { client: Client; asked: string[] } {
+/**
+ * A client of a registry that fails in this way when it is asked for the first time, and when it is sent the file for the
+ * first.
+ */
+function patchy(code: Status, reason = "", retryAfterS?: number): { client: Client; asked: string[] } {
   const asked: string[] = [];
   const answer = <Value>(method: string, value: Value): Promise<Value> => {
     asked.push(method);
     const isFirst = asked.filter((each) => each === method).length === 1;
-    return isFirst ? Promise.reject(new ArenaError(code, "away", "", {}, [], undefined)) : Promise.resolve(value);
+    return isFirst ? Promise.reject(new ArenaError(code, "away", reason, {}, [], retryAfterS)) : Promise.resolve(value);
   };
   const artifacts = {
     getUpload: () => answer("getUpload", { complete: false, offset: 0n }),
@@ -37,6 +40,16 @@ test("an upload outlasts a server that is away when it is asked how far it got",
   const { client, asked } = patchy(Status.UNAVAILABLE);
   assert.match(await upload(client, path, { $case: "task", value: "tasks/t" }), /^artifacts\/[0-9a-f]{64}$/);
   assert.deepEqual(asked, ["getUpload", "getUpload", "uploadArtifact", "getUpload", "uploadArtifact"]);
+});
+
+test("an upload waits for as long as it is told by a server whose disk is full", async () => {
+  const path = join(folder, "model");
+  await writeFile(path, "bytes");
+  const { client, asked } = patchy(Status.RESOURCE_EXHAUSTED, "DISK_FULL", 0.4);
+  const beganAt = performance.now();
+  await upload(client, path, { $case: "task", value: "tasks/t" });
+  assert.equal(asked.length, 5);
+  assert.ok(performance.now() - beganAt >= 799);
 });
 
 test("an upload that is refused is not tried again", async () => {

@@ -3,7 +3,7 @@ import { test } from "node:test";
 
 import { Status } from "nice-grpc";
 
-import { ArenaError, watch } from "../src/index.js";
+import { ArenaError, persist, watch } from "../src/index.js";
 import { pause } from "../src/watching.js";
 
 function refusal(code: Status, reason: string, retryAfterS?: number): ArenaError {
@@ -33,6 +33,22 @@ test("a watch goes on after a restart, and after the wait that a server names to
   const { seen, cursors } = breaking([refusal(Status.UNAVAILABLE, ""), tooMany]);
   assert.deepEqual(await seen(), ["1", "2", "3"]);
   assert.deepEqual(cursors, ["", "1", "2"]);
+});
+
+test("a call waits for as long as it is told by a server whose disk is full, or that is away", async () => {
+  for (const [code, reason] of [
+    [Status.RESOURCE_EXHAUSTED, "DISK_FULL"],
+    [Status.UNAVAILABLE, "AWAY"],
+  ] as const) {
+    const at: number[] = [];
+    const answer = await persist(async () => {
+      at.push(performance.now());
+      if (at.length < 3) throw refusal(code, reason, 0.3);
+      return "done";
+    });
+    assert.equal(answer, "done");
+    for (const nth of [1, 2]) assert.ok(at[nth]! - at[nth - 1]! >= 299, String(at));
+  }
 });
 
 test("a watch ends with what waiting does not help, or takes longer than its patience", async () => {
