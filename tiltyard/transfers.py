@@ -178,26 +178,33 @@ async def download(
 ) -> None:
     """Downloads an artifact to `destination`, which appears whole or not at all.
 
-    The bytes so far lie in `{destination}.part`, also after a crash, and the next call goes on from there. Raises
-    DigestMismatch when the bytes are not those of the name (they are deleted), grpc.aio.AioRpcError for what the server
-    refuses or when no byte comes for `patience_s`; that an open stream brings nothing is noticed after two minutes.
+    The bytes so far lie in `{destination}.part`, also after a crash, and the next call goes on from there; where they
+    turn out to be of something else it begins anew. Raises DigestMismatch when the bytes are not those of the name
+    (they are deleted), grpc.aio.AioRpcError for what the server refuses or when no byte comes for `patience_s`; that an
+    open stream brings nothing is noticed after two minutes.
     """
     if size_bytes is None:
         request = artifact_pb2.GetArtifactRequest(name=artifact)
         known = await persist(lambda: artifacts.GetArtifact(request), patience_s=patience_s)
         size_bytes = known.artifact.size_bytes
     part = destination.with_name(destination.name + ".part")
-    file = await asyncio.to_thread(_open_part, part, size_bytes)
-    try:
-        await _fetch_all(artifacts, artifact, file, size_bytes, progress, _Patience(patience_s))
-        if artifact_name(file.digest()) != artifact:
-            raise DigestMismatch(f"the bytes received are not those of {artifact}")
-        await asyncio.to_thread(_move_into_place, file, part, destination)
-    except DigestMismatch:
-        await asyncio.to_thread(part.unlink)
-        raise
-    finally:
-        file.close()
+    while True:
+        file = await asyncio.to_thread(_open_part, part, size_bytes)
+        begun = file.size
+        try:
+            await _fetch_all(artifacts, artifact, file, size_bytes, progress, _Patience(patience_s))
+            if artifact_name(file.digest()) == artifact:
+                await asyncio.to_thread(_move_into_place, file, part, destination)
+                return
+            if not begun:
+                raise DigestMismatch(f"the bytes received are not those of {artifact}")
+            # What lay there was of another artifact, or did not survive a loss of power: once more, without it.
+            await asyncio.to_thread(part.unlink)
+        except DigestMismatch:
+            await asyncio.to_thread(part.unlink)
+            raise
+        finally:
+            file.close()
 
 
 def _open_part(part: Path, size_bytes: int) -> GrowingFile:

@@ -416,10 +416,24 @@ async def test_a_download_goes_on_after_the_process_has_died(tmp_path: Path) -> 
     assert registry.streams == [1000]
 
 
-async def test_bytes_of_another_digest_are_deleted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [1000, CHUNK_BYTES + 1, 2 * CHUNK_BYTES])
+async def test_a_part_of_another_artifact_is_begun_anew(tmp_path: Path, left: int) -> None:
+    content = os.urandom(CHUNK_BYTES + 1)
+    name, registry = stored(content)
+    destination = tmp_path / "model.safetensors"
+    (tmp_path / "model.safetensors.part").write_bytes(os.urandom(left))
+    async with serving(registry) as client:
+        await download(client.artifacts, name, destination)
+    assert destination.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [destination]
+
+
+@pytest.mark.parametrize("left", [b"", b"what was"])
+async def test_bytes_of_another_digest_are_deleted(tmp_path: Path, left: bytes) -> None:
     name, registry = stored(b"what was promised")
     registry.complete[name] = b"what was not said"
     destination = tmp_path / "model.safetensors"
+    (tmp_path / "model.safetensors.part").write_bytes(left)
     async with serving(registry) as client:
         with pytest.raises(DigestMismatch):
             await download(client.artifacts, name, destination)

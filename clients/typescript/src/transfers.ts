@@ -78,39 +78,63 @@ export async function upload(
   }
 }
 
-/** Downloads an artifact to `destination`, which appears whole or not at all; goes on from `destination.part`. */
+/**
+ * Downloads an artifact to `destination`, which appears whole or not at all.
+ *
+ * The bytes so far lie in `destination.part`, also after a crash, and the next call goes on from there; where they turn out
+ * to be of another artifact it begins anew. Throws DigestMismatch when the bytes are not those of the name.
+ */
 export async function download(
   client: Client,
   artifact: string,
   destination: string,
-  { progress, signal }: TransferOptions = {},
+  options: TransferOptions = {},
 ): Promise<void> {
+  const { signal } = options;
   const part = `${destination}.part`;
   await mkdir(dirname(destination), { recursive: true });
   const known = await persist(() => client.artifacts.getArtifact({ name: artifact }, { signal }), { signal });
   const total = known.artifact?.sizeBytes ?? 0n;
+  const isWhole = async () => toHex(await fileDigest(part, signal)) === artifact.replace("artifacts/", "");
+  const found = await bytesSoFar(part, total);
+  await fetchAll(client, artifact, part, total, options);
+  let whole = await isWhole();
+  if (found && !whole) {
+    await truncate(part);
+    await fetchAll(client, artifact, part, total, options);
+    whole = await isWhole();
+  }
+  if (!whole) {
+    await rm(part);
+    throw new DigestMismatch(`the bytes received are not those of ${artifact}`);
+  }
+  await rename(part, destination);
+}
+
+async function fetchAll(
+  client: Client,
+  artifact: string,
+  part: string,
+  total: bigint,
+  options: TransferOptions,
+): Promise<void> {
   const patience = new Patience();
   for (;;) {
     const offset = await bytesSoFar(part, total);
-    if (offset === total) break;
+    if (offset === total) return;
     patience.movedTo(offset);
     let leastMs = 0;
     try {
-      await fetchInto(client, artifact, part, offset, total, { progress, signal });
+      await fetchInto(client, artifact, part, offset, total, options);
     } catch (error) {
       leastMs = leastPauseMs(error);
       if (!(error instanceof ArenaError) || !error.isTransient || patience.isOver(leastMs)) throw error;
     }
     if ((await bytesSoFar(part, total)) < total) {
       if (patience.isOver(leastMs)) throw new DigestMismatch(`${artifact} ends after ${offset} of ${total} bytes`);
-      await patience.pause(leastMs, signal);
+      await patience.pause(leastMs, options.signal);
     }
   }
-  if (toHex(await fileDigest(part, signal)) !== artifact.replace("artifacts/", "")) {
-    await rm(part);
-    throw new DigestMismatch(`the bytes received are not those of ${artifact}`);
-  }
-  await rename(part, destination);
 }
 
 async function* messages(

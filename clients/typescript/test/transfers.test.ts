@@ -1,12 +1,13 @@
 import assert from "node:assert/strict";
-import { mkdtemp, rm, writeFile } from "node:fs/promises";
+import { createHash } from "node:crypto";
+import { mkdtemp, readFile, readdir, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 
 import { Status } from "nice-grpc";
 
-import { ArenaError, upload, type Client } from "../src/index.js";
+import { ArenaError, DigestMismatch, download, upload, type Client } from "../src/index.js";
 
 let folder: string;
 
@@ -58,4 +59,37 @@ test("an upload that is refused is not tried again", async () => {
   const { client, asked } = patchy(Status.PERMISSION_DENIED);
   await assert.rejects(upload(client, path, { $case: "task", value: "tasks/t" }), ArenaError);
   assert.deepEqual(asked, ["getUpload"]);
+});
+
+/** A client of a registry that has one artifact, of `promised`, and sends the bytes of `sent` for it. */
+function stored(promised: string, sent = promised): { client: Client; name: string } {
+  const artifacts = {
+    getArtifact: async () => ({ artifact: { sizeBytes: BigInt(promised.length) } }),
+    async *downloadArtifact({ offset }: { offset: bigint }) {
+      yield { chunk: Buffer.from(sent).subarray(Number(offset)) };
+    },
+  };
+  const name = `artifacts/${createHash("sha256").update(promised).digest("hex")}`;
+  return { client: { artifacts } as unknown as Client, name };
+}
+
+test("a download goes on from its part, and begins anew where that is of another artifact", async () => {
+  for (const left of ["what", "other", "what was promises", "longer than all that was promised"]) {
+    const { client, name } = stored("what was promised");
+    const into = await mkdtemp(join(folder, "into-"));
+    await writeFile(join(into, "model.part"), left);
+    await download(client, name, join(into, "model"));
+    assert.equal(await readFile(join(into, "model"), "utf8"), "what was promised");
+    assert.deepEqual(await readdir(into), ["model"]);
+  }
+});
+
+test("bytes of another digest are deleted, after a part was found, too", async () => {
+  for (const left of ["", "what was"]) {
+    const { client, name } = stored("what was promised", "what was not said");
+    const into = await mkdtemp(join(folder, "into-"));
+    await writeFile(join(into, "model.part"), left);
+    await assert.rejects(download(client, name, join(into, "model")), DigestMismatch);
+    assert.deepEqual(await readdir(into), []);
+  }
 });
