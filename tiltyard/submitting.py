@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import secrets
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from tiltyard.client import PATIENCE_S, Client, new_request_id, persist
 from tiltyard.commitments import SALT_BYTES, submission_commitment
 from tiltyard.filedigest import file_digest
+from tiltyard.keyfiles import sync_folder, write_secret
 from tiltyard.registry.v1 import submission_pb2
 from tiltyard.statements import sign_statement
 from tiltyard.transfers import Progress, upload
@@ -133,10 +133,16 @@ def read_journal(path: Path) -> Journal:
 
 def _begin(path: Path, fresh: Journal) -> Journal:
     """The journal as it is, with what the reveal is to say from `fresh`; all of that where there is none."""
-    if not path.exists():
-        _write(path, fresh)
-        return fresh
-    found = read_journal(path)
+    try:
+        found = read_journal(path)
+    except FileNotFoundError:
+        try:
+            write_secret(path, _document(fresh))
+        except FileExistsError:
+            # Another process has begun meanwhile: both go on with its salt.
+            found = read_journal(path)
+        else:
+            return fresh
     fixed = ["origin", "task", "participant", "model_digest"]
     if found.revealed:
         # The commitment says nothing of these two, and a reveal that did and was refused is none.
@@ -157,16 +163,15 @@ def _begin(path: Path, fresh: Journal) -> Journal:
 
 
 def _write(path: Path, journal: Journal) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(asdict(journal), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    # Two processes may write at once.
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        os.fsync(folder)
+        write_secret(draft, _document(journal))
+        draft.replace(path)
     finally:
-        os.close(folder)
+        draft.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def _document(journal: Journal) -> bytes:
+    return json.dumps(asdict(journal), indent=1).encode()

@@ -1,5 +1,6 @@
 """Transfers and submissions against a small registry that breaks off, restarts and lies."""
 
+import asyncio
 import hashlib
 import os
 import stat
@@ -540,6 +541,16 @@ async def test_a_mistyped_index_is_mended_by_the_next_try(model: Path, tmp_path:
         # What has been revealed stays.
         with pytest.raises(JournalMismatch, match="model_index is 1"):
             await submit_model(client, task=TASK, model=model, model_index=0, journal=journal)
+
+
+async def test_two_that_begin_at_once_are_one_submission(model: Path, tmp_path: Path) -> None:
+    registry = SmallRegistry(complete={artifact_name(file_digest(model)): model.read_bytes()})
+    journal = tmp_path / "run" / "journal.json"
+    async with serving(registry) as client:
+        calls = (submit_model(client, task=TASK, model=model, journal=journal) for _ in range(8))
+        assert len(set(await asyncio.gather(*calls))) == 1
+    assert len(registry.commits) == 1
+    assert list(journal.parent.iterdir()) == [journal]
 
 
 async def test_a_file_that_is_no_journal_is_left_alone(model: Path, tmp_path: Path) -> None:

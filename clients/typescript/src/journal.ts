@@ -7,7 +7,7 @@ import { dirname } from "node:path";
 import { toHex } from "./bytes.js";
 import { newRequestId } from "./calling.js";
 import { SALT_BYTES } from "./commitments.js";
-import { readIfThere, replaceFile } from "./keptfile.js";
+import { createFile, readIfThere, replaceFile } from "./keptfile.js";
 import type { ModelFormat } from "./proto/tiltyard/type/v1/model.js";
 
 /** What a submission is of, by which a journal is known again. */
@@ -60,7 +60,7 @@ export async function readJournal(path: string): Promise<Journal> {
 
 /** The journal as it lies in the file, or a fresh one, which is on the disk before it is returned. Throws JournalMismatch. */
 export async function beginJournal(path: string, submitted: Submitted): Promise<Journal> {
-  const text = await readIfThere(path);
+  let text = await readIfThere(path);
   if (text === undefined) {
     const fresh: Journal = {
       ...submitted,
@@ -71,8 +71,14 @@ export async function beginJournal(path: string, submitted: Submitted): Promise<
       revealed: false,
     };
     await mkdir(dirname(path), { recursive: true });
-    await writeJournal(path, fresh);
-    return fresh;
+    try {
+      await createFile(path, written(fresh), 0o600);
+      return fresh;
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
+      // Another process has begun meanwhile: both go on with its salt.
+      text = await readFile(path, "utf8");
+    }
   }
   const found = parse(path, text);
   const other = KNOWN_BY.find((name) => found[name] !== submitted[name]);
@@ -85,8 +91,12 @@ export async function beginJournal(path: string, submitted: Submitted): Promise<
 
 /** Puts the journal in the place of the file, readable by nobody else. */
 export async function writeJournal(path: string, journal: Journal): Promise<void> {
-  const document = Object.entries(NAMES).map(([name, written]) => [written, journal[name as keyof Journal]]);
-  await replaceFile(path, JSON.stringify(Object.fromEntries(document), null, 1), 0o600);
+  await replaceFile(path, written(journal), 0o600);
+}
+
+function written(journal: Journal): string {
+  const document = Object.entries(NAMES).map(([name, inFile]) => [inFile, journal[name as keyof Journal]]);
+  return JSON.stringify(Object.fromEntries(document), null, 1);
 }
 
 function parse(path: string, text: string): Journal {
@@ -98,8 +108,8 @@ function parse(path: string, text: string): Journal {
   }
   const values = { submission: "", revealed: false, ...(document as Record<string, unknown> | null) };
   const journal: Record<string, unknown> = {};
-  for (const [name, written] of Object.entries(NAMES)) {
-    const value = (values as Record<string, unknown>)[written];
+  for (const [name, inFile] of Object.entries(NAMES)) {
+    const value = (values as Record<string, unknown>)[inFile];
     const kind = name === "revealed" ? "boolean" : name === "modelIndex" || name === "modelFormat" ? "number" : "string";
     if (typeof value !== kind) throw new JournalMismatch(`${path} is not the journal of a submission`);
     journal[name] = value;

@@ -6,17 +6,21 @@ import { basename, dirname, join } from "node:path";
 
 /** Puts `text` in the place of the file at `path`; it is on the disk when this resolves. A new file gets `mode`. */
 export async function replaceFile(path: string, text: string, mode = 0o666): Promise<void> {
-  const draft = join(dirname(path), `.${basename(path)}.draft`);
-  await writeThrough(draft, "w", text, mode);
-  await rename(draft, path);
+  const draft = draftOf(path);
+  try {
+    await writeThrough(draft, text, mode);
+    await rename(draft, path);
+  } finally {
+    await rm(draft, { force: true });
+  }
   await syncFolder(dirname(path));
 }
 
 /** Writes a new file in the same way; fails with EEXIST where one is. */
 export async function createFile(path: string, text: string, mode: number): Promise<void> {
-  const draft = join(dirname(path), `.${basename(path)}.${randomBytes(8).toString("hex")}`);
+  const draft = draftOf(path);
   try {
-    await writeThrough(draft, "wx", text, mode);
+    await writeThrough(draft, text, mode);
     // A link, unlike a rename, fails where a file is there already.
     await link(draft, path);
   } finally {
@@ -25,8 +29,13 @@ export async function createFile(path: string, text: string, mode: number): Prom
   await syncFolder(dirname(path));
 }
 
-async function writeThrough(path: string, flags: string, text: string, mode: number): Promise<void> {
-  const file = await open(path, flags, mode);
+/** Beside the file, under a name of its own: two processes may write at once. */
+function draftOf(path: string): string {
+  return join(dirname(path), `.${basename(path)}.${randomBytes(8).toString("hex")}`);
+}
+
+async function writeThrough(path: string, text: string, mode: number): Promise<void> {
+  const file = await open(path, "wx", mode);
   try {
     await file.writeFile(text);
     await file.sync();

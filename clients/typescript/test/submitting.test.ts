@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
-import { mkdtemp, readFile, rm, stat, writeFile } from "node:fs/promises";
+import { mkdtemp, readFile, readdir, rm, stat, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
@@ -159,6 +159,16 @@ test("a journal is of one submission only, and a file that is none is left alone
     await assert.rejects(submitModel(client, model), JournalMismatch, text);
     assert.equal(await readFile(model.journal, "utf8"), text);
   }
+});
+
+test("two that begin at once are one submission", async () => {
+  const registry = new SmallRegistry();
+  const client = connected(await registry.serve());
+  const model = submission("at-once");
+  const names = await Promise.all(Array.from({ length: 8 }, () => submitModel(client, model)));
+  assert.equal(new Set(names).size, 1);
+  assert.equal(registry.commits.size, 1);
+  assert.deepEqual(await readdir(join(folder, "at-once")), ["journal.json"]);
 });
 
 test("what is aborted ends with its signal's error, and goes on when it is called again", async () => {
