@@ -1,10 +1,9 @@
 /** Connections of a participant to an arena: typed clients of every service, with tokens, deadlines and retries. */
 
-import { ChannelCredentials } from "@grpc/grpc-js";
+import { Channel, ChannelCredentials } from "@grpc/grpc-js";
 import {
   createChannel,
   createClientFactory,
-  type Channel,
   type Client as ServiceClient,
   type CompatServiceDefinition,
 } from "nice-grpc";
@@ -36,12 +35,13 @@ import { DrawServiceDefinition } from "./proto/tiltyard/selector/v1/draw.js";
 import { StakeServiceDefinition } from "./proto/tiltyard/selector/v1/stake.js";
 import { TrainingServiceDefinition } from "./proto/tiltyard/trainer/v1/trainer.js";
 import { ValidationServiceDefinition } from "./proto/tiltyard/validator/v1/validator.js";
+import { FollowedPem, following, type TlsOptions } from "./tls.js";
 
 /** What a call may be told beside its request: a deadline, metadata, an abort signal. */
 export type ArenaCallOptions = DeadlineOptions;
 type Calls<Service extends CompatServiceDefinition> = ServiceClient<Service, ArenaCallOptions>;
 
-/** Where and as whom to connect. Addresses are `HOST:PORT`. */
+/** Where and as whom to connect. Addresses are `HOST:PORT`, or `unix:PATH`, which is never encrypted. */
 export interface ArenaOptions {
   /** The participant's key. */
   key: Key;
@@ -51,30 +51,26 @@ export interface ArenaOptions {
   registry: string;
   /** Address of the selector, for stakes, odds and draws. */
   selector?: string;
-  /** TLS: the authority of the servers, and for mutual TLS the own certificate and key, each PEM. Left out: plaintext. */
+  /** TLS: the authority of the servers, and for mutual TLS the own certificate and key. Left out: plaintext. */
   tls?: TlsOptions;
   /** Milliseconds for each call with one answer that names no deadline, 20,000 where left out. */
   deadlineMs?: number;
-}
-
-/** PEM texts of a TLS client. */
-export interface TlsOptions {
-  ca?: Buffer;
-  certificate?: Buffer;
-  key?: Buffer;
 }
 
 class Connections {
   readonly #channels = new Map<string, Channel>();
   readonly #breakers = new Map<string, CircuitBreaker>();
   readonly #services = new Map<CompatServiceDefinition, unknown>();
+  readonly #pem: FollowedPem | undefined;
 
   constructor(
     readonly key: Key,
-    private readonly tls: TlsOptions | undefined,
+    tls: TlsOptions | undefined,
     private readonly deadlineMs: number = DEADLINE_MS,
     private readonly maxMessageBytes: number = MAX_MESSAGE_BYTES,
-  ) {}
+  ) {
+    this.#pem = tls && new FollowedPem(tls);
+  }
 
   /** Resource name of the key's holder. */
   get participant(): string {
@@ -88,13 +84,14 @@ class Connections {
   ): Calls<Service> {
     const known = this.#services.get(service);
     if (known !== undefined) return known as Calls<Service>;
-    const opened = () => createChannel(address, credentials(this.tls), channelOptions(address, this.maxMessageBytes));
-    const channel = this.#channels.get(address) ?? opened();
+    const channel = this.#channels.get(address) ?? this.#open(address);
     this.#channels.set(address, channel);
     const breaker = this.#breakers.get(address) ?? new CircuitBreaker(address);
     this.#breakers.set(address, breaker);
     // The last is the outermost: a failure is taken apart where it arrives and leaves as an ArenaError.
-    const calls = createClientFactory()
+    let factory = createClientFactory();
+    if (this.#pem) factory = factory.use(following(this.#pem));
+    const calls = factory
       .use(bearer(new TokenSource(this.key, audience)))
       .use(detailed)
       .use(deadlineMiddleware)
@@ -105,6 +102,14 @@ class Connections {
       .create(service, channel) as Calls<Service>;
     this.#services.set(service, calls);
     return calls;
+  }
+
+  #open(address: string): Channel {
+    const options = channelOptions(address, this.maxMessageBytes);
+    const plaintext = ChannelCredentials.createInsecure();
+    // Nobody listens in on a Unix socket. (To nice-grpc its path would be a host.)
+    if (address.startsWith("unix:")) return new Channel(address, plaintext, options);
+    return createChannel(address, this.#pem?.credentials() ?? plaintext, options);
   }
 
   /** Closes the connections; calls in flight fail. */
@@ -222,9 +227,4 @@ export class Node extends Connections {
   get inference(): Calls<typeof GRPCInferenceServiceDefinition> {
     return this.calls(GRPCInferenceServiceDefinition, this.#address, this.#nodeId);
   }
-}
-
-function credentials(tls: TlsOptions | undefined): ChannelCredentials {
-  if (tls === undefined) return ChannelCredentials.createInsecure();
-  return ChannelCredentials.createSsl(tls.ca ?? null, tls.key ?? null, tls.certificate ?? null);
 }

@@ -1,7 +1,8 @@
 /** Client of a Tiltyard arena, and the checks that need no trust in its servers. */
 
 export { newRequestId } from "./calling.js";
-export { Client, Node, type ArenaCallOptions, type ArenaOptions, type TlsOptions } from "./client.js";
+export { Client, Node, type ArenaCallOptions, type ArenaOptions } from "./client.js";
+export { InvalidPem, type TlsOptions } from "./tls.js";
 export { ArenaError, type FieldViolation } from "./errors.js";
 export { Status } from "nice-grpc";
 export { Key, TokenSource, issueToken, participantId } from "./identity.js";
