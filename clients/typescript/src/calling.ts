@@ -1,6 +1,7 @@
 /** What every call passes through: a token, a deadline, a request id, and repeats on a budget by the channel. */
 
 import { randomBytes } from "node:crypto";
+import { setMaxListeners } from "node:events";
 
 import type { ChannelOptions } from "@grpc/grpc-js";
 import {
@@ -64,6 +65,20 @@ export function channelOptions(address: string, maxMessageBytes = MAX_MESSAGE_BY
 /** An idempotency key for one mutating call and all its retries. */
 export function newRequestId(): string {
   return randomBytes(16).toString("hex");
+}
+
+/** A signal that any number of calls may share, without Node's warning of a leak: each lets go of it when it ends. */
+export function shared(signal: AbortSignal | undefined): AbortSignal | undefined {
+  if (signal) setMaxListeners(0, signal);
+  return signal;
+}
+
+/** Client middleware: the signals of calls may be shared. */
+export async function* sharing<Request, Response>(
+  call: ClientMiddlewareCall<Request, Response>,
+  options: CallOptions,
+): AsyncGenerator<Response, Response | void, undefined> {
+  return yield* call.next(call.request, { ...options, signal: shared(options.signal) });
 }
 
 /** Client middleware: a fresh token on every call. */

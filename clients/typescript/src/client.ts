@@ -18,6 +18,7 @@ import {
   channelOptions,
   deadlines,
   repeatable,
+  sharing,
 } from "./calling.js";
 import { arenaErrors, detailed } from "./errors.js";
 import { Key, TokenSource } from "./identity.js";
@@ -98,6 +99,7 @@ class Connections {
       .use(deadlines(this.deadlineMs))
       .use(breaking(breaker, this.deadlineMs))
       .use(repeatable(service))
+      .use(sharing)
       .use(arenaErrors)
       .create(service, channel) as Calls<Service>;
     this.#services.set(service, calls);

@@ -6,6 +6,7 @@ import { mkdir, open, rename, rm, stat, truncate } from "node:fs/promises";
 import { dirname } from "node:path";
 
 import { toHex } from "./bytes.js";
+import { shared } from "./calling.js";
 import type { Client } from "./client.js";
 import { ArenaError } from "./errors.js";
 import type { DeepPartial, UploadArtifactRequest } from "./proto/tiltyard/registry/v1/artifact.js";
@@ -41,7 +42,7 @@ export class DigestMismatch extends Error {
 /** SHA-256 of a file, 32 bytes. */
 export async function fileDigest(path: string, signal?: AbortSignal): Promise<Uint8Array> {
   const hash = createHash("sha256");
-  for await (const chunk of createReadStream(path, { signal })) hash.update(chunk as Buffer);
+  for await (const chunk of createReadStream(path, { signal: shared(signal) })) hash.update(chunk as Buffer);
   return new Uint8Array(hash.digest());
 }
 

@@ -2,6 +2,7 @@
 
 import { setTimeout as wait } from "node:timers/promises";
 
+import { shared } from "./calling.js";
 import { ArenaError } from "./errors.js";
 
 const FIRST_WAIT_MS = 100;
@@ -95,5 +96,5 @@ export async function* watch<Request extends { cursor?: string }, Message extend
 
 /** Resolves after `ms` milliseconds. Throws an AbortError when the signal is aborted before. */
 export async function pause(ms: number, signal?: AbortSignal): Promise<void> {
-  await wait(ms, undefined, { signal });
+  await wait(ms, undefined, { signal: shared(signal) });
 }

@@ -1,13 +1,16 @@
 import assert from "node:assert/strict";
+import { getEventListeners } from "node:events";
 import { after, test } from "node:test";
+import { fileURLToPath } from "node:url";
 
 import { Status, createServer } from "nice-grpc";
 import { ErrorInfo, RichServerError, errorDetailsServerMiddleware } from "nice-grpc-error-details";
 
 import { STREAM_DEADLINE_MS, deadlines } from "../src/calling.js";
-import { ArenaError, Client, Key, Node } from "../src/index.js";
+import { ArenaError, Client, Key, Node, fileDigest } from "../src/index.js";
 import { GRPCInferenceServiceDefinition, type ModelInferRequest } from "../src/proto/tiltyard/inference/v2/inference.js";
 import { TaskServiceDefinition, type CloseTaskRequest } from "../src/proto/tiltyard/registry/v1/task.js";
+import { pause } from "../src/watching.js";
 
 const { closeTask, listTasks } = TaskServiceDefinition.methods;
 const SERVED = { ...TaskServiceDefinition, methods: { closeTask, listTasks } } as const;
@@ -83,6 +86,26 @@ test("a change goes out with a request id that stays the same through repeats", 
   assert.equal(ids.length, 4);
   assert.match(ids[0] ?? "", /^[0-9a-f]{32}$/);
   assert.deepEqual(ids.slice(1), [ids[0], ids[0], "mine"]);
+});
+
+test("one signal may be shared by many calls, pauses and digests", { timeout: 20_000 }, async () => {
+  const client = await connected(() => undefined);
+  const { signal } = new AbortController();
+  const warnings: Error[] = [];
+  const heard = (warning: Error) => void warnings.push(warning);
+  process.on("warning", heard);
+  const uses: (() => Promise<unknown>)[] = [
+    () => client.tasks.closeTask({ name: "tasks/t" }, { signal }),
+    () => pause(50, signal),
+    () => fileDigest(fileURLToPath(import.meta.url), signal),
+  ];
+  for (const used of uses) {
+    await Promise.all(Array.from({ length: 30 }, used));
+    await pause(10); // a warning comes a tick later
+    assert.deepEqual(getEventListeners(signal, "abort"), []);
+  }
+  process.off("warning", heard);
+  assert.deepEqual(warnings, []);
 });
 
 test("a node is sent batches and answers as large as the inference protocol allows", { timeout: 20_000 }, async () => {
