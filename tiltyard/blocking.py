@@ -59,6 +59,10 @@ class _ClientClosed(RuntimeError):
     """A call after `close`."""
 
 
+class _OwnThread(RuntimeError):
+    """A call by what the client itself calls back."""
+
+
 class _Loop:
     """An event loop on a thread of its own. What is awaited there raises ClientError for what a server refuses."""
 
@@ -72,8 +76,10 @@ class _Loop:
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` returns; an interrupt of the waiting thread cancels it.
 
-        Raises ClientError with CANCELLED where the client is closed meanwhile, RuntimeError where it was before.
+        Raises ClientError with CANCELLED where the client is closed meanwhile, RuntimeError where it was before, or
+        where a callback of the client's own, which holds everything up while it runs, would wait for ever.
         """
+        self._check_thread(work)
         with self._closing:
             if self._closed:
                 work.close()
@@ -89,6 +95,12 @@ class _Loop:
         finally:
             future.cancel()
 
+    def _check_thread(self, work: Coroutine[Any, Any, Any] | None = None) -> None:
+        if threading.current_thread() is self._thread:
+            if work is not None:
+                work.close()
+            raise _OwnThread("a progress callback can't use the client that calls it")
+
     def iterate(self, stream: Callable[[], AsyncIterable[T]]) -> Iterator[T]:
         """What the stream yields; leaving the loop over it early ends the stream."""
         flow = _closing(stream)
@@ -96,12 +108,13 @@ class _Loop:
             while (message := self.wait(_next(flow))) is not _END:
                 yield cast("T", message)
         finally:
-            # A client that is closed has ended its streams.
-            with contextlib.suppress(_ClientClosed):
+            # A client that is closed has ended its streams. Its loop ends those that are collected on its thread.
+            with contextlib.suppress(_ClientClosed, _OwnThread):
                 self.wait(_close(flow))
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Awaits `last`, cancels what others wait for, and ends the thread. A second time does nothing."""
+        self._check_thread()
         with self._closing:
             if self._closed:
                 return

@@ -1,9 +1,10 @@
 """Moves artifacts up and down in chunks, resumes what broke, and trusts no byte before its SHA-256 has been checked."""
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ async def upload(
     broken stream goes on where the server says that it is, as long as no more than `patience_s` pass without a further
     byte; a complete artifact is not sent again. `digest` is the file's SHA-256 where it is known already; that of a
     large file is computed while its first bytes are on their way.
-    Raises grpc.aio.AioRpcError for what the server refuses.
+    Raises grpc.aio.AioRpcError for what the server refuses, and what reading the file or `progress` raises.
     """
     if task is not None and submission is not None:
         raise ValueError("a file is for a task or for a submission")
@@ -88,7 +89,7 @@ async def upload(
         if broken is not None and patience.is_over():
             raise broken
         try:
-            await artifacts.upload_chunks(_messages(path, header, None, progress))
+            await _send(artifacts, _messages(path, header, None, progress))
         except grpc.aio.AioRpcError as error:
             least_s = pause_before_retry_s(error) or 0.0
             if not _may_go_on(error) or least_s > patience_s:
@@ -110,7 +111,7 @@ async def _arrived_unnamed(
 ) -> bool:
     """Whether all arrived in one stream that began before the digest was known. Otherwise it has to be known first."""
     try:
-        await artifacts.upload_chunks(_messages(path, header, digest, progress))
+        await _send(artifacts, _messages(path, header, digest, progress))
     except grpc.aio.AioRpcError as error:
         # What is there already needs no room.
         if not _may_go_on(error) and ClientError.of(error).reason != "UPLOAD_QUOTA":
@@ -131,12 +132,38 @@ def _size(path: Path) -> int:
         return os.fstat(file.fileno()).st_size
 
 
+async def _send(
+    artifacts: ArtifactStub, messages: AsyncGenerator[artifact_pb2.UploadArtifactRequest | Chunk, None]
+) -> None:
+    """One stream. What ends the messages, as a file that can't be read on, is raised as it is.
+
+    grpc.aio by itself cancels the call, and with it whoever waits for it.
+    """
+    failed: list[Exception] = []
+
+    async def told() -> AsyncGenerator[artifact_pb2.UploadArtifactRequest | Chunk, None]:
+        try:
+            async with contextlib.aclosing(messages):
+                async for message in messages:
+                    yield message
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    try:
+        await artifacts.upload_chunks(told())
+    except (asyncio.CancelledError, grpc.aio.AioRpcError):
+        if failed:
+            raise failed[0] from None
+        raise
+
+
 async def _messages(
     path: Path,
     header: artifact_pb2.UploadHeader,
     digest: asyncio.Future[bytes] | None,
     progress: Progress | None,
-) -> AsyncIterator[artifact_pb2.UploadArtifactRequest | Chunk]:
+) -> AsyncGenerator[artifact_pb2.UploadArtifactRequest | Chunk, None]:
     """The header and all after it, the name among the chunks as soon as its `digest` is there."""
     yield artifact_pb2.UploadArtifactRequest(header=header)
     position = header.offset

@@ -131,6 +131,26 @@ def test_files_go_up_and_come_down(client: tiltyard.BlockingClient, tmp_path: Pa
     assert copy.read_bytes() == model.read_bytes()
 
 
+def test_what_a_progress_callback_raises_comes_out_of_the_transfer(
+    client: tiltyard.BlockingClient, tmp_path: Path
+) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyError("enough")
+
+    (tmp_path / "sent").write_bytes(b"weights" * 100_000)
+    with pytest.raises(KeyError, match="enough"):
+        client.upload(tmp_path / "sent", task="tasks/t", progress=stop)
+
+
+def test_a_progress_callback_that_uses_its_client_is_told_so(client: tiltyard.BlockingClient, tmp_path: Path) -> None:
+    def ask(done: int, total: int) -> None:
+        client.tasks.GetTask(task_pb2.GetTaskRequest(name="tasks/t"))
+
+    (tmp_path / "sent").write_bytes(b"weights" * 100_000)
+    with pytest.raises(RuntimeError, match="can't use the client"):
+        client.upload(tmp_path / "sent", task="tasks/t", progress=ask)
+
+
 def test_several_threads_share_a_client_and_closing_twice_is_harmless(client: tiltyard.BlockingClient) -> None:
     names = [f"tasks/t{n}" for n in range(20)]
     with ThreadPoolExecutor(4) as threads:

@@ -199,6 +199,19 @@ async def test_a_broken_upload_goes_on_where_it_was(model: Path) -> None:
     assert registry.streams == [0, 2 * CHUNK_BYTES, 2 * CHUNK_BYTES, 3 * CHUNK_BYTES]
 
 
+async def test_a_file_that_cannot_be_read_on_is_no_cancelled_upload(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(done: int, total: int) -> None:
+        raise OSError("the disk is damaged")
+
+    async with serving(SmallRegistry()) as client:
+        for large in (0, 1 << 30):
+            monkeypatch.setattr(transfers, "_HASHED_FIRST_BYTES", large)
+            with pytest.raises(OSError, match="damaged"):
+                await upload(client.artifacts, model, task=TASK, progress=damaged)
+
+
 class Slow:
     """Progress of a transfer that takes a minute for each chunk, and the clock that goes with it."""
 
