@@ -321,6 +321,27 @@ def test_a_reader_who_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_a_terminal_of_few_characters_gets_a_whole_document(tmp_path: Path) -> None:
+    file = tmp_path / "größe☃.pem"
+    command = [sys.executable, "-m", "tiltyard.cli", "key", "new", str(file), "--json"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout)["file"] == str(file)
+
+
+def test_a_table_of_names_that_a_terminal_does_not_know_is_no_error() -> None:
+    code = "from tiltyard.cli import output; output.open_output(); output.print_table(['name'], [['größe☃']])"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+    assert (done.returncode, "größe?" in done.stdout.decode("latin-1")) == (0, True)
+
+
+def test_a_command_runs_where_its_output_is_closed() -> None:
+    command = f"{sys.executable} -m tiltyard.cli evaluation capture >&-"
+    done = subprocess.run(["/bin/sh", "-c", command], stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 IMPATIENT = """
 import sys
 

@@ -1,9 +1,12 @@
 """How commands print: protobuf JSON for programs, aligned tables for people, progress for whoever watches."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +15,17 @@ if TYPE_CHECKING:
 
 _PLAIN_EVERY_S = 2.0
 _PIPE_COLUMNS = 10_000
+
+
+def open_output() -> None:
+    """Lets a command print whatever names others chose, and run where standard output is closed."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process lives
+    elif isinstance(sys.stdout, TextIOWrapper):
+        # Into a terminal that knows fewer characters than UTF-8 has.
+        sys.stdout.reconfigure(errors="replace")
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - as above
 
 
 def as_json(message: "Message") -> dict[str, Any]:
@@ -23,7 +37,8 @@ def as_json(message: "Message") -> dict[str, Any]:
 
 def print_json(document: Any) -> None:
     """Prints one JSON document."""
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    plain = "utf" not in (sys.stdout.encoding or "utf-8").lower()
+    print(json.dumps(document, indent=2, ensure_ascii=plain))
 
 
 def print_message(message: "Message", *, as_document: bool) -> None:
