@@ -6,6 +6,7 @@ It is `tiltyard.client` on a thread of its own, so that tokens, TLS, deadlines a
 import asyncio
 import concurrent.futures
 import contextlib
+import os
 import threading
 from collections.abc import (
     AsyncGenerator,
@@ -59,8 +60,8 @@ class _ClientClosed(RuntimeError):
     """A call after `close`."""
 
 
-class _OwnThread(RuntimeError):
-    """A call by what the client itself calls back."""
+class _NeverAnswered(RuntimeError):
+    """A call that nobody would answer: of what the client itself calls back, or of a process that was forked off."""
 
 
 class _Loop:
@@ -70,6 +71,7 @@ class _Loop:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tiltyard-client", daemon=True)
         self._thread.start()
+        self._process = os.getpid()
         self._closing = threading.Lock()
         self._closed = False
 
@@ -77,9 +79,14 @@ class _Loop:
         """What `work` returns; an interrupt of the waiting thread cancels it.
 
         Raises ClientError with CANCELLED where the client is closed meanwhile, RuntimeError where it was before, or
-        where a callback of the client's own, which holds everything up while it runs, would wait for ever.
+        where it would wait for ever: in a callback of the client's own, which holds everything up while it runs, and in
+        a process that was forked off, in which the thread does not run.
         """
-        self._check_thread(work)
+        try:
+            self._check_caller()
+        except _NeverAnswered:
+            work.close()
+            raise
         with self._closing:
             if self._closed:
                 work.close()
@@ -95,11 +102,11 @@ class _Loop:
         finally:
             future.cancel()
 
-    def _check_thread(self, work: Coroutine[Any, Any, Any] | None = None) -> None:
+    def _check_caller(self) -> None:
+        if os.getpid() != self._process:
+            raise _NeverAnswered("the client was opened by the process that this one was forked from: open another")
         if threading.current_thread() is self._thread:
-            if work is not None:
-                work.close()
-            raise _OwnThread("a progress callback can't use the client that calls it")
+            raise _NeverAnswered("a progress callback can't use the client that calls it")
 
     def iterate(self, stream: Callable[[], AsyncIterable[T]]) -> Iterator[T]:
         """What the stream yields; leaving the loop over it early ends the stream."""
@@ -109,12 +116,17 @@ class _Loop:
                 yield cast("T", message)
         finally:
             # A client that is closed has ended its streams. Its loop ends those that are collected on its thread.
-            with contextlib.suppress(_ClientClosed, _OwnThread):
+            with contextlib.suppress(_ClientClosed, _NeverAnswered):
                 self.wait(_close(flow))
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Awaits `last`, cancels what others wait for, and ends the thread. A second time does nothing."""
-        self._check_thread()
+        """Awaits `last`, cancels what others wait for, and ends the thread. A second time does nothing.
+
+        Nor does it in a process that was forked off: the connections are its parent's.
+        """
+        if os.getpid() != self._process:
+            return
+        self._check_caller()
         with self._closing:
             if self._closed:
                 return
@@ -256,7 +268,8 @@ class _Blocking:
 class BlockingClient(_Blocking):
     """`tiltyard.Client` without await: the same arguments, services and deadlines. Calls raise ClientError.
 
-    May be used from several threads. Close it, or use it as a context: it has a thread of its own.
+    May be used from several threads, but not in a process that is forked off. Close it, or use it as a context: it has
+    a thread of its own.
     """
 
     _connections: Client

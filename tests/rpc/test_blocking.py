@@ -1,5 +1,7 @@
 """The client without await: calls, pages, watches, files and errors, against real servers."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -149,6 +151,27 @@ def test_a_progress_callback_that_uses_its_client_is_told_so(client: tiltyard.Bl
     (tmp_path / "sent").write_bytes(b"weights" * 100_000)
     with pytest.raises(RuntimeError, match="can't use the client"):
         client.upload(tmp_path / "sent", task="tasks/t", progress=ask)
+
+
+FORKED = """
+import os
+from tiltyard import BlockingClient, Key
+
+with BlockingClient(Key.generate(), origin="tiltyard.test", registry="127.0.0.1:1") as client:
+    child = os.fork()
+    if not child:
+        try:
+            client.tasks
+        except RuntimeError as error:
+            print(error)
+if child:
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_process_that_was_forked_off_is_told_to_open_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout.strip().endswith("open another")) == (0, True)
 
 
 def test_several_threads_share_a_client_and_closing_twice_is_harmless(client: tiltyard.BlockingClient) -> None:
