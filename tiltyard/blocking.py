@@ -169,11 +169,32 @@ async def _closing(stream: Callable[[], AsyncIterable[T]]) -> AsyncGenerator[T, 
             call.cancel()
 
 
-async def _requests(requests: Iterable[object]) -> AsyncIterator[object]:
-    iterator = iter(requests)
-    # The program may take its time for the next one; the loop must not.
-    while (request := await asyncio.to_thread(next, iterator, _END)) is not _END:
-        yield request
+class _Requests:
+    """The requests of one stream. What ends them early is kept: grpc.aio makes a cancelled call of it."""
+
+    def __init__(self, requests: Iterable[object]) -> None:
+        self._requests = requests
+        self._failure: Exception | None = None
+
+    async def __aiter__(self) -> AsyncIterator[object]:
+        try:
+            iterator = iter(self._requests)
+            # The program may take its time for the next one; the loop must not.
+            while (request := await asyncio.to_thread(next, iterator, _END)) is not _END:
+                yield request
+        except Exception as error:
+            self._failure = error
+            raise
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Within it that is raised as it is."""
+        try:
+            yield
+        except (asyncio.CancelledError, concurrent.futures.CancelledError, ClientError):
+            if self._failure is None:
+                raise
+            raise self._failure from None
 
 
 class _Method:
@@ -188,10 +209,21 @@ class _Method:
         streams_in = isinstance(method, grpc.aio.StreamUnaryMultiCallable | grpc.aio.StreamStreamMultiCallable)
         streams_out = isinstance(method, grpc.aio.UnaryStreamMultiCallable | grpc.aio.StreamStreamMultiCallable)
 
-        def call() -> Any:
-            return method(_requests(request) if streams_in else request, **options)
+        requests = _Requests(request) if streams_in else None
 
-        return self._loop.iterate(call) if streams_out else self._loop.wait(_answer(call))
+        def call() -> Any:
+            return method(aiter(requests) if requests is not None else request, **options)
+
+        if streams_out:
+            answers = self._loop.iterate(call)
+            return answers if requests is None else _told(requests, answers)
+        with requests.told() if requests is not None else contextlib.nullcontext():
+            return self._loop.wait(_answer(call))
+
+
+def _told(requests: _Requests, answers: Iterator[T]) -> Iterator[T]:
+    with requests.told():
+        yield from answers
 
 
 async def _answer(call: Callable[[], Awaitable[T]]) -> T:

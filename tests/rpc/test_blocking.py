@@ -153,6 +153,15 @@ def test_a_progress_callback_that_uses_its_client_is_told_so(client: tiltyard.Bl
         client.upload(tmp_path / "sent", task="tasks/t", progress=ask)
 
 
+def test_what_ends_a_stream_of_requests_is_raised_as_it_is(client: tiltyard.BlockingClient) -> None:
+    def requests() -> Iterator[artifact_pb2.UploadArtifactRequest]:
+        yield artifact_pb2.UploadArtifactRequest()
+        raise KeyError("no more")
+
+    with pytest.raises(KeyError, match="no more"):
+        client.artifacts.UploadArtifact(requests())
+
+
 FORKED = """
 import os
 from tiltyard import BlockingClient, Key
