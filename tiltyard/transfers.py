@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -253,14 +253,14 @@ async def _fetch_all(
     patience.moved_to(file.size)
     while file.size < size_bytes:
         broken: grpc.aio.AioRpcError | None = None
-        least_s: float | None = 0.0
+        least_s = 0.0
         try:
             await _fetch(artifacts, artifact, file, size_bytes, progress)
         except grpc.aio.AioRpcError as error:
-            least_s = pause_before_retry_s(error)
-            if least_s is None:
+            pause_s = pause_before_retry_s(error)
+            if pause_s is None:
                 raise
-            broken = error
+            broken, least_s = error, pause_s
         patience.moved_to(file.size)
         if file.size < size_bytes:
             if patience.is_over(least_s):

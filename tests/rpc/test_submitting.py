@@ -212,16 +212,6 @@ async def test_a_file_that_cannot_be_read_on_is_no_cancelled_upload(
                 await upload(client.artifacts, model, task=TASK, progress=damaged)
 
 
-async def test_a_part_of_something_else_is_no_part_of_this(model: Path, tmp_path: Path) -> None:
-    name = artifact_name(file_digest(model))
-    registry = SmallRegistry(complete={name: model.read_bytes()})
-    (tmp_path / "again.part").write_bytes(b"of another artifact" * 100_000)
-    async with serving(registry) as client:
-        await download(client.artifacts, name, tmp_path / "again")
-    assert (tmp_path / "again").read_bytes() == model.read_bytes()
-    assert registry.streams == [1_900_000, 0]
-
-
 class Slow:
     """Progress of a transfer that takes a minute for each chunk, and the clock that goes with it."""
 
