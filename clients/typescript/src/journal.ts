@@ -51,14 +51,19 @@ const NAMES = {
   revealed: "revealed",
 } as const satisfies Record<keyof Journal, string>;
 
-const KNOWN_BY = ["origin", "task", "participant", "modelDigest", "modelIndex", "modelFormat"] as const;
+const KNOWN_BY = ["origin", "task", "participant", "modelDigest"] as const;
+/** The commitment says nothing of these two, and a reveal that did and was refused is none. */
+const REVEALED_AS = ["modelIndex", "modelFormat"] as const;
 
 /** The journal in a file. Throws the file system's error where there is none, JournalMismatch for a file that is no journal. */
 export async function readJournal(path: string): Promise<Journal> {
   return parse(path, await readFile(path, "utf8"));
 }
 
-/** The journal as it lies in the file, or a fresh one, which is on the disk before it is returned. Throws JournalMismatch. */
+/**
+ * The journal as it lies in the file, with what the reveal is to say from `submitted`, or a fresh one; on the disk before it
+ * is returned. Throws JournalMismatch.
+ */
 export async function beginJournal(path: string, submitted: Submitted): Promise<Journal> {
   let text = await readIfThere(path);
   if (text === undefined) {
@@ -81,12 +86,16 @@ export async function beginJournal(path: string, submitted: Submitted): Promise<
     }
   }
   const found = parse(path, text);
-  const other = KNOWN_BY.find((name) => found[name] !== submitted[name]);
+  const differs = (name: keyof Submitted) => found[name] !== submitted[name];
+  const other = [...KNOWN_BY, ...(found.revealed ? REVEALED_AS : [])].find(differs);
   if (other !== undefined) {
     const known = `${path} is of another submission: its ${NAMES[other]} is ${JSON.stringify(found[other])}`;
     throw new JournalMismatch(`${known}; name another journal to submit anew`);
   }
-  return found;
+  if (!REVEALED_AS.some(differs)) return found;
+  const mended: Journal = { ...found, ...submitted, revealRequestId: newRequestId() };
+  await writeJournal(path, mended);
+  return mended;
 }
 
 /** Puts the journal in the place of the file, readable by nobody else. */

@@ -40,8 +40,9 @@ export interface Model {
  * Commits to the model in a file, uploads it, reveals it, and returns the submission's name.
  *
  * Salt and request ids are in the journal (mode 0600) before the first call, so that calling again with the same journal,
- * after a crash at any point, goes on with the same submission and never makes a second one. Throws JournalMismatch for the
- * journal of something else, ArenaError for what the registry refuses.
+ * after a crash at any point, goes on with the same submission and never makes a second one. Index and format may be others
+ * until the registry has taken the reveal: a mistyped one costs no second submission. Throws JournalMismatch for the journal
+ * of something else, ArenaError for what the registry refuses.
  */
 export async function submitModel(client: Client, model: Model, options: TransferOptions = {}): Promise<string> {
   const { signal } = options;

@@ -161,6 +161,19 @@ test("a journal is of one submission only, and a file that is none is left alone
   }
 });
 
+test("a mistyped index is mended by the next try", async () => {
+  const registry = new SmallRegistry();
+  registry.failing.push({ method: "reveal", code: Status.INVALID_ARGUMENT });
+  const client = connected(await registry.serve());
+  const model = submission("mistyped");
+  await assert.rejects(submitModel(client, { ...model, index: 7 }), ArenaError);
+  const { revealRequestId } = await readJournal(model.journal);
+  await submitModel(client, { ...model, index: 1 });
+  assert.equal(registry.commits.size, 1);
+  assert.deepEqual(registry.reveals.map(({ modelIndex }) => modelIndex), [1]);
+  assert.notEqual((await readJournal(model.journal)).revealRequestId, revealRequestId);
+});
+
 test("two that begin at once are one submission", async () => {
   const registry = new SmallRegistry();
   const client = connected(await registry.serve());
