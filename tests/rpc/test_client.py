@@ -14,6 +14,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 import tiltyard
+from tiltyard.calls import resuming
 from tiltyard.client import Client, ClientError, FieldViolation, Node, explain, pages, persist, watch
 from tiltyard.identity import Key, verify_token
 from tiltyard.inference.v2 import inference_pb2, inference_pb2_grpc
@@ -199,7 +200,8 @@ async def test_a_watch_that_brings_nothing_is_given_up() -> None:
             [message async for message in watch(client.tasks.WatchTask, request, patience_s=0.4)]
 
 
-async def test_a_watch_that_was_silent_for_longer_than_its_patience_goes_on() -> None:
+async def test_a_watch_that_was_silent_for_longer_than_its_patience_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resuming, "DEADLINE_S", 0.25)
     asked: list[str] = []
 
     async def broken_twice(request: task_pb2.WatchTaskRequest) -> AsyncIterator[task_pb2.WatchTaskResponse]:

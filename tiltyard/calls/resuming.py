@@ -9,7 +9,7 @@ import grpc
 from google.protobuf.message import Message
 
 from tiltyard.calls.errors import pause_before_retry_s
-from tiltyard.calls.outgoing import new_request_id
+from tiltyard.calls.outgoing import DEADLINE_S, new_request_id
 
 __all__ = ["PATIENCE_S", "new_request_id", "pages", "persist", "watch"]
 
@@ -75,8 +75,8 @@ async def watch(
             return
         except grpc.aio.AioRpcError as error:
             broke = time.monotonic()
-            # A stream that stood for so long had a server, though it brought nothing: what counts is the time without.
-            if give_up is None or broke - began > patience_s:
+            # What stood for longer than the channel's own retries take had a server, though it brought nothing.
+            if give_up is None or broke - began > DEADLINE_S:
                 wait_s, give_up = _FIRST_WAIT_S, broke + patience_s
             pause_s = _pause_s(error, wait_s, give_up)
         await asyncio.sleep(pause_s)

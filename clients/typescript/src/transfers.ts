@@ -60,20 +60,24 @@ export async function upload(
   const artifact = `artifacts/${toHex(digest ?? (await fileDigest(path, signal)))}`;
   const sizeBytes = BigInt((await stat(path)).size);
   const patience = new Patience();
+  let broken: unknown;
   for (;;) {
+    const at = await persist(() => client.artifacts.getUpload({ artifact }, { signal }), { signal });
+    // A complete artifact still has to be claimed for this purpose: a header with no bytes left to send.
+    const offset = at.complete ? sizeBytes : at.offset;
+    patience.movedTo(offset);
+    // Asked only now: the stream that broke may have brought something for hours.
+    if (broken !== undefined && patience.isOver(0)) throw broken;
     let leastMs: number;
     try {
-      const at = await client.artifacts.getUpload({ artifact }, { signal });
-      // A complete artifact still has to be claimed for this purpose: a header with no bytes left to send.
-      const offset = at.complete ? sizeBytes : at.offset;
-      patience.movedTo(offset);
       const header = { artifact, sizeBytes, offset, purpose };
       await client.artifacts.uploadArtifact(messages(path, header, progress), { signal });
       progress?.(sizeBytes, sizeBytes);
       return artifact;
     } catch (error) {
       leastMs = leastPauseMs(error);
-      if (!mayGoOn(error) || patience.isOver(leastMs)) throw error;
+      if (!mayGoOn(error) || leastMs > PATIENCE_MS) throw error;
+      broken = error;
     }
     await patience.pause(leastMs, signal);
   }
@@ -120,19 +124,19 @@ async function fetchAll(
   options: TransferOptions,
 ): Promise<void> {
   const patience = new Patience();
-  for (;;) {
-    const offset = await bytesSoFar(part, total);
-    if (offset === total) return;
-    patience.movedTo(offset);
+  for (let offset = await bytesSoFar(part, total); offset < total; ) {
     let leastMs = 0;
+    let broken: unknown;
     try {
       await fetchInto(client, artifact, part, offset, total, options);
     } catch (error) {
-      leastMs = leastPauseMs(error);
-      if (!(error instanceof ArenaError) || !error.isTransient || patience.isOver(leastMs)) throw error;
+      if (!(error instanceof ArenaError) || !error.isTransient) throw error;
+      [broken, leastMs] = [error, leastPauseMs(error)];
     }
-    if ((await bytesSoFar(part, total)) < total) {
-      if (patience.isOver(leastMs)) throw new DigestMismatch(`${artifact} ends after ${offset} of ${total} bytes`);
+    offset = await bytesSoFar(part, total);
+    patience.movedTo(offset);
+    if (offset < total) {
+      if (patience.isOver(leastMs)) throw broken ?? new DigestMismatch(`${artifact} ends after ${offset} of ${total} bytes`);
       await patience.pause(leastMs, options.signal);
     }
   }

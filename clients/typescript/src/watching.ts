@@ -2,7 +2,7 @@
 
 import { setTimeout as wait } from "node:timers/promises";
 
-import { shared } from "./calling.js";
+import { DEADLINE_MS, shared } from "./calling.js";
 import { ArenaError } from "./errors.js";
 
 const FIRST_WAIT_MS = 100;
@@ -83,8 +83,8 @@ export async function* watch<Request extends { cursor?: string }, Message extend
       return;
     } catch (error) {
       const brokeAt = performance.now();
-      // A stream that stood for so long had a server, though it brought nothing: what counts is the time without one.
-      if (giveUpAt === undefined || brokeAt - beganAt > patienceMs) {
+      // A stream that stood for longer than the channel's own retries take had a server, though it brought nothing.
+      if (giveUpAt === undefined || brokeAt - beganAt > DEADLINE_MS) {
         [waitMs, giveUpAt] = [FIRST_WAIT_MS, brokeAt + patienceMs];
       }
       pauseMs = pauseBefore(error, waitMs, giveUpAt);

@@ -8,6 +8,7 @@ import { after, before, test } from "node:test";
 import { Status } from "nice-grpc";
 
 import { ArenaError, DigestMismatch, download, upload, type Client } from "../src/index.js";
+import type { UploadArtifactRequest } from "../src/proto/tiltyard/registry/v1/artifact.js";
 
 let folder: string;
 
@@ -59,6 +60,39 @@ test("an upload that is refused is not tried again", async () => {
   const { client, asked } = patchy(Status.PERMISSION_DENIED);
   await assert.rejects(upload(client, path, { $case: "task", value: "tasks/t" }), ArenaError);
   assert.deepEqual(asked, ["getUpload"]);
+});
+
+test("a transfer that has taken longer than its patience outlasts a restart all the same", async (t) => {
+  let now = 0;
+  t.mock.method(performance, "now", () => now);
+  const path = join(folder, "model");
+  const content = Buffer.alloc(3_000_000, "x");
+  await writeFile(path, content);
+  const arrived: Buffer[] = [];
+  const held = () => BigInt(arrived.reduce((sum, each) => sum + each.length, 0));
+  const away = () => new ArenaError(Status.UNAVAILABLE, "away", "", {}, [], undefined);
+  const slow = {
+    getUpload: async () => ({ complete: false, offset: held() }),
+    uploadArtifact: async (messages: AsyncIterable<UploadArtifactRequest>) => {
+      for await (const { content: sent } of messages) {
+        if (sent?.$case !== "chunk") continue;
+        now += 100_000;
+        arrived.push(Buffer.from(sent.value));
+        if (arrived.length === 2) throw away();
+      }
+    },
+    async *downloadArtifact({ offset }: { offset: bigint }) {
+      now += 100_000;
+      yield { chunk: content.subarray(Number(offset), Number(offset) + 1_000_000) };
+      if (offset < 2_000_000n) throw away();
+    },
+  };
+  const client = { artifacts: slow } as unknown as Client;
+  const name = await upload(client, path, { $case: "task", value: "tasks/t" });
+  assert.ok(Buffer.concat(arrived).equals(content));
+  const artifacts = { ...slow, getArtifact: async () => ({ artifact: { sizeBytes: BigInt(content.length) } }) };
+  await download({ artifacts } as unknown as Client, name, join(folder, "again"));
+  assert.ok((await readFile(join(folder, "again"))).equals(content));
 });
 
 /** A client of a registry that has one artifact, of `promised`, and sends the bytes of `sent` for it. */
