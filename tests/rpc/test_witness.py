@@ -1,15 +1,20 @@
 """A witness of a real registry's log: it cosigns what only grows, and is not fooled by rows that were rewritten."""
 
+import asyncio
+import json
 import sqlite3
+import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.support.registry_server import RegistryServer
+from services.runtime.server import ArenaServer
+from tests.support.registry_server import ORIGIN, RegistryServer
 from tiltyard.audit import Record, audit
 from tiltyard.audit.download import fetch_record
-from tiltyard.cli.audits import RegistrySource
+from tiltyard.cli.supervisor import free_ports
+from tiltyard.cli.witnesses import RegistrySource
 from tiltyard.cosigning import WitnessKey, cosign, verify_cosignature
 from tiltyard.identity import Key
 from tiltyard.transparency import Frontier, InvalidNote, leaf_hash
@@ -133,6 +138,36 @@ async def test_a_checkpoint_of_another_key_is_no_matter_for_alarm(
     with pytest.raises(InvalidNote):
         await witness.compare(source, note.replace("\u2014 ", "\u2014 x"))
     assert not list((tmp_path / "w" / "alarms").iterdir())
+
+
+async def test_a_witness_outlasts_a_registry_that_is_away(arena: RegistryServer, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    options = ("--every", "0.1", "--registry", address, "--origin", ORIGIN, "--json")
+    watching = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tiltyard.cli", "log", "watch", tmp_path / "w", *options),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert watching.stdout is not None
+    assert watching.stderr is not None
+    registry = arena.registry
+    try:
+        for _ in range(2):
+            said = await watching.stderr.readline()
+            assert (said[:29], b"looking again" in said) == (b"the service cannot be reached", True)
+            async with ArenaServer(
+                address,
+                registry.mounts,
+                authenticator=registry.authenticator,
+                policy=registry.policy,
+                remembered=registry.database,
+            ):
+                seen = json.loads(await watching.stdout.readline())
+                assert seen["size"] == len(await arena.entries())
+        assert watching.returncode is None
+    finally:
+        watching.kill()
+        await watching.wait()
 
 
 def test_cosignatures_hold_for_their_note_and_key_alone() -> None:

@@ -17,7 +17,7 @@ from tests.support.registry_server import ORIGIN, RegistryServer, artifact_name,
 from tests.support.s3_server import S3Server
 from tiltyard.audit import audit
 from tiltyard.audit.download import fetch_record
-from tiltyard.cli.audits import RegistrySource
+from tiltyard.cli.witnesses import RegistrySource
 from tiltyard.client import Client
 from tiltyard.identity import Key
 from tiltyard.registry.v1 import artifact_pb2

@@ -1,9 +1,8 @@
-"""`tiltyard log verify`, `export` and `watch`: the whole record log checked, kept, and witnessed."""
+"""`tiltyard log verify` and `export`: the whole record log checked, and kept."""
 
 import asyncio
 import hashlib
 import sys
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +13,6 @@ import typer
 from tiltyard.cli.connection import (
     DEFAULT_ORIGIN,
     REGISTRY,
-    CommandError,
     JsonOption,
     OriginOption,
     RegistryOption,
@@ -113,87 +111,12 @@ def export(
     run(work())
 
 
-def watch(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the witness keeps its key and what it saw.")],
-    key: AnyKeyOption = None,
-    once: Annotated[bool, typer.Option("--once", help="Look once, then end.")] = False,
-    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 10.0,
-    name: Annotated[str, typer.Option(help="Name of a new witness, without spaces and plus signs.")] = "",
-    against: Annotated[
-        list[Path] | None,
-        typer.Option(help="A checkpoint that somebody else was shown; may be given several times."),
-    ] = None,
-    origin: OriginOption = DEFAULT_ORIGIN,
-    registry: RegistryOption = REGISTRY,
-    json: JsonOption = False,
-) -> None:
-    """Be a witness of the log.
-
-    Keeps each checkpoint, cosigns it, and exits with 1 when the log rewrites or forks its history.
-    """
-    from tiltyard.transparency import InvalidNote
-    from tiltyard.witness import Alarm, Witness
-
-    async def work() -> None:
-        try:
-            witness = Witness(folder, name=name)
-        except ValueError as error:
-            raise CommandError(f"{folder}: {error}") from None
-        while True:
-            async with connect_reader(key, origin, registry) as client:
-                source = RegistrySource(client)
-                try:
-                    checkpoint = await witness.look(source, now_s=int(time.time()))
-                    for each in against or ():
-                        await witness.compare(source, each.read_text(encoding="utf-8"))
-                except (Alarm, InvalidNote) as alarm:
-                    if json:
-                        print_json({"alarm": str(alarm), "evidence": str(folder / "alarms")})
-                    print(f"ALARM: {alarm}; what was shown lies in {folder / 'alarms'}", file=sys.stderr)
-                    raise typer.Exit(1) from None
-            if json:
-                print_json({"size": checkpoint.size, "root": checkpoint.root.hex(), "witness": str(witness.public)})
-            else:
-                print(f"{checkpoint.size} leaves, root {checkpoint.root.hex()}: cosigned by {witness.public.name}")
-            if once:
-                return
-            await asyncio.sleep(every)
-
-    run(work())
-
-
 def _hex(option: str, text: str) -> bytes:
     """Bytes from hex digits. Raises BadParameter."""
     try:
         return bytes.fromhex(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not in hex", param_hint=option) from None
-
-
-class RegistrySource:
-    """A registry as a witness reads it."""
-
-    def __init__(self, client: "Client") -> None:
-        self._client = client
-
-    async def note(self) -> str:
-        """The present checkpoint."""
-        from tiltyard.registry.v1 import log_pb2
-
-        return (await self._client.log.GetCheckpoint(log_pb2.GetCheckpointRequest())).checkpoint.note
-
-    async def leaves(self, *, start: int, end: int) -> Sequence[bytes]:
-        """Leaves as they were hashed."""
-        from tiltyard.audit.download import fetch_leaves
-
-        return await fetch_leaves(self._client, start=start, end=end)
-
-    async def consistency(self, *, old_size: int, new_size: int) -> Sequence[bytes]:
-        """The proof that one size is a beginning of the other."""
-        from tiltyard.registry.v1 import log_pb2
-
-        request = log_pb2.GetConsistencyProofRequest(old_size=old_size, new_size=new_size)
-        return list((await self._client.log.GetConsistencyProof(request)).path)
 
 
 def connect_reader(key: Path | None, origin: str, registry: str) -> "Client":

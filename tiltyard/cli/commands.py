@@ -24,6 +24,7 @@ from tiltyard.cli import (
     trainings,
     up,
     validators,
+    witnesses,
 )
 
 # gRPC's core, once it is imported, would add lines of its own to what a command prints on a refused connection.
@@ -80,5 +81,5 @@ app.add_typer(draws.app, name="draw")
 app.command("odds")(draws.odds)
 records.app.command("verify")(audits.verify)
 records.app.command("export")(audits.export)
-records.app.command("watch")(audits.watch)
+records.app.command("watch")(witnesses.watch)
 app.add_typer(records.app, name="log")
