@@ -71,15 +71,15 @@ class Witness:
             self._key.save(key_file)
         if not public.exists():
             named = WitnessKey(name or f"witness-{self._key.id[:12]}", self._key.public_bytes)
-            public.write_text(f"{named}\n")
-        self.public = WitnessKey.parse(public.read_text())
+            public.write_text(f"{named}\n", encoding="utf-8")
+        self.public = WitnessKey.parse(public.read_text(encoding="utf-8"))
 
     def seen(self) -> Seen | None:
         """What is remembered; None before the first look."""
         file = self._folder / "frontier.json"
         if not file.exists():
             return None
-        kept = json.loads(file.read_text())
+        kept = json.loads(file.read_text(encoding="utf-8"))
         hashes = [bytes.fromhex(each) for each in kept["hashes"]]
         return Seen(kept["origin"], bytes.fromhex(kept["log_key"]), Frontier(kept["size"], hashes))
 
@@ -145,7 +145,7 @@ class Witness:
     def _raise(self, note: str, reason: str) -> None:
         seen = self.seen()
         known = self._folder / "checkpoints" / f"{seen.frontier.size if seen else 0:012}"
-        before = known.read_text() if known.exists() else ""
+        before = known.read_text(encoding="utf-8") if known.exists() else ""
         count = sum(1 for _ in (self._folder / "alarms").iterdir())
         evidence = f"{reason}\n\nseen before:\n{before}\nshown now:\n{note}"
         _replace(self._folder / "alarms" / f"{count + 1:06}.txt", evidence)
@@ -167,10 +167,10 @@ def witnessed(folder: Path, *, leaf_hashes: Sequence[bytes], log_key: bytes, ori
     Raises Alarm when the leaves give another root than the one that was cosigned, with the leaves among which the
     difference lies; InvalidNote, OSError, ValueError.
     """
-    witness = WitnessKey.parse((folder / f"{_NAME}.pub").read_text())
+    witness = WitnessKey.parse((folder / f"{_NAME}.pub").read_text(encoding="utf-8"))
     frontier, known = Frontier(), None
     for file in sorted((folder / "checkpoints").glob("[0-9]*")):
-        note = file.read_text()
+        note = file.read_text(encoding="utf-8")
         checkpoint = parse_checkpoint(verify_note(note, name=origin, public_key=log_key))
         time_s = verify_cosignature(note, witness)
         if checkpoint.size > len(leaf_hashes):

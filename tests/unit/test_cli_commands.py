@@ -364,6 +364,32 @@ def test_an_interrupt_ends_a_command_that_is_still_being_loaded(imported: str) -
     assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
 
 
+@pytest.mark.parametrize("command", [("task", "show"), ("participant", "get"), ("participant", "register")])
+def test_an_argument_that_is_no_text_is_refused_as_usage(tmp_path: Path, command: tuple[str, ...]) -> None:
+    tiltyard("key", "new", tmp_path / "me.pem")
+    result = tiltyard(*command, "n\udcff", "--key", tmp_path / "me.pem")
+    assert result.exit_code == 2
+    assert "is not UTF-8" in result.stderr
+
+
+def test_files_are_read_as_utf_8_wherever_they_are_read(tmp_path: Path) -> None:
+    tiltyard("key", "new", tmp_path / "me.pem")
+    (tmp_path / "join.json").write_bytes('{"origin": "\u65e5\u672c"}'.encode())
+    command = [
+        sys.executable,
+        "-m",
+        "tiltyard.cli",
+        "sign",
+        "join",
+        tmp_path / "join.json",
+        "--key",
+        tmp_path / "me.pem",
+    ]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, capture_output=True, check=True, env=environment)
+    assert "\u65e5\u672c".encode() in base64.b64decode(json.loads(done.stdout)["payload"])
+
+
 def test_a_token_for_another_node_tells_of_the_option() -> None:
     refused = f"UNAUTHENTICATED (TOKEN_INVALID): the token is for another audience, '{'a' * 40}', not '{'b' * 40}'"
     assert "--node" in with_hint(refused)

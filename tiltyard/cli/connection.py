@@ -180,6 +180,9 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(_traced(work))
     except BrokenPipeError:
         raise  # whoever read the output has seen enough, as `head` has: click ends without a word
+    except UnicodeEncodeError as error:
+        # An argument may hold any bytes, and a file's name may too; no call takes them.
+        raise typer.BadParameter(f"{error.object!r} is not UTF-8") from None
     except (
         CommandError,
         grpc.aio.AioRpcError,

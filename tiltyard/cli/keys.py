@@ -212,7 +212,7 @@ def sign(
     if kind not in STATEMENT_KINDS:
         raise typer.BadParameter(f"{kind!r} is none of {', '.join(STATEMENT_KINDS)}", param_hint="STATEMENT")
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text()
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
         statement = Parse(text, STATEMENT_KINDS[kind]())
         print_json(as_json(sign_statement(load_key(key), statement)))
     except (CommandError, OSError, UnicodeDecodeError, ParseError) as error:

@@ -160,7 +160,7 @@ def bind_owner(
 
     def read() -> envelope_pb2.Envelope:
         try:
-            return Parse(statement.read_text(), envelope_pb2.Envelope())
+            return Parse(statement.read_text(encoding="utf-8"), envelope_pb2.Envelope())
         except (ParseError, UnicodeDecodeError) as error:
             raise CommandError(f"{statement} holds no Envelope as JSON: {error}") from None
 

@@ -50,7 +50,7 @@ def _read_config(path: Path) -> "task_type_pb2.TaskConfig":
     from tiltyard.type.v1 import task_pb2 as task_type_pb2
 
     try:
-        return Parse(path.read_text(), task_type_pb2.TaskConfig())
+        return Parse(path.read_text(encoding="utf-8"), task_type_pb2.TaskConfig())
     except (ParseError, UnicodeDecodeError) as error:
         raise CommandError(f"{path} holds no TaskConfig as JSON: {error}") from None
 
