@@ -1,14 +1,17 @@
 """The data of a task over a real server: what opens it, what cancels it, and which holdout ranks it."""
 
 import asyncio
+import sys
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.json_format import MessageToJson
 from safetensors.numpy import save
 
 from tests.support.registry_server import (
+    ORIGIN,
     RegistryServer,
     artifact_name,
     config_of,
@@ -16,6 +19,7 @@ from tests.support.registry_server import (
     digest_of,
     refused,
 )
+from tiltyard.cli.tasks import creation
 from tiltyard.client import Client
 from tiltyard.registry.v1.artifact_pb2 import GetArtifactRequest
 from tiltyard.registry.v1.task_pb2 import (
@@ -52,6 +56,32 @@ async def test_a_good_dataset_opens_the_task(arena: RegistryServer, tmp_path: Pa
     assert (await arena.kinds())[-1] == "task_changed"
     found = await creator.artifacts.GetArtifact(GetArtifactRequest(name=artifact_name(dataset)))
     assert found.artifact.size_bytes == len(dataset)
+
+
+async def test_a_creation_that_was_interrupted_goes_on_by_the_same_command(
+    arena: RegistryServer, tmp_path: Path
+) -> None:
+    creator, config = await arena.participant(), config_of(dataset_bytes(tmp_path))
+    creator.key.save(tmp_path / "me.pem")
+    (tmp_path / "task.json").write_text(MessageToJson(config))
+
+    async def create() -> tuple[bytes, bytes]:
+        command = ("task", "create", tmp_path / "task.json", "--dataset", tmp_path / "dataset-0.safetensors")
+        reach = ("--key", tmp_path / "me.pem", "--origin", ORIGIN, "--registry", arena.server.address)
+        running = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tiltyard.cli", *command, "--task-id", "t", *reach),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        return await running.communicate()
+
+    await creator.tasks.CreateTask(creation("t", config))
+    assert (await get(creator)).state == TASK_STATE_PREPARING
+    for _ in range(2):
+        assert (await create())[0] == b"tasks/t open: 0 training nodes, 0 validators, 0 submissions\n"
+    config.display_name = "Something else"
+    (tmp_path / "task.json").write_text(MessageToJson(config))
+    assert b"ALREADY_EXISTS (TASK_EXISTS)" in (await create())[1]
 
 
 def tensors(x: np.ndarray, y: np.ndarray) -> bytes:

@@ -1,6 +1,7 @@
 """`tiltyard task`: post a task, follow it, join it, and take its results."""
 
 import asyncio
+import hashlib
 import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -68,6 +69,17 @@ def _fix_digest(digest: "task_type_pb2.DatasetDigest", file: Path) -> None:
     digest.size_bytes = file.stat().st_size
 
 
+def creation(task_id: str, config: "task_type_pb2.TaskConfig") -> "task_pb2.CreateTaskRequest":
+    """The request that creates a task: under one name the same config is the same request, however often it is made."""
+    from tiltyard.client import new_request_id
+    from tiltyard.registry.v1 import task_pb2
+
+    request = task_pb2.CreateTaskRequest(task_id=task_id, config=config)
+    content = request.SerializeToString(deterministic=True)
+    request.request_id = hashlib.sha256(content).hexdigest()[:32] if task_id else new_request_id()
+    return request
+
+
 @app.command("create")
 def create(
     config: Annotated[Path, typer.Argument(help="TaskConfig as JSON; the digests are filled in.")],
@@ -84,8 +96,11 @@ def create(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Create a task. Uploads its evaluation dataset, and waits until it is open."""
-    from tiltyard.client import new_request_id, watch
+    """Create a task. Uploads its evaluation dataset, and waits until it is open.
+
+    Run again after any interruption with the same --task-id and CONFIG, it goes on with the same task.
+    """
+    from tiltyard.client import watch
     from tiltyard.registry.v1 import task_pb2
     from tiltyard.transfers import upload
     from tiltyard.type.v1 import task_pb2 as task_type_pb2
@@ -99,11 +114,13 @@ def create(
             if base_model is not None:
                 with ProgressLine("uploading the base model", unit="bytes") as line:
                     wanted.base_model = await upload(client.artifacts, base_model, progress=line.update)
-            request = task_pb2.CreateTaskRequest(task_id=task_id, config=wanted, request_id=new_request_id())
-            name = (await client.tasks.CreateTask(request)).task.name
-            with ProgressLine("uploading", unit="bytes") as line:
-                digest = wanted.evaluation_dataset.sha256
-                await upload(client.artifacts, dataset, task=name, digest=digest, progress=line.update)
+            name = (await client.tasks.CreateTask(creation(task_id, wanted))).task.name
+            # The answer to an earlier run of this command says what was then.
+            task = (await client.tasks.GetTask(task_pb2.GetTaskRequest(name=name))).task
+            if task.state == task_type_pb2.TASK_STATE_PREPARING:
+                with ProgressLine("uploading", unit="bytes") as line:
+                    digest = wanted.evaluation_dataset.sha256
+                    await upload(client.artifacts, dataset, task=name, digest=digest, progress=line.update)
             async for seen in watch(client.tasks.WatchTask, task_pb2.WatchTaskRequest(name=name)):
                 task = seen.task
                 if task.state != task_type_pb2.TASK_STATE_PREPARING:
