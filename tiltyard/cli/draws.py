@@ -23,7 +23,7 @@ from tiltyard.cli.connection import (
     run,
     task_name,
 )
-from tiltyard.cli.output import as_json, enum_word, print_json, print_table
+from tiltyard.cli.output import as_json, enum_name, enum_word, print_json, print_table
 
 if TYPE_CHECKING:
     from tiltyard.client import Client
@@ -54,8 +54,6 @@ OutArgument = Annotated[
 
 def print_draw(receipt: "draw_pb2.DrawReceipt") -> None:
     """A draw's seed and order."""
-    from tiltyard.type.v1 import draw_pb2
-
     print(f"{receipt.draw} for {receipt.submission}, round {receipt.round}")
     print(f"seed {receipt.seed.hex()}, pool of {receipt.pool_size} owner groups, root {receipt.pool_root.hex()}")
     total = int.from_bytes(receipt.pool_weight, "big") or 1
@@ -67,7 +65,7 @@ def print_draw(receipt: "draw_pb2.DrawReceipt") -> None:
             each.place,
             f"owner group {each.owner_group}",
             each.group_weight,
-            "passed over: " + enum_word(draw_pb2.PassedOverReason.Name(each.reason), "PASSED_OVER_REASON_"),
+            "passed over: " + enum_word(each, "reason"),
         )
         for each in receipt.passed_over
     ]
@@ -242,8 +240,6 @@ async def _explain(client: "Client", receipt: "draw_pb2.DrawReceipt", whose: str
 
 def outcome_of(receipt: "draw_pb2.DrawReceipt", participant: str, owner_group: str) -> tuple[str, int | None]:
     """What a draw made of a participant, in words, and its group's place in the order, None when it did not come up."""
-    from tiltyard.type.v1 import draw_pb2
-
     for pick in receipt.picks:
         if pick.participant == participant:
             role = "assigned" if pick.position < receipt.assigned else "a reserve"
@@ -253,19 +249,20 @@ def outcome_of(receipt: "draw_pb2.DrawReceipt", participant: str, owner_group: s
             return f"its owner group's place {pick.place} went to another member, {pick.participant}", pick.place
     for over in receipt.passed_over:
         if over.owner_group == owner_group:
-            reason = _REASONS[draw_pb2.PassedOverReason.Name(over.reason)]
+            name = enum_name(over, "reason")
+            reason = _REASONS.get(name, f"reason {name}")
             return f"passed over at place {over.place}: {reason}", over.place
     last = len(receipt.picks) + len(receipt.passed_over) - 1
     return f"its place did not come up: it was not in the pool, or comes after place {last}", None
 
 
 _REASONS = {
-    "PASSED_OVER_REASON_SUBMITTER": "it is the submitter, or of the submitter's owner group",
-    "PASSED_OVER_REASON_PAUSED": "all members of its owner group were paused",
-    "PASSED_OVER_REASON_QUOTA": "its owner group's quota for the window was used up",
-    "PASSED_OVER_REASON_TASK_CREATOR": "it is the task creator, or of the creator's owner group",
-    "PASSED_OVER_REASON_ALREADY_PICKED": "it had become one with an owner group that has a pick",
-    "PASSED_OVER_REASON_LEFT": "all members of its owner group had left the pool",
+    "SUBMITTER": "it is the submitter, or of the submitter's owner group",
+    "PAUSED": "all members of its owner group were paused",
+    "QUOTA": "its owner group's quota for the window was used up",
+    "TASK_CREATOR": "it is the task creator, or of the creator's owner group",
+    "ALREADY_PICKED": "it had become one with an owner group that has a pick",
+    "LEFT": "all members of its owner group had left the pool",
 }
 
 

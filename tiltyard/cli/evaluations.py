@@ -92,9 +92,6 @@ def list_evaluations(
 
 def row_of(each: "evaluation_pb2.Evaluation") -> tuple[object, ...]:
     """The cells of one evaluation in the list."""
-    from tiltyard.registry.v1 import evaluation_pb2
-    from tiltyard.type.v1 import evaluation_pb2 as types_pb2
-
     finding, counts = each.finding, each.finding.counts
     ambiguous: object = ""
     loss = ""
@@ -104,10 +101,8 @@ def row_of(each: "evaluation_pb2.Evaluation") -> tuple[object, ...]:
         found = accuracy(counts.correct, counts.total)
         ambiguous, loss = counts.ambiguous, f"{counts.loss_sum_micros / counts.total / 1e6:.4f}"
     else:
-        found = enum_word(types_pb2.ModelFault.Name(finding.fault), "MODEL_FAULT_")
-    verdict = (
-        enum_word(evaluation_pb2.EvaluationVerdict.Name(each.verdict), "EVALUATION_VERDICT_") if each.verdict else ""
-    )
+        found = enum_word(finding, "fault")
+    verdict = enum_word(each, "verdict") if each.verdict else ""
     judged, by_node = ("", found) if finding.node_endpoint else (found, "")
     return each.name, judged, by_node, ambiguous, loss, verdict
 

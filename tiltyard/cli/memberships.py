@@ -37,7 +37,6 @@ def members(
     """List who takes part."""
     from tiltyard.client import pages
     from tiltyard.registry.v1 import membership_pb2
-    from tiltyard.type.v1 import participation_pb2
 
     async def work() -> None:
         async with connect(key, origin, registry) as client:
@@ -51,8 +50,8 @@ def members(
                 (
                     (
                         each.participant,
-                        enum_word(participation_pb2.Role.Name(each.role), "ROLE_"),
-                        enum_word(participation_pb2.MembershipState.Name(each.state), "MEMBERSHIP_STATE_"),
+                        enum_word(each, "role"),
+                        enum_word(each, "state"),
                         each.locked_micros,
                         each.weight,
                         each.owner_group,
@@ -74,7 +73,6 @@ def verdicts(
     """List the eligibility verdicts, refusals included."""
     from tiltyard.client import pages
     from tiltyard.registry.v1 import membership_pb2
-    from tiltyard.type.v1 import participation_pb2
 
     async def work() -> None:
         async with connect(key, origin, registry) as client:
@@ -89,7 +87,7 @@ def verdicts(
                 (
                     (
                         each.participant,
-                        enum_word(participation_pb2.Role.Name(each.role), "ROLE_"),
+                        enum_word(each, "role"),
                         "yes" if each.eligible else "no",
                         each.explanation,
                     )

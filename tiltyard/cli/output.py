@@ -76,9 +76,20 @@ def accuracy(correct: int, total: int) -> str:
     return f"{correct}/{total} = {correct / total:.4f} ({low:.4f} to {high:.4f})"
 
 
-def enum_word(name: str, prefix: str) -> str:
-    """TASK_STATE_OPEN with the prefix TASK_STATE_ becomes open."""
-    return name.removeprefix(prefix).lower().replace("_", " ")
+def enum_name(message: "Message", field: str) -> str:
+    """A field's TASK_STATE_OPEN as OPEN; the number of a value that only a newer server knows."""
+    kind = message.DESCRIPTOR.fields_by_name[field].enum_type
+    assert kind is not None
+    values = kind.values_by_number
+    number = getattr(message, field)
+    # Every enum of the contract has its prefix before UNSPECIFIED, which is 0.
+    prefix = values[0].name.removesuffix("UNSPECIFIED")
+    return values[number].name.removeprefix(prefix) if number in values else str(number)
+
+
+def enum_word(message: "Message", field: str) -> str:
+    """A field's TASK_STATE_OPEN as open."""
+    return enum_name(message, field).lower().replace("_", " ")
 
 
 class ProgressLine:

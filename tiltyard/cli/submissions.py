@@ -23,7 +23,16 @@ from tiltyard.cli.connection import (
     run,
     task_name,
 )
-from tiltyard.cli.output import ProgressLine, accuracy, as_json, enum_word, print_json, print_message, print_table
+from tiltyard.cli.output import (
+    ProgressLine,
+    accuracy,
+    as_json,
+    enum_name,
+    enum_word,
+    print_json,
+    print_message,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from tiltyard.client import Client
@@ -39,12 +48,12 @@ def describe(submission: "submission_pb2.Submission") -> str:
     """One line on where a submission stands."""
     from tiltyard.type.v1 import evaluation_pb2
 
-    state = enum_word(evaluation_pb2.SubmissionState.Name(submission.state), "SUBMISSION_STATE_")
+    state = enum_word(submission, "state")
     line = f"{submission.name} {state}"
     if submission.state == evaluation_pb2.SUBMISSION_STATE_SCORED and submission.score.total:
         line += f" {accuracy(submission.score.correct, submission.score.total)}"
     if submission.state == evaluation_pb2.SUBMISSION_STATE_REJECTED:
-        line += f": {evaluation_pb2.RejectionReason.Name(submission.reason).removeprefix('REJECTION_REASON_')}"
+        line += f": {enum_name(submission, 'reason')}"
     return f"{line} ({submission.detail})" if submission.detail else line
 
 

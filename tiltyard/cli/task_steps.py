@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 def describe(task: "task_pb2.Task") -> str:
     """One line on where a task stands."""
-    from tiltyard.type.v1 import task_pb2 as task_type_pb2
-
-    state = enum_word(task_type_pb2.TaskState.Name(task.state), "TASK_STATE_")
+    state = enum_word(task, "state")
     line = (
         f"{task.name} {state}: {task.training_nodes} training nodes, {task.validators} validators, "
         f"{task.submissions} submissions"

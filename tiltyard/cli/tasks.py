@@ -163,7 +163,6 @@ def list_tasks(
     """List tasks, newest first."""
     from tiltyard.client import pages
     from tiltyard.registry.v1 import task_pb2
-    from tiltyard.type.v1 import task_pb2 as task_type_pb2
 
     async def work() -> None:
         async with connect(key, origin, registry) as client:
@@ -178,7 +177,7 @@ def list_tasks(
                     (
                         each.name,
                         each.config.display_name,
-                        enum_word(task_type_pb2.TaskState.Name(each.state), "TASK_STATE_"),
+                        enum_word(each, "state"),
                         each.training_nodes,
                         each.validators,
                         each.submissions,

@@ -92,13 +92,11 @@ async def follow_to_end(node: "Node", training: "trainer_pb2.Training", record: 
 
 def describe(training: "trainer_pb2.Training") -> str:
     """A few words on a training's last step, or on what goes before the first."""
-    from tiltyard.trainer.v1 import trainer_pb2
-
     progress = training.progress
     if training.HasField("preparation"):
         found = training.preparation
         of_all = f" of {found.total_rows:,}" if found.total_rows else ""
-        stage = enum_word(trainer_pb2.PreparationStage.Name(found.stage), "PREPARATION_STAGE_")
+        stage = enum_word(found, "stage")
         return f"{stage} the dataset, {found.rows:,}{of_all} rows"
     if not progress.total_steps:
         return "waiting for its first step"

@@ -24,9 +24,7 @@ def training_name(text: str) -> str:
 
 
 def _state(training: "trainer_pb2.Training") -> str:
-    from tiltyard.trainer.v1 import trainer_pb2
-
-    return enum_word(trainer_pb2.TrainingState.Name(training.state), "TRAINING_STATE_")
+    return enum_word(training, "state")
 
 
 @app.command("list")

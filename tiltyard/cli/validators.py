@@ -63,10 +63,8 @@ def status(
 
 
 def _finding(each: "validator_pb2.EvaluationRun") -> str:
-    from tiltyard.type.v1 import evaluation_pb2
-
     if each.fault:
-        return enum_word(evaluation_pb2.ModelFault.Name(each.fault), "MODEL_FAULT_")
+        return enum_word(each, "fault")
     return accuracy(each.counts.correct, each.counts.total) if each.HasField("counts") else ""
 
 
@@ -91,7 +89,7 @@ def runs(
                 (
                     (
                         each.assignment,
-                        enum_word(validator_pb2.EvaluationRunState.Name(each.state), "EVALUATION_RUN_STATE_"),
+                        enum_word(each, "state"),
                         f"{each.position}/{each.total}",
                         _finding(each),
                         each.detail,

@@ -13,7 +13,7 @@ from tiltyard.cli.demo.data import NamedModel
 from tiltyard.cli.demo.reporting import Reporter
 from tiltyard.cli.demo.stage import Cast
 from tiltyard.cli.demo.verification import verify
-from tiltyard.cli.output import as_json
+from tiltyard.cli.output import as_json, enum_name
 from tiltyard.cli.tasks import fetch_results
 from tiltyard.client import PATIENCE_S, pages, persist
 from tiltyard.receipts import receipt_to_json
@@ -59,7 +59,7 @@ class Ending:
                 reporter.say(f"  {check.detail}")
         unscored = [each for each in submissions if each.state != evaluation_pb2.SUBMISSION_STATE_SCORED]
         for each in unscored:
-            reporter.say(f"{each.name} was not scored: {_reason(each)} {each.detail}")
+            reporter.say(f"{each.name} was not scored: {enum_name(each, 'reason')} {each.detail}")
         succeeded = len(submissions) == expected and not unscored and all(check.passed for check in checks)
         document = {
             "task": self.task,
@@ -102,14 +102,14 @@ class Ending:
             "participant": each.participant,
             "display_name": self.cast.name_of(each.participant),
             "model": self.models[each.model_index].name,
-            "state": evaluation_pb2.SubmissionState.Name(each.state).removeprefix("SUBMISSION_STATE_"),
+            "state": enum_name(each, "state"),
             "accuracy": each.score.correct / each.score.total if is_scored and each.score.total else None,
             "correct": each.score.correct if is_scored else None,
             "total": each.score.total if is_scored else None,
             "validators": list(each.validators),
         }
         if each.reason:
-            document["reason"] = _reason(each)
+            document["reason"] = enum_name(each, "reason")
         return document
 
     async def _export(
@@ -119,10 +119,6 @@ class Ending:
         models = await fetch_results(self.cast.creator.client, self.task, folder / "models")
         await asyncio.to_thread((folder / "demo.json").write_text, json.dumps(document, indent=2) + "\n")
         self.reporter.say(f"log, receipts of draws and {len(models)} models exported to {folder}")
-
-
-def _reason(submission: submission_pb2.Submission) -> str:
-    return evaluation_pb2.RejectionReason.Name(submission.reason).removeprefix("REJECTION_REASON_")
 
 
 def _export_record(folder: Path, record: Record, board: leaderboard_pb2.Leaderboard) -> None:
