@@ -24,6 +24,9 @@ from tiltyard.cli.memberships import join_task
 from tiltyard.cli.output import ProgressLine, accuracy, as_json, enum_word, print_json, print_message, print_table
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tiltyard.client import Node
     from tiltyard.validator.v1 import validator_pb2
 
 app = typer.Typer(help="Join tasks as a validator; see and steer a validator.", no_args_is_help=True)
@@ -101,6 +104,27 @@ def runs(
     run(work())
 
 
+async def follow(node: "Node", assignment: str) -> "AsyncIterator[validator_pb2.EvaluationRun]":
+    """A run until it ends, through breaks of the connection and restarts of the validator."""
+    import grpc
+
+    from tiltyard.client import is_transient, persist
+    from tiltyard.validator.v1 import validator_pb2
+
+    while True:
+        try:
+            async for seen in node.validation.WatchEvaluationRun(
+                validator_pb2.WatchEvaluationRunRequest(assignment=assignment)
+            ):
+                yield seen.run
+            return
+        except grpc.aio.AioRpcError as error:
+            if not is_transient(error):
+                raise
+        # The validator answers again before it is watched again.
+        await persist(lambda: node.validation.GetStatus(validator_pb2.GetStatusRequest()))
+
+
 @app.command("watch")
 def watch(
     assignment: Annotated[str, typer.Argument(help="tasks/{task}/submissions/{n}/assignments/{round}-{id}.")],
@@ -115,10 +139,8 @@ def watch(
     async def work() -> None:
         last = validator_pb2.EvaluationRun()
         async with connect_node(key, validator, node) as connection:
-            request = validator_pb2.WatchEvaluationRunRequest(assignment=assignment)
             with ProgressLine("evaluating", unit="rows") as line:
-                async for seen in connection.validation.WatchEvaluationRun(request):
-                    last = seen.run
+                async for last in follow(connection, assignment):
                     line.update(last.position, last.total, f"{last.samples_per_second:,.0f} rows/s")
         print_message(last, as_document=json)
 

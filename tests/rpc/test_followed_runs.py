@@ -1,0 +1,51 @@
+"""A validator's run, followed from a shell through breaks of the connection."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+
+from tiltyard.cli.validators import follow
+from tiltyard.client import Node
+from tiltyard.identity import Key
+from tiltyard.validator.v1 import validator_pb2, validator_pb2_grpc
+
+
+@dataclass
+class SmallValidator(validator_pb2_grpc.ValidationServiceServicer):
+    """Breaks off each watch but the last, with these codes."""
+
+    breaks: list[grpc.StatusCode] = field(default_factory=list)
+    position: int = 0
+
+    async def GetStatus(self, request: Any, context: Any) -> validator_pb2.GetStatusResponse:
+        return validator_pb2.GetStatusResponse()
+
+    async def WatchEvaluationRun(self, request: Any, context: Any) -> Any:
+        self.position += 1
+        yield validator_pb2.WatchEvaluationRunResponse(run=validator_pb2.EvaluationRun(position=self.position))
+        if self.breaks:
+            await context.abort(self.breaks.pop(0), "for the test")
+
+
+async def positions(validator: SmallValidator) -> list[int]:
+    server = grpc.aio.server()
+    validator_pb2_grpc.add_ValidationServiceServicer_to_server(validator, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with Node(Key.generate(), address=f"127.0.0.1:{port}", node_id="n") as node:
+            return [run.position async for run in follow(node, "tasks/t/submissions/1/assignments/1-a")]
+    finally:
+        await server.stop(0)
+
+
+async def test_a_run_is_followed_through_restarts_and_the_end_of_a_long_stream() -> None:
+    breaks = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED]
+    assert await positions(SmallValidator(breaks)) == [1, 2, 3]
+
+
+async def test_a_run_that_is_refused_is_not_asked_for_again() -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match="NOT_FOUND"):
+        await positions(SmallValidator([grpc.StatusCode.NOT_FOUND]))
