@@ -9,8 +9,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
+from tiltyard.audit.record import InvalidRecord
 from tiltyard.cosigning import WitnessKey, cosign, verify_cosignature
 from tiltyard.identity import Key
 from tiltyard.transparency import (
@@ -39,7 +40,7 @@ class LogSource(Protocol):
         ...
 
     async def leaves(self, *, start: int, end: int) -> Sequence[bytes]:
-        """Leaves as they were hashed."""
+        """Leaves as they were hashed. Raises InvalidRecord when not all of them are shown."""
         ...
 
     async def consistency(self, *, old_size: int, new_size: int) -> Sequence[bytes]:
@@ -103,7 +104,11 @@ class Witness:
             )
             if not grown:
                 self._raise(note, f"the log of {checkpoint.size} leaves does not begin with the {frontier.size} seen")
-        for leaf in await source.leaves(start=frontier.size, end=checkpoint.size):
+        try:
+            leaves = await source.leaves(start=frontier.size, end=checkpoint.size)
+        except InvalidRecord as error:
+            self._raise(note, str(error))
+        for leaf in leaves:
             frontier.append(leaf_hash(leaf))
         if (frontier.size, frontier.root()) != (checkpoint.size, checkpoint.root):
             self._raise(note, f"the leaves that the log shows up to {checkpoint.size} do not give its root")
@@ -142,7 +147,7 @@ class Witness:
         }
         _replace(self._folder / "frontier.json", json.dumps(kept) + "\n")
 
-    def _raise(self, note: str, reason: str) -> None:
+    def _raise(self, note: str, reason: str) -> NoReturn:
         seen = self.seen()
         known = self._folder / "checkpoints" / f"{seen.frontier.size if seen else 0:012}"
         before = known.read_text(encoding="utf-8") if known.exists() else ""

@@ -108,6 +108,17 @@ async def test_a_log_that_has_become_shorter_raises_the_alarm(
         await witness.look(source, now_s=NOW_S + 1)
 
 
+async def test_a_log_that_withholds_a_leaf_raises_the_alarm(
+    arena: RegistryServer, source: RegistrySource, tmp_path: Path
+) -> None:
+    witness = Witness(tmp_path / "w")
+    with closing(sqlite3.connect(arena.folder / "state" / "registry.db")) as database, database:
+        database.execute('DELETE FROM log_leaves WHERE "index" = 3')
+    with pytest.raises(Alarm, match="does not show leaf"):
+        await witness.look(source, now_s=NOW_S)
+    assert "shown now" in next((tmp_path / "w" / "alarms").iterdir()).read_text(encoding="utf-8")
+
+
 async def test_two_histories_that_are_shown_to_two_people_are_found(
     arena: RegistryServer, source: RegistrySource, tmp_path: Path
 ) -> None:

@@ -75,9 +75,12 @@ def watch(
                         print(f"{with_hint(explain(error))}; looking again", file=sys.stderr, flush=True)
                     away = True
                 except (Alarm, InvalidNote) as alarm:
+                    # A note that nobody signed proves nothing against anybody.
+                    evidence = str(folder / "alarms") if isinstance(alarm, Alarm) else None
                     if json:
-                        _print_line({"alarm": str(alarm), "evidence": str(folder / "alarms")})
-                    print(f"ALARM: {alarm}; what was shown lies in {folder / 'alarms'}", file=sys.stderr)
+                        _print_line({"alarm": str(alarm), "evidence": evidence})
+                    kept = f"; what was shown lies in {evidence}" if evidence else ""
+                    print(f"ALARM: {alarm}{kept}", file=sys.stderr)
                     raise typer.Exit(1) from None
                 else:
                     away = False
