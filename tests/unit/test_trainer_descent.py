@@ -122,6 +122,14 @@ def test_a_descent_resumed_anywhere_ends_with_the_same_bits(config: TrainingConf
     assert broken.holdout == whole.holdout
 
 
+def test_a_run_goes_on_with_a_gpu_that_its_node_has_been_given_meanwhile() -> None:
+    _, state = run_one_update(descent(TrainingConfig(epochs=4)))
+    later = descent(TrainingConfig(epochs=4))
+    later.device = torch.device("cuda")
+    later.restore(state)
+    assert later.step == state.facts["step"] > 0
+
+
 def test_another_seed_gives_other_weights() -> None:
     assert weights(trained(TrainingConfig(epochs=1, seed=1))) != weights(trained(TrainingConfig(epochs=1, seed=2)))
 

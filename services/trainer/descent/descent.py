@@ -243,7 +243,8 @@ class Descent:
             state.setdefault(int(index), {})[key] = _laid_out_like(parameters[int(index)], tensor)
         self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["random.cpu"])
-        if self.device.type == "cuda":
+        # A run that was on a CPU before has none.
+        if self.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         self.step = facts["step"]
         if self._workers is not None and self._workers.rank:
