@@ -1,11 +1,11 @@
-"""Tries again what a full disk, an absent registry or a used-up quota stops for a while."""
+"""Tries again what a full disk, an absent registry, a wrong clock or a used-up quota stops for a while."""
 
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from services.runtime.errors import Aborted, DiskFull, ResourceExhausted, Unavailable
+from services.runtime.errors import Aborted, DiskFull, ResourceExhausted, Unauthenticated, Unavailable
 from services.trainer import fulldisk
 
 T = TypeVar("T")
@@ -32,7 +32,8 @@ async def persist(work: Callable[[], Awaitable[T]], *, say: Callable[[str], Awai
                 raise
             trouble = f"waits {math.ceil(error.retry_after_s)} s: {error.message}"
             wait_s = min(error.retry_after_s, _LONGEST_WAIT_S)
-        except (Unavailable, Aborted) as error:
+        except (Unavailable, Aborted, Unauthenticated) as error:
+            # The last may be a clock that is yet to be set: a token that is not of now is nobody's.
             trouble = f"tries again: {error.message}"
             wait_s, pause_s = pause_s, min(2 * pause_s, LONGEST_PAUSE_S)
         except OSError as error:

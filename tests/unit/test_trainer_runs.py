@@ -9,7 +9,15 @@ from datetime import UTC, datetime
 
 import pytest
 
-from services.runtime.errors import ArenaError, DiskFull, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
+from services.runtime.errors import (
+    ArenaError,
+    DiskFull,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+)
 from services.trainer import fulldisk
 from services.trainer.config import LossKind, TrainingConfig
 from services.trainer.ends import Broken, Died, End, Note, Trained
@@ -137,6 +145,7 @@ class Registry:
     """Takes models, and has the base models that it was told to have."""
 
     def __init__(self) -> None:
+        self.refusals: list[ArenaError] = []
         self.submitted: list[str] = []
         self.fetched: list[str] = []
         self.kept: Collection[str] | None = None
@@ -144,6 +153,8 @@ class Registry:
 
     async def submit(self, training: Training) -> str:
         self.submitted.append(training.id)
+        if self.refusals:
+            raise self.refusals.pop()
         return f"tasks/t/submissions/{training.id}"
 
     async def fetch(self, training: Training) -> None:
@@ -258,6 +269,17 @@ async def test_a_submission_keeps_no_device() -> None:
         it.children.end("a", Trained(b"a" * 32))
         await it.until_running("b")
         assert (await it.until_ended("a")).submission == "tasks/t/submissions/a"
+
+
+async def test_a_submission_outlasts_a_clock_that_is_yet_to_be_set() -> None:
+    async with world() as it:
+        it.registry.refusals = [Unauthenticated("TOKEN_INVALID", "the bearer token has expired")] * 2
+        it.start(training("a", submit=True))
+        await it.until_running("a")
+        it.children.end("a", Trained(b"a" * 32))
+        done = await it.until_ended("a")
+    assert (done.state, done.submission) == (TrainingState.SUCCEEDED, "tasks/t/submissions/a")
+    assert done.warnings == ("tries again: the bearer token has expired",)
 
 
 async def test_a_full_disk_under_the_start_of_a_process_is_said_and_outlasted() -> None:
