@@ -11,12 +11,13 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from services.runtime.errors import NotFound
 from services.trainer import runfolder
 from services.trainer.bases import base_model_path
 from services.trainer.datareport import DataReport
 from services.trainer.ends import Broken, Died, End, Note, Preparation, Stage, Trained, Warned
 from services.trainer.leftovers import RUN_VARIABLE, end_processes
-from services.trainer.localdata import DataFolder
+from services.trainer.localdata import DataFolder, LocalFile
 from services.trainer.progress import Progress
 from services.trainer.training import Training
 
@@ -48,9 +49,12 @@ class ChildProcesses:
         note: Callable[[Note], None],
         goes_on: Callable[[], bool],
     ) -> End:
-        """Starts or resumes the training's process and waits for its end. When cancelled, the process is gone."""
+        """Starts or resumes the training's process and waits for its end. When cancelled, the process is gone.
+
+        Raises NotFound where its dataset is not there or cannot be reached.
+        """
         folder = self._folder / training.id
-        dataset = await asyncio.to_thread(self._data.locate, training.dataset, training.loss)
+        dataset = await asyncio.to_thread(self._located, training)
         if dataset.mark != training.dataset_mark:
             return Broken("the dataset has changed since the training was started")
         order = runfolder.Order(
@@ -73,6 +77,13 @@ class ChildProcesses:
             return await _listen(process, folder, report, note)
         finally:
             await _to_its_end(_stop(process, folder, STOP_GRACE_S if goes_on() else CANCEL_GRACE_S))
+
+    def _located(self, training: Training) -> LocalFile:
+        try:
+            return self._data.locate(training.dataset, training.loss)
+        except OSError as error:
+            what = f"the dataset {training.dataset!r} cannot be reached: {error.strerror}"
+            raise NotFound("DATASET_NOT_FOUND", what) from error
 
     async def clear(self, training: Training) -> None:
         """Keeps the model of a training that has one to show, and nothing of any other."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -10,7 +11,7 @@ from typing import Protocol, TypeVar
 
 import structlog
 
-from services.runtime.errors import ArenaError, Unavailable
+from services.runtime.errors import ArenaError, NotFound, Unavailable
 from services.trainer import training_metrics
 from services.trainer.datareport import DataReport
 from services.trainer.ends import Broken, Died, End, Note, Preparation, Trained, Warned
@@ -23,6 +24,8 @@ from tiltyard.telemetry import tracing
 
 # A process that dies again and again at one place (the kernel's memory killer, a broken device) is given up.
 MAX_DEATHS = 4
+# A drive may be mounted after the node has come up: what has been learned so far is worth some waiting.
+DATASET_PATIENCE_S = 600.0
 HISTORY_INTERVAL_S = 2.0
 
 T = TypeVar("T")
@@ -45,7 +48,8 @@ class Children(Remains, Protocol):
         """Starts or resumes the training's process and waits for its end. When cancelled, the process is gone.
 
         `goes_on` then tells whether it is to be resumed: its last checkpoint is worth some waiting.
-        Raises OSError where it cannot be started, as on a full disk.
+        Raises NotFound where its dataset is not there, before anything is started, and OSError where it cannot be
+        started, as on a full disk.
         """
         ...
 
@@ -241,7 +245,7 @@ class Runs:
         )
         deaths, furthest, pause_s = 0, -1, FIRST_PAUSE_S
         while True:
-            end = await self._persist(training.id, attempt)
+            end = await self._persist(training.id, partial(self._with_dataset, training.id, attempt))
             if not isinstance(end, Died):
                 return end
             point = self._newest(training.id)
@@ -253,6 +257,19 @@ class Runs:
             _log.warning("a training process died", training=training.id, detail=end.detail, step=step, deaths=deaths)
             if deaths == MAX_DEATHS:
                 return end
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _with_dataset(self, training: str, attempt: Callable[[], Awaitable[End]]) -> End:
+        """An attempt; of a training that has made a step, also after its dataset was away for a while."""
+        give_up, pause_s = time.monotonic() + DATASET_PATIENCE_S, FIRST_PAUSE_S
+        while True:
+            try:
+                return await attempt()
+            except NotFound as error:
+                if self._newest(training) is None or time.monotonic() >= give_up:
+                    raise
+                self._note(training, Warned(f"waits: {error.message}"))
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 

@@ -95,7 +95,7 @@ class Children:
         self.went_on: dict[str, bool] = {}
         self.left: list[str] = []
         self.on_let_go: Callable[[], None] = lambda: None
-        self.refusals: list[OSError] = []
+        self.refusals: list[Exception] = []
         self.changed = asyncio.Event()
 
     async def train(
@@ -269,6 +269,37 @@ async def test_a_submission_keeps_no_device() -> None:
         it.children.end("a", Trained(b"a" * 32))
         await it.until_running("b")
         assert (await it.until_ended("a")).submission == "tasks/t/submissions/a"
+
+
+AWAY = NotFound("DATASET_NOT_FOUND", "there is no dataset 'd' in the node's data folder")
+
+
+async def test_a_training_on_its_way_waits_for_a_dataset_that_is_away() -> None:
+    async with world() as it:
+        it.start(training("a"))
+        await it.until_running("a")
+        it.children.refusals = [AWAY, AWAY]
+        it.children.end("a", Died("killed by SIGBUS"))
+        await it.until_started(4)
+        it.children.end("a", Trained(b"a" * 32))
+        done = await it.until_ended("a")
+    assert done.state is TrainingState.SUCCEEDED
+    assert done.warnings == ("waits: there is no dataset 'd' in the node's data folder",)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_dataset_that_stays_away_is_given_up(begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.trainer.runs.DATASET_PATIENCE_S", 0.0 if begun else 600.0)
+    async with world() as it:
+        if not begun:
+            it.children.refusals = [AWAY]
+        it.start(training("a"))
+        if begun:
+            await it.until_running("a")
+            it.children.refusals = [AWAY]
+            it.children.end("a", Died("killed by SIGBUS"))
+        done = await it.until_ended("a")
+    assert (done.state, done.error) == (TrainingState.FAILED, AWAY.message)
 
 
 async def test_a_submission_outlasts_a_clock_that_is_yet_to_be_set() -> None:
