@@ -132,6 +132,12 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def remove_drafts(folder: Path) -> None:
+    """Removes what a process was writing when it was killed: checkpoints, say. Only for who is `alone`."""
+    for path in folder.glob(".*"):
+        path.unlink(missing_ok=True)
+
+
 def mark_cancelled(folder: Path) -> None:
     """Keeps durably that the run was asked to stop, with an empty file: in most file systems a full disk takes one."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ def main() -> None:
         lines.write(json.dumps(event) + "\n")
 
     with runfolder.alone(folder):
+        runfolder.remove_drafts(folder)
         result = runfolder.read_result(folder)
         status = 0
         if result is not None:
