@@ -48,8 +48,10 @@ class Judges:
         Whether there is such a model is told to nobody who may not ask it.
         """
         asked = (validator, model)
-        training, until = self._known.get(asked, ("", self._clock()))
-        if self._clock() >= until:
+        now = self._clock()
+        training, until = self._known.get(asked, ("", now))
+        # One that holds for longer is of before the clock was set back.
+        if not now < until <= now + _GRANTED_FOR:
             training = await self._look_up(validator, model)
             self._known[asked] = (training, self._clock() + (_GRANTED_FOR if training else _REFUSED_FOR))
             self._known.move_to_end(asked)
