@@ -59,12 +59,8 @@ class Means:
 
 @dataclass(frozen=True)
 class Desk:
-    """Whom a duty reports to. `admit` is awaited before a new lease is asked for, `dismiss` takes that back when the
-    lease was refused; `changed` is told of each change of the run.
-    """
+    """Whom a duty reports to: `changed` is told of each change of the run."""
 
-    admit: Callable[[], Awaitable[None]]
-    dismiss: Callable[[], None]
     changed: Callable[[], None]
     draining: Callable[[], bool]
 
@@ -91,6 +87,11 @@ class Duty:
         self._news = asyncio.Event()
         self._means = means
         self._desk = desk
+
+    @property
+    def leased(self) -> bool:
+        """Whether it is accepted, by the registry's last word."""
+        return self._latest.state is AssignmentState.ACCEPTED
 
     def hear(self, assignment: Assignment) -> None:
         """The registry's word on this assignment."""
@@ -124,8 +125,6 @@ class Duty:
         name, task = self._latest.name, self._latest.task
         self.waiting = self.run is None
         async with self._means.leases.hold(task):
-            if self.run is None:
-                await self._desk.admit()
             self.waiting = False
             lease = await self._accept()
             if self.run is None:
@@ -143,8 +142,6 @@ class Duty:
         try:
             return await persist(lambda: self._means.registry.accept(name, self._means.lease_holder), "accept")
         except ArenaError as error:
-            if self.run is None:
-                self._desk.dismiss()
             if isinstance(error, AlreadyExists):
                 _fail(f"another process holds the lease: {error.message}")
             if isinstance(error, FailedPrecondition):
@@ -157,7 +154,6 @@ class Duty:
         except ArenaError as error:
             # Without room for this there is none for a model.
             await self._decline(lease, str(error))
-            self._desk.dismiss()
             _fail(str(error), error)
 
     async def _evaluate_for_good(self, lease: Lease) -> None:

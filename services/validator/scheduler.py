@@ -36,15 +36,14 @@ class Scheduler:
         self._active: dict[str, _Active] = {}
         self._given_back: set[str] = set()
         self._farewells: set[asyncio.Task[None]] = set()
-        # Never more than stop_after runs are begun, so that no work is left over when that many have ended.
-        self._admission = asyncio.Semaphore(stop_after) if stop_after else None
+        # Runs begun, and duties that may become such. Never more than stop_after, so that no work is left over when
+        # that many have ended; what comes beyond is given back, since an offer that is left to run out is a fault.
+        self._admitted = 0
         self._ended_here = 0
         self._taken_up = False
         self._drained = False
         self._news = asyncio.Event()
-        self._desk = Desk(
-            admit=self._admit, dismiss=self._dismiss, changed=self._announce, draining=lambda: self.draining
-        )
+        self._desk = Desk(changed=self._announce, draining=lambda: self.draining)
         self.draining = False
         validator_metrics.follow(lambda: [active.duty for active in tuple(self._active.values())])
 
@@ -67,7 +66,7 @@ class Scheduler:
         for name, active in self._active.items():
             if active.duty.waiting:
                 active.task.cancel()
-                self._give_back(name, leased=False)
+                self._give_back(name, leased=active.duty.leased)
         self._stop_when_drained()
 
     async def run(self) -> None:
@@ -123,10 +122,13 @@ class Scheduler:
         run = await persist(lambda: self._means.store.get(assignment.name), "look up a run")
         if run is not None and run.state in ENDED_RUNS:
             return
-        if self.draining and run is None:
+        enough = self.draining or (self._stop_after and self._admitted >= self._stop_after)
+        if run is None and enough:
             if assignment.state is not AssignmentState.SEALED:
                 self._give_back(assignment.name, leased=assignment.state is AssignmentState.ACCEPTED)
             return
+        if run is None:
+            self._admitted += 1
         self._start(assignment, run)
 
     def _start(self, assignment: Assignment, run: Run | None) -> None:
@@ -140,6 +142,9 @@ class Scheduler:
             del self._active[name]
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a duty died", assignment=name, exc_info=error)
+        if duty.run is None:
+            # Another may have its place.
+            self._admitted -= 1
         if duty.run is not None and duty.run.state in ENDED_RUNS:
             validator_metrics.note_ended(duty.run)
             self._ended_here += 1
@@ -179,14 +184,6 @@ class Scheduler:
         # Who waits has the old event.
         self._news.set()
         self._news = asyncio.Event()
-
-    async def _admit(self) -> None:
-        if self._admission is not None:
-            await self._admission.acquire()
-
-    def _dismiss(self) -> None:
-        if self._admission is not None:
-            self._admission.release()
 
 
 async def _perform(duty: Duty, assignment: Assignment) -> None:

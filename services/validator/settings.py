@@ -23,7 +23,7 @@ class ValidatorSettings(ServiceSettings):
     concurrency: Annotated[int, Field(ge=1, le=64)] = 1
     """Evaluations at once."""
     stop_after: Annotated[int, Field(ge=0)] = 0
-    """Drain once so many runs have ended; 0 means never."""
+    """Drain once so many runs have ended, and give back what is offered beyond; 0 means never."""
     cache_bytes: Annotated[int, Field(ge=1)] = 20 * GIB
     """Most bytes of datasets and models kept; fewer where the disk has no room for so many."""
     device: Literal["cpu", "auto", "cuda"] = "auto"

@@ -434,8 +434,9 @@ async def until_refused(arena, times):
 async def test_a_full_disk_gives_a_new_assignment_back_at_once(tmp_path, hurried):
     async with Arena(tmp_path, stop_after=1) as arena:
         arena.store.full_for = lambda run: run.state is RunState.FETCHING
+        ended = arena.scheduler.news()
         arena.registry.offer("a")
-        await arena.registry.until_called("decline")
+        await asyncio.wait_for(ended.wait(), 10)
         arena.store.full_for = lambda run: False
         arena.registry.offer("b")
         assert (await arena.store.until("b", *ENDED_RUNS)).state is RunState.OPENED
@@ -568,20 +569,41 @@ async def test_a_drain_gives_back_a_lease_of_which_no_run_was_stored(tmp_path):
     assert arena.store.runs == {}
 
 
+async def test_a_drain_gives_back_a_lease_that_waits_for_its_turn_with_its_token(tmp_path):
+    arena = Arena(tmp_path, run(RunState.FETCHING), leases=1)
+    for name in "ab":
+        arena.registry.known[name] = Assignment(name, "t", AssignmentState.ACCEPTED)
+    arena.attempts.hold = asyncio.Event()
+    async with arena:
+        await asyncio.wait_for(arena.attempts.began.wait(), 10)
+        arena.scheduler.drain()
+        await arena.registry.until_called("decline")
+        arena.attempts.hold.set()
+        await asyncio.wait_for(arena.drained.wait(), 10)
+    assert [call[:2] for call in arena.registry.calls if call[1:2] == ("b",)] == [("accept", "b"), ("decline", "b")]
+
+
 async def test_an_idle_drain_is_over_at_once(tmp_path):
     async with Arena(tmp_path) as arena:
         arena.scheduler.drain()
         await asyncio.wait_for(arena.drained.wait(), 10)
 
 
-async def test_stop_after_begins_no_more_runs_than_that(tmp_path):
+async def test_stop_after_begins_no_more_runs_than_that_and_gives_the_others_back_at_once(tmp_path):
     async with Arena(tmp_path, stop_after=2, concurrency=4) as arena:
+        arena.attempts.hold = asyncio.Event()
         arena.registry.refusals["accept"] = [AlreadyExists("LEASE_HELD", "held by another")]
-        for name in "abcde":
+        ended = arena.scheduler.news()
+        arena.registry.offer("a")
+        await asyncio.wait_for(ended.wait(), 10)
+        # The place of what was refused is another's.
+        for name in "bcde":
             arena.registry.offer(name)
+        await arena.registry.until_called("decline", 2)
+        arena.attempts.hold.set()
         await asyncio.wait_for(arena.drained.wait(), 10)
-    assert len(arena.store.runs) == 2
-    assert {run.state for run in arena.store.runs.values()} == {RunState.OPENED}
+    assert {call[1] for call in arena.calls("decline")} == {"d", "e"}
+    assert {name: run.state for name, run in arena.store.runs.items()} == {"b": RunState.OPENED, "c": RunState.OPENED}
 
 
 async def test_a_drain_does_not_wait_for_a_registry_that_never_asks(tmp_path, monkeypatch):
