@@ -17,7 +17,7 @@ from services.validator.assignments import Order
 from services.validator.batches import rows_per_batch
 from services.validator.children import stall_s, while_it_moves
 from services.validator.evaluation import CannotEvaluate, ModelFailed, ServerLost
-from services.validator.fleet import Endpoint, Fleet
+from services.validator.fleet import ANSWER_TIMEOUT_S, Endpoint, Fleet
 from services.validator.pipeline import CHANNEL_OPTIONS, RequestRefused, StreamBroken, WrongAnswer
 from services.validator.rows import EvaluationRows
 from services.validator.runs import Fault, Finding, Progress
@@ -26,6 +26,9 @@ from tiltyard.counting import Metric, NanOutput, Tally
 from tiltyard.identity import Key, issue_token
 
 _TOKEN_S = 120.0
+# Who takes nothing of what was sent for so long is hung up on: a channel to such a peer would never close, and its
+# thread, socket and batches stay for good. It pings no more often than servers commonly allow.
+_HANG_UP = (("grpc.keepalive_time_ms", 310_000), ("grpc.keepalive_timeout_ms", int(ANSWER_TIMEOUT_S * 1000)))
 
 _log = structlog.get_logger("tiltyard.validator")
 
@@ -58,7 +61,7 @@ def connected(
             tokens[fresh] = now + _TOKEN_S
         return (("authorization", f"Bearer {fresh}"),)
 
-    all_options = (*CHANNEL_OPTIONS, *options)
+    all_options = (*CHANNEL_OPTIONS, *_HANG_UP, *options)
     channel = (
         grpc.insecure_channel(target, options=all_options)
         if credentials is None
@@ -67,8 +70,8 @@ def connected(
     try:
         yield Endpoint(name, observed_channel(channel, peer=peer), metadata)
     finally:
-        # A channel closes only when what was handed to its socket has been read: nobody waits for a server that
-        # hangs, and least of all the event loop.
+        # A channel closes only when what was handed to its socket has been read, or the peer is hung up on: nobody
+        # waits for a server that hangs, and least of all the event loop.
         threading.Thread(target=channel.close, name=f"closing-{name}", daemon=True).start()
 
 

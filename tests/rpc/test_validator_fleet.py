@@ -1,10 +1,12 @@
 """One evaluation over several servers: all of them work, and one that fails costs only what it had in flight."""
 
+import socket
+import struct
 import threading
 import time
 import tracemalloc
 from concurrent import futures
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 import grpc
@@ -16,6 +18,7 @@ from safetensors.numpy import save_file
 
 from services.runtime.errors import ResourceExhausted
 from services.runtime.rpc_errors import to_rpc_status
+from services.validator import elsewhere
 from services.validator import fleet as fleet_module
 from services.validator.elsewhere import connected
 from services.validator.fleet import WINDOW, Endpoint, Fleet, ModelServer, parse_servers
@@ -338,6 +341,45 @@ def test_it_can_be_cancelled_from_another_thread(rows):
         with pytest.raises(StreamCancelled):
             running.result(timeout=20)
         hanging.set()
+
+
+@pytest.fixture
+def deaf():
+    """The address of a server that lets a client send without bound, and reads nothing of it."""
+    settings = struct.pack(">HIHI", 4, 2**31 - 1, 5, 2**24 - 1)
+    window = struct.pack(">I", 2**31 - 65_536)
+    frames = [
+        len(body).to_bytes(3, "big") + bytes([kind]) + bytes(5) + body for kind, body in ((4, settings), (8, window))
+    ]
+    with socket.socket() as listening, ExitStack() as open_connections:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+
+        def serve():
+            with suppress(OSError):
+                connection, _ = listening.accept()
+                open_connections.enter_context(connection)
+                connection.sendall(b"".join(frames))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_of_a_server_that_takes_nothing_no_thread_is_left(deaf, monkeypatch):
+    hurried = (("grpc.keepalive_time_ms", 310_000), ("grpc.keepalive_timeout_ms", 1000))
+    monkeypatch.setattr(elsewhere, "_HANG_UP", hurried)
+    with connected("deaf", deaf, key=Key.generate(), audience="", credentials=None) as endpoint:
+        call = endpoint.channel.unary_unary("/m", None, None).future(bytes(8 << 20))
+        with pytest.raises(grpc.FutureTimeoutError):
+            call.result(timeout=0.3)
+        call.cancel()
+    (closing,) = (thread for thread in threading.enumerate() if thread.name == "closing-deaf")
+    closing.join(timeout=20)
+    assert not closing.is_alive()
 
 
 def test_servers_are_named_in_the_settings():
