@@ -1,6 +1,7 @@
 """Trainings between the contract's messages and the domain, and the checks of every field of a request."""
 
 import math
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -8,6 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.runtime.errors import InvalidArgument
 from services.runtime.fields import FieldChecks
 from services.runtime.names import format_artifact, format_task, format_training, parse_task
+from services.runtime.paging import fitting
 from services.trainer.config import Executor, LossKind, OptimizerKind, Precision, ScheduleKind, TrainingConfig
 from services.trainer.ends import Stage
 from services.trainer.progress import Progress
@@ -255,7 +257,9 @@ def cancel_response(training: Training) -> pb.CancelTrainingResponse:
     return pb.CancelTrainingResponse(training=training_to_proto(training))
 
 
-def list_response(page: TrainingPage, next_page_token: str) -> pb.ListTrainingsResponse:
-    """The answer of ListTrainings."""
-    trainings = [training_to_proto(training) for training in page.trainings]
-    return pb.ListTrainingsResponse(trainings=trainings, next_page_token=next_page_token)
+def list_response(page: TrainingPage, token: Callable[[str], str]) -> pb.ListTrainingsResponse:
+    """The answer of ListTrainings, with fewer trainings where one message cannot hold them all."""
+    trainings = fitting(training_to_proto(training) for training in page.trainings)
+    ended = len(trainings) == len(page.trainings) and not page.more
+    cursor = "" if ended else page.cursors[len(trainings) - 1]
+    return pb.ListTrainingsResponse(trainings=trainings, next_page_token=token(cursor))

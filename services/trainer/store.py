@@ -87,8 +87,9 @@ class SqlTrainingStore:
             if cursor:
                 query = query.where(col(TrainingRow.number) < int(cursor))
             rows = session.exec(query).all()
-            more = str(rows[size - 1].number) if len(rows) > size else ""
-            return TrainingPage([_training(session, row) for row in rows[:size]], more)
+            shown = rows[:size]
+            cursors = [str(row.number) for row in shown]
+            return TrainingPage([_training(session, row) for row in shown], cursors, more=len(rows) > size)
 
         return await self._database.read(work)
 

@@ -130,10 +130,11 @@ class Training:
 
 @dataclass(frozen=True)
 class TrainingPage:
-    """Trainings, newest first, and the cursor of the page after them (empty on the last)."""
+    """Trainings, newest first, with the cursor of a page that begins after each, and whether there are more."""
 
     trainings: Sequence[Training]
-    next_cursor: str
+    cursors: Sequence[str]
+    more: bool
 
 
 class TrainingStore(Protocol):

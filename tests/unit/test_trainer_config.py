@@ -8,7 +8,7 @@ import pytest
 from services.runtime.errors import InvalidArgument
 from services.trainer import convert
 from services.trainer.config import Executor, OptimizerKind, Precision, ScheduleKind, TrainingConfig
-from services.trainer.training import Training
+from services.trainer.training import Training, TrainingPage
 from tests.unit.test_trainer_live import RUNNING
 from tiltyard.trainer.v1 import trainer_pb2 as pb
 from tiltyard.type.v1 import model_pb2
@@ -105,3 +105,17 @@ def test_what_goes_together_is_asked_for_together() -> None:
         with pytest.raises(InvalidArgument) as caught:
             read(**given)
         assert [violation.field for violation in caught.value.violations] == [path]
+
+
+def test_a_page_of_large_trainings_goes_into_one_message_and_the_next_one_begins_after_it():
+    large = replace(RUNNING, config=replace(TrainingConfig(), class_weights=(0.5,) * 60_000))
+    trainings = [replace(large, id=str(number)) for number in range(9, 0, -1)]
+    cursors = [training.id for training in trainings]
+    first = convert.list_response(TrainingPage(trainings, cursors, more=False), "token of {}".format)
+    assert [training.name for training in first.trainings] == [f"trainings/{number}" for number in (9, 8, 7, 6)]
+    assert first.ByteSize() < 4 * 1024 * 1024
+    assert first.next_page_token == "token of 6"
+    whole = TrainingPage(trainings[5:], cursors[5:], more=True)
+    assert convert.list_response(whole, "token of {}".format).next_page_token == "token of 1"
+    last = convert.list_response(replace(whole, more=False), "token of {}".format)
+    assert (len(last.trainings), last.next_page_token) == (4, "token of ")

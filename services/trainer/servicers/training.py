@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from services.runtime.idempotency import idempotent
@@ -39,7 +40,7 @@ class TrainingServicer(rpc.TrainingServiceServicer):
         """List trainings, newest first."""
         cursor = self._tokens.decode(request.page_token, _LIST)
         page = await self._trainings.page(cursor=cursor, size=page_size(request.page_size))
-        return convert.list_response(page, self._tokens.encode(_LIST, page.next_cursor))
+        return convert.list_response(page, partial(self._tokens.encode, _LIST))
 
     async def WatchTraining(
         self, request: pb.WatchTrainingRequest, context: Any
