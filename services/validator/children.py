@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import importlib.util
 import json
 import math
@@ -44,6 +45,9 @@ _ONNX_FILE = "model.onnx"
 _EXIT_TIMEOUT_S = 5.0
 # Waiting for one batch: the CPU limit ends what computes; this ends what hangs, on a busy machine too.
 _LEAST_STALL_S = 30.0
+
+# The cache may lie on another disk than the children, or on one whose file system has one name for a file.
+_NO_SECOND_NAME = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 _FAULT_OF = {
     ExitKind.OUT_OF_MEMORY: Fault.OUT_OF_MEMORY,
@@ -92,7 +96,7 @@ class NurseryAttempts:
         try:
             (folder / _SPEC_FILE).write_text(json.dumps(to_json(job.order.spec)))
             onnx = isinstance(job.order.spec.architecture, Onnx)
-            (folder / (_ONNX_FILE if onnx else _WEIGHTS_FILE)).hardlink_to(job.model)
+            await asyncio.to_thread(_put, job.model, folder / (_ONNX_FILE if onnx else _WEIGHTS_FILE))
             limits = Limits(
                 memory_bytes=job.order.max_memory_bytes,
                 cpu_seconds=max(1, math.ceil(job.order.max_cpu_s)),
@@ -156,6 +160,16 @@ class NurseryAttempts:
             with contextlib.suppress(Exception):
                 await asyncio.shield(running)
         return Finding(counts=tally.counts(), prediction_blocks=tally.prediction_blocks())
+
+
+def _put(model: Path, place: Path) -> None:
+    """Has a model's file in a child's folder, by a second name where the file system gives it one."""
+    try:
+        place.hardlink_to(model)
+    except OSError as error:
+        if error.errno not in _NO_SECOND_NAME:
+            raise
+        shutil.copyfile(model, place)
 
 
 def stall_s(order: Order) -> float:

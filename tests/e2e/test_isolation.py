@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -148,3 +149,16 @@ async def test_no_label_is_on_the_wire_to_a_model_server(tmp_path: Path, nursery
     assert labels_in(wire, labels) == []
     for encoded in (y[4:8].astype("<i4").tobytes(), ",".join(map(str, labels[:9])).encode()):
         assert labels_in(wire[:1000] + encoded + wire[1000:2000], labels)
+
+
+async def test_a_cache_on_another_disk_than_the_children_is_no_hindrance(
+    attempts: NurseryAttempts, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_self: Path, _target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    found = await attempts.attempt(job, Progress())
+    assert found.counts is not None
+    assert found.counts.total == ROWS
+    assert list((tmp_path / "children").iterdir()) == []
