@@ -37,6 +37,7 @@ _LONGEST_RENEWAL_S = 60.0
 _MAX_REASON_CHARS = 500
 # How long after an opening's deadline to ask what became of it, when the registry says nothing by itself.
 _OVERDUE_S = 30.0
+_DRAINING = "the validator takes no further assignments"
 
 _log = structlog.get_logger("tiltyard.validator")
 
@@ -169,7 +170,7 @@ class Duty:
             async with self._means.evaluations.hold(self._latest.task):
                 if self._desk.draining():
                     # It waited with many others: whoever wants to stop does not work them all off first.
-                    raise CannotEvaluate("the validator takes no further assignments")
+                    raise CannotEvaluate(_DRAINING)
                 self._begun = True
                 finding = await self._find(lease.order)
             finding = replace(finding, detail=one_line(finding.detail))
@@ -239,10 +240,14 @@ class Duty:
                 left_s = await persist(lambda: self._means.registry.renew(self._latest.name, lease.token), "renew")
             except ArenaError as error:
                 _fail(f"the lease was lost: {error.message}", error)
-            if not self._begun and left_s < lease.left_s / 2:
-                reason = "other evaluations take longer than this one's round lasts"
+            if not self._begun and (reason := self._reason_to_wait_no_longer(left_s, lease)):
                 await self._decline(lease, reason)
                 _fail(reason)
+
+    def _reason_to_wait_no_longer(self, left_s: float, lease: Lease) -> str:
+        if self._desk.draining():
+            return _DRAINING
+        return "other evaluations take longer than this one's round lasts" if left_s < lease.left_s / 2 else ""
 
     async def _seal(self, sealed: SealedReport, lease: Lease) -> None:
         try:

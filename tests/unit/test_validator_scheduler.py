@@ -559,6 +559,22 @@ async def test_a_drain_gives_back_what_is_leased_and_has_not_begun(tmp_path):
         assert (await arena.store.until("b", *ENDED_RUNS)).detail == "the validator takes no further assignments"
 
 
+async def test_a_drain_does_not_keep_what_is_leased_until_what_runs_has_ended(tmp_path):
+    async with Arena(tmp_path) as arena:
+        arena.registry.lease_s = 0.15
+        arena.attempts.hold = asyncio.Event()
+        arena.registry.offer("a")
+        await asyncio.wait_for(arena.attempts.began.wait(), 10)
+        arena.registry.offer("b")
+        await arena.registry.until_called("accept", times=2)
+        arena.scheduler.drain()
+        assert (await arena.store.until("b", *ENDED_RUNS)).detail == "the validator takes no further assignments"
+        assert [name for _, name, _ in arena.calls("decline")] == ["b"]
+        arena.attempts.hold.set()
+        await asyncio.wait_for(arena.drained.wait(), 10)
+    assert arena.store.runs["a"].state is RunState.OPENED
+
+
 async def test_a_drain_gives_back_a_lease_of_which_no_run_was_stored(tmp_path):
     arena = Arena(tmp_path)
     arena.registry.known["a"] = Assignment("a", "t", AssignmentState.ACCEPTED)
