@@ -5,7 +5,7 @@ from datetime import datetime
 from google.protobuf import timestamp_pb2
 
 from services.runtime.names import parse_assignment
-from services.runtime.paging import PageTokens, page_size
+from services.runtime.paging import PageTokens, fitting, page_size
 from services.validator.runs import RunView
 from services.validator.signing import FAULT_NUMBER
 from services.validator.validation import RunPage, Status
@@ -37,11 +37,11 @@ class RunPages:
         return page_size(request.page_size)
 
     def response(self, page: RunPage) -> pb.ListEvaluationRunsResponse:
-        """One page with the token of the next."""
-        cursor = "" if page.next_below is None else str(page.next_below)
-        return pb.ListEvaluationRunsResponse(
-            runs=[run_message(each) for each in page.runs], next_page_token=self._tokens.encode(_RUNS_QUERY, cursor)
-        )
+        """One page with the token of the next; shorter where one message cannot hold all of it."""
+        runs = fitting(run_message(each) for each in page.runs)
+        below = page.next_below if len(runs) == len(page.runs) else page.runs[len(runs) - 1].run.number
+        cursor = "" if below is None else str(below)
+        return pb.ListEvaluationRunsResponse(runs=runs, next_page_token=self._tokens.encode(_RUNS_QUERY, cursor))
 
 
 def status_response(status: Status) -> pb.GetStatusResponse:

@@ -1,6 +1,8 @@
 """Progress, batch sizes, and the confirmation of faults."""
 
 import math
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,14 @@ from safetensors.numpy import save_file
 
 from services.validator.assignments import Order
 from services.validator.batches import MAX_TENSOR_BYTES, rows_per_batch
+from services.validator.convert import RunPages
 from services.validator.evaluation import CannotEvaluate, Job, ModelFailed, ServerLost, find
 from services.validator.rows import EvaluationRows
-from services.validator.runs import Fault, Finding, Progress
+from services.validator.runs import Fault, Finding, Progress, Run, RunState, view
+from services.validator.validation import RunPage
 from tiltyard.counting import Counts
 from tiltyard.modelspec import Convnet, Linear, Mlp, ModelSpec, tensor_shapes
+from tiltyard.validator.v1 import validator_pb2 as pb
 
 SPEC = ModelSpec((4,), 2, Linear())
 GOOD = Finding(counts=Counts(1, 2, 0, 3))
@@ -137,3 +142,15 @@ def test_what_is_no_dataset_is_said(tmp_path, tensors, problem):
     save_file(tensors, tmp_path / "d")
     with pytest.raises(CannotEvaluate, match=problem):
         EvaluationRows.open(tmp_path / "d")
+
+
+def test_a_page_of_long_details_goes_into_one_message_and_the_next_one_begins_after_it():
+    name = f"tasks/t/submissions/1/assignments/1-{'a' * 40}"
+    long = Run(name, "t", RunState.FAILED, datetime(2030, 1, 1, tzinfo=UTC), detail="d" * 300_000)
+    runs = tuple(view(replace(long, number=number)) for number in range(9, 0, -1))
+    pages = RunPages(bytes(32))
+    first = pages.response(RunPage(runs, next_below=None))
+    assert len(first.runs) == 6
+    assert pages.below(pb.ListEvaluationRunsRequest(page_token=first.next_page_token)) == 4
+    last = pages.response(RunPage(runs[6:], next_below=None))
+    assert (len(last.runs), last.next_page_token) == (3, "")

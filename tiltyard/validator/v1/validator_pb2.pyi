@@ -199,7 +199,7 @@ class ListEvaluationRunsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most this many, 50 when 0, 1000 at most."""
+    """At most this many, 50 when 0, 1000 at most; fewer when they would exceed 2 MiB."""
     page_token: _builtins.str
     """Of the previous page; INVALID_ARGUMENT when it is of another list."""
     def __init__(
