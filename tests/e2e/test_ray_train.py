@@ -21,7 +21,7 @@ from services.trainer import runfolder
 from services.trainer.config import Executor, LossKind, TrainingConfig
 from services.trainer.descent.descent import Descent
 from services.trainer.descent.rows import Rows
-from services.trainer.ends import Broken, Note, Trained
+from services.trainer.ends import Broken, Died, Note, Trained
 from services.trainer.leftovers import RUN_VARIABLE
 from services.trainer.localdata import DataFolder
 from services.trainer.packed import mark_of
@@ -145,6 +145,24 @@ async def test_ray_train_that_diverges_says_at_which_step_and_leaves_no_worker_w
     assert isinstance(end, Broken)
     assert "try a smaller learning rate" in end.error
     assert not processes_of(tmp_path / "runs" / "1")
+
+
+async def test_ray_train_of_which_a_worker_is_killed_may_go_on_from_its_checkpoint(
+    tmp_path: Path, children: ChildProcesses, training: Training
+) -> None:
+    folder = tmp_path / "runs" / "1"
+    long = replace(training, config=replace(training.config, epochs=1_000_000, checkpoint_interval_steps=10))
+    running = asyncio.ensure_future(
+        children.train(long, device="cpu", report=lambda _: None, note=lambda _: None, goes_on=lambda: True)
+    )
+    while not runfolder.checkpoint(folder).exists():
+        await asyncio.sleep(0.05)
+        assert not running.done()
+    workers = [process for process in processes_of(folder) if "RayTrainWorker" in process.name()]
+    assert len(workers) == 2
+    workers[1].kill()
+    assert isinstance(end := await running, Died), end
+    assert not processes_of(folder)
 
 
 def test_ray_train_ends_with_a_service_that_is_killed(tmp_path: Path, training: Training) -> None:

@@ -96,7 +96,7 @@ class _Broke(Exception):
 
 
 def _work(config: dict[str, Any]) -> None:
-    """One worker."""
+    """One worker. It ends by WorkerLost where another one died: then nothing has broken, and the queue tries again."""
     workers, events = ProcessGroup(), config["events"]
 
     def say(event: dict[str, Any]) -> None:

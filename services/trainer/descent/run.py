@@ -45,7 +45,7 @@ def train(
     """Trains what the folder orders; an exit status. `on_stop` is told what to call when the run is to stop.
 
     Of several `workers`, all of which see the folder, the first one speaks and writes; so many are `sharing` the
-    machine's processors and memory. `device` is the order's where it is not given.
+    machine's processors and memory. `device` is the order's where it is not given. Raises WorkerLost.
     """
     order = runfolder.read_order(folder)
     speaks = workers is None or workers.rank == 0

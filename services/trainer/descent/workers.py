@@ -7,6 +7,10 @@ import torch
 from torch import Tensor, distributed
 
 
+class WorkerLost(Exception):
+    """Another worker is gone: nobody's fault, and the run may go on from its checkpoint."""
+
+
 class Workers(Protocol):
     """The processes of one training, seen from one of them: number `rank` of `size`."""
 
@@ -17,7 +21,7 @@ class Workers(Protocol):
     def size(self) -> int: ...
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces each tensor by its sum over all workers, which wait for each other here."""
+        """Replaces each tensor by its sum over all workers, which wait for each other here. Raises WorkerLost."""
         ...
 
 
@@ -37,6 +41,9 @@ class ProcessGroup:
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """One message for all tensors: most are too small to be worth one each."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        distributed.all_reduce(flat)
+        try:
+            distributed.all_reduce(flat)
+        except RuntimeError as error:  # gloo and NCCL have no class of their own for it
+            raise WorkerLost(str(error)) from error
         for tensor, summed in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(summed.view_as(tensor))
