@@ -45,6 +45,22 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("damage", [(b'step\\": 3', b'step\\": 7'), (b"\x00\x00\x60\x40", b"\x00\x00\x61\x40")])
+def test_a_checkpoint_that_the_disk_has_damaged_is_not_gone_on_from(
+    tmp_path: Path, damage: tuple[bytes, bytes]
+) -> None:
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, Checkpoint(STATE, {"step": 3}))
+    raw = path.read_bytes()
+    assert raw.count(damage[0]) == 1
+    path.write_bytes(raw.replace(*damage))
+    with pytest.raises(CheckpointUnreadable, match="damaged"):
+        load_checkpoint(path)
+    # One of an earlier version has no digest.
+    path.write_bytes(raw.replace(b'"sha256"', b'"sha999"'))
+    assert load_checkpoint(path) is not None
+
+
 class Disk:
     """In place of `save_checkpoint`: writes when it is let, and fails as it is told."""
 

@@ -1,9 +1,10 @@
 """A training's state on disk: one safetensors file that appears whole or not at all; nothing here unpickles."""
 
+import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 _FACTS = "facts"
+# Of facts and tensors: a disk may give back other bytes than it took, and nobody would see it in the model.
+_DIGEST = "sha256"
 # What a state is made of, in the format's words.
 _DTYPES = {
     torch.float64: "F64",
@@ -62,21 +65,25 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
         return None
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})[_FACTS])
+            told = file.metadata() or {}
+            facts = json.loads(told[_FACTS])
             # Copies: what torch gets must outlive the file, which the next checkpoint replaces.
             tensors = {name: torch.clone(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise CheckpointUnreadable(f"{path.name} is not a checkpoint: {error}") from error
+    # Those of earlier versions have no digest.
+    if told.get(_DIGEST, "") not in ("", _digest(told[_FACTS], tensors)):
+        raise CheckpointUnreadable(f"{path.name} was damaged on the disk")
     return Checkpoint(tensors, facts)
 
 
 def _write(file: BinaryIO, checkpoint: Checkpoint) -> None:
     """The format of safetensors, tensor by tensor: the package would hold all of them in memory once more."""
-    # Those of large elements first, so that each lies at a multiple of its own.
-    tensors = sorted(checkpoint.tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header: dict[str, object] = {"__metadata__": {_FACTS: json.dumps(checkpoint.facts)}}
+    facts = json.dumps(checkpoint.facts)
+    told = {_FACTS: facts, _DIGEST: _digest(facts, checkpoint.tensors)}
+    header: dict[str, object] = {"__metadata__": told}
     position = 0
-    for name, tensor in tensors:
+    for name, tensor in _in_order(checkpoint.tensors):
         end = position + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]
@@ -85,7 +92,25 @@ def _write(file: BinaryIO, checkpoint: Checkpoint) -> None:
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     file.write(len(encoded).to_bytes(8, "little") + encoded)
-    for _, tensor in tensors:
+    for data in _contents(checkpoint.tensors):
+        file.write(data)
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Those of large elements first, so that each lies at a multiple of its own."""
+    return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+
+
+def _contents(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of each tensor, in their order."""
+    for _, tensor in _in_order(tensors):
         if tensor.numel():
             flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            yield flat.view(torch.uint8).numpy().data
+
+
+def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for data in _contents(tensors):
+        digest.update(data)
+    return digest.hexdigest()
