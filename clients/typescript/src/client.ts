@@ -36,6 +36,7 @@ import { DrawServiceDefinition } from "./proto/tiltyard/selector/v1/draw.js";
 import { StakeServiceDefinition } from "./proto/tiltyard/selector/v1/stake.js";
 import { TrainingServiceDefinition } from "./proto/tiltyard/trainer/v1/trainer.js";
 import { ValidationServiceDefinition } from "./proto/tiltyard/validator/v1/validator.js";
+import { texts } from "./texts.js";
 import { FollowedPem, following, type TlsOptions } from "./tls.js";
 
 /** What a call may be told beside its request: a deadline, metadata, an abort signal. */
@@ -100,6 +101,7 @@ class Connections {
       .use(breaking(breaker, this.deadlineMs))
       .use(repeatable(service))
       .use(sharing)
+      .use(texts)
       .use(arenaErrors)
       .create(service, channel) as Calls<Service>;
     this.#services.set(service, calls);

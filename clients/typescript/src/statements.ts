@@ -11,6 +11,7 @@ import {
   RevealStatement,
   SealStatement,
 } from "./proto/tiltyard/type/v1/envelope.js";
+import { checkTexts } from "./texts.js";
 
 /** What can be signed: the message's codec and its name within the payload type. */
 export interface StatementKind<T> {
@@ -26,8 +27,9 @@ export const REPORT: StatementKind<EvaluationReport> = { name: "evaluation-repor
 export const ENDORSEMENT: StatementKind<EndorsementStatement> = { name: "endorsement", codec: EndorsementStatement };
 export const OWNER: StatementKind<OwnerStatement> = { name: "owner", codec: OwnerStatement };
 
-/** The statement in a signed envelope. */
+/** The statement in a signed envelope. Throws RangeError with the path of a text that has half of a surrogate pair in it. */
 export function signStatement<T>(key: Key, kind: StatementKind<T>, statement: T): Envelope {
+  checkTexts(statement);
   const payloadType = payloadTypeOf(kind);
   const payload = kind.codec.encode(statement).finish();
   const signature = key.sign(preAuthenticationEncoding(payloadType, payload));
