@@ -4,8 +4,10 @@ import { test } from "node:test";
 import * as bls from "../src/bls.js";
 import { fromHex, toHex } from "../src/bytes.js";
 import { drawSeed } from "../src/commitments.js";
-import { ReceiptInvalid, receiptFromJson, verifyReceipt } from "../src/receipts.js";
+import { DrawReceipt, type BatchSignature } from "../src/proto/tiltyard/type/v1/draw.js";
+import { ReceiptInvalid, receiptFromJson, receiptLeaf, verifyReceipt } from "../src/receipts.js";
 import { checkOrder, drawnMember, drawnValue, type ProvedPlace } from "../src/sortition.js";
+import { leafHash } from "../src/transparency.js";
 import { vectors } from "./vectors.js";
 
 interface Vectors {
@@ -115,5 +117,17 @@ test("nothing can stand in a receipt's file that is not signed", () => {
     for (const text of ["[]", "{}x", "null", `{"a":${"[".repeat(100_000)}${"]".repeat(100_000)}}`]) {
       assert.throws(() => receiptFromJson(text), ReceiptInvalid, text.slice(0, 20));
     }
+  }
+});
+
+test("what a later selector says and signs in a receipt counts, known here or not", () => {
+  for (const { selector_key, receipt: document } of shared.receipts) {
+    const receipt = receiptFromJson(JSON.stringify(document));
+    const unknown = Buffer.of(0xa0, 6, 1); // field 100, as it comes over the wire
+    const bytes = (signed: BatchSignature | undefined) =>
+      Buffer.concat([DrawReceipt.encode({ ...receipt, signed }).finish(), unknown]);
+    const later = DrawReceipt.decode(bytes(receipt.signed));
+    assert.deepEqual(receiptLeaf(later), leafHash(bytes(undefined)));
+    assert.throws(() => verifyReceipt(later, fromHex(selector_key)), /not among those signed/);
   }
 });
