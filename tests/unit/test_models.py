@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -70,6 +71,13 @@ def test_operations_known_before_building_are_those_that_torch_counts(spec: Mode
 def test_a_token_outside_the_vocabulary_counts_as_its_nearest() -> None:
     module = build(ModelSpec((3,), 2, Transformer(5, 8, 1, 2)), seed=1).eval()
     assert torch.equal(module(torch.tensor([[-7, 2, 99]])), module(torch.tensor([[0, 2, 4]])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_also_one_that_no_integer_holds(dtype: torch.dtype) -> None:
+    module = build(ModelSpec((3,), 2, Transformer(70_000, 8, 1, 2)), seed=1).eval()
+    rows = torch.tensor([[-math.inf, 2.9, 1e30]], dtype=dtype)
+    assert torch.equal(module(rows), module(torch.tensor([[0, 2, 69_999]])))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

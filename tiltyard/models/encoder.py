@@ -56,7 +56,11 @@ class TransformerEncoder(Network):
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, K] of token ids [B, T] of any dtype."""
         # On a GPU an id out of bounds would take the process down, so it is brought inside everywhere alike.
-        ids = x.to(torch.int64).clamp(0, self.tokens.num_embeddings - 1)
+        last = self.tokens.num_embeddings - 1
+        if x.is_floating_point():
+            # What no int64 holds becomes the smallest one on some processors, the nearest on others.
+            x = x.to(torch.float64).clamp(0, last)
+        ids = x.to(torch.int64).clamp(0, last)
         h_BTD = self.dropout(self.tokens(ids) + self.positions.weight)
         for layer in self.layers:
             h_BTD = layer(h_BTD)
