@@ -69,6 +69,8 @@ class Models:
         self._loading = asyncio.Lock()
         if threads:
             torch.set_num_threads(threads)
+        # By itself torch computes a GPU's convolutions in TF32, and answers differ from a CPU's in the third digit.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self._queue = BatchQueue(run_batches, max_bytes=queue_bytes, delay_s=delay_s)
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loading")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+import torch
 
 from services.modelserver.loading import resolve_device
 from services.modelserver.models import Models
@@ -239,3 +240,13 @@ async def test_many_ask_at_once_for_a_model_that_is_not_in_memory(repository: Pa
 def test_a_device_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match="cuda:999 is wanted, and this process sees"):
         resolve_device("cuda:999")
+
+
+def test_a_gpu_computes_in_float32_like_a_cpu() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        Models().close()
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, False)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
