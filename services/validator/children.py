@@ -6,9 +6,10 @@ import errno
 import importlib.util
 import json
 import math
+import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -45,6 +46,8 @@ _ONNX_FILE = "model.onnx"
 _EXIT_TIMEOUT_S = 5.0
 # Waiting for one batch: the CPU limit ends what computes; this ends what hangs, on a busy machine too.
 _LEAST_STALL_S = 30.0
+# Of a core: with less nothing is computed, on the busiest machine.
+_COMPUTING_SHARE = 0.01
 
 # The cache may lie on another disk than the children, or on one whose file system has one name for a file.
 _NO_SECOND_NAME = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -139,7 +142,7 @@ class NurseryAttempts:
         running = loop.run_in_executor(self._streams, stream.run, rows, take)
         patience_s = stall_s(order)
         try:
-            await while_it_moves(running, progress, patience_s)
+            await while_it_moves(running, progress, patience_s, lambda: _cpu_s(child.pid))
         except NanOutput as error:
             raise ModelFailed(Fault.NAN_OUTPUT, str(error)) from error
         except WrongAnswer as error:
@@ -177,15 +180,26 @@ def stall_s(order: Order) -> float:
     return max(_LEAST_STALL_S, 2 * order.max_cpu_s)
 
 
-async def while_it_moves(running: "asyncio.Future[None]", progress: Progress, stall_s: float) -> None:
-    """Waits for `running`. Raises TimeoutError when the position has not moved for `stall_s`."""
+async def while_it_moves(
+    running: "asyncio.Future[None]", progress: Progress, stall_s: float, cpu_s: Callable[[], float] = lambda: 0.0
+) -> None:
+    """Waits for `running`. Raises TimeoutError when for `stall_s` the position has not moved, nor `cpu_s` by a share."""
     while True:
-        before = progress.position
+        before, cpu_before_s = progress.position, cpu_s()
         done, _ = await asyncio.wait([running], timeout=stall_s)
         if done:
             return running.result()
-        if progress.position == before:
+        if progress.position == before and cpu_s() - cpu_before_s < _COMPUTING_SHARE * stall_s:
             raise TimeoutError
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU seconds that a process has used, 0 when it has ended; proc_pid_stat(5)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def _raise_by_end(child: Child, detail: str) -> NoReturn:

@@ -23,7 +23,7 @@ from services.validator.children import NurseryAttempts
 from services.validator.evaluation import CannotEvaluate, Job, find
 from services.validator.runs import Fault, Finding, Progress
 from tests.support.wiretap import Tap, labels_in
-from tiltyard.modelspec import Mlp, ModelSpec, tensor_shapes
+from tiltyard.modelspec import Convnet, Mlp, ModelSpec, tensor_shapes
 
 # Wide enough to be caught in the middle.
 SPEC = ModelSpec((8, 8), 10, Mlp((512, 512, 512)), input_scale=1 / 255)
@@ -105,6 +105,20 @@ async def test_a_model_server_struck_in_the_middle(
     finding = await find_while(job, attempts, number, times=times)
     assert finding.fault == fault, finding.detail
     assert finding.counts is None if fault else finding.counts is not None and finding.counts.total == ROWS
+
+
+async def test_a_model_that_computes_is_not_taken_for_one_that_hangs(
+    job: Job, attempts: NurseryAttempts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModelSpec((64, 64), 2, Convnet((64, 64), kernel_size=11), 1 / 255)
+    rows = np.random.default_rng(0).integers(0, 256, (64, 64, 64), dtype=np.uint8)
+    save_file({"x": rows, "y": np.zeros(64, int)}, tmp_path / "long")
+    save_file({n: np.ones(s, np.float32) for n, s in tensor_shapes(spec).items()}, tmp_path / "busy")
+    # As on a machine that has so much to do that one batch takes longer than that.
+    monkeypatch.setattr(children, "stall_s", lambda order: 0.2)
+    order = replace(job.order, spec=spec)
+    finding = await find(Job(order, tmp_path / "long", tmp_path / "busy"), attempts, Progress())
+    assert finding.fault is None, finding.detail
 
 
 async def test_model_servers_that_are_killed_again_and_again_are_the_platforms_trouble(
