@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -23,9 +22,8 @@ from services.validator.rows import EvaluationRows
 from services.validator.runs import Fault, Finding, Progress
 from tiltyard.calls.observed import observed_channel
 from tiltyard.counting import Metric, NanOutput, Tally
-from tiltyard.identity import Key, issue_token
+from tiltyard.identity import Key, TokenSource
 
-_TOKEN_S = 120.0
 # Who takes nothing of what was sent for so long is hung up on: a channel to such a peer would never close, and its
 # thread, socket and batches stay for good. It pings no more often than servers commonly allow.
 _HANG_UP = (("grpc.keepalive_time_ms", 310_000), ("grpc.keepalive_timeout_ms", int(ANSWER_TIMEOUT_S * 1000)))
@@ -48,18 +46,10 @@ def connected(
 
     `peer` is its address as telemetry tells it, empty for strangers', of which there are many.
     """
-    tokens: dict[str, float] = {}
+    tokens = TokenSource(key, audience)
 
     def metadata() -> tuple[tuple[str, str | bytes], ...]:
-        if not audience:
-            return ()
-        now = time.monotonic()
-        fresh = next((token for token, until in tokens.items() if until > now), None)
-        if fresh is None:
-            tokens.clear()
-            fresh = issue_token(key, audience=audience)
-            tokens[fresh] = now + _TOKEN_S
-        return (("authorization", f"Bearer {fresh}"),)
+        return (("authorization", f"Bearer {tokens.token()}"),) if audience else ()
 
     all_options = (*CHANNEL_OPTIONS, *_HANG_UP, *options)
     channel = (

@@ -26,7 +26,7 @@ from services.validator.pipeline import RequestRefused, StreamBroken, StreamCanc
 from services.validator.rows import EvaluationRows
 from tests.support.wiretap import labels_in, tapped
 from tests.unit.test_tracing import Kept
-from tiltyard.identity import Key
+from tiltyard.identity import Key, verify_token
 from tiltyard.inference.v2 import inference_pb2 as pb
 from tiltyard.inference.v2 import inference_pb2_grpc as rpc
 from tiltyard.telemetry import tracing
@@ -402,3 +402,13 @@ def test_servers_are_named_in_the_settings():
 def test_a_server_that_is_badly_named_is_refused(text):
     with pytest.raises(ValueError, match=r"is not NAME=|one name"):
         parse_servers(text)
+
+
+@pytest.mark.parametrize("later_s", [3600, -3600], ids=["after a sleep", "set back"])
+def test_a_servers_token_is_of_now_also_when_the_clock_has_jumped(monkeypatch, later_s):
+    key, now = Key.generate(), time.time()
+    with connected("s", "127.0.0.1:1", key=key, audience="a", credentials=None) as endpoint:
+        for moment in (now, now + later_s):
+            monkeypatch.setattr(time, "time", lambda moment=moment: moment)
+            ((_, header),) = endpoint.metadata()
+            verify_token(header.removeprefix("Bearer "), audience="a", now=moment)
