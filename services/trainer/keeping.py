@@ -53,12 +53,16 @@ class OldTrainings:
             await asyncio.sleep(_EVERY_S)
 
     async def remove(self) -> None:
-        """Looks once. A removal that breaks off is gone on with at the next look."""
+        """Looks once. A removal that breaks off is gone on with at the next look, and holds up no other."""
         for name in await asyncio.to_thread(self._names):
             if await self._is_old(name):
                 await self._forget(name)
-                await asyncio.to_thread(shutil.rmtree, self._folder / name)
-                _log.info("what a training left is removed", training=name)
+                try:
+                    await asyncio.to_thread(shutil.rmtree, self._folder / name)
+                except OSError as error:
+                    _log.warning("what a training left cannot be removed", training=name, error=str(error))
+                else:
+                    _log.info("what a training left is removed", training=name)
 
     async def _is_old(self, name: str) -> bool:
         try:

@@ -1,7 +1,10 @@
 """What trainings leave behind goes when it is old enough, and nothing else does."""
 
+import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+import pytest
 
 from services.runtime.errors import NotFound
 from services.trainer.keeping import OldTrainings
@@ -48,6 +51,24 @@ async def test_what_ended_long_ago_goes_and_is_no_longer_served(tmp_path: Path) 
         await old.remove()
         assert {each.name for each in tmp_path.iterdir()} == {"young", "waiting", "another", "file"}
         assert forgotten == ["failed", "old"]
+
+
+async def test_what_cannot_be_removed_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[str] = []
+    old = old_trainings(tmp_path, forgotten, keep=7 * DAY)
+    real = shutil.rmtree
+
+    def rmtree(folder: Path) -> None:
+        if folder.name == "failed":
+            raise PermissionError(13, "Permission denied", str(folder))
+        real(folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", rmtree)
+        await old.remove()
+    assert {each.name for each in tmp_path.iterdir()} == {"failed", "young", "waiting", "another", "file"}
+    await old.remove()
+    assert not (tmp_path / "failed").exists()
 
 
 async def test_without_a_limit_everything_stays(tmp_path: Path) -> None:
