@@ -183,7 +183,7 @@ def stall_s(order: Order) -> float:
 async def while_it_moves(
     running: "asyncio.Future[None]", progress: Progress, stall_s: float, cpu_s: Callable[[], float] = lambda: 0.0
 ) -> None:
-    """Waits for `running`. Raises TimeoutError when for `stall_s` the position has not moved, nor `cpu_s` by a share."""
+    """Waits for `running`. Raises TimeoutError when `progress`, and `cpu_s` but for a share, stood for `stall_s`."""
     while True:
         before, cpu_before_s = progress.position, cpu_s()
         done, _ = await asyncio.wait([running], timeout=stall_s)
