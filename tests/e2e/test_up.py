@@ -146,3 +146,17 @@ def test_two_of_one_state_are_refused_and_others_see_nothing_of_it(tmp_path: Pat
         )
         assert (second.returncode, second.stdout) == (1, "")
         assert second.stderr == f"error: {state} is in use by another `tiltyard up`; choose another --state\n"
+
+
+def test_who_asks_for_tls_gets_no_plaintext(tmp_path: Path) -> None:
+    refused = subprocess.run(
+        [sys.executable, "-m", "tiltyard.cli", "up", "--state", str(tmp_path / "state"), "--port-base", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "TILTYARD_TLS_KEY": "registry.key", "TILTYARD_TLS_CERTIFICATE": "registry.pem"},
+    )
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("error: TILTYARD_TLS_CERTIFICATE is set, but `tiltyard up` serves plaintext")
+    assert not (tmp_path / "state").exists()

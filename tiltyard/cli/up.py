@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tiltyard.cli.connection import DEFAULT_ORIGIN, CommandError, OriginOption, key_lock, run
+from tiltyard.cli.connection import DEFAULT_ORIGIN, CommandError, OriginOption, fail, key_lock, run
 
 if TYPE_CHECKING:
     from tiltyard.cli.supervisor import Program, Supervisor
@@ -84,8 +84,9 @@ def up(
 ) -> None:
     """Run one of each service until interrupted.
 
-    What dies is started again.
+    What dies is started again. They serve plaintext, on this machine's loopback interface only.
     """
+    _refuse_tls()
     run(_up(state.absolute(), port_base, origin))
 
 
@@ -171,6 +172,16 @@ def _owned(state: Path) -> Iterator[None]:
         except BlockingIOError:
             raise CommandError(f"{state} is in use by another `tiltyard up`; choose another --state") from None
         yield
+
+
+def _refuse_tls() -> None:
+    """Whoever asks for TLS gets no plaintext; nor would their commands, which heed it, reach these services."""
+    asked = sorted(name for name, value in os.environ.items() if name.startswith("TILTYARD_TLS_") and value)
+    if asked:
+        fail(
+            f"{asked[0]} is set, but `tiltyard up` serves plaintext, on loopback only: unset {', '.join(asked)}, "
+            "or run each service by itself (docs/howto/tls.md)"
+        )
 
 
 def _lock_settings() -> dict[str, str]:
