@@ -87,8 +87,9 @@ class Witness:
     async def look(self, source: LogSource, *, now_s: int) -> Checkpoint:
         """Looks at the log once: its signature, that it has grown from what was seen, and that its new leaves give its
         root. Then cosigns. Raises Alarm, with both notes kept, and InvalidNote."""
-        seen = self.seen() or await _begin(source)
+        # First, since it says at once whether the registry is there: leaves are asked for with patience.
         note = await source.note()
+        seen = self.seen() or await _begin(source)
         checkpoint = parse_checkpoint(verify_note(note, name=seen.origin, public_key=seen.log_key))
         frontier = seen.frontier
         if checkpoint.size < frontier.size:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from deploy.arena import HERE, KEYS, Arena, main
+from deploy.arena import HERE, SERVICES, Arena, main
 from tiltyard.authority import Authority
 
 
@@ -102,7 +102,7 @@ def test_containers_read_their_certificates_and_nobody_else_reads_a_secret_whate
     finally:
         os.umask(before)
     for folder in (tmp_path / "strict", tmp_path / "lax"):
-        for name in KEYS:
+        for name in SERVICES:
             shown = folder / "certificates" / name
             modes = [path.stat().st_mode & 0o777 for path in (shown, shown / "certificate.pem", shown / "ca.pem")]
             assert modes == [0o755, 0o644, 0o644]
@@ -146,7 +146,7 @@ def test_a_build_that_fails_has_touched_no_key(tmp_path: Path, monkeypatch: pyte
 def test_what_the_operator_writes_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TILTYARD_ORIGIN", "arena.example.org")
     Arena(tmp_path).prepare()
-    assert {each.name for each in (tmp_path / "environment").iterdir()} == {f"{name}.env" for name in KEYS}
+    assert {each.name for each in (tmp_path / "environment").iterdir()} == {f"{name}.env" for name in SERVICES}
     (tmp_path / "environment/selector.env").write_text("TILTYARD_UNBONDING_TIME_S=60\n")
     with (tmp_path / "settings.env").open("a") as settings:
         settings.write("\n# a remark\nTILTYARD_REGISTRY_PORT=9001\n")
