@@ -163,10 +163,10 @@ def clear(folder: Path, *, keep_mark: bool = False) -> None:
 
 
 def is_clear(folder: Path) -> bool:
-    """Whether the folder holds a model and nothing but what `clear` leaves, or is gone meanwhile."""
+    """Whether the folder holds a model and nothing but what `clear` leaves, is gone meanwhile, or is another user's."""
     try:
         names = {path.name for path in folder.iterdir()}
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return True
     return MODEL_FILE in names and names.issubset(_KEPT_FILES)
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from services.runtime.errors import NotFound
 from services.trainer import runfolder
 from services.trainer.bases import base_model_path
@@ -29,6 +31,8 @@ CANCEL_GRACE_S = 0.6
 _NOT_FOR_CHILDREN = ("TILTYARD_", "OTEL_")
 _MAX_LINE_BYTES = 1024 * 1024
 _LOG_TAIL_BYTES = 4096
+
+_log = structlog.get_logger("tiltyard.trainer")
 
 
 class ChildProcesses:
@@ -86,14 +90,24 @@ class ChildProcesses:
             raise NotFound("DATASET_NOT_FOUND", what) from error
 
     async def clear(self, training: Training) -> None:
-        """Keeps the model of a training that has one to show, and nothing of any other."""
-        await asyncio.to_thread(_clear, self._folder / training.id, keep_model=bool(training.model_digest))
+        """Keeps the model of a training that has one to show, and nothing of any other.
+
+        What cannot be removed stays until the next start: the training has ended all the same.
+        """
+        await self._cleared(training, keep_model=bool(training.model_digest))
         # What it had its dataset packed into may stay for others, within the bound.
         await asyncio.to_thread(self._data.copies.bound)
 
     async def let_go(self, training: Training) -> None:
         """Makes room: of a run that is not to go on there stays a model, and the mark that it was asked to stop."""
-        await asyncio.to_thread(_clear, self._folder / training.id, keep_model=True, keep_mark=True)
+        await self._cleared(training, keep_model=True, keep_mark=True)
+
+    async def _cleared(self, training: Training, *, keep_model: bool, keep_mark: bool = False) -> None:
+        folder = self._folder / training.id
+        try:
+            await asyncio.to_thread(_clear, folder, keep_model=keep_model, keep_mark=keep_mark)
+        except OSError as error:
+            _log.warning("what a training left cannot be removed", training=training.id, error=str(error))
 
     async def mark_cancelled(self, training: Training) -> None:
         """Keeps durably, beside the run, that it was asked to stop. Raises OSError."""

@@ -25,6 +25,7 @@ from sklearn.datasets import load_digits
 
 from services.runtime.database import Database
 from services.runtime.server import ArenaServer
+from services.trainer import runfolder
 from services.trainer.bootstrap import build
 from services.trainer.runner import CANCEL_GRACE_S
 from services.trainer.settings import TrainerSettings
@@ -383,6 +384,23 @@ async def test_what_does_not_exist_is_not_found(trainer: RunningTrainer) -> None
         assert (await refused(call)).code is grpc.StatusCode.NOT_FOUND
     error = await refused(trainer.get("training/1"))
     assert (error.code, error.violations[0].field) == (grpc.StatusCode.INVALID_ARGUMENT, "name")
+
+
+async def test_a_training_whose_remains_cannot_be_removed_has_ended_all_the_same(
+    settings: TrainerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path, *, keep_mark: bool = False) -> None:
+        raise PermissionError(1, "Operation not permitted", str(folder / "child.log"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runfolder, "clear", refuse)
+        async with served(settings) as trainer:
+            name = (await trainer.start()).name
+            assert (await trainer.until(name)).state == pb.TRAINING_STATE_SUCCEEDED
+        # Nor does it hold up what is started next.
+        async with served(settings) as trainer:
+            await trainer.until((await trainer.start()).name)
+            assert (await trainer.get(name)).state == pb.TRAINING_STATE_SUCCEEDED
 
 
 async def test_a_learning_rate_that_diverges_fails_the_training_with_its_step(trainer: RunningTrainer) -> None:
