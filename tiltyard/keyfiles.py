@@ -11,6 +11,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.hazmat.primitives.padding import PKCS7
 
+from tiltyard.foldersync import sync_folder
+
 ENCRYPTED_LABEL = "ENCRYPTED PRIVATE KEY"
 
 # scrypt (RFC 7914) at a strength that OWASP's cheat sheet on password storage names, in 16 MiB: OpenSSL's own reader
@@ -173,12 +175,3 @@ def write_secret(path: Path, content: bytes) -> None:
     finally:
         draft.unlink(missing_ok=True)
     sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

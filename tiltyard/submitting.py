@@ -9,7 +9,8 @@ from pathlib import Path
 from tiltyard.client import PATIENCE_S, Client, new_request_id, persist
 from tiltyard.commitments import SALT_BYTES, submission_commitment
 from tiltyard.filedigest import file_digest
-from tiltyard.keyfiles import sync_folder, write_secret
+from tiltyard.foldersync import sync_folder
+from tiltyard.keyfiles import write_secret
 from tiltyard.registry.v1 import submission_pb2
 from tiltyard.statements import sign_statement
 from tiltyard.transfers import Progress, upload

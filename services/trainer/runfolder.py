@@ -14,6 +14,7 @@ from typing import Any
 
 from services.trainer.config import LossKind, TrainingConfig
 from tiltyard import modelspec
+from tiltyard.foldersync import sync_folder
 from tiltyard.modelspec import ModelSpec
 
 # What a process says while it trains: one JSON object for each event.
@@ -142,7 +143,7 @@ def mark_cancelled(folder: Path) -> None:
     """Keeps durably that the run was asked to stop, with an empty file: in most file systems a full disk takes one."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     (folder / _CANCELLED_FILE).touch()
-    _sync(folder)
+    sync_folder(folder)
 
 
 def is_cancelled(folder: Path) -> bool:
@@ -179,12 +180,4 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from tiltyard.foldersync import sync_folder
 from tiltyard.models.network import Network
 from tiltyard.models.networks import build_empty
 from tiltyard.modelspec import FaultCode, ModelFault, ModelSpec, compare_shapes
@@ -51,11 +52,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_folder(path.parent)
 
 
 def _read(module: nn.Module, path: Path) -> dict[str, Tensor]:

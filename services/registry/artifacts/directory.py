@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from services.registry.artifacts.files import OpenUpload, Partial, Stored, UnnamedPartial
+from tiltyard.foldersync import sync_folder
 from tiltyard.growingfile import GrowingFile
 from tiltyard.pagecache import Passage
 
@@ -254,16 +255,7 @@ class DirectoryFiles(UploadFolder):
         final = self._path(sha256)
         final.parent.mkdir(parents=True, exist_ok=True)
         partial.replace(final)
-        _sync_directory(final.parent)
+        sync_folder(final.parent)
 
     def _path(self, sha256: str) -> Path:
         return self._artifacts / sha256[:2] / sha256
-
-
-def _sync_directory(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from tiltyard.foldersync import sync_folder
+
 _FACTS = "facts"
 # Of facts and tensors: a disk may give back other bytes than it took, and nobody would see it in the model.
 _DIGEST = "sha256"
@@ -52,11 +54,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def load_checkpoint(path: Path) -> Checkpoint | None:
