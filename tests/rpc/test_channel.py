@@ -116,17 +116,23 @@ async def test_a_peer_far_away_is_reached_by_the_first_connection() -> None:
             await asyncio.sleep(0.8)  # the round trips of a handshake
             there, back = await asyncio.open_connection("127.0.0.1", server.port)
             await asyncio.gather(_pass_on(reader, back), _pass_on(there, writer), return_exceptions=True)
+            ended.set()
 
+        ended = asyncio.Event()
         listener = await asyncio.start_server(lead, "127.0.0.1", 0)
         async with listener, open_channel(f"127.0.0.1:{listener.sockets[0].getsockname()[1]}") as channel:
             await get_stake(channel)
         assert connections == 1
+        await asyncio.wait_for(ended.wait(), 10)
 
 
 async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while content := await reader.read(65536):
-        writer.write(content)
-    writer.close()
+    try:
+        while content := await reader.read(65536):
+            writer.write(content)
+    finally:
+        writer.close()
+        await writer.wait_closed()
 
 
 class _Names(asyncio.DatagramProtocol):

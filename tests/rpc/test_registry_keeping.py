@@ -1,6 +1,7 @@
 """What one participant may hand in, and what becomes of artifacts that nothing refers to, over a real server."""
 
 import asyncio
+import errno
 import hashlib
 import threading
 from collections.abc import AsyncIterator
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from services.registry.artifacts.files import StoredFile
 from services.registry.states import RejectionReason, SubmissionState
-from tests.rpc.test_registry_artifacts import code_of, put_submission
+from tests.rpc.test_registry_artifacts import code_of, download, put_submission
 from tests.support.registry_server import (
     RegistryServer,
     artifact_name,
@@ -324,6 +326,46 @@ async def test_a_task_that_names_a_model_while_it_is_removed_gets_it_or_is_refus
             assert (removed, await exists(client, model)) == (0, True)
         outcomes.add(removed)
     assert outcomes <= {0, 1}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "handed in again"])
+async def test_bytes_that_are_removed_once_they_were_found_are_looked_for_again(
+    arena: RegistryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    client, dataset = await arena.participant(), dataset_bytes(tmp_path)
+    config = config_of(dataset)
+    config.base_model = await hand_in(client, weights())
+    found, go_on = threading.Event(), threading.Event()
+    files = arena.registry.files
+    open_file = files.open
+
+    def open_once_removed(sha256: str) -> StoredFile:
+        if not go_on.is_set():
+            found.set()
+            assert go_on.wait(20)
+            raise FileNotFoundError(errno.ENOENT, "removed")
+        return open_file(sha256)
+
+    monkeypatch.setattr(files, "open", open_once_removed)
+    for working, refusal in (
+        (lambda: download(client, weights()), NOT_FOUND),
+        (lambda: arena.create_task(client, dataset, config=config), grpc.StatusCode.INVALID_ARGUMENT),
+    ):
+        found.clear()
+        go_on.clear()
+        await hand_in(client, weights())
+        arena.clock.advance(seconds=DAY_S)
+        work = asyncio.ensure_future(working())
+        assert await asyncio.to_thread(found.wait, 20)
+        assert await sweep(arena, weights()) == 1
+        if again:
+            await hand_in(client, weights())
+        go_on.set()
+        if again:
+            await work
+        else:
+            with refused(refusal, "ARTIFACT_NOT_FOUND"):
+                await work
 
 
 async def test_a_task_created_between_the_look_and_the_removal_keeps_its_model(

@@ -4,14 +4,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from services.registry.artifacts.files import ArtifactFiles, Partial, StoredFile, stand_in
+from services.registry.artifacts.files import ArtifactFiles, Partial, stand_in
+from services.registry.artifacts.opening import open_recorded
 from services.registry.artifacts.readahead import ReadAhead
 from services.registry.artifacts.rights import Upload, check_unnamed, expected_use, readable, size_mismatch
 from services.registry.artifacts.storedwork import storage_failed, stored
 from services.registry.artifacts.uploads import Uploads
 from services.registry.records import Artifact
 from services.registry.transaction import Reading, Store, Writing
-from services.runtime.errors import DataLoss, InvalidArgument, OutOfRange
+from services.runtime.errors import InvalidArgument, OutOfRange
 from tiltyard.writebehind import WriteBehind
 
 Content = AsyncIterator[bytes | memoryview | str]
@@ -123,11 +124,16 @@ class Artifacts:
 
         Raises NotFound, PermissionDenied, OutOfRange(WRONG_OFFSET), DataLoss, Unavailable(STORAGE_FAILED).
         """
-        artifact = await self.get(caller, sha256)
-        size = artifact.size_bytes
-        if offset > size:
-            raise OutOfRange("WRONG_OFFSET", f"offset {offset} is beyond the {size} bytes", offset=str(size))
-        file = await stored(lambda: self._open_whole(artifact))
+        now = self._clock()
+
+        def find(tx: Reading) -> Artifact:
+            artifact = readable(tx, caller, sha256, now)
+            size = artifact.size_bytes
+            if offset > size:
+                raise OutOfRange("WRONG_OFFSET", f"offset {offset} is beyond the {size} bytes", offset=str(size))
+            return artifact
+
+        file = await open_recorded(self._store, self._files, find)
         self._downloads += 1
         reading = ReadAhead(file, offset)
         try:
@@ -138,15 +144,6 @@ class Artifacts:
         finally:
             self._downloads -= 1
             await reading.close()
-
-    def _open_whole(self, artifact: Artifact) -> StoredFile:
-        try:
-            file = self._files.open(artifact.sha256)
-        except FileNotFoundError:
-            file = None
-        if file is None or file.size != artifact.size_bytes:
-            raise DataLoss("ARTIFACT_LOST", f"the bytes of artifacts/{artifact.sha256} are gone")
-        return file
 
     async def _open(self, caller: str, upload: Upload) -> Partial:
         have = await stored(lambda: self._files.partial_size(caller, upload.sha256))
