@@ -33,6 +33,9 @@ from tiltyard.modelspec import Mlp, ModelSpec
 
 pytest.importorskip("ray")
 
+# Ten processes of Ray load torch, one after the other.
+pytestmark = pytest.mark.timeout(900)
+
 DIGITS = load_digits()
 X, Y = DIGITS.images[:300].astype(np.uint8), DIGITS.target[:300].astype(np.int64)
 CONFIG = TrainingConfig(epochs=60, batch_size=50, accumulation=2, learning_rate=0.0005, label_smoothing=0.1)
