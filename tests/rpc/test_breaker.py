@@ -10,8 +10,8 @@ import grpc
 import pytest
 
 from services.runtime.errors import Unavailable
-from services.runtime.server import ArenaServer
 from tests.support.called_peer import Peer, code_of, collect, echo, get_stake, serving
+from tests.support.line import Line
 from tiltyard.calls import breaker as breaker_module
 from tiltyard.calls.breaker import CircuitBreaker
 from tiltyard.calls.channel import open_channel
@@ -95,25 +95,18 @@ async def test_calls_to_a_dead_peer_fail_at_once_and_work_again_when_it_is_back(
 
 async def test_calls_to_a_peer_that_hangs_fail_at_once() -> None:
     peer = Peer()
-    hang = asyncio.Event()
-
-    async def accept(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await hang.wait()
-        writer.close()
-
-    listener = await asyncio.start_server(accept, "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    async with open_channel(f"127.0.0.1:{port}", deadline_s=0.3) as channel:
+    async with (
+        serving(peer) as server,
+        Line(server, delay_s=3600) as line,
+        open_channel(f"127.0.0.1:{line.port}", deadline_s=0.3) as channel,
+    ):
         expected = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
         for _ in range(breaker_module.FAILURES):
             assert await code_of(get_stake(channel)) in expected
         started = time.monotonic()
-        for _ in range(20):
+        for _ in range(100):
             assert await code_of(get_stake(channel)) in expected
-        assert time.monotonic() - started < 5  # 20 deadlines are 6 s
-    hang.set()
-    listener.close()
-    await listener.wait_closed()
+        assert time.monotonic() - started < 15  # 100 deadlines are 30 s
     assert not peer.asked
 
 
@@ -149,45 +142,6 @@ async def refused(channel: grpc.aio.Channel) -> bool:
     except grpc.aio.AioRpcError as error:
         return "calls in a row unanswered" in (error.details() or "")
     return False
-
-
-class Line:
-    """A port that leads to a server until it is cut."""
-
-    def __init__(self, to: ArenaServer) -> None:
-        self._to = to
-        self._ends: list[asyncio.StreamWriter] = []
-        self._pumps: list[asyncio.Task[None]] = []
-        self.port = 0
-
-    async def __aenter__(self) -> "Line":
-        self._listener = await asyncio.start_server(self._lead, "127.0.0.1", self.port)
-        self.port = self._listener.sockets[0].getsockname()[1]
-        return self
-
-    async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", self._to.port)
-        self._ends += [writer, back]
-        self._pumps += [
-            asyncio.ensure_future(self._pump(reader, back)),
-            asyncio.ensure_future(self._pump(there, writer)),
-        ]
-
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        while data := await source.read(65536):
-            sink.write(data)
-        sink.close()
-
-    async def cut(self) -> None:
-        """As when the process at the other end dies."""
-        self._listener.close()
-        for end in self._ends:
-            end.transport.abort()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
-        self._ends, self._pumps = [], []
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.cut()
 
 
 class Watched(Peer):

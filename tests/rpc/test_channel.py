@@ -10,6 +10,7 @@ import pytest
 
 from services.runtime.errors import NotFound, Unavailable
 from tests.support.called_peer import Peer, code_of, collect, echo, get_stake, serving
+from tests.support.line import Line
 from tiltyard.calls.channel import open_channel
 from tiltyard.calls.outgoing import DEADLINE_S, STREAM_DEADLINE_S
 from tiltyard.calls.resuming import persist
@@ -107,32 +108,11 @@ async def test_a_cancelled_call_is_cancelled_at_the_peer() -> None:
 
 
 async def test_a_peer_far_away_is_reached_by_the_first_connection() -> None:
-    connections = 0
-    async with serving(Peer()) as server:
-
-        async def lead(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            nonlocal connections
-            connections += 1
-            await asyncio.sleep(0.8)  # the round trips of a handshake
-            there, back = await asyncio.open_connection("127.0.0.1", server.port)
-            await asyncio.gather(_pass_on(reader, back), _pass_on(there, writer), return_exceptions=True)
-            ended.set()
-
-        ended = asyncio.Event()
-        listener = await asyncio.start_server(lead, "127.0.0.1", 0)
-        async with listener, open_channel(f"127.0.0.1:{listener.sockets[0].getsockname()[1]}") as channel:
+    # As long as the round trips of a handshake take.
+    async with serving(Peer()) as server, Line(server, delay_s=0.8) as line:
+        async with open_channel(f"127.0.0.1:{line.port}") as channel:
             await get_stake(channel)
-        assert connections == 1
-        await asyncio.wait_for(ended.wait(), 10)
-
-
-async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while content := await reader.read(65536):
-            writer.write(content)
-    finally:
-        writer.close()
-        await writer.wait_closed()
+        assert line.connections == 1
 
 
 class _Names(asyncio.DatagramProtocol):
