@@ -1,11 +1,13 @@
 """ArtifactService over a real server: who may hand in, who may read, and broken streams."""
 
 import asyncio
+import errno
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 import pytest
@@ -388,6 +390,22 @@ async def test_bytes_that_are_gone_are_data_loss(arena: RegistryServer, creator:
     sha256 = hashlib.sha256(dataset).hexdigest()
     (arena.folder / "state" / "artifacts" / sha256[:2] / sha256).unlink()
     with refused(grpc.StatusCode.DATA_LOSS, "ARTIFACT_LOST"):
+        await download(creator, dataset)
+
+
+async def test_a_disk_that_fails_is_said_and_not_the_callers_fault(
+    arena: RegistryServer, creator: Client, dataset: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.EIO, "Input/output error")
+
+    for broken in ("open_uploads", "partial_size", "open_partial"):
+        with monkeypatch.context() as patched, refused(grpc.StatusCode.UNAVAILABLE, "STORAGE_FAILED"):
+            patched.setattr(arena.registry.files, broken, fail)
+            await arena.upload(creator, dataset, task="tasks/t")
+    await arena.upload(creator, dataset, task="tasks/t")
+    monkeypatch.setattr(arena.registry.files, "open", fail)
+    with refused(grpc.StatusCode.UNAVAILABLE, "STORAGE_FAILED"):
         await download(creator, dataset)
 
 

@@ -384,8 +384,9 @@ async def test_a_task_created_between_the_look_and_the_removal_keeps_its_model(
     assert await exists(client, weights())
 
 
+@pytest.mark.parametrize("stopping", [False, True], ids=["goes on", "is stopped"])
 async def test_the_same_bytes_placed_while_they_are_removed_are_there_afterwards(
-    arena: RegistryServer, monkeypatch: pytest.MonkeyPatch
+    arena: RegistryServer, monkeypatch: pytest.MonkeyPatch, stopping: bool
 ) -> None:
     client = await arena.participant()
     await hand_in(client, weights())
@@ -403,13 +404,16 @@ async def test_the_same_bytes_placed_while_they_are_removed_are_there_afterwards
     monkeypatch.setattr(files, "remove", slowly)
     sweeping = asyncio.ensure_future(sweep(arena, weights()))
     assert await asyncio.to_thread(removing.wait, 20)
+    if stopping:
+        # As the registry's end does; the removal's thread goes on.
+        sweeping.cancel()
     uploading_again = asyncio.ensure_future(hand_in(client, weights()))
     asked = GetUploadRequest(artifact=artifact_name(weights()))
     async with asyncio.timeout(20):
         while (await client.artifacts.GetUpload(asked)).offset < len(weights()):
             pass
     go_on.set()
-    assert await sweeping == 1
+    assert await asyncio.gather(sweeping, return_exceptions=True) != [0]
     await uploading_again
     assert await exists(client, weights())
 

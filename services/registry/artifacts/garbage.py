@@ -9,6 +9,7 @@ import structlog
 
 from services.registry.artifacts.files import ArtifactFiles, OpenUpload
 from services.registry.artifacts.keeping import Keeping, removable_from
+from services.registry.artifacts.storedwork import stored
 from services.registry.artifacts.uploads import Uploads
 from services.registry.transaction import Reading, Store, Writing
 from services.runtime.errors import Aborted
@@ -54,10 +55,10 @@ class Garbage:
             removed += await self._remove_artifact(sha256)
         on_record = frozenset(await self._store.read(lambda tx: tx.artifacts_with(prefix)))
         now = self._clock()
-        for stored in await asyncio.to_thread(self._files.stored, prefix):
+        for file in await asyncio.to_thread(self._files.stored, prefix):
             # Young ones may be on their way onto the record.
-            if stored.sha256 not in on_record and now - stored.change_time > self._keeping.uploads:
-                removed += await self._remove_file(stored.sha256)
+            if file.sha256 not in on_record and now - file.change_time > self._keeping.uploads:
+                removed += await self._remove_file(file.sha256)
         return removed
 
     def _removable(self, tx: Reading, *, prefix: str) -> list[str]:
@@ -79,7 +80,7 @@ class Garbage:
         async with self._uploads.placing(sha256):
             if not await self._store.write(forget):
                 return 0
-            await asyncio.to_thread(self._files.remove, sha256)
+            await stored(lambda: self._files.remove(sha256))
         _log.info("an artifact that nothing needs is removed", artifact=sha256)
         return 1
 
@@ -87,7 +88,7 @@ class Garbage:
         async with self._uploads.placing(sha256):
             if await self._store.read(lambda tx: tx.artifact(sha256)) is not None:
                 return 0
-            await asyncio.to_thread(self._files.remove, sha256)
+            await stored(lambda: self._files.remove(sha256))
         _log.info("a file that no record names is removed", artifact=sha256)
         return 1
 
@@ -101,7 +102,7 @@ class Garbage:
     async def _remove_upload(self, upload: OpenUpload) -> int:
         try:
             with self._uploads.only(upload.owner, upload.sha256):
-                await asyncio.to_thread(self._files.remove_partial, upload.owner, upload.sha256)
+                await stored(lambda: self._files.remove_partial(upload.owner, upload.sha256))
         except Aborted:
             # It goes on at this very moment.
             return 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from services.registry.artifacts.files import ArtifactFiles
 from services.registry.artifacts.keeping import is_pending
 from services.registry.artifacts.rights import Upload
+from services.registry.artifacts.storedwork import stored
 from services.registry.transaction import Reading, Store
 from services.runtime.errors import Aborted, ResourceExhausted
 
@@ -93,7 +94,7 @@ class Uploads:
     async def _check(self, owner: str) -> None:
         # By digest, so that what ends while this is asked for counts once, as does what gets its name. This upload is
         # among those that run, as are all that have no name yet.
-        opened = await asyncio.to_thread(self._files.open_uploads, owner)
+        opened = await stored(lambda: self._files.open_uploads(owner))
         kept = {each.sha256: each.size_bytes for each in opened if each.is_named}
         running = {sha256: size for (whose, sha256), size in self._running.items() if whose == owner}
 
