@@ -23,8 +23,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/tiltyard demo
 
+# In the order of the folders: the long tests are in the first ones, and at the end no worker waits for another's.
 test: install
-	$(if $(ROOMY),PYTEST_DEBUG_TEMPROOT=$(ROOMY)) $(BIN)/python -m pytest -m "not soak and not compose" -n $(WORKERS) --dist loadfile --durations 15
+	$(if $(ROOMY),PYTEST_DEBUG_TEMPROOT=$(ROOMY)) $(BIN)/python -m pytest -m "not soak and not compose" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
 soak: install
 	$(BIN)/python -m pytest -m soak --timeout 7200
