@@ -3,6 +3,7 @@
 from __future__ import annotations  # the stubs' asynchronous types exist for the type checker only
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -61,7 +62,10 @@ async def infer(address: str, rows: np.ndarray, *, batches: int = 1) -> np.ndarr
 
 async def gone(*pids: int) -> None:
     """Wait until none of the processes runs."""
-    running = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    running = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            running.append(psutil.Process(pid))
     _, alive = await asyncio.to_thread(psutil.wait_procs, running, timeout=20)
     assert not alive
 

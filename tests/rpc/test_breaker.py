@@ -78,10 +78,10 @@ async def test_calls_to_a_dead_peer_fail_at_once_and_work_again_when_it_is_back(
     async with open_channel(f"127.0.0.1:{port}") as channel:
         await asyncio.gather(*(code_of(get_stake(channel)) for _ in range(breaker_module.FAILURES)))
         started = time.monotonic()
-        codes = [await code_of(get_stake(channel)) for _ in range(20)]
+        codes = [await code_of(get_stake(channel)) for _ in range(60)]
         assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
-        # Each would have made four attempts with pauses of 0.2 s and more in between: 12 s.
-        assert time.monotonic() - started < 5
+        # Each would have made four attempts with pauses of 0.2 s and more in between: 36 s.
+        assert time.monotonic() - started < 15
         async with serving(peer, f"127.0.0.1:{port}"):
             async with asyncio.timeout(20):
                 while True:
