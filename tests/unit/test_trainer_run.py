@@ -14,9 +14,12 @@ from sklearn.datasets import load_digits
 
 from services.trainer import runfolder
 from services.trainer.config import LossKind, TrainingConfig
+from services.trainer.datareport import DataReport
 from services.trainer.descent.acceleration import allow_tf32
+from services.trainer.descent.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from services.trainer.descent.preparing import looked_through
 from services.trainer.descent.run import train
-from tiltyard.datasets import write_dataset
+from tiltyard.datasets import Dataset, write_dataset
 from tiltyard.models import Network, build, save_weights
 from tiltyard.modelspec import Mlp, ModelSpec
 
@@ -143,3 +146,73 @@ def test_a_checkpoint_that_cannot_be_read_is_said_and_begun_anew(tmp_path: Path,
     assert status == 0
     assert "begins anew" in events[0]["text"]
     assert events[-1] == whole[-1]
+
+
+def without(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(prefix)}
+    return Checkpoint(kept, checkpoint.facts)
+
+
+def with_tensor(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> Checkpoint:
+    return Checkpoint({**checkpoint.tensors, name: tensor}, checkpoint.facts)
+
+
+def with_facts(checkpoint: Checkpoint, **facts: Any) -> Checkpoint:
+    return Checkpoint(checkpoint.tensors, {**checkpoint.facts, **facts})
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (lambda found: without(found, "model.head."), "'model.head.bias'"),
+        (lambda found: without(found, "optimizer."), "'optimizer.0.exp_avg'"),
+        (lambda found: without(found, "best."), "'best.head.bias'"),
+        (lambda found: without(found, "random.cpu"), "'random.cpu'"),
+        (lambda found: with_tensor(found, "model.head.bias", torch.zeros(9)), "'model.head.bias'"),
+        (lambda found: with_tensor(found, "optimizer.0.exp_avg", torch.zeros(2)), "'optimizer.0.exp_avg'"),
+        (lambda found: with_tensor(found, "optimizer.99.exp_avg", torch.zeros(2)), "'optimizer.99.exp_avg'"),
+        (lambda found: with_tensor(found, "average.head.bias", torch.zeros(10)), "'average.head.bias'"),
+        (lambda found: Checkpoint(found.tensors, {"step": 3}), "the fact 'best_rank'"),
+        (lambda found: with_facts(found, average=0.5), "the fact 'average'"),
+        (lambda found: with_facts(found, step=10**9), "step 1000000000 of "),
+        (lambda found: with_facts(found, holdout={"correct": 1}), "the fact 'holdout'"),
+    ],
+)
+def test_a_checkpoint_of_another_form_is_said_and_begun_anew(
+    tmp_path: Path, base_model: Path, other: Callable[[Checkpoint], Checkpoint], what: str
+) -> None:
+    config = replace(CONFIG, epochs=4, checkpoint_interval_steps=12)
+    _, whole = run(ordered(tmp_path / "whole", config=config, base_model=base_model))
+    folder = ordered(tmp_path / "broken", config=config, base_model=base_model)
+    run(folder)
+    (folder / "result.json").unlink()
+    found = load_checkpoint(runfolder.checkpoint(folder))
+    assert found is not None
+    save_checkpoint(runfolder.checkpoint(folder), other(found))
+    status, events = run(folder)
+    assert status == 0
+    assert events[0]["event"] == "warning"
+    assert events[0]["text"].startswith("begins anew: the checkpoint is of another form")
+    assert what in events[0]["text"]
+    assert events[-1] == whole[-1]
+
+
+@pytest.mark.parametrize("left", ['{"rows": 300, "entropy": 1.5, "class_rows": []}', '{"rows": 300}', "[", "3"])
+def test_a_data_report_of_another_form_is_made_again(tmp_path: Path, left: str) -> None:
+    folder = ordered(tmp_path / "run")
+    order = runfolder.read_order(folder)
+    looks: list[dict[str, Any]] = []
+
+    def look() -> DataReport | None:
+        return looked_through(folder, order, Dataset.open(order.dataset), looks.append, threading.Event())
+
+    found = look()
+    assert found is not None
+    assert found.rows == 300
+    assert looks
+    looks.clear()
+    assert look() == found
+    assert not looks
+    runfolder.data_report(folder).write_text(left)
+    assert look() == found
+    assert looks

@@ -14,9 +14,10 @@ from services.trainer.descent.acceleration import Acceleration, is_out_of_memory
 from services.trainer.descent.augmentation import shifted
 from services.trainer.descent.batches import Batches, split
 from services.trainer.descent.checkpoints import Checkpoint
+from services.trainer.descent.form import BEST, CUDA_RANDOM, MODEL, check_form
 from services.trainer.descent.holdout import EVALUATED_ROWS, Holdout, evaluated
 from services.trainer.descent.meter import REPORT_INTERVAL_S, Diverged, Meter
-from services.trainer.descent.objectives import objective, optimizer_of
+from services.trainer.descent.objectives import kept_of_each, objective, optimizer_of
 from services.trainer.descent.rows import Rows
 from services.trainer.descent.workers import Workers
 from services.trainer.progress import Progress
@@ -215,13 +216,13 @@ class Descent:
 
     def state(self) -> Checkpoint:
         """Everything that `restore` needs, between two updates."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.module.state_dict().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
+        tensors = {f"{MODEL}{name}": tensor for name, tensor in self.module.state_dict().items()}
+        tensors |= {f"{BEST}{name}": tensor for name, tensor in self._best.items()}
         for index, values in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in values.items() if tensor is not None}
         tensors["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+            tensors[CUDA_RANDOM] = torch.cuda.get_rng_state(self.device)
         facts = {
             "step": self.step,
             "pieces": self._pieces,
@@ -232,10 +233,14 @@ class Descent:
         return Checkpoint(tensors, facts)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes back to where `state` was taken of a descent with the same arguments."""
+        """Goes back to where `state` was taken of a descent with the same arguments.
+
+        Raises CheckpointUnreadable for a checkpoint of another form; then nothing has changed.
+        """
+        check_form(checkpoint, self._form(), total_steps=self.plan.total_steps)
         tensors, facts = checkpoint.tensors, checkpoint.facts
-        self.module.load_state_dict(_named(tensors, "model."))
-        self._best = {name: tensor.to(self.device) for name, tensor in _named(tensors, "best.").items()}
+        self.module.load_state_dict(_named(tensors, MODEL))
+        self._best = {name: tensor.to(self.device) for name, tensor in _named(tensors, BEST).items()}
         state: dict[int, dict[str, Tensor]] = {}
         parameters = self._optimizer.param_groups[0]["params"]
         for name, tensor in _named(tensors, "optimizer.").items():
@@ -244,8 +249,8 @@ class Descent:
         self._optimizer.load_state_dict({"state": state, "param_groups": self._optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["random.cpu"])
         # A run that was on a CPU before has none.
-        if self.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        if self.device.type == "cuda" and CUDA_RANDOM in tensors:
+            torch.cuda.set_rng_state(tensors[CUDA_RANDOM], self.device)
         self.step = facts["step"]
         if self._workers is not None and self._workers.rank:
             # The checkpoint is the first worker's; to go on with its random state is to drop what it drops.
@@ -254,6 +259,17 @@ class Descent:
         self._stale_epochs = facts["stale_epochs"]
         self._best_rank = tuple(facts["best_rank"]) if facts["best_rank"] else (-math.inf, -math.inf)
         self.holdout = Holdout(**facts["holdout"]) if facts["holdout"] else None
+
+    def _form(self) -> dict[str, Tensor]:
+        """Tensors of the names, dtypes and shapes that `state` has after a step."""
+        form = {f"{MODEL}{name}": tensor for name, tensor in self.module.state_dict().items()}
+        form["random.cpu"] = torch.get_rng_state()
+        for name, kept in kept_of_each(self._config).items():
+            for index, parameter in enumerate(self.module.parameters()):
+                form[f"optimizer.{index}.{name}"] = torch.empty_like(
+                    parameter if kept.dim() else kept, dtype=kept.dtype, device="meta"
+                )
+        return form
 
     @property
     def learning_rate(self) -> float:

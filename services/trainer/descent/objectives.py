@@ -42,3 +42,12 @@ def optimizer_of(config: TrainingConfig, module: nn.Module) -> torch.optim.Optim
                 weight_decay=config.weight_decay,
                 fused=True,
             )
+
+
+def kept_of_each(config: TrainingConfig) -> dict[str, Tensor]:
+    """What the optimiser keeps of a parameter of one dimension after a step, by name: scalars, and tensors like it."""
+    module = nn.ParameterList([torch.zeros(2)])
+    module[0].grad = torch.zeros(2)
+    optimizer = optimizer_of(config, module)
+    optimizer.step()
+    return {name: tensor for name, tensor in optimizer.state[module[0]].items() if tensor is not None}

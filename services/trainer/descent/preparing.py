@@ -46,8 +46,8 @@ def looked_through(
     None where it was told to stop while the disk was full. Raises InvalidArgument for a dataset that does not fit.
     """
     kept = runfolder.data_report(folder)
-    if kept.exists():
-        return DataReport.from_json(json.loads(kept.read_text()))
+    if (known := _known(kept)) is not None:
+        return known
     tell = _teller(say, Stage.EXAMINING, total_rows=len(dataset))
     tell(0)
     # Who asked for the training has waited for the rest.
@@ -63,6 +63,14 @@ def looked_through(
 
     write_when_there_is_room(look, warn=lambda text: say({"event": "warning", "text": text}), wait=stopped.wait)
     return report
+
+
+def _known(kept: Path) -> DataReport | None:
+    """What was written down of the dataset; None where there is nothing, or what another version wrote."""
+    try:
+        return DataReport.from_json(json.loads(kept.read_text()))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _teller(say: Say, stage: Stage, *, total_rows: int = 0) -> Callable[[int], None]:

@@ -78,15 +78,8 @@ def train(
             say({"event": "progress", "point": point.to_json()})
         keeper.look()
 
-    found = None
     try:
-        found = load_checkpoint(runfolder.checkpoint(folder))
-    except CheckpointUnreadable as error:
-        warn(f"begins anew: {error}")
-    try:
-        if found is not None:
-            descent.restore(found)
-        elif order.base_model is not None:
+        if not _restored(descent, runfolder.checkpoint(folder), warn) and order.base_model is not None:
             _begin_with(descent.module, order.base_model)
         with keeper:
             if not descent.run(report=report, checkpoint=keep):
@@ -109,6 +102,18 @@ def train(
         return 1
     say(result)
     return 0
+
+
+def _restored(descent: Descent, path: Path, warn: Callable[[str], None]) -> bool:
+    """Whether a descent goes on from a checkpoint; one that is of no use is told, and changes nothing."""
+    try:
+        found = load_checkpoint(path)
+        if found is not None:
+            descent.restore(found)
+    except CheckpointUnreadable as error:
+        warn(f"begins anew: {error}")
+        return False
+    return found is not None
 
 
 def _begin_with(module: Network, base_model: Path) -> None:
