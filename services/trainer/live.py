@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakValueDictionary
 
 from services.trainer.progress import History, Progress
 from services.trainer.training import Training
@@ -22,7 +23,8 @@ class LiveTrainings:
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
-        self._changes: dict[str, asyncio.Event] = {}
+        # Held by those who wait alone: of a training that has ended no change is to come.
+        self._changes: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
 
     def publish(self, training: Training, history: Iterable[Progress] = ()) -> None:
         """A training's new state; `history` counts when it was not here before. An ended one leaves."""

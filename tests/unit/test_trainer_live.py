@@ -1,6 +1,8 @@
 """Trainings as they move, and those who watch them."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -96,3 +98,14 @@ def test_a_training_keeps_its_newest_progress_when_its_state_changes() -> None:
     assert training is not None
     assert training.progress == point(2)
     assert training.cancel_requested
+
+
+async def test_of_what_was_watched_nothing_is_kept() -> None:
+    ended, live = replace(RUNNING, state=TrainingState.SUCCEEDED), LiveTrainings()
+    assert [each async for each in watching(OneTraining(ended), live).watch("1")] == [ended]
+    changed = live.next_change("1")
+    assert live.next_change("1") is changed
+    gone = weakref.ref(changed)
+    del changed
+    gc.collect()
+    assert gone() is None
