@@ -4,7 +4,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -297,6 +297,8 @@ class Descent:
         self.holdout = self.evaluate(self.module)
         if not self._config.patience or self.holdout is None:
             return
+        if self._workers is not None:
+            self.holdout = self._of_the_first(self._workers, self.holdout)
         rank = (float(self.holdout.correct), -self.holdout.loss)
         # A regression has no correct rows: there the loss alone is progress.
         better = rank[0] > self._best_rank[0] if self._rows.labelled else rank > self._best_rank
@@ -304,6 +306,14 @@ class Descent:
         if rank > self._best_rank:
             self._best_rank = rank
             self._best = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+
+    def _of_the_first(self, workers: Workers, holdout: Holdout) -> Holdout:
+        """What the first worker found: on other processors a last bit may differ, and all have to stop together."""
+        mine = 0.0 if workers.rank else 1.0
+        told = torch.tensor([holdout.correct, holdout.loss], dtype=torch.float64, device=self.device) * mine
+        workers.add_up([told])
+        correct, loss = told.tolist()
+        return replace(holdout, correct=int(correct), loss=loss)
 
     def _patience_is_over(self) -> bool:
         return bool(self._config.patience) and self._stale_epochs >= self._config.patience
