@@ -11,8 +11,12 @@ import numpy as np
 from tiltyard.datasets import Dataset
 from tiltyard.datasources import Spill
 
-_HASHED_ROWS = 256  # each byte becomes eight for a moment
+# At once: every byte becomes eight for a moment.
+_HASHED_ROWS = 256
+_HASHED_BYTES = 1 << 18
 _HASH_SEED = 0x7117_4A2D
+# Of a long row so many values.
+_LOOKED_AT = 1 << 18
 # Of short rows: what is found out of each is larger than the row.
 _CHUNK_ROWS = 1 << 16
 # Rows are compared part by part, and of a part so many at once: about 64 bytes a row are in memory then.
@@ -71,15 +75,17 @@ def report_on(
     with _Repeats(len(dataset), scratch) as repeats:
         for start, part in dataset.chunks("x", most_rows=_CHUNK_ROWS):
             flat = np.ascontiguousarray(part.reshape(len(part), -1))
-            if flat.dtype.kind == "f":
-                finite = np.isfinite(flat)
-                not_finite += int((~finite.all(axis=1)).sum())
-                values = flat[finite].astype(np.float64)
-            else:
-                values = flat
-            if values.size:
-                low, high = min(low, float(values.min())), max(high, float(values.max()))
-                total, count = total + float(values.sum(dtype=np.float64)), count + values.size
+            bad = np.zeros(len(flat), np.bool_)
+            for some in np.split(flat, range(_LOOKED_AT, flat.shape[1], _LOOKED_AT), axis=1):
+                values = some
+                if some.dtype.kind == "f":
+                    finite = np.isfinite(some)
+                    bad |= ~finite.all(axis=1)
+                    values = some[finite].astype(np.float64)
+                if values.size:
+                    low, high = min(low, float(values.min())), max(high, float(values.max()))
+                    total, count = total + float(values.sum(dtype=np.float64)), count + values.size
+            not_finite += int(bad.sum())
             labels = dataset.part("y", start, start + len(part))
             if classes is not None:
                 class_rows += np.bincount(labels, minlength=classes)
@@ -139,12 +145,20 @@ class _Repeats:
         return duplicates, contradicting
 
     def _hashes(self, values: np.ndarray) -> np.ndarray:
+        """Of each row; that of a long one is made of those of its pieces."""
         raw = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
-        if raw.shape[1] not in self._factors:
-            factors = np.random.default_rng(_HASH_SEED).integers(0, 1 << 63, raw.shape[1], np.uint64) * 2 + 1
-            self._factors[raw.shape[1]] = factors
-        factors = self._factors[raw.shape[1]]
-        hashes = np.empty(len(raw), np.uint64)
-        for row in range(0, len(raw), _HASHED_ROWS):
-            hashes[row : row + _HASHED_ROWS] = raw[row : row + _HASHED_ROWS].astype(np.uint64) @ factors
+        pieces = np.split(raw, range(_HASHED_BYTES, raw.shape[1], _HASHED_BYTES), axis=1)
+        hashes = np.zeros(len(raw), np.uint64)
+        for piece, factor in zip(pieces, _odd(len(pieces), seed=_HASH_SEED + 1), strict=True):
+            width = piece.shape[1]
+            if width not in self._factors:
+                self._factors[width] = _odd(width, seed=_HASH_SEED)
+            step = max(1, min(_HASHED_ROWS, _HASHED_BYTES // width))
+            for row in range(0, len(raw), step):
+                hashes[row : row + step] += piece[row : row + step].astype(np.uint64) @ self._factors[width] * factor
         return hashes
+
+
+def _odd(count: int, *, seed: int) -> np.ndarray:
+    """Random odd numbers below 2^64, the same for the same seed."""
+    return np.random.default_rng(seed).integers(0, 1 << 63, count, np.uint64) * 2 + 1

@@ -141,6 +141,21 @@ def test_a_source_several_times_larger_than_its_share_of_memory_is_packed(
     assert {path.name for path in tmp_path.iterdir()} == {"small", name, out.name}
 
 
+def test_a_dataset_of_long_rows_is_looked_through(tmp_path: Path) -> None:
+    """Of a row there is no more than the row itself in memory, and a piece of it."""
+    x = np.random.default_rng(0).standard_normal((6, 1 << 20), np.float32)
+    x[4], x[5] = x[1], x[2]
+    x[5, 1 << 19] = np.inf
+    small, large = tmp_path / "small.safetensors", tmp_path / "large.safetensors"
+    write_dataset(small, x[:, :100], np.arange(6))
+    write_dataset(large, x, np.arange(6))
+    report = DataReport.from_json(json.loads(run(REPORT, small, large, tmp_path)))
+    assert (report.duplicate_rows, report.contradicting_rows, report.not_finite_rows) == (1, 1, 1)
+    finite = x[np.isfinite(x)]
+    assert (report.minimum, report.maximum) == (float(finite.min()), float(finite.max()))
+    assert report.mean == pytest.approx(float(finite.mean(dtype=np.float64)))
+
+
 def test_a_dataset_of_many_small_rows_is_looked_through(tmp_path: Path) -> None:
     """What is known of a row may take more room than the row."""
     rows = 3_000_000

@@ -45,7 +45,11 @@ def test_a_report_counts_classes_duplicates_and_contradictions(tmp_path: Path) -
     assert [text.split()[0] for text in report.warnings()] == ["2", "1", "2"]
 
 
-def test_a_report_of_floats_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+@pytest.mark.parametrize("looked_at", [1, 1000])
+def test_a_report_of_floats_leaves_out_what_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looked_at: int
+) -> None:
+    monkeypatch.setattr("services.trainer.datareport._LOOKED_AT", looked_at)
     x = np.array([[1.0, np.nan], [-3.0, 0.5], [np.inf, 7.0]], np.float32)
     report = report_on(dataset(tmp_path, x, np.zeros((3, 2), np.float32)), classes=None, scratch=tmp_path)
     assert (report.minimum, report.maximum, report.not_finite_rows, report.class_rows) == (-3.0, 7.0, 2, ())
@@ -60,10 +64,13 @@ def test_rows_in_different_chunks_are_compared(tmp_path: Path) -> None:
     assert (report.duplicate_rows, report.contradicting_rows) == (1, 0)
 
 
-@pytest.mark.parametrize(("part_rows", "piece_rows"), [(10, 7), (100, 1000), (5000, 64)])
+@pytest.mark.parametrize(
+    ("part_rows", "piece_rows", "hashed_bytes"), [(10, 7, 1024), (100, 1000, 1), (5000, 64, 3)]
+)
 def test_rows_are_compared_in_parts_and_pieces_as_all_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_rows: int, piece_rows: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_rows: int, piece_rows: int, hashed_bytes: int
 ) -> None:
+    monkeypatch.setattr("services.trainer.datareport._HASHED_BYTES", hashed_bytes)
     monkeypatch.setattr("services.trainer.datareport._PART_ROWS", part_rows)
     monkeypatch.setattr("services.trainer.datareport._PIECE_ROWS", piece_rows)
     monkeypatch.setattr("tiltyard.datasets.CHUNK_BYTES", 128)
