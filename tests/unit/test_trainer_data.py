@@ -64,9 +64,7 @@ def test_rows_in_different_chunks_are_compared(tmp_path: Path) -> None:
     assert (report.duplicate_rows, report.contradicting_rows) == (1, 0)
 
 
-@pytest.mark.parametrize(
-    ("part_rows", "piece_rows", "hashed_bytes"), [(10, 7, 1024), (100, 1000, 1), (5000, 64, 3)]
-)
+@pytest.mark.parametrize(("part_rows", "piece_rows", "hashed_bytes"), [(10, 7, 1024), (100, 1000, 1), (5000, 64, 3)])
 def test_rows_are_compared_in_parts_and_pieces_as_all_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_rows: int, piece_rows: int, hashed_bytes: int
 ) -> None:
