@@ -22,6 +22,7 @@ from services.trainer.runs import Runs
 from services.trainer.servicers import inference, training
 from services.trainer.servicers.inference import TrainedModels
 from services.trainer.settings import TrainerSettings
+from services.trainer.steadyclock import SteadyClock
 from services.trainer.store import SqlTrainingStore
 from services.trainer.trainings import Trainings
 from tiltyard.client import Client
@@ -100,7 +101,8 @@ async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = ut
         clock=clock,
     )
 
-    old = OldTrainings(folder, store, keep=settings.keep, forget=models.forget, clock=clock)
+    steady = SteadyClock(settings.state_dir / "clock.json", clock)
+    old = OldTrainings(folder, store, keep=settings.keep, forget=models.forget, clock=steady.now)
 
     async def close() -> None:
         await models.close()

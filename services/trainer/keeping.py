@@ -13,6 +13,8 @@ from services.runtime.errors import NotFound
 from services.trainer.training import Training
 
 _EVERY_S = 3600.0
+# Nobody else can write meanwhile.
+_HISTORIES_AT_ONCE = 100
 
 _log = structlog.get_logger("tiltyard.trainer")
 
@@ -24,11 +26,16 @@ class WrittenDown(Protocol):
         """Raises NotFound."""
         ...
 
+    async def forget_histories(self, *, ended_by: datetime, most: int) -> int:
+        """Leaves of so many trainings that had ended by then the last point alone; how many they were."""
+        ...
+
 
 class OldTrainings:
-    """The folders of trainings that ended more than `keep` ago; with `keep` of nothing they stay for good.
+    """What is left of trainings that ended more than `keep` ago: their folders, and their histories but for the end.
 
-    `forget` is told of a training before its folder goes: its model is no longer to be served.
+    With `keep` of nothing all stays for good. `forget` is told of a training before its folder goes: its model is no
+    longer to be served. `clock` is None as long as nobody knows how late it is.
     """
 
     def __init__(
@@ -38,7 +45,7 @@ class OldTrainings:
         *,
         keep: timedelta,
         forget: Callable[[str], Awaitable[None]],
-        clock: Callable[[], datetime],
+        clock: Callable[[], datetime | None],
     ) -> None:
         self._folder = folder
         self._trainings = trainings
@@ -54,8 +61,12 @@ class OldTrainings:
 
     async def remove(self) -> None:
         """Looks once. A removal that breaks off is gone on with at the next look, and holds up no other."""
+        now = await asyncio.to_thread(self._clock)
+        if now is None:
+            return
+        ended_by = now - self._keep
         for name in await asyncio.to_thread(self._names):
-            if await self._is_old(name):
+            if await self._is_old(name, ended_by):
                 await self._forget(name)
                 try:
                     await asyncio.to_thread(shutil.rmtree, self._folder / name)
@@ -63,13 +74,15 @@ class OldTrainings:
                     _log.warning("what a training left cannot be removed", training=name, error=str(error))
                 else:
                     _log.info("what a training left is removed", training=name)
+        while await self._trainings.forget_histories(ended_by=ended_by, most=_HISTORIES_AT_ONCE):
+            pass
 
-    async def _is_old(self, name: str) -> bool:
+    async def _is_old(self, name: str, ended_by: datetime) -> bool:
         try:
             training = await self._trainings.get(name)
         except NotFound:
             return False  # nothing of ours
-        return training.ended_at is not None and training.ended_at + self._keep <= self._clock()
+        return training.ended_at is not None and training.ended_at <= ended_by
 
     def _names(self) -> list[str]:
         return sorted(each.name for each in self._folder.iterdir() if each.is_dir())

@@ -32,8 +32,10 @@ class TrainerSettings(ServiceSettings):
     model_memory_bytes: Annotated[int, Field(ge=0)] = 0
     """Most bytes of served weights in memory, 0 for half of the device's: the least recently used model makes room."""
     keep_models_days: Annotated[int, Field(ge=0, le=36500)] = 0
-    """How long the model of a training, and what lies beside it, is kept after the training's end; 0 means for good.
-    A submitted model is at the registry, too; a task that allows nodes' own endpoints needs it here until it closes."""
+    """How long the model of a training, what lies beside it and its history are kept after the training's end; 0 means
+    for good. Then the training stays in lists, with the last point of its history. Nothing goes on the first day after
+    the clock was put forward, or the node was off for longer than a day. A submitted model is at the registry, too; a
+    task that allows nodes' own endpoints needs it here until it closes."""
     training_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Cores that one training is spread over; 0 means all."""
 

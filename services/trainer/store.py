@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Integer, LargeBinary, Text
+from sqlalchemy import BigInteger, Column, Integer, LargeBinary, Text, update
 from sqlmodel import Field, Session, SQLModel, col, select
 
 from services.runtime.database import Database
@@ -146,6 +146,19 @@ class SqlTrainingStore:
             )
 
         await self._database.write(work, final=False)
+
+    async def forget_histories(self, *, ended_by: datetime, most: int) -> int:
+        """Leaves of so many trainings that had ended by then the last point alone; how many they were."""
+        last = "[" + col(HistoryRow.newest) + "]"
+
+        def work(session: Session) -> int:
+            query = select(HistoryRow.training).join(TrainingRow, col(TrainingRow.number) == HistoryRow.training)
+            query = query.where(col(TrainingRow.ended_at_us) <= _to_us(ended_by), col(HistoryRow.points) != last)
+            found = session.exec(query.limit(most)).all()
+            session.exec(update(HistoryRow).where(col(HistoryRow.training).in_(found)).values(points=last))
+            return len(found)
+
+        return await self._database.write(work, final=False)
 
 
 def _row(session: Session, training: str) -> TrainingRow:
