@@ -57,11 +57,12 @@ class Trainer:
 async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = utc_now) -> Trainer:
     """Opens the state and puts everything together. Raises NoSuchDevice for a device that is not here."""
     devices = await find_devices(settings.device)
-    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
-    folder = settings.state_dir / "trainings"
+    # Absolute: the workers of Ray Train have working directories of their own.
+    state, data_dir = settings.state_dir.absolute(), settings.data_dir.absolute()
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    folder, bases = state / "trainings", state / "bases"
     folder.mkdir(mode=0o700, exist_ok=True)
-    bases = settings.state_dir / "bases"
     key = Key.load_or_create(settings.key_file, settings.key_lock)
     migrations = "services.trainer.migrations"
     database = await asyncio.to_thread(Database.open, settings.database_url, migrations=migrations, clock=clock)
@@ -72,7 +73,7 @@ async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = ut
     )
     registry = RegistryPeer(client, runs=folder) if client else NoRegistry()
     store, live = SqlTrainingStore(database), LiveTrainings()
-    data = DataFolder(settings.data_dir, packed_bytes=settings.packed_bytes)
+    data = DataFolder(data_dir, packed_bytes=settings.packed_bytes)
     await asyncio.to_thread(data.tidy)
     models = TrainedModels(
         runs=folder,
@@ -101,7 +102,7 @@ async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = ut
         clock=clock,
     )
 
-    steady = SteadyClock(settings.state_dir / "clock.json", clock)
+    steady = SteadyClock(state / "clock.json", clock)
     old = OldTrainings(folder, store, keep=settings.keep, forget=models.forget, clock=steady.now)
 
     async def close() -> None:
@@ -112,7 +113,7 @@ async def build(settings: TrainerSettings, *, clock: Callable[[], datetime] = ut
 
     return Trainer(
         mounts=(
-            training.mount(trainings, PageTokens(load_secret(settings.state_dir / "pages.key"))),
+            training.mount(trainings, PageTokens(load_secret(state / "pages.key"))),
             models.mount(),
         ),
         authenticator=Authenticator({key.id}, settings.operators | {key.id}, settings.services, clock),

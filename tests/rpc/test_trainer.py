@@ -195,6 +195,27 @@ async def test_a_late_watcher_gets_the_history_first(trainer: RunningTrainer) ->
     ]
 
 
+async def test_a_run_finds_its_files_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of Ray Train's workers are not the node's, whose folder of state may be named as `state`."""
+    monkeypatch.chdir(tmp_path)
+    Path("state").mkdir()
+    settings = new_settings(Path("state"))
+    rows = "".join(f"{index % 5},{index % 3},{index % 2}\n" for index in range(200))
+    (settings.data_dir / "rows.csv").write_text(f"a,b,label\n{rows}")
+    async with served(settings) as trainer:
+        name = (await trainer.start(dataset="rows.csv", model=mlp(inputs=(2,), outputs=2), epochs=LONG)).name
+        await trainer.until(name, pb.TRAINING_STATE_RUNNING, step=1)
+        folder = tmp_path / trainer.folder(name)
+        order = runfolder.read_order(folder)
+        assert str(folder) in RunningTrainer(trainer.node, "", tmp_path / "state").child(name).cmdline()
+        assert order.source is not None
+        assert all(path.is_absolute() for path in (order.dataset, order.source, order.data))
+        await trainer.cancel(name)
+        await trainer.until(name)
+
+
 async def test_a_running_training_is_cancelled_at_once(trainer: RunningTrainer) -> None:
     name = (await trainer.start(epochs=LONG)).name
     await trainer.until(name, pb.TRAINING_STATE_RUNNING, step=1)
