@@ -1,8 +1,9 @@
 """One run in its folder: what it begins with, and that it goes on from where it was broken off to the bit."""
 
+import errno
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,32 @@ def test_a_data_report_of_another_form_is_made_again(tmp_path: Path, left: str) 
     runfolder.data_report(folder).write_text(left)
     assert look() == found
     assert looks
+
+
+class OneWorker:
+    """services.trainer.descent.workers.Workers of which there is one."""
+
+    rank, size = 0, 1
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """The sum over this one."""
+
+
+class NeverWaiting(threading.Event):
+    def wait(self, timeout: float | None = None) -> bool:
+        pytest.fail("the others would wait for this worker, and give up")
+
+
+def test_workers_do_not_wait_for_a_disk_that_takes_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, checkpoint: Checkpoint) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("services.trainer.descent.keeper.save_checkpoint", full)
+    folder = ordered(tmp_path / "run", config=replace(CONFIG, epochs=2, checkpoint_interval_steps=6))
+    events: list[dict[str, Any]] = []
+    assert train(folder, say=events.append, stopped=NeverWaiting(), workers=OneWorker()) == 0
+    warning = next(event["text"] for event in events if event["event"] == "warning")
+    assert warning == "no checkpoint at step 6: [Errno 28] No space left on device"
+    assert events[-1]["event"] == "trained"

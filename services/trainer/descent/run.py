@@ -67,7 +67,9 @@ def train(
     )
     on_stop(descent.stop)
 
-    keeper = CheckpointKeeper(runfolder.checkpoint(folder), persist=write, warn=warn)
+    # Of several workers the others would wait for this one's disk, and give up: they go on without a checkpoint.
+    persist = write if workers is None else _once
+    keeper = CheckpointKeeper(runfolder.checkpoint(folder), persist=persist, warn=warn)
 
     def keep() -> None:
         if speaks:
@@ -102,6 +104,11 @@ def train(
         return 1
     say(result)
     return 0
+
+
+def _once(write: Callable[[], None]) -> bool:
+    write()
+    return True
 
 
 def _restored(descent: Descent, path: Path, warn: Callable[[str], None]) -> bool:
