@@ -110,6 +110,7 @@ class Runs:
         self._wake = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._interrupted: set[str] = set()
+        self._held_back: set[str] = set()
         training_metrics.follow(live)
         self._fetched: set[str] = set()
 
@@ -138,7 +139,7 @@ class Runs:
             while True:
                 self._wake.clear()
                 for training in self._live.all():
-                    if training.id in self._tasks:
+                    if training.id in self._tasks or training.id in self._held_back:
                         continue
                     if training.cancel_requested:
                         # Asked to stop in the moment between two of its steps.
@@ -170,13 +171,26 @@ class Runs:
         task = asyncio.create_task(self._see_through(training, step, work), name=f"training {training.id}")
         self._tasks[training.id] = task
 
-        def ended(_: asyncio.Task[None]) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
             self._tasks.pop(training.id, None)
             self._interrupted.discard(training.id)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._hold_back(training.id, error)
             self._wake.set()
 
         task.add_done_callback(ended)
         return task
+
+    def _hold_back(self, training: str, error: BaseException) -> None:
+        """Begins what not even its end could be written down of later: at once it would fail again, before all others."""
+        _log.error("a training's end cannot be written down", training=training, exc_info=error)
+        self._held_back.add(training)
+
+        def release() -> None:
+            self._held_back.discard(training)
+            self._wake.set()
+
+        asyncio.get_running_loop().call_later(LONGEST_PAUSE_S, release)
 
     async def _see_through(self, training: Training, step: str, work: Callable[[Training], Awaitable[None]]) -> None:
         try:

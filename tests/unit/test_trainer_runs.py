@@ -56,6 +56,7 @@ class Store:
         self.trainings: dict[str, Training] = {}
         self.histories: dict[str, Sequence[Progress]] = {}
         self.away = 0
+        self.damaged: set[str] = set()
         self.trouble: ArenaError = Unavailable("DATABASE_UNAVAILABLE", "the database cannot be used at present")
 
     def _write(self) -> None:
@@ -73,6 +74,8 @@ class Store:
 
     async def change(self, training: str, change: Callable[[Training], Training], *, answers: bool = False) -> Training:
         self._write()
+        if training in self.damaged:
+            raise ValueError("the row is damaged")
         self.trainings[training] = change(self.trainings[training])
         return self.trainings[training]
 
@@ -467,3 +470,19 @@ async def test_patience_waits_as_long_as_it_is_told_and_says_so_once(monkeypatch
     troubles = [FailedPrecondition("CLOSED", "closed")]
     with pytest.raises(FailedPrecondition):
         await persist(work, say=say)
+
+
+async def test_a_training_that_cannot_be_written_down_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.trainer.runs.LONGEST_PAUSE_S", 0.05)
+    async with world() as it:
+        it.start(training("a"), training("b"))
+        await it.until_running("a")
+        it.store.damaged.add("a")
+        it.children.end("a", Trained(b"a" * 32))
+        await it.until_running("b")
+        it.store.damaged.clear()
+        it.children.end("b", Trained(b"b" * 32))
+        await it.until_running("a")
+        it.children.end("a", Trained(b"a" * 32))
+        assert (await it.until_ended("a")).state is TrainingState.SUCCEEDED
+        assert it.store.trainings["b"].state is TrainingState.SUCCEEDED
