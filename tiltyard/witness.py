@@ -13,6 +13,7 @@ from typing import NoReturn, Protocol
 
 from tiltyard.audit.record import InvalidRecord
 from tiltyard.cosigning import WitnessKey, cosign, verify_cosignature
+from tiltyard.foldersync import sync_folder
 from tiltyard.identity import Key
 from tiltyard.transparency import (
     Checkpoint,
@@ -200,10 +201,11 @@ async def _begin(source: LogSource) -> Seen:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Writes a file whole or not at all, also through a crash."""
+    """Writes a file whole or not at all, also through a crash; once this returns, a loss of power takes it no more."""
     beside = file.with_name(f".{file.name}.new")
     with beside.open("w", encoding="utf-8") as written:
         written.write(text)
         written.flush()
         os.fsync(written.fileno())
     beside.replace(file)
+    sync_folder(file.parent)

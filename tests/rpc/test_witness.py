@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import sqlite3
 import sys
 from contextlib import closing
@@ -62,6 +63,23 @@ async def test_a_growing_log_is_cosigned_again_and_again(
     # A log that is longer than what was witnessed is witnessed as far as that goes.
     await arena.participant("yet one more")
     assert witness_of(tmp_path / "w", await fetch_record(await arena.client(Key.generate()))) == said
+
+
+async def test_what_a_witness_keeps_is_on_the_disk_under_its_name(
+    source: RegistrySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    witness, waits, on_disk = Witness(tmp_path / "w"), os.fsync, dict[Path, set[str]]()
+
+    def fsync(descriptor: int) -> None:
+        waits(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.is_dir():
+            on_disk[path] = {each.name for each in path.iterdir()}
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint = await witness.look(source, now_s=NOW_S)
+    assert on_disk[tmp_path / "w" / "checkpoints"] == {f"{checkpoint.size:012}"}
+    assert "frontier.json" in on_disk[tmp_path / "w"]
 
 
 def witness_of(folder: Path, record: Record) -> tuple[str, int, int] | None:
