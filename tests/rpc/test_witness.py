@@ -199,6 +199,34 @@ async def test_a_witness_outlasts_a_registry_that_is_away(arena: RegistryServer,
         await watching.wait()
 
 
+async def looked_once(folder: Path, address: str, *arguments: str) -> tuple[int | None, str]:
+    """The exit status of one look by command, and what it says of trouble."""
+    options = ("--once", "--registry", address, "--origin", ORIGIN, *arguments)
+    looking = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tiltyard.cli", "log", "watch", folder, *options),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await looking.communicate()
+    return looking.returncode, said.decode()
+
+
+async def test_whoever_looks_once_tells_a_log_that_lied_from_one_that_is_away(
+    arena: RegistryServer, source: RegistrySource, tmp_path: Path
+) -> None:
+    folder, note = tmp_path / "w", tmp_path / "note"
+    assert await looked_once(folder, arena.server.address) == (0, "")
+    note.write_text((await source.note()).replace("\u2014 ", "\u2014 x"))
+    status, said = await looked_once(folder, arena.server.address, "--against", str(note))
+    assert (status, said.startswith(f"error: {note}: ")) == (1, True)
+    status, said = await looked_once(folder, f"127.0.0.1:{free_ports(1)[0]}")
+    assert (status, said.startswith("error: the service cannot be reached")) == (1, True)
+    rewrite(arena, tree_too=True)
+    await arena.participant("one more")
+    status, said = await looked_once(folder, arena.server.address)
+    assert (status, said.startswith("ALARM: ")) == (3, True)
+
+
 def test_cosignatures_hold_for_their_note_and_key_alone() -> None:
     key = Key.generate()
     named = WitnessKey("w", key.public_bytes)

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from tiltyard.client import Client
     from tiltyard.cosigning import WitnessKey
     from tiltyard.transparency import Checkpoint
+    from tiltyard.witness import Witness
+
+ALARM_STATUS = 3
+"""Of a log that lied, apart from 1, which a registry that is away or a full disk gives, and 2, of a wrong argument."""
 
 
 def watch(
@@ -44,10 +48,10 @@ def watch(
 ) -> None:
     """Be a witness of the log.
 
-    Keeps each checkpoint, cosigns it, and exits with 1 when the log rewrites or forks its history. With --json one
+    Keeps each checkpoint, cosigns it, and exits with 3 when the log rewrites or forks its history. With --json one
     document a line.
 
-    A registry that is away, as while it restarts, is looked at again; only with --once that ends the command.
+    A registry that is away, as while it restarts, is looked at again; only with --once that ends the command, with 1.
     """
     import grpc
 
@@ -67,7 +71,7 @@ def watch(
                 try:
                     checkpoint = await witness.look(source, now_s=int(time.time()))
                     for each in against or ():
-                        await witness.compare(source, each.read_text(encoding="utf-8"))
+                        await _compare(witness, source, each)
                 except grpc.aio.AioRpcError as error:
                     if once or not is_transient(error):
                         raise
@@ -81,7 +85,7 @@ def watch(
                         _print_line({"alarm": str(alarm), "evidence": evidence})
                     kept = f"; what was shown lies in {evidence}" if evidence else ""
                     print(f"ALARM: {alarm}{kept}", file=sys.stderr)
-                    raise typer.Exit(1) from None
+                    raise typer.Exit(ALARM_STATUS) from None
                 else:
                     away = False
                     _tell(checkpoint, witness.public, as_document=json)
@@ -90,6 +94,16 @@ def watch(
                 await asyncio.sleep(every)
 
     run(work())
+
+
+async def _compare(witness: "Witness", source: "RegistrySource", file: Path) -> None:
+    """Raises Alarm for another history, and CommandError for a file that holds no checkpoint of this log."""
+    from tiltyard.transparency import InvalidNote
+
+    try:
+        await witness.compare(source, await asyncio.to_thread(file.read_text, encoding="utf-8"))
+    except (InvalidNote, UnicodeDecodeError) as error:
+        raise CommandError(f"{file}: {error}") from None
 
 
 def _tell(checkpoint: "Checkpoint", witness: "WitnessKey", *, as_document: bool) -> None:
