@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import errno
+import fcntl
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import grpc
 
@@ -208,7 +210,8 @@ async def download(
     The bytes so far lie in `{destination}.part`, also after a crash, and the next call goes on from there; where they
     turn out to be of something else it begins anew. Raises DigestMismatch when the bytes are not those of the name
     (they are deleted), grpc.aio.AioRpcError for what the server refuses or when no byte comes for `patience_s`; that an
-    open stream brings nothing is noticed after two minutes.
+    open stream brings nothing is noticed after two minutes. Raises BlockingIOError while another download to the same
+    destination runs.
     """
     if size_bytes is None:
         request = artifact_pb2.GetArtifactRequest(name=artifact)
@@ -216,29 +219,64 @@ async def download(
         size_bytes = known.artifact.size_bytes
     part = destination.with_name(destination.name + ".part")
     while True:
-        file = await asyncio.to_thread(_open_part, part, size_bytes)
-        begun = file.size
-        try:
-            await _fetch_all(artifacts, artifact, file, size_bytes, progress, _Patience(patience_s))
-            if artifact_name(file.digest()) == artifact:
-                await asyncio.to_thread(_move_into_place, file, part, destination)
+        with _alone(part):
+            file = await asyncio.to_thread(_open_part, part, size_bytes)
+            begun = file.size
+            try:
+                await _fetch_all(artifacts, artifact, file, size_bytes, progress, _Patience(patience_s))
+                if artifact_name(file.digest()) == artifact:
+                    await asyncio.to_thread(_move_into_place, file, part, destination)
+                    return
+                if not begun:
+                    raise DigestMismatch(f"the bytes received are not those of {artifact}")
+                # What lay there was of another artifact, or did not survive a loss of power: once more, without it.
+                await asyncio.to_thread(part.unlink)
+            except DigestMismatch:
+                await asyncio.to_thread(part.unlink)
+                raise
+            finally:
+                file.close()
+
+
+@contextlib.contextmanager
+def _alone(part: Path) -> Iterator[None]:
+    """Holds the file of the bytes so far, made when it isn't there. Raises BlockingIOError while another does.
+
+    Two who append to one file would both find the digest of what they have written right, and leave a wrong file. The
+    kernel lets go of it however the process ends.
+    """
+    part.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with part.open("ab") as held:
+            _lock(held, part)
+            if _is_at(held, part):
+                yield
                 return
-            if not begun:
-                raise DigestMismatch(f"the bytes received are not those of {artifact}")
-            # What lay there was of another artifact, or did not survive a loss of power: once more, without it.
-            await asyncio.to_thread(part.unlink)
-        except DigestMismatch:
-            await asyncio.to_thread(part.unlink)
+        # Who held it has moved it into place, or deleted it, before it was ours.
+
+
+def _lock(file: IO[bytes], part: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, "another download to the same place is running", str(part)) from None
+    except OSError as error:
+        # Some file systems of clusters have no locks.
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
-        finally:
-            file.close()
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _open_part(part: Path, size_bytes: int) -> GrowingFile:
-    part.parent.mkdir(parents=True, exist_ok=True)
-    if part.exists() and part.stat().st_size > size_bytes:
+    if part.stat().st_size > size_bytes:
         # More than there can be: the part of another artifact.
-        part.unlink()
+        os.truncate(part, 0)
     return GrowingFile(part)
 
 

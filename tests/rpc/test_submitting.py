@@ -430,6 +430,45 @@ async def test_a_download_goes_on_after_the_process_has_died(tmp_path: Path) -> 
     assert registry.streams == [1000]
 
 
+@dataclass
+class Stalling(SmallRegistry):
+    """Says when a download has begun, and sends what comes when it may."""
+
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    may: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def DownloadArtifact(
+        self, request: Any, context: Any
+    ) -> AsyncIterator[artifact_pb2.DownloadArtifactResponse]:
+        self.begun.set()
+        await self.may.wait()
+        async for each in super().DownloadArtifact(request, context):
+            yield each
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+async def test_one_download_at_a_time_goes_to_one_destination(tmp_path: Path, interrupted: bool) -> None:
+    content, destination = os.urandom(3 * CHUNK_BYTES), tmp_path / "model.safetensors"
+    name = artifact_name(hashlib.sha256(content).digest())
+    registry = Stalling(complete={name: content})
+    (tmp_path / "model.safetensors.part").write_bytes(content[:1000])
+    async with serving(registry) as client:
+        first = asyncio.create_task(download(client.artifacts, name, destination))
+        await registry.begun.wait()
+        # Also one of a smaller artifact, to which the part of the first is of no use.
+        for size_bytes in (len(content), 10):
+            with pytest.raises(BlockingIOError, match="another download to the same place is running") as refused:
+                await download(client.artifacts, name, destination, size_bytes=size_bytes)
+            assert refused.value.filename == f"{destination}.part"
+        if interrupted:
+            first.cancel()
+            await asyncio.wait([first])
+        registry.may.set()
+        await (download(client.artifacts, name, destination) if interrupted else first)
+    assert destination.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [destination]
+
+
 @pytest.mark.parametrize("left", [1000, CHUNK_BYTES + 1, 2 * CHUNK_BYTES])
 async def test_a_part_of_another_artifact_is_begun_anew(tmp_path: Path, left: int) -> None:
     content = os.urandom(CHUNK_BYTES + 1)
