@@ -342,6 +342,40 @@ def test_a_command_runs_where_its_output_is_closed() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("command", ["key id me.pem", "key show me.pem --json", "odds --help", "--version"])
+def test_a_disk_that_takes_no_output_is_told_in_one_line(tmp_path: Path, command: str, buffered: str) -> None:
+    Key.generate().save(tmp_path / "me.pem")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tiltyard.cli", *command.split()],
+            env={**os.environ, "PYTHONUNBUFFERED": buffered},
+            cwd=tmp_path,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_reader_who_has_gone_before_the_end_is_no_error(tmp_path: Path, buffered: str) -> None:
+    Key.generate().save(tmp_path / "me.pem")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "tiltyard.cli", "key", "id", str(tmp_path / "me.pem")],
+        env={**os.environ, "PYTHONUNBUFFERED": buffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 IMPATIENT = """
 import sys
 

@@ -22,10 +22,50 @@ def open_output() -> None:
     if sys.stdout is None:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the process lives
     elif isinstance(sys.stdout, TextIOWrapper):
-        # Into a terminal that knows fewer characters than UTF-8 has.
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout = _Output(sys.stdout)
     if sys.stderr is None:
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - as above
+
+
+def end_output() -> None:
+    """Lets go of what standard output did not take: Python would tell of it at its end, in words for programmers."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+class _Output(TextIOWrapper):
+    """Standard output, whose errors have its name."""
+
+    def __init__(self, opened: TextIOWrapper) -> None:
+        super().__init__(
+            opened.buffer,
+            encoding=opened.encoding,
+            errors="replace",  # into a terminal that knows fewer characters than UTF-8 has
+            line_buffering=opened.line_buffering,
+            write_through=opened.write_through,
+        )
+
+    def write(self, text: str, /) -> int:
+        """Raises OSError, as when the disk is full."""
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise _named(error) from None
+
+    def flush(self) -> None:
+        """Raises OSError, as when the disk is full."""
+        try:
+            super().flush()
+        except OSError as error:
+            raise _named(error) from None
+
+
+def _named(error: OSError) -> OSError:
+    return OSError(error.errno, error.strerror, "standard output")
 
 
 def as_json(message: "Message") -> dict[str, Any]:
