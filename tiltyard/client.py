@@ -3,7 +3,7 @@
 import asyncio
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 import grpc
 
@@ -29,6 +29,8 @@ from tiltyard.trainer.v1 import trainer_pb2_grpc
 from tiltyard.validator.v1 import validator_pb2_grpc
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     # Types that exist in the stubs' .pyi files only.
     from tiltyard.calls.tls import ChannelTls
     from tiltyard.inference.v2.inference_pb2_grpc import GRPCInferenceServiceAsyncStub
@@ -62,6 +64,33 @@ __all__ = [
 ]
 
 
+T = TypeVar("T")
+
+
+class _Stub(Generic[T]):
+    """A stub that is made once, and given out in the event loop of its channel alone: gRPC would fail deep inside."""
+
+    def __init__(self, make: "Callable[[Any], T]") -> None:
+        self.__doc__ = make.__doc__
+        self._make = make
+
+    @overload
+    def __get__(self, connections: None, owner: type[object]) -> Self: ...
+
+    @overload
+    def __get__(self, connections: "_Connections", owner: type[object]) -> T: ...
+
+    def __get__(self, connections: "_Connections | None", owner: type[object]) -> Self | T:
+        if connections is None:
+            return self
+        connections._check_loop()
+        stubs = connections._stubs
+        if self not in stubs:
+            stubs[self] = self._make(connections)
+        found: T = stubs[self]
+        return found
+
+
 class _Connections:
     """Channels that open with the context and close with it."""
 
@@ -70,11 +99,26 @@ class _Connections:
         self._tls = tls
         self._deadline_s = deadline_s
         self._channels: list[grpc.aio.Channel] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stubs: dict[_Stub[Any], Any] = {}
 
     @property
     def participant(self) -> str:
         """Resource name of the key's holder."""
         return f"participants/{self.key.id}"
+
+    def _check_loop(self) -> None:
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        if self._loop is None:
+            self._loop = running
+        elif self._loop is not running:
+            raise RuntimeError(
+                f"this {type(self).__name__} belongs to another event loop, in which it was used first: open one in "
+                "each (each asyncio.run has its own), or take a BlockingClient"
+            )
 
     def _open(self, address: str, audience: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
         channel = open_channel(
@@ -105,8 +149,9 @@ class Client(_Connections):
     """A participant's connections to one arena: the registry's services and, where given, the selector's.
 
     Addresses are `HOST:PORT` or `unix:PATH`; anything else raises ValueError. Channels open on first use; use it within
-    one event loop. A unary call without a deadline of its own gets `deadline_s`. Without `tls` calls go out in
-    plaintext. Calls raise grpc.aio.AioRpcError, or ClientError within `client_errors()`.
+    one event loop: in another its stubs raise RuntimeError. A unary call without a deadline of its own gets
+    `deadline_s`. Without `tls` calls go out in plaintext. Calls raise grpc.aio.AioRpcError, or ClientError within
+    `client_errors()`.
     """
 
     def __init__(
@@ -136,67 +181,67 @@ class Client(_Connections):
             raise ValueError("the selector's address is not given")
         return self._open(self._selector_address, f"{self.origin}/selector")
 
-    @cached_property
+    @_Stub
     def participants(self) -> "ParticipantServiceAsyncStub":
         """ParticipantService of the registry."""
         return participant_pb2_grpc.ParticipantServiceStub(self._registry)
 
-    @cached_property
+    @_Stub
     def tasks(self) -> "TaskServiceAsyncStub":
         """TaskService of the registry."""
         return task_pb2_grpc.TaskServiceStub(self._registry)
 
-    @cached_property
+    @_Stub
     def memberships(self) -> "MembershipServiceAsyncStub":
         """MembershipService of the registry."""
         return membership_pb2_grpc.MembershipServiceStub(self._registry)
 
-    @cached_property
+    @_Stub
     def submissions(self) -> "SubmissionServiceAsyncStub":
         """SubmissionService of the registry."""
         return submission_pb2_grpc.SubmissionServiceStub(self._registry)
 
-    @cached_property
+    @_Stub
     def assignments(self) -> "AssignmentServiceAsyncStub":
         """AssignmentService of the registry."""
         return assignment_pb2_grpc.AssignmentServiceStub(self._registry)
 
-    @cached_property
+    @_Stub
     def evaluations(self) -> "EvaluationServiceAsyncStub":
         """EvaluationService of the registry."""
         return evaluation_pb2_grpc.EvaluationServiceStub(self._registry)
 
-    @cached_property
+    @_Stub
     def leaderboard(self) -> "LeaderboardServiceAsyncStub":
         """LeaderboardService of the registry."""
         return leaderboard_pb2_grpc.LeaderboardServiceStub(self._registry)
 
-    @cached_property
+    @_Stub
     def artifacts(self) -> ArtifactStub:
         """ArtifactService of the registry."""
         return ArtifactStub(self._registry)
 
-    @cached_property
+    @_Stub
     def log(self) -> "LogServiceAsyncStub":
         """LogService of the registry."""
         return log_pb2_grpc.LogServiceStub(self._registry)
 
-    @cached_property
+    @_Stub
     def stakes(self) -> "StakeServiceAsyncStub":
         """StakeService of the selector."""
         return stake_pb2_grpc.StakeServiceStub(self._selector)
 
-    @cached_property
+    @_Stub
     def pools(self) -> "PoolServiceAsyncStub":
         """PoolService of the selector."""
         return pool_pb2_grpc.PoolServiceStub(self._selector)
 
-    @cached_property
+    @_Stub
     def draws(self) -> "DrawServiceAsyncStub":
         """DrawService of the selector."""
         return draw_pb2_grpc.DrawServiceStub(self._selector)
 
-    @cached_property
+    @_Stub
     def eligibility(self) -> "EligibilityServiceAsyncStub":
         """EligibilityService of the selector."""
         return pool_pb2_grpc.EligibilityServiceStub(self._selector)
@@ -216,17 +261,17 @@ class Node(_Connections):
     def _node(self) -> grpc.aio.Channel:
         return self._open(self._address, self._node_id, max_message_bytes=INFERENCE_MESSAGE_BYTES)
 
-    @cached_property
+    @_Stub
     def trainings(self) -> "TrainingServiceAsyncStub":
         """TrainingService of a trainer."""
         return trainer_pb2_grpc.TrainingServiceStub(self._node)
 
-    @cached_property
+    @_Stub
     def validation(self) -> "ValidationServiceAsyncStub":
         """ValidationService of a validator."""
         return validator_pb2_grpc.ValidationServiceStub(self._node)
 
-    @cached_property
+    @_Stub
     def inference(self) -> "GRPCInferenceServiceAsyncStub":
         """Open Inference Protocol of a trainer's trained models."""
         return inference_pb2_grpc.GRPCInferenceServiceStub(self._node)

@@ -270,6 +270,27 @@ async def test_a_node_is_sent_batches_and_answers_as_large_as_the_inference_prot
     assert answer.raw_output_contents[0] == rows
 
 
+def test_a_client_says_that_it_belongs_to_another_event_loop() -> None:
+    async def first() -> tuple[Client, Node]:
+        async with serving(SmallTasks()) as client, Node(client.key, address="127.0.0.1:1", node_id="0" * 40) as node:
+            await client.tasks.GetTask(task_pb2.GetTaskRequest(name="tasks/t"))
+            assert client.tasks is client.tasks
+            _ = node.trainings
+        return client, node
+
+    client, node = asyncio.run(first())
+
+    async def second() -> None:
+        with pytest.raises(RuntimeError, match="this Client belongs to another event loop"):
+            await client.tasks.GetTask(task_pb2.GetTaskRequest(name="tasks/t"))
+        with pytest.raises(RuntimeError, match="this Client belongs to another event loop"):
+            _ = client.log
+        with pytest.raises(RuntimeError, match="this Node belongs to another event loop"):
+            _ = node.trainings
+
+    asyncio.run(second())
+
+
 async def test_without_its_address_the_selector_is_missed_by_name() -> None:
     async with Client(Key.generate(), origin="tiltyard.test", registry="127.0.0.1:1") as client:
         with pytest.raises(ValueError, match="selector"):
