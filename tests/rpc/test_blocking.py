@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +15,7 @@ import grpc
 import pytest
 
 import tiltyard
+from tiltyard.authority import Authority
 from tiltyard.registry.v1 import artifact_pb2, artifact_pb2_grpc, task_pb2, task_pb2_grpc
 
 
@@ -78,22 +80,51 @@ def tasks() -> SmallTasks:
     return SmallTasks()
 
 
-@pytest.fixture
-def client(tasks: SmallTasks) -> Iterator[tiltyard.BlockingClient]:
+@contextmanager
+def serving(tasks: SmallTasks, authority: Authority | None = None) -> Iterator[tiltyard.BlockingClient]:
+    """A client of a server; with `authority` they speak TLS."""
     server = grpc.server(ThreadPoolExecutor(4))
     task_pb2_grpc.add_TaskServiceServicer_to_server(tasks, server)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(OneArtifact(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    tls = None
+    if authority is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        issued, tls = authority.issue("server", ["127.0.0.1"]), tiltyard.ChannelTls(authority.certificate)
+        pair = issued.key.read_bytes(), issued.certificate.read_bytes()
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
     server.start()
     key = tiltyard.Key.generate()
-    with tiltyard.BlockingClient(key, origin="tiltyard.test", registry=f"127.0.0.1:{port}") as client:
+    with tiltyard.BlockingClient(key, origin="tiltyard.test", registry=f"127.0.0.1:{port}", tls=tls) as client:
         yield client
     server.stop(None).wait()
+
+
+@pytest.fixture
+def client(tasks: SmallTasks) -> Iterator[tiltyard.BlockingClient]:
+    with serving(tasks) as client:
+        yield client
 
 
 def test_a_call_waits_for_its_answer(client: tiltyard.BlockingClient) -> None:
     answer = client.tasks.GetTask(task_pb2.GetTaskRequest(name="tasks/t"), timeout=10)
     assert answer.task.name == "tasks/t"
+
+
+def test_calls_of_all_shapes_go_by_tls_too(tasks: SmallTasks, tmp_path: Path) -> None:
+    with serving(tasks, Authority.open(tmp_path)) as client:
+        assert client.tasks.GetTask(task_pb2.GetTaskRequest(name="tasks/t")).task.name == "tasks/t"
+        watched = client.tasks.WatchTask(task_pb2.WatchTaskRequest(name="tasks/t"))
+        assert next(watched).cursor == "1"
+        watched.close()  # type: ignore[attr-defined]
+        header = artifact_pb2.UploadHeader(size_bytes=3, base_model=True)
+        messages = [
+            artifact_pb2.UploadArtifactRequest(header=header),
+            artifact_pb2.UploadArtifactRequest(chunk=b"abc"),
+        ]
+        client.artifacts.UploadArtifact(iter(messages))
+        answers = client.artifacts.DownloadArtifact(artifact_pb2.DownloadArtifactRequest(name="artifacts/a", offset=1))
+        assert b"".join(each.chunk for each in answers) == b"bc"
 
 
 def test_a_refusal_is_a_client_error(client: tiltyard.BlockingClient) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,19 +217,19 @@ class FollowingChannel(grpc.aio.Channel):
 
     def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
         """A method of this shape; see grpc.aio.Channel."""
-        return _Method(self, "unary_unary", args, kwargs)
+        return _UnaryUnary(self, "unary_unary", args, kwargs)
 
     def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
         """A method of this shape; see grpc.aio.Channel."""
-        return _Method(self, "unary_stream", args, kwargs)
+        return _UnaryStream(self, "unary_stream", args, kwargs)
 
     def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
         """A method of this shape; see grpc.aio.Channel."""
-        return _Method(self, "stream_unary", args, kwargs)
+        return _StreamUnary(self, "stream_unary", args, kwargs)
 
     def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
         """A method of this shape; see grpc.aio.Channel."""
-        return _Method(self, "stream_stream", args, kwargs)
+        return _StreamStream(self, "stream_stream", args, kwargs)
 
     async def close(self, grace: float | None = None) -> None:
         """Closes it; calls that run have `grace` seconds to end."""
@@ -262,9 +262,25 @@ class _Method:
         self._bind: Callable[[grpc.aio.Channel], Any] = lambda on: getattr(on, shape)(*args, **kwargs)
         self._bound: tuple[_Leg, Any] | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Awaitable[Any]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leg = self._channel._current()
         if self._bound is None or self._bound[0] is not leg:
             self._bound = leg, self._bind(leg.channel)
-        call: Awaitable[Any] = self._channel._call(leg, self._bound[1](*args, **kwargs))
-        return call
+        return self._channel._call(leg, self._bound[1](*args, **kwargs))
+
+
+# Callers tell the shape of a method by its type.
+class _UnaryUnary(_Method, grpc.aio.UnaryUnaryMultiCallable[Any, Any]):
+    pass
+
+
+class _UnaryStream(_Method, grpc.aio.UnaryStreamMultiCallable[Any, Any]):
+    pass
+
+
+class _StreamUnary(_Method, grpc.aio.StreamUnaryMultiCallable[Any, Any]):
+    pass
+
+
+class _StreamStream(_Method, grpc.aio.StreamStreamMultiCallable[Any, Any]):
+    pass
