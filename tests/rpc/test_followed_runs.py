@@ -1,11 +1,13 @@
 """A validator's run, followed from a shell through breaks of the connection."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
+from tiltyard.calls import resuming
 from tiltyard.cli.validators import follow
 from tiltyard.client import Node
 from tiltyard.identity import Key
@@ -44,6 +46,20 @@ async def positions(validator: SmallValidator) -> list[int]:
 async def test_a_run_is_followed_through_restarts_and_the_end_of_a_long_stream() -> None:
     breaks = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED]
     assert await positions(SmallValidator(breaks)) == [1, 2, 3]
+
+
+async def test_a_stream_that_breaks_again_and_again_is_begun_anew_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses = list[float]()
+
+    async def sleep(pause_s: float) -> None:
+        pauses.append(pause_s)
+
+    monkeypatch.setattr(resuming, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(resuming, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    assert len(await positions(SmallValidator([grpc.StatusCode.UNAVAILABLE] * 7))) == 8
+    assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
 
 
 async def test_a_run_that_is_refused_is_not_asked_for_again() -> None:

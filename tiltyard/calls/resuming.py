@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Protocol, TypeVar
 
 import grpc
@@ -81,6 +81,32 @@ async def watch(
             pause_s = _pause_s(error, wait_s, give_up)
         await asyncio.sleep(pause_s)
         wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+
+async def follow(
+    stream: Callable[[], AsyncIterable[T]], answers: Callable[[], Awaitable[object]]
+) -> AsyncGenerator[T, None]:
+    """The messages of a watch without a cursor, which begins with how things are: one that breaks is begun anew.
+
+    Not before the server answers a unary call, which `answers` makes, and after a pause, which grows while streams
+    break soon. Raises grpc.aio.AioRpcError for what waiting does not help, or when the server is away for long.
+    """
+    wait_s = _FIRST_WAIT_S
+    while True:
+        began = time.monotonic()
+        try:
+            async for message in stream():
+                yield message
+            return
+        except grpc.aio.AioRpcError as error:
+            least_s = pause_before_retry_s(error)
+            if least_s is None:
+                raise
+        if time.monotonic() - began > _LONGEST_WAIT_S:
+            wait_s = _FIRST_WAIT_S
+        await asyncio.sleep(max(wait_s, least_s))
+        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+        await persist(answers)
 
 
 class _PageRequest(Protocol):

@@ -1,7 +1,7 @@
 """A training as it is followed from a shell: a progress line, remarks beside it, its curve, TensorBoard's logs."""
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,9 +26,7 @@ TensorBoardOption = Annotated[
 
 async def follow(node: "Node", training: str) -> "AsyncIterator[trainer_pb2.Training]":
     """The training at each step until it ends, through breaks of the connection and restarts of the node."""
-    import grpc
-
-    from tiltyard.client import is_transient, persist
+    from tiltyard.calls import resuming
     from tiltyard.trainer.v1 import trainer_pb2
 
     ended = (
@@ -36,17 +34,15 @@ async def follow(node: "Node", training: str) -> "AsyncIterator[trainer_pb2.Trai
         trainer_pb2.TRAINING_STATE_FAILED,
         trainer_pb2.TRAINING_STATE_CANCELLED,
     )
-    while True:
-        try:
-            async for seen in node.trainings.WatchTraining(trainer_pb2.WatchTrainingRequest(name=training)):
-                yield seen.training
-                if seen.training.state in ended:
-                    return
-        except grpc.aio.AioRpcError as error:
-            if not is_transient(error):
-                raise
-        # The node answers again before it is watched again.
-        await persist(lambda: node.trainings.GetTraining(trainer_pb2.GetTrainingRequest(name=training)))
+    messages = resuming.follow(
+        lambda: node.trainings.WatchTraining(trainer_pb2.WatchTrainingRequest(name=training)),
+        lambda: node.trainings.GetTraining(trainer_pb2.GetTrainingRequest(name=training)),
+    )
+    async with aclosing(messages):
+        async for seen in messages:
+            yield seen.training
+            if seen.training.state in ended:
+                return  # what becomes of the stream after that is nobody's trouble
 
 
 class Record:

@@ -106,23 +106,15 @@ def runs(
 
 async def follow(node: "Node", assignment: str) -> "AsyncIterator[validator_pb2.EvaluationRun]":
     """A run until it ends, through breaks of the connection and restarts of the validator."""
-    import grpc
-
-    from tiltyard.client import is_transient, persist
+    from tiltyard.calls import resuming
     from tiltyard.validator.v1 import validator_pb2
 
-    while True:
-        try:
-            async for seen in node.validation.WatchEvaluationRun(
-                validator_pb2.WatchEvaluationRunRequest(assignment=assignment)
-            ):
-                yield seen.run
-            return
-        except grpc.aio.AioRpcError as error:
-            if not is_transient(error):
-                raise
-        # The validator answers again before it is watched again.
-        await persist(lambda: node.validation.GetStatus(validator_pb2.GetStatusRequest()))
+    request = validator_pb2.WatchEvaluationRunRequest(assignment=assignment)
+    async for seen in resuming.follow(
+        lambda: node.validation.WatchEvaluationRun(request),
+        lambda: node.validation.GetStatus(validator_pb2.GetStatusRequest()),
+    ):
+        yield seen.run
 
 
 @app.command("watch")
