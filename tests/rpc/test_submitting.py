@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import stat
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -26,7 +27,7 @@ from tiltyard.registry.v1 import artifact_pb2, artifact_pb2_grpc, submission_pb2
 from tiltyard.statements import open_statement
 from tiltyard.submitting import JournalMismatch, read_journal, submit_model
 from tiltyard.transfers import CHUNK_BYTES, DigestMismatch, artifact_name, download, upload
-from tiltyard.type.v1 import envelope_pb2
+from tiltyard.type.v1 import envelope_pb2, evaluation_pb2
 
 TASK = "tasks/digits"
 ORIGIN = "tiltyard.test"
@@ -54,6 +55,7 @@ class SmallRegistry(artifact_pb2_grpc.ArtifactServiceServicer, submission_pb2_gr
     break_downloads_after: list[int] = field(default_factory=list)
     fail_next: dict[str, list[grpc.StatusCode]] = field(default_factory=dict)
     lost_answers: set[str] = field(default_factory=set)
+    rejected: evaluation_pb2.RejectionReason.ValueType = evaluation_pb2.REJECTION_REASON_UNSPECIFIED
 
     async def _maybe_fail(self, method: str, context: Any) -> None:
         self.calls.append(method)
@@ -69,6 +71,8 @@ class SmallRegistry(artifact_pb2_grpc.ArtifactServiceServicer, submission_pb2_gr
 
     async def UploadArtifact(self, requests: Any, context: Any) -> artifact_pb2.UploadArtifactResponse:
         await self._maybe_fail("UploadArtifact", context)
+        if self.rejected:
+            await context.abort_with_status(refusal(grpc.StatusCode.FAILED_PRECONDITION, "UPLOAD_NOT_EXPECTED"))
         if self.full_disk:
             self.full_disk -= 1
             await context.abort_with_status(refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL", retry_after_s=0.4))
@@ -134,6 +138,13 @@ class SmallRegistry(artifact_pb2_grpc.ArtifactServiceServicer, submission_pb2_gr
         return submission_pb2.CommitSubmissionResponse(
             submission=submission_pb2.Submission(name=f"{TASK}/submissions/{number}")
         )
+
+    async def GetSubmission(self, request: Any, context: Any) -> submission_pb2.GetSubmissionResponse:
+        found = submission_pb2.Submission(name=request.name, state=evaluation_pb2.SUBMISSION_STATE_REVEALED)
+        if self.rejected:
+            found.state = evaluation_pb2.SUBMISSION_STATE_REJECTED
+            found.reason = self.rejected
+        return submission_pb2.GetSubmissionResponse(submission=found)
 
     async def RevealSubmission(self, request: Any, context: Any) -> submission_pb2.RevealSubmissionResponse:
         await self._maybe_fail("RevealSubmission", context)
@@ -611,3 +622,46 @@ async def test_a_file_that_is_no_journal_is_left_alone(model: Path, tmp_path: Pa
         with pytest.raises(JournalMismatch, match="not the journal"):
             await submit_model(client, task=TASK, model=model, journal=tmp_path / "journal.json")
     assert (tmp_path / "journal.json").read_text() == "{}"
+
+
+async def submitted_by_command(client: Client, model: Path, *arguments: str) -> tuple[int | None, str, str]:
+    """`tiltyard submit`: its status, and what it says on standard output and, of progress apart, on standard error."""
+    key = model.with_name("me.pem")
+    if not key.exists():
+        client.key.save(key)
+    submitting = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tiltyard.cli", "submit", str(model), "--task", TASK, "--key", str(key)),
+        *("--origin", ORIGIN, "--registry", client._registry_address or "", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    told, said = (each.decode() for each in await submitting.communicate())
+    lines = [line for line in said.splitlines() if not line.startswith("uploading")]
+    return submitting.returncode, told.strip(), "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("reason", "revealed", "may_again"),
+    [("REVEAL_EXPIRED", False, True), ("VALIDATORS_UNAVAILABLE", True, True), ("SHAPE_MISMATCH", True, False)],
+)
+async def test_whose_submission_was_rejected_is_told_why_and_can_submit_anew(
+    model: Path, reason: str, revealed: bool, may_again: bool
+) -> None:
+    registry = SmallRegistry()
+    journal, another = model.with_name("first.json"), model.with_name("second.json")
+    async with serving(registry) as client:
+        if not revealed:
+            registry.lost_answers = {"RevealSubmission"}
+        first = await submitted_by_command(client, model, "--journal", str(journal))
+        assert (first[0], read_journal(journal).revealed) == ((0, True) if revealed else (1, False))
+        registry.rejected = evaluation_pb2.RejectionReason.Value(f"REJECTION_REASON_{reason}")
+        rejected = f"{TASK}/submissions/1 rejected: {reason}"
+        anew = f"to submit it anew, name another --journal than {journal}" if may_again else ""
+        status, told, said = await submitted_by_command(client, model, "--journal", str(journal))
+        if revealed:
+            assert (status, told, said) == (0, rejected, anew)
+        else:
+            assert (status, told, said) == (1, "", f"error: {rejected}; {anew}")
+        registry.rejected = evaluation_pb2.REJECTION_REASON_UNSPECIFIED
+        status, told, said = await submitted_by_command(client, model, "--journal", str(another))
+        assert (status, told, said) == (0, f"{TASK}/submissions/2 revealed", "")

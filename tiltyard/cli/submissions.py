@@ -1,6 +1,7 @@
 """`tiltyard submit` and `submission`: hand in a model by commit, upload and reveal, and see what became of it."""
 
 import asyncio
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,7 +95,12 @@ def submit(
     registry: RegistryOption = REGISTRY,
     json: JsonOption = False,
 ) -> None:
-    """Submit a trained model. Run again after any interruption, it goes on with the same submission."""
+    """Submit a trained model. Run again after any interruption, it goes on with the same submission.
+
+    With another --journal it makes another submission, as when the first was not revealed in time.
+    """
+    import grpc
+
     from tiltyard.client import persist
     from tiltyard.registry.v1 import submission_pb2
     from tiltyard.submitting import submit_model
@@ -107,16 +113,23 @@ def submit(
 
     async def work() -> None:
         async with connect(key, origin, registry) as client:
-            with ProgressLine("uploading", unit="bytes") as line:
-                name = await submit_model(
-                    client,
-                    task=name_of_task,
-                    model=model,
-                    model_index=model_index,
-                    format=model_pb2.ModelFormat.Value(FORMATS[model.suffix]),
-                    journal=notes,
-                    progress=line.update,
-                )
+            try:
+                with ProgressLine("uploading", unit="bytes") as line:
+                    name = await submit_model(
+                        client,
+                        task=name_of_task,
+                        model=model,
+                        model_index=model_index,
+                        format=model_pb2.ModelFormat.Value(FORMATS[model.suffix]),
+                        journal=notes,
+                        progress=line.update,
+                    )
+            except grpc.aio.AioRpcError:
+                rejected = await _rejected(client, notes)
+                if rejected is None:
+                    raise
+                anew = _anew(rejected, notes)
+                raise CommandError(f"{describe(rejected)}{anew and f'; {anew}'}") from None
             request = submission_pb2.GetSubmissionRequest(name=name)
             found = (
                 await until_judged(client, name)
@@ -124,10 +137,41 @@ def submit(
                 else (await persist(lambda: client.submissions.GetSubmission(request))).submission
             )
         print_message(found, as_document=True) if json else print(describe(found))
+        if anew := _anew(found, notes):
+            print(anew, file=sys.stderr)
         if watch:
             check_accepted(found)
 
     run(work())
+
+
+async def _rejected(client: "Client", journal: Path) -> "submission_pb2.Submission | None":
+    """The journal's submission, where that has been rejected: then nothing goes on with it."""
+    import grpc
+
+    from tiltyard.registry.v1 import submission_pb2
+    from tiltyard.submitting import JournalMismatch, read_journal
+    from tiltyard.type.v1 import evaluation_pb2
+
+    try:
+        name = (await asyncio.to_thread(read_journal, journal)).submission
+        if not name:
+            return None
+        answer = await client.submissions.GetSubmission(submission_pb2.GetSubmissionRequest(name=name))
+    except (FileNotFoundError, JournalMismatch, grpc.aio.AioRpcError):
+        return None
+    return answer.submission if answer.submission.state == evaluation_pb2.SUBMISSION_STATE_REJECTED else None
+
+
+def _anew(submission: "submission_pb2.Submission", journal: Path) -> str:
+    """How to submit its model once more, where that would not be rejected as a copy; empty elsewhere."""
+    from tiltyard.type.v1 import evaluation_pb2
+
+    nobodys_copy = (
+        evaluation_pb2.REJECTION_REASON_REVEAL_EXPIRED,
+        evaluation_pb2.REJECTION_REASON_VALIDATORS_UNAVAILABLE,
+    )
+    return f"to submit it anew, name another --journal than {journal}" if submission.reason in nobodys_copy else ""
 
 
 @app.command("list")
