@@ -160,3 +160,43 @@ def test_who_asks_for_tls_gets_no_plaintext(tmp_path: Path) -> None:
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.startswith("error: TILTYARD_TLS_CERTIFICATE is set, but `tiltyard up` serves plaintext")
     assert not (tmp_path / "state").exists()
+
+
+def test_what_it_decides_itself_is_refused_where_it_is_set(tmp_path: Path) -> None:
+    refused = subprocess.run(
+        [sys.executable, "-m", "tiltyard.cli", "up", "--port-base", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=tmp_path,
+        env={**os.environ, "TILTYARD_STATE_DIR": str(tmp_path / "state")},
+    )
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("error: TILTYARD_STATE_DIR is set, but `tiltyard up` sees to that itself, --state")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_of_services_are_handed_on_to_them(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    environment = {"TILTYARD_LOG_LEVEL": "debug", "TILTYARD_UNBONDING_TIME_S": "7", "TILTYARD_DATA_DIR": str(data)}
+    with running(tmp_path / "state", "--port-base", "0", **environment) as (process, _):
+        told = {service: child_of(process, service).environ() for service in SERVICES}
+    assert [each["TILTYARD_LOG_LEVEL"] for each in told.values()] == 4 * ["debug"]
+    assert [service for service in SERVICES if "TILTYARD_UNBONDING_TIME_S" in told[service]] == ["selector"]
+    assert told["trainer"]["TILTYARD_DATA_DIR"] == str(data)
+
+
+def test_a_setting_that_a_service_refuses_is_told(tmp_path: Path) -> None:
+    refused = subprocess.run(
+        [sys.executable, "-m", "tiltyard.cli", "up", "--state", str(tmp_path / "state"), "--port-base", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "TILTYARD_UNBONDING_TIME_S": "a week"},
+    )
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "TILTYARD_UNBONDING_TIME_S: Input should be a valid integer" in refused.stderr
+    assert refused.stderr.splitlines()[-1] == "error: selector ended with status 2"

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,9 +85,11 @@ def up(
 ) -> None:
     """Run one of each service until interrupted.
 
-    What dies is started again. They serve plaintext, on this machine's loopback interface only.
+    What dies is started again. They serve plaintext, on this machine's loopback interface only. The settings of a
+    service that are set for this command, as TILTYARD_LOG_LEVEL, are handed on to it.
     """
     _refuse_tls()
+    _refuse_decided()
     run(_up(state.absolute(), port_base, origin))
 
 
@@ -108,6 +111,7 @@ async def _up(state: Path, port_base: int, origin: str) -> None:
 async def _run_services(
     state: Path, ports: list[int], origin: str, lock: "KeyLock", settings: dict[str, str], stop: asyncio.Event
 ) -> None:
+    from tiltyard.cli.service_settings import asked_for
     from tiltyard.cli.supervisor import StartFailed, Supervisor
     from tiltyard.identity import Key
 
@@ -136,7 +140,10 @@ async def _run_services(
             )
             for kind, port in zip(("trainer", "validator"), ports[2:], strict=True)
         ]
-        programs = [registry, selector, *nodes]
+        programs = [
+            replace(each, settings={**each.settings, **asked_for(each.name, os.environ)})
+            for each in (registry, selector, *nodes)
+        ]
         await supervisor.start(programs)
         serving = asyncio.create_task(supervisor.until_serving())
         stopped = asyncio.create_task(stop.wait())
@@ -182,6 +189,18 @@ def _refuse_tls() -> None:
             f"{asked[0]} is set, but `tiltyard up` serves plaintext, on loopback only: unset {', '.join(asked)}, "
             "or run each service by itself (docs/howto/tls.md)"
         )
+
+
+def _refuse_decided() -> None:
+    """Whoever sets what is decided here gets something else, and would not notice."""
+    from tiltyard.cli.service_settings import DECIDED
+
+    for name, how in DECIDED.items():
+        if os.environ.get(f"TILTYARD_{name}"):
+            fail(
+                f"TILTYARD_{name} is set, but `tiltyard up` sees to that itself, {how}: unset it, "
+                "or run each service by itself"
+            )
 
 
 def _lock_settings() -> dict[str, str]:
