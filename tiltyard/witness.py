@@ -77,17 +77,20 @@ class Witness:
         self.public = WitnessKey.parse(public.read_text(encoding="utf-8"))
 
     def seen(self) -> Seen | None:
-        """What is remembered; None before the first look."""
+        """What is remembered; None before the first look. Raises ValueError for a file that was damaged."""
         file = self._folder / "frontier.json"
         if not file.exists():
             return None
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        hashes = [bytes.fromhex(each) for each in kept["hashes"]]
-        return Seen(kept["origin"], bytes.fromhex(kept["log_key"]), Frontier(kept["size"], hashes))
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            hashes = [bytes.fromhex(each) for each in kept["hashes"]]
+            return Seen(kept["origin"], bytes.fromhex(kept["log_key"]), Frontier(kept["size"], hashes))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged: {error!r}") from error
 
     async def look(self, source: LogSource, *, now_s: int) -> Checkpoint:
         """Looks at the log once: its signature, that it has grown from what was seen, and that its new leaves give its
-        root. Then cosigns. Raises Alarm, with both notes kept, and InvalidNote."""
+        root. Then cosigns. Raises Alarm, with both notes kept, InvalidNote, and ValueError as `seen` does."""
         # First, since it says at once whether the registry is there: leaves are asked for with patience.
         note = await source.note()
         seen = self.seen() or await _begin(source)

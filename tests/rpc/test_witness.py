@@ -225,6 +225,9 @@ async def test_whoever_looks_once_tells_a_log_that_lied_from_one_that_is_away(
     await arena.participant("one more")
     status, said = await looked_once(folder, arena.server.address)
     assert (status, said.startswith("ALARM: ")) == (3, True)
+    (folder / "frontier.json").write_text('{"size": 3')
+    status, said = await looked_once(folder, arena.server.address)
+    assert (status, said.startswith(f"error: {folder}/frontier.json is damaged: "), said.count("\n")) == (1, True, 1)
 
 
 def test_cosignatures_hold_for_their_note_and_key_alone() -> None:

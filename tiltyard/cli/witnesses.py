@@ -86,6 +86,8 @@ def watch(
                     kept = f"; what was shown lies in {evidence}" if evidence else ""
                     print(f"ALARM: {alarm}{kept}", file=sys.stderr)
                     raise typer.Exit(ALARM_STATUS) from None
+                except ValueError as error:
+                    raise CommandError(str(error)) from None
                 else:
                     away = False
                     _tell(checkpoint, witness.public, as_document=json)
