@@ -429,6 +429,12 @@ def test_a_token_for_another_node_tells_of_the_option() -> None:
     assert "--node" in with_hint(refused)
 
 
+@pytest.mark.parametrize("refusal", ["the token has expired", "the token was issued in the future"])
+def test_a_token_that_is_new_and_of_another_time_tells_of_the_clock(refusal: str) -> None:
+    line = f"UNAUTHENTICATED (TOKEN_INVALID): the bearer token is not valid here: {refusal}"
+    assert with_hint(line).startswith(f"{line} (this machine's clock says 20")
+
+
 def test_a_connection_that_a_server_ends_without_a_word_may_be_for_want_of_tls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Coroutine
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -65,6 +66,7 @@ VALIDATOR = "127.0.0.1:7404"
 """Where `tiltyard up` puts them by default."""
 
 _FOR_ANOTHER_NODE = re.compile(r"the token is for another audience, '[0-9a-f]{40}', not '[0-9a-f]{40}'")
+_OF_ANOTHER_TIME = re.compile(r"the token (has expired|was issued in the future)")
 _ENDED = ("Socket closed", "Connection reset", "Broken pipe")
 
 
@@ -202,8 +204,11 @@ def with_hint(line: str) -> str:
     """What went wrong, with what may be behind it where the answer alone does not tell.
 
     A server ends the connection without a word when it hears plaintext where it wants TLS, or misses a certificate:
-    gRPC tells of neither. A token for another node is one that names the key's own id.
+    gRPC tells of neither. A token for another node is one that names the key's own id. A command makes its tokens
+    anew: none is old but by the clock.
     """
+    if _OF_ANOTHER_TIME.search(line):
+        return f"{line} (this machine's clock says {datetime.now(UTC):%F %T} UTC, the service's says something else)"
     if _FOR_ANOTHER_NODE.search(line):
         return f"{line} (where the key is not the node's own, --node names the node's id)"
     if not line.startswith("the service cannot be reached") or not any(each in line for each in _ENDED):
