@@ -56,7 +56,8 @@ def open_statement(envelope: envelope_pb2.Envelope, expected: type[M]) -> tuple[
     """The statement of type `expected` in the envelope, and the participant id of who signed it.
 
     Raises InvalidSignature (bad key or signature, another payload type) or ValueError (over 64 KiB, not a message of
-    the type), each saying what is wrong. Who the signer must be is the caller's to check.
+    the type, or one with a field twice or with a value that need not be written), each saying what is wrong. Who the
+    signer must be is the caller's to check.
     """
     if len(envelope.payload) > MAX_PAYLOAD_BYTES:
         raise ValueError(f"payload has {len(envelope.payload)} bytes, at most {MAX_PAYLOAD_BYTES} are allowed")
@@ -69,4 +70,10 @@ def open_statement(envelope: envelope_pb2.Envelope, expected: type[M]) -> tuple[
         statement.ParseFromString(envelope.payload)
     except DecodeError as error:
         raise ValueError(f"payload is not a {expected.DESCRIPTOR.name}") from error
+    # A field that stands there twice is read in one way by some languages and in another by others.
+    if statement.ByteSize() != len(envelope.payload):
+        raise ValueError(
+            f"payload has {len(envelope.payload)} bytes, and what it says as {expected.DESCRIPTOR.name} takes "
+            f"{statement.ByteSize()}"
+        )
     return statement, signer

@@ -81,3 +81,21 @@ def test_payloads_are_bounded() -> None:
 def test_only_statements_are_signed() -> None:
     with pytest.raises(KeyError):
         sign_statement(Key.generate(), draw_pb2.Pick())
+
+
+def test_a_statement_that_some_read_otherwise_is_refused() -> None:
+    key = Key.generate()
+    kind = PAYLOAD_TYPES[envelope_pb2.EvaluationReport]
+    # Counts twice: protobuf merges them, and others take the second.
+    report = b"\x2a\x02\x08\x05" + b"\x2a\x02\x10\x0a"
+    assert envelope_pb2.EvaluationReport.FromString(report).counts.total == 10
+    with pytest.raises(ValueError, match="what it says as EvaluationReport takes 6"):
+        open_statement(as_message(sign_envelope(key, kind, report)), envelope_pb2.EvaluationReport)
+
+
+def test_what_a_later_client_says_is_signed_with_the_rest() -> None:
+    key = Key.generate()
+    payload = join_statement(key).SerializeToString() + b"\xa0\x06\x01"
+    envelope = as_message(sign_envelope(key, PAYLOAD_TYPES[envelope_pb2.JoinStatement], payload))
+    statement, _ = open_statement(envelope, envelope_pb2.JoinStatement)
+    assert statement.SerializeToString() == payload
