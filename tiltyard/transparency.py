@@ -20,6 +20,8 @@ EMPTY_ROOT = hashlib.sha256(b"").digest()
 
 _ED25519_NOTE = 0x01
 _KEY_HASH_BYTES = 4
+# A tree has fewer than 2^63 leaves.
+_MOST_DIGITS = 19
 
 Node = tuple[int, int]
 """A complete subtree: its level (0 for leaves) and its index among those of that level."""
@@ -238,7 +240,8 @@ def parse_checkpoint(body: str) -> Checkpoint:
     except binascii.Error:
         raise InvalidNote("the root is not base64") from None
     number = lines[1]
-    if not (number.isascii() and number.isdigit()) or number != str(int(number)) or len(root) != HASH_BYTES:
+    sized = number.isascii() and number.isdigit() and len(number) <= _MOST_DIGITS and number == str(int(number))
+    if not sized or len(root) != HASH_BYTES:
         raise InvalidNote("size or root is not of the form")
     return Checkpoint(lines[0], int(number), root)
 

@@ -216,21 +216,19 @@ class ToldLog:
                 self.write(Entry(assignment_changed=duty))
         return [keys[pick.participant] for pick in receipt.picks]
 
-    def evaluate(self, picks: list[Key]) -> None:
-        """Seals, reports, and the score."""
+    def evaluate(self, picks: list[Key], *, fault: int = 0) -> None:
+        """Seals, reports, and the score; with a `fault` all report that instead of counts."""
         names, opened = [], []
         for key, correct in zip(picks, self.counted, strict=True):
             assignment = duty_of(key)
-            report = sign_statement(
-                key,
-                envelope_pb2.EvaluationReport(
-                    origin=ORIGIN,
-                    assignment=assignment,
-                    dataset_digest=DATASET,
-                    model_digest=MODEL,
-                    counts=evaluation_pb2.Counts(correct=correct, total=10),
-                ),
+            said = envelope_pb2.EvaluationReport(
+                origin=ORIGIN, assignment=assignment, dataset_digest=DATASET, model_digest=MODEL
             )
+            if fault:
+                said.fault = fault  # type: ignore[assignment]
+            else:
+                said.counts.CopyFrom(evaluation_pb2.Counts(correct=correct, total=10))
+            report = sign_statement(key, said)
             seal = evaluation_seal(assignment=assignment, report=report.payload, salt=SALT)
             statement = envelope_pb2.SealStatement(origin=ORIGIN, assignment=assignment, seal=seal)
             names.append(assignment.replace("/assignments/", "/evaluations/"))

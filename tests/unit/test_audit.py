@@ -1,17 +1,19 @@
 """The audit of a log: a small one by hand passes, and every change to it is found at its leaf by the right claim."""
 
+import base64
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.support.told_log import SUBMISSION, TASK, Entry, ToldLog
+from tests.support.told_log import SUBMISSION, TASK, Entry, ToldLog, named
 from tiltyard.audit import Audit, Claim, InvalidRecord, Record, audit, read_record, write_record
 from tiltyard.audit.record import pack_leaves, unpack_leaves
+from tiltyard.curves import SQUARE_ROOT, weight
 from tiltyard.identity import Key
 from tiltyard.statements import sign_statement
 from tiltyard.transparency import Checkpoint, checkpoint_body, leaf_hash, root_hash, sign_note
-from tiltyard.type.v1 import envelope_pb2, evaluation_pb2, task_pb2
+from tiltyard.type.v1 import envelope_pb2, evaluation_pb2, stake_pb2, task_pb2
 from tiltyard.type.v1 import log_pb2 as log_type_pb2
 
 
@@ -340,3 +342,123 @@ def test_a_final_task_must_have_judged_everything(told: ToldLog) -> None:
 
 def test_an_empty_log_is_refused() -> None:
     assert failed(audit(Record("", ()))) == [Claim.ROOT]
+
+
+def test_a_validator_has_one_vote_under_one_name(told: ToldLog) -> None:
+    def alias(entry: log_type_pb2.LogEntry) -> None:
+        duty = entry.assignment_changed
+        duty.assignment = duty.assignment.replace("/assignments/1-", "/assignments/01-")
+
+    entries = [Entry.FromString(leaf) for leaf in told.leaves]
+    offered = next(entry for entry in entries if entry.WhichOneof("entry") == "assignment_changed")
+    alias(offered)
+    told.write(offered)
+    found = audit(told.record())
+    assert [(failure.claim, failure.index) for failure in found.failures] == [(Claim.HISTORY, len(told.leaves) - 1)]
+
+
+def test_a_validator_who_enters_a_pool_twice_is_found_though_the_pool_follows() -> None:
+    told = ToldLog()
+    told.begin()
+    key, stake = told.validators[0], told.stake_of(told.validators[0])
+    told.event(
+        kind=stake_pb2.LEDGER_EVENT_KIND_CANDIDATE_ADDED,
+        participant=named(key),
+        task=TASK,
+        owner_group=key.id,
+        weight=weight(stake, minimum_micros=stake, curve=SQUARE_ROOT),
+    )
+    index = len(told.leaves) - 1
+    told.tree.set_weight(0, weight(2 * stake, minimum_micros=stake, curve=SQUARE_ROOT))
+    told.commit_and_reveal()
+    told.evaluate(told.draw())
+    found = audit(told.record()).failures[0]
+    assert (found.claim, found.index) == (Claim.LEDGER, index)
+
+
+def no_such_time(kind: str, name: str) -> Callable[[log_type_pb2.LogEntry], None]:
+    def change(entry: log_type_pb2.LogEntry) -> None:
+        told = getattr(entry, kind) if kind else entry
+        getattr(told, name).seconds = 10**15
+
+    return change
+
+
+def no_such_curve(entry: log_type_pb2.LogEntry) -> None:
+    entry.task_created.config.selection.curve = 99  # type: ignore[assignment]
+
+
+def no_such_exponent(entry: log_type_pb2.LogEntry) -> None:
+    entry.task_created.config.selection.alpha_millis = 1000
+
+
+def no_such_outcome(entry: log_type_pb2.LogEntry) -> None:
+    entry.score_concluded.score.outcome = 99  # type: ignore[assignment]
+
+
+def short_salt(entry: log_type_pb2.LogEntry) -> None:
+    entry.evaluation_opened.salt = b"x"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "claim"),
+    [
+        ("verdict", no_such_time("verdict", "decide_time"), Claim.VERDICTS),
+        ("draw", no_such_time("draw", "draw_time"), Claim.DRAWS),
+        ("ledger_event", no_such_time("ledger_event", "time"), Claim.LEDGER),
+        ("task_changed", no_such_time("", "time"), Claim.HISTORY),
+        ("task_created", no_such_curve, Claim.LEDGER),
+        ("task_created", no_such_exponent, Claim.LEDGER),
+        ("score_concluded", no_such_outcome, Claim.SCORES),
+        ("evaluation_opened", short_salt, Claim.SEALS),
+    ],
+)
+def test_what_there_is_not_is_found_and_ends_no_audit(
+    told: ToldLog, kind: str, change: Callable[[log_type_pb2.LogEntry], None], claim: Claim
+) -> None:
+    told.edit(kind, change)
+    found = audit(told.record())
+    assert claim in failed(found)
+    assert Claim.ENVELOPES not in failed(found)
+
+
+def test_a_fault_that_there_is_not_is_no_vote() -> None:
+    told = ToldLog()
+    told.begin()
+    told.commit_and_reveal()
+    told.evaluate(told.draw(), fault=99)
+    found = audit(told.record()).failures[0]
+    assert (found.claim, "a fault that there is not" in found.reason) == (Claim.SCORES, True)
+
+
+@pytest.mark.parametrize("line", ["\u2014 x A\n", "\u2014 x \u00e9\n", "x\n"])
+def test_a_note_with_a_line_that_is_no_signature_is_refused(told: ToldLog, line: str) -> None:
+    honest = told.record()
+    assert failed(audit(Record(honest.note + line, honest.leaves))) == [Claim.ROOT]
+
+
+def test_a_checkpoint_of_more_leaves_than_there_can_be_is_refused(told: ToldLog) -> None:
+    body = f"tiltyard.test\n{'9' * 5000}\n{base64.b64encode(bytes(32)).decode()}\n"
+    note = sign_note(told.log_key, name="tiltyard.test", body=body)
+    assert failed(audit(Record(note, tuple(told.leaves)))) == [Claim.ROOT]
+
+
+def test_a_leaderboard_that_shows_no_interval_is_found(told: ToldLog) -> None:
+    board = told.board()
+    board.entries[0].interval_low = float("nan")
+    assert failed(audit(told.record(), shown=[board])) == [Claim.LEADERBOARDS]
+
+
+@pytest.mark.parametrize("added", [b"\x92\x01\x00", b"\x0a\x00\x0a\x00"])
+def test_a_leaf_that_some_read_otherwise_is_refused(told: ToldLog, added: bytes) -> None:
+    """A second ledger event, or a second time, which protobuf merges with the first and others take for it."""
+    told.write(Entry(ledger_event=stake_pb2.LedgerEvent(sequence=told.events + 1)))
+    told.leaves[-1] += added
+    found = audit(told.record())
+    assert failed(found) == [Claim.ROOT]
+    assert "what it says takes" in found.failures[0].reason
+
+
+def test_what_a_later_registry_says_in_a_leaf_does_not_matter(told: ToldLog) -> None:
+    told.leaves[-1] += b"\xa0\x06\x01"
+    assert audit(told.record()).passed

@@ -1,7 +1,7 @@
 """The arena: its beginning, its outages, its participants with their owners, and who endorses whom."""
 
 from tiltyard.audit.reading import Reading
-from tiltyard.audit.wrong import Claim, demand
+from tiltyard.audit.wrong import Claim, demand, moment_ns
 from tiltyard.identity import participant_id
 from tiltyard.type.v1 import envelope_pb2, log_pb2
 
@@ -13,8 +13,9 @@ def began(reading: Reading, index: int, leaf: bytes, genesis: log_pb2.Genesis) -
 
 def outage_ended(reading: Reading, index: int, leaf: bytes, entry: log_pb2.OutageEnded) -> None:
     """The registry is back, at the time of this leaf."""
-    back_ns = entry.back.ToNanoseconds()
-    right = back_ns == reading.time_ns and entry.last_alive.ToNanoseconds() < back_ns
+    back_ns = moment_ns(entry.back, Claim.HISTORY, "the end of an outage")
+    right = back_ns == reading.time_ns
+    right = right and moment_ns(entry.last_alive, Claim.HISTORY, "the beginning of an outage") < back_ns
     demand(right, Claim.HISTORY, "an outage ends at another time than it is told, or before it began")
 
 

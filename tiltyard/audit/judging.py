@@ -6,8 +6,15 @@ from tiltyard.audit import duties
 from tiltyard.audit.reading import Reading
 from tiltyard.audit.scores import ScoreMismatch, check_opened_score, check_score
 from tiltyard.audit.story import FIRST_ROUND, HOLDOUT_ROUND, Story, Submission, Task
-from tiltyard.audit.wrong import Claim, Wrong, demand
-from tiltyard.commitments import evaluation_seal, holdout_anchor, matches, submission_commitment
+from tiltyard.audit.wrong import Claim, Wrong, demand, moment_ns
+from tiltyard.commitments import (
+    DIGEST_BYTES,
+    SALT_BYTES,
+    evaluation_seal,
+    holdout_anchor,
+    matches,
+    submission_commitment,
+)
 from tiltyard.receipts import ReceiptInvalid, verify_receipt
 from tiltyard.type.v1 import draw_pb2, envelope_pb2, evaluation_pb2, log_pb2, participation_pb2, task_pb2
 
@@ -65,14 +72,17 @@ def revealed(reading: Reading, index: int, leaf: bytes, entry: log_pb2.Submissio
     demand(commit.participant == signer, Claim.ENVELOPES, f"{commit.participant} did not sign, {signer} did")
     demand(reveal.submission == submission.name, Claim.ENVELOPES, f"the reveal is of {reveal.submission}")
     demand(submission.state == _COMMITTED, Claim.HISTORY, f"{submission.name} is revealed a second time, or too late")
-    expected = submission_commitment(
-        origin=commit.origin,
-        task=commit.task,
-        participant=commit.participant,
-        model_digest=reveal.model_digest,
-        salt=reveal.salt,
+    sized = len(reveal.model_digest) == DIGEST_BYTES and len(reveal.salt) == SALT_BYTES
+    right = sized and matches(
+        submission_commitment(
+            origin=commit.origin,
+            task=commit.task,
+            participant=commit.participant,
+            model_digest=reveal.model_digest,
+            salt=reveal.salt,
+        ),
+        commit.commitment,
     )
-    right = matches(expected, commit.commitment)
     demand(right, Claim.COMMITMENTS, f"{submission.name} was committed to with another model or salt")
     submission.reveal, submission.reveal_leaf, submission.state = reveal, leaf, _REVEALED
     reading.counts[Claim.COMMITMENTS] += 1
@@ -146,6 +156,7 @@ def drawn(reading: Reading, index: int, leaf: bytes, receipt: draw_pb2.DrawRecei
     if receipt.round == FIRST_ROUND:
         anchor = submission.reveal_leaf
     else:
+        demand(receipt.round == HOLDOUT_ROUND, Claim.DRAWS, f"{what} is for round {receipt.round}, which there is not")
         demand(bool(task.holdout_leaf), Claim.DRAWS, f"{what} is for a holdout that was not accepted")
         anchor = holdout_anchor(holdout_leaf=task.holdout_leaf, submission=submission.name)
     demand(receipt.anchor == anchor, Claim.DRAWS, f"{what} is not anchored in the leaf that fixed its moment")
@@ -156,6 +167,7 @@ def drawn(reading: Reading, index: int, leaf: bytes, receipt: draw_pb2.DrawRecei
     interested = {submission.commit.participant, task.creator}
     neutral = interested.isdisjoint(pick.participant for pick in receipt.picks)
     demand(neutral, Claim.DRAWS, f"{what} picks the submitter or the task's creator")
+    moment_ns(receipt.draw_time, Claim.DRAWS, what)
     try:
         verify_receipt(receipt, selector_key=story.selector_key)
     except ReceiptInvalid as error:
@@ -202,8 +214,10 @@ def opened(reading: Reading, index: int, leaf: bytes, entry: log_pb2.EvaluationO
     demand(name in story.seals, Claim.SEALS, f"{name} is opened, and was never sealed")
     demand(name not in story.reports[submission_name, round_], Claim.SEALS, f"{name} is opened twice")
     seal = story.seals[name]
-    expected = evaluation_seal(assignment=seal.assignment, report=entry.report.payload, salt=entry.salt)
-    demand(matches(expected, seal.seal), Claim.SEALS, f"{name} is not what was sealed")
+    right = len(entry.salt) == SALT_BYTES and matches(
+        evaluation_seal(assignment=seal.assignment, report=entry.report.payload, salt=entry.salt), seal.seal
+    )
+    demand(right, Claim.SEALS, f"{name} is not what was sealed")
     demand(report.assignment == seal.assignment, Claim.SEALS, f"{name} reports on {report.assignment}")
     digest = b"" if submission.reveal is None else submission.reveal.model_digest
     demand(report.model_digest == digest, Claim.SCORES, f"{name} is about another model than {submission.name}'s")

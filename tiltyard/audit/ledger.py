@@ -57,7 +57,8 @@ class _Account:
 
 @dataclass
 class _Pool:
-    selection: task_pb2.SelectionPolicy
+    minimum_micros: int
+    curve: Curve
     tree: SumTree = field(default_factory=SumTree)
     leaves: dict[str, int] = field(default_factory=dict)
     """Index of each owner group's leaf."""
@@ -67,10 +68,7 @@ class _Pool:
     """Owner group and stake of each validator that counts."""
 
     def weigh(self, stake_micros: int) -> int:
-        kind = _CURVES[self.selection.curve]
-        alpha = (self.selection.alpha_millis or _DEFAULT_ALPHA_MILLIS) if kind is CurveKind.POWER else 0
-        minimum = self.selection.validator_min_stake_micros
-        return weight(stake_micros, minimum_micros=minimum, curve=Curve(kind, alpha))
+        return weight(stake_micros, minimum_micros=self.minimum_micros, curve=self.curve)
 
     def seat(self, participant: str, group: str, stake_micros: int) -> None:
         self.seats[participant] = (group, stake_micros)
@@ -121,7 +119,10 @@ class Ledger:
         self.sequence = event.sequence
         if not event.HasField("time"):
             raise LedgerMismatch(f"ledger event {event.sequence} bears no time")
-        self.last_time_ns = max(self.last_time_ns, event.time.ToNanoseconds())
+        try:
+            self.last_time_ns = max(self.last_time_ns, event.time.ToNanoseconds())
+        except ValueError:
+            raise LedgerMismatch(f"ledger event {event.sequence} bears a time that there is not") from None
         step = _STEPS.get(event.kind)
         if step is None:
             raise LedgerMismatch(f"ledger event {event.sequence} is of an unknown kind")
@@ -171,12 +172,15 @@ class Ledger:
             raise LedgerMismatch(f"a pool is opened for {event.task}, which was never created")
         if event.task in self._pools:
             raise LedgerMismatch(f"the pool of {event.task} is opened twice")
-        self._pools[event.task] = _Pool(selection)
+        self._pools[event.task] = _pool(event.task, selection)
 
     def _candidate_added(self, event: stake_pb2.LedgerEvent) -> None:
         pool = self._pool(event)
         if not event.weight:
             return
+        # Twice, its stake would count twice in its owner group.
+        if event.participant in pool.seats:
+            raise LedgerMismatch(f"{event.participant} enters the pool of {event.task} twice")
         stake = self._accounts[event.participant].locked.get(event.task, 0)
         self._check_weight(pool, event, stake)
         pool.seat(event.participant, event.owner_group, stake)
@@ -221,6 +225,20 @@ class Ledger:
             raise LedgerMismatch(
                 f"{event.participant} weighs {event.weight} in {event.task}, its stake gives {expected}"
             )
+
+
+def _pool(task: str, selection: task_pb2.SelectionPolicy) -> _Pool:
+    """An empty pool. Raises LedgerMismatch for a policy that weighs nothing."""
+    kind = _CURVES.get(selection.curve)
+    if kind is None:
+        raise LedgerMismatch(f"no pool can be weighed by the policy of {task}: there is no curve {selection.curve}")
+    alpha = (selection.alpha_millis or _DEFAULT_ALPHA_MILLIS) if kind is CurveKind.POWER else 0
+    try:
+        pool = _Pool(selection.validator_min_stake_micros, Curve(kind, alpha))
+        pool.weigh(0)
+    except ValueError as error:
+        raise LedgerMismatch(f"no pool can be weighed by the policy of {task}: {error}") from error
+    return pool
 
 
 _STEPS: Mapping[int, Callable[[Ledger, stake_pb2.LedgerEvent], None]] = {

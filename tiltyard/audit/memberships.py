@@ -2,7 +2,7 @@
 
 from tiltyard.audit.reading import Reading
 from tiltyard.audit.story import PendingVerdict, Story
-from tiltyard.audit.wrong import Claim, demand
+from tiltyard.audit.wrong import Claim, demand, moment_ns
 from tiltyard.type.v1 import envelope_pb2, evaluation_pb2, log_pb2, participation_pb2
 
 CREATOR = participation_pb2.ROLE_TASK_CREATOR
@@ -21,6 +21,7 @@ def verdict_given(reading: Reading, index: int, leaf: bytes, verdict: participat
     story = reading.story
     what = f"the verdict on {verdict.participant} in {verdict.task}"
     demand(verdict.participant in story.participants, Claim.HISTORY, f"{what} is about nobody who has registered")
+    decide_time_ns = moment_ns(verdict.decide_time, Claim.VERDICTS, what)
     for fact in verdict.evidence:
         demand(
             fact.sufficient == _suffices(story, verdict, fact), Claim.VERDICTS, f"{what} weighs its evidence wrongly"
@@ -28,7 +29,7 @@ def verdict_given(reading: Reading, index: int, leaf: bytes, verdict: participat
     _check_threshold(story, verdict)
     eligible = any(fact.sufficient for fact in verdict.evidence)
     demand(verdict.eligible == eligible, Claim.VERDICTS, f"{what} does not follow from its evidence")
-    story.verdicts.append(PendingVerdict(index, verdict))
+    story.verdicts.append(PendingVerdict(index, verdict, decide_time_ns))
     if verdict.eligible:
         story.eligible.add((verdict.task, verdict.participant, verdict.role))
     if verdict.role == CREATOR:

@@ -75,7 +75,8 @@ def _face(entry: leaderboard_pb2.LeaderboardEntry) -> tuple[object, ...]:
 
 def _interval_differs(one: leaderboard_pb2.LeaderboardEntry, other: leaderboard_pb2.LeaderboardEntry) -> bool:
     low, high = abs(one.interval_low - other.interval_low), abs(one.interval_high - other.interval_high)
-    return max(low, high) > _INTERVAL_ERROR
+    # NaN is near nothing.
+    return not (low <= _INTERVAL_ERROR and high <= _INTERVAL_ERROR)
 
 
 def _told(entry: leaderboard_pb2.LeaderboardEntry) -> str:

@@ -87,6 +87,12 @@ def unpack_leaves(packed: bytes) -> tuple[bytes, ...]:
 
 def _entry(index: int, leaf: bytes) -> log_pb2.LogEntry:
     try:
-        return log_pb2.LogEntry.FromString(leaf)
+        entry = log_pb2.LogEntry.FromString(leaf)
     except DecodeError as error:
         raise InvalidRecord(f"leaf {index} is not a LogEntry") from error
+    # A field that stands there twice is read in one way by some languages and in another by others.
+    if entry.ByteSize() != len(leaf):
+        raise InvalidRecord(
+            f"leaf {index} is not a LogEntry: it has {len(leaf)} bytes, and what it says takes {entry.ByteSize()}"
+        )
+    return entry

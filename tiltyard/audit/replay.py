@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from tiltyard.audit import arena, duties, judging, memberships, tasks
 from tiltyard.audit.ledger import Ledger
 from tiltyard.audit.reading import Reading
-from tiltyard.audit.wrong import Claim, Wrong, demand
+from tiltyard.audit.wrong import Claim, Wrong, demand, moment_ns
 from tiltyard.type.v1 import log_pb2, stake_pb2
 
 _STEPS: Mapping[str, Callable[..., None]] = {
@@ -50,7 +50,7 @@ class Replay:
         known = kind == "ledger_event" or kind in _STEPS
         demand(known, Claim.HISTORY, "the entry is of an unknown kind")
         demand((index == 0) == (kind == "genesis"), Claim.HISTORY, "a log begins with its genesis, and has one")
-        self.reading.time_ns = entry.time.ToNanoseconds()
+        self.reading.time_ns = moment_ns(entry.time, Claim.HISTORY, "the leaf")
         if kind == "ledger_event":
             self._ledger_event(index, entry.ledger_event)
         elif kind is not None:
@@ -68,7 +68,7 @@ class Replay:
             amounts = memberships.stakes_weighed(waiting.verdict)
             if all(self._ledger.had(waiting.verdict.participant, amount) for amount in amounts):
                 self.reading.counts[Claim.VERDICTS] += 1
-            elif self._ledger.last_time_ns > waiting.verdict.decide_time.ToNanoseconds():
+            elif self._ledger.last_time_ns > waiting.decide_time_ns:
                 yield (
                     waiting.index,
                     Wrong(Claim.VERDICTS, f"{waiting.verdict.participant} never had a stake of {amounts} available"),

@@ -63,13 +63,14 @@ def _vote(name: str, report: envelope_pb2.EvaluationReport) -> scoring.Report:
         if not 0 <= counts.correct <= counts.total or counts.total < 1:
             raise ScoreMismatch(f"the counts of {name} do not add up")
         return scoring.Report(name, counts=scoring.Counts(counts.correct, counts.total, counts.ambiguous))
-    fault = evaluation_pb2.ModelFault.Name(report.fault).removeprefix("MODEL_FAULT_")
-    return scoring.Report(name, fault=fault)
+    if report.fault not in _FAULT_NAMES:
+        raise ScoreMismatch(f"{name} names a fault that there is not")
+    return scoring.Report(name, fault=_FAULT_NAMES[report.fault])
 
 
 def _told(score: evaluation_pb2.Score) -> str:
-    outcome = evaluation_pb2.ScoreOutcome.Name(score.outcome).removeprefix("SCORE_OUTCOME_")
-    fault = evaluation_pb2.ModelFault.Name(score.fault).removeprefix("MODEL_FAULT_") if score.fault else ""
+    outcome = _OUTCOME_NAMES.get(score.outcome, str(score.outcome))
+    fault = _FAULT_NAMES.get(score.fault, str(score.fault)) if score.fault else ""
     outliers = f", {len(score.outliers)} outliers" if score.outliers else ""
     return f"{outcome} {fault or f'{score.correct}/{score.total}'} (tolerance {score.tolerance}{outliers})"
 
@@ -79,4 +80,6 @@ _OUTCOMES = {
     scoring.Outcome.FAULT: evaluation_pb2.SCORE_OUTCOME_FAULT,
     scoring.Outcome.AMBIGUOUS: evaluation_pb2.SCORE_OUTCOME_AMBIGUOUS,
 }
+_OUTCOME_NAMES = {number: name.removeprefix("SCORE_OUTCOME_") for name, number in evaluation_pb2.ScoreOutcome.items()}
 _FAULTS = {name.removeprefix("MODEL_FAULT_"): number for name, number in evaluation_pb2.ModelFault.items()}
+_FAULT_NAMES = {number: name for name, number in _FAULTS.items()}

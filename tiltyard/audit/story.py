@@ -77,6 +77,7 @@ class PendingVerdict:
 
     index: int
     verdict: participation_pb2.EligibilityVerdict
+    decide_time_ns: int
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from tiltyard.audit import judging, memberships
 from tiltyard.audit.reading import Reading
 from tiltyard.audit.story import Task
-from tiltyard.audit.wrong import Claim, demand
+from tiltyard.audit.wrong import Claim, demand, moment_ns
 from tiltyard.type.v1 import log_pb2, task_pb2
 
 _STEPS = {
@@ -56,9 +56,10 @@ def _check_amendment(task: Task, config: task_pb2.TaskConfig) -> None:
     before, after = task_pb2.TaskConfig(), task_pb2.TaskConfig()
     before.CopyFrom(task.config)
     after.CopyFrom(config)
-    later = after.schedule.close_time.ToNanoseconds() >= before.schedule.close_time.ToNanoseconds()
+    what = f"the close of {task.name}"
+    closes = [moment_ns(each.schedule.close_time, Claim.HISTORY, what) for each in (before, after)]
     for each in (before, after):
         for name in ("display_name", "description"):
             each.ClearField(name)
         each.schedule.ClearField("close_time")
-    demand(before == after and later, Claim.HISTORY, f"{task.name} is amended in what does not change")
+    demand(before == after and closes[1] >= closes[0], Claim.HISTORY, f"{task.name} is amended in what does not change")

@@ -2,6 +2,8 @@
 
 from enum import StrEnum
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 
 class Claim(StrEnum):
     """What holds in a log that passes; docs/transparency.md tells how each is checked."""
@@ -26,6 +28,14 @@ class Wrong(Exception):
         super().__init__(reason)
         self.claim = claim
         self.reason = reason
+
+
+def moment_ns(time: Timestamp, claim: Claim, what: str) -> int:
+    """A moment in nanoseconds since 1970. Raises Wrong, saying of `what` it is, for one that there is not."""
+    try:
+        return time.ToNanoseconds()
+    except ValueError:
+        raise Wrong(claim, f"{what} bears a time that there is not") from None
 
 
 def demand(true: bool, claim: Claim, otherwise: str) -> None:
