@@ -24,7 +24,9 @@ export { ReceiptInvalid, receiptFromJson, verifyReceipt } from "./receipts.js";
 export { checkOrder, drawId, drawnMember, drawnValue } from "./sortition.js";
 export { Alarm, Witness, witnessed, type Seen, type Testimony } from "./witness.js";
 export { WitnessKey, cosign, verifyCosignature } from "./cosigning.js";
-export { CLAIMS, audit, type Audit, type Claim, type Failure } from "./audit.js";
+export { audit, type Audit, type AuditOptions, type Failure } from "./audit/claims.js";
+export { fetchShown } from "./audit/shown.js";
+export { CLAIMS, type Claim } from "./audit/wrong.js";
 export {
   InvalidRecord,
   RegistryLog,

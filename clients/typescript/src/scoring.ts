@@ -56,3 +56,20 @@ function lowerMedian<T>(values: readonly T[], by: (value: T) => bigint): T | und
   const sorted = [...values].sort((a, b) => (by(a) < by(b) ? -1 : by(a) > by(b) ? 1 : 0));
   return sorted[(sorted.length - 1) >> 1];
 }
+
+// The 97.5 % point of the normal distribution.
+const Z_95 = 1.959963984540054;
+
+/** The 95 % score interval of correct/total (Wilson 1927), for people: nothing is decided by it. */
+export function wilsonInterval(correct: bigint, total: bigint): { low: number; high: number } {
+  if (correct < 0n || correct > total || total < 1n) throw new RangeError(`${correct} of ${total} is no proportion`);
+  const rows = Number(total);
+  const share = Number(correct) / rows;
+  const z2 = Z_95 * Z_95;
+  const centre = (share + z2 / (2 * rows)) / (1 + z2 / rows);
+  const margin = (Z_95 / (1 + z2 / rows)) * Math.sqrt((share * (1 - share)) / rows + z2 / (4 * rows * rows));
+  return {
+    low: correct === 0n ? 0 : Math.max(0, centre - margin),
+    high: correct === total ? 1 : Math.min(1, centre + margin),
+  };
+}

@@ -1,6 +1,7 @@
 /** Statements that outlive their call: messages inside DSSE envelopes, each kind under a payload type of its own. */
 
 import { Key, participantId, preAuthenticationEncoding, verifySignature } from "./identity.js";
+import { readMessage, type Codec } from "./messages.js";
 import {
   CommitStatement,
   EndorsementStatement,
@@ -13,10 +14,12 @@ import {
 } from "./proto/tiltyard/type/v1/envelope.js";
 import { checkTexts } from "./texts.js";
 
+const MAX_PAYLOAD_BYTES = 64 * 1024;
+
 /** What can be signed: the message's codec and its name within the payload type. */
 export interface StatementKind<T> {
   readonly name: string;
-  readonly codec: { encode(message: T): { finish(): Uint8Array }; decode(bytes: Uint8Array): T };
+  readonly codec: Codec<T>;
 }
 
 export const JOIN: StatementKind<JoinStatement> = { name: "join", codec: JoinStatement };
@@ -36,9 +39,15 @@ export function signStatement<T>(key: Key, kind: StatementKind<T>, statement: T)
   return { payloadType, payload, signature, publicKey: key.publicKey };
 }
 
-/** The statement in an envelope and the id of who signed it. Throws Error for another payload type or a bad signature. */
+/**
+ * The statement in an envelope and the id of who signed it. Throws Error for another payload type, a bad signature, more than
+ * 64 KiB, or bytes that are no statement of the kind, or may be read in two ways.
+ */
 export function openStatement<T>(envelope: Envelope, kind: StatementKind<T>): { statement: T; signer: string } {
   const expected = payloadTypeOf(kind);
+  if (envelope.payload.length > MAX_PAYLOAD_BYTES) {
+    throw new Error(`payload has ${envelope.payload.length} bytes, at most ${MAX_PAYLOAD_BYTES} are allowed`);
+  }
   if (envelope.payloadType !== expected) {
     throw new Error(`payload type is ${envelope.payloadType}, expected ${expected}`);
   }
@@ -46,7 +55,7 @@ export function openStatement<T>(envelope: Envelope, kind: StatementKind<T>): { 
   if (!verifySignature(envelope.publicKey, signed, envelope.signature)) {
     throw new Error("the signature does not match");
   }
-  return { statement: kind.codec.decode(envelope.payload), signer: participantId(envelope.publicKey) };
+  return { statement: readMessage(kind.codec, envelope.payload), signer: participantId(envelope.publicKey) };
 }
 
 function payloadTypeOf(kind: { name: string }): string {

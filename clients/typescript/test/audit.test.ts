@@ -80,7 +80,7 @@ for (const [name, claim, found] of [
   ["a payload's type", "envelopes", () => changed("submissionRevealed", (each) => (each.statement!.payloadType = "text/plain"))],
   ["a missing statement", "envelopes", () => changed("submissionCommitted", (each) => (each.statement = undefined))],
   ["a role", "envelopes", () => changed("membershipChanged", (each) => (each.role += 1))],
-  ["a participant's key", "envelopes", () => changed("participantRegistered", (each) => (each.publicKey = zeros(32)))],
+  ["a participant's key", "history", () => changed("participantRegistered", (each) => (each.publicKey = zeros(32)))],
   ["a seed", "draws", () => changed("draw", (receipt) => (receipt.seed = zeros(32)))],
   ["a pick", "draws", () => changed("draw", ({ picks }) => (picks[0]!.participant = picks[1]!.participant))],
   ["the order", "draws", () => changed("draw", ({ picks }) => picks.reverse())],
@@ -106,12 +106,15 @@ for (const [name, claim, found] of [
 
 test("a log without what the rest rests on is found", () => {
   for (const [kind, claim] of [
-    ["genesis", "root"],
+    ["genesis", "history"],
     ["participantRegistered", "envelopes"],
-    ["taskCreated", "envelopes"],
-    ["submissionCommitted", "commitments"],
+    ["verdict", "verdicts"],
+    ["taskCreated", "history"],
+    ["membershipChanged", "history"],
+    ["submissionCommitted", "history"],
     ["submissionRevealed", "draws"],
-    ["draw", "seals"],
+    ["draw", "history"],
+    ["assignmentChanged", "history"],
     ["evaluationSealed", "seals"],
     ["evaluationOpened", "scores"],
   ] as const) {

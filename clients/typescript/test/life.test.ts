@@ -165,9 +165,10 @@ test("a task lives from its creation to a score that an outsider checks", { time
   );
 
   // The whole record, audited here and by Python; two witnesses in one folder, one after the other.
-  const record = await tiltyard.fetchRecord(node);
-  const found = tiltyard.audit(record, { logKey });
+  const { record, shown } = await tiltyard.fetchShown(node);
+  const found = tiltyard.audit(record, { logKey, shown });
   assert.deepEqual(found.failures, []);
+  assert.deepEqual(found.leaderboards.map(({ final, entries }) => [final, entries.length]), [[true, 1]]);
   for (const claim of Object.keys(tiltyard.CLAIMS) as tiltyard.Claim[]) assert.ok(found.checked[claim] > 0, claim);
   await tiltyard.writeRecord(record, join(arena.folder, "export", "log"));
   await command("log", "watch", join(arena.folder, "witness"), "--once", "--registry", arena.address("registry"));

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { conclude } from "../src/scoring.js";
+import { conclude, wilsonInterval } from "../src/scoring.js";
 import { vectors } from "./vectors.js";
 
 interface Case {
@@ -36,4 +36,14 @@ test("reports are concluded as in the vectors", () => {
     concluded += 1;
   }
   assert.ok(concluded >= 10);
+});
+
+test("the interval of a share is Wilson's", () => {
+  const { low, high } = wilsonInterval(8n, 10n);
+  assert.ok(Math.abs(low - 0.4901624715) < 1e-9 && Math.abs(high - 0.9433178485) < 1e-9, `${low} ${high}`);
+  assert.equal(wilsonInterval(0n, 7n).low, 0);
+  assert.equal(wilsonInterval(7n, 7n).high, 1);
+  for (const [correct, total] of [[-1n, 7n], [8n, 7n], [0n, 0n]] as const) {
+    assert.throws(() => wilsonInterval(correct, total), RangeError);
+  }
 });
