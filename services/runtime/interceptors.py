@@ -28,8 +28,9 @@ from tiltyard.telemetry.tracing import Kind
 Headers = Sequence[tuple[str, Any]]
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 
-_HEALTH = "/grpc.health.v1.Health/"
-_QUIET = (_HEALTH, "/grpc.reflection.", "/grpc.channelz.")
+_REFLECTION = "/grpc.reflection."
+_ABOUT_SERVER = ("/grpc.health.v1.Health/", _REFLECTION)
+_QUIET = (*_ABOUT_SERVER, "/grpc.channelz.")
 _SLOW_S = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -71,8 +72,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             name,
             free=self._policy.is_free(name),
             quiet=name.startswith(_QUIET),
-            watch=name.rpartition("/")[2].startswith("Watch"),
-            health=name.startswith(_HEALTH),
+            watch=name.rpartition("/")[2].startswith("Watch") or name.startswith(_REFLECTION),
+            about_server=name.startswith(_ABOUT_SERVER),
             calls=None if name.startswith(_QUIET) else Calls(Kind.SERVER, name[1:]),
         )
 
@@ -150,7 +151,9 @@ class _Method:
     """Of tokens."""
     quiet: bool
     watch: bool
-    health: bool
+    """Whether it lasts as long as its caller likes."""
+    about_server: bool
+    """Health and reflection: who makes other calls asks them, too."""
     calls: Calls | None
     """As telemetry tells of them."""
 
@@ -229,16 +232,17 @@ async def _abort(method: str, context: Context, error: Exception) -> None:
 
 
 class Drain:
-    """Ends the streams that would never end by themselves (`Watch...`) when the server drains, with UNAVAILABLE.
+    """Ends the streams that would never end by themselves (`Watch...`, reflection) as the server drains: UNAVAILABLE.
 
     Their callers then watch another server, or this one after its restart; every other call is left to finish. The
-    watches of health end last: they are how a client learns of the drain.
+    watches of health end last, since they are how a client learns of the drain, and reflection with them, by which a
+    tool reads the answers of calls that are still to come.
     """
 
     def __init__(self) -> None:
         self._running: set[asyncio.Task[Any]] = set()
         self._watching: set[asyncio.Task[Any]] = set()
-        self._watching_health: set[asyncio.Task[Any]] = set()
+        self._watching_server: set[asyncio.Task[Any]] = set()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -263,8 +267,8 @@ class Drain:
         return method.watch and self._draining and not context.cancelled()
 
     def _group(self, method: "_Method") -> set[asyncio.Task[Any]]:
-        if method.health:
-            return self._watching_health
+        if method.about_server:
+            return self._watching_server
         return self._watching if method.watch else self._running
 
     def _note_idle(self) -> None:
@@ -274,12 +278,12 @@ class Drain:
             self._idle.set()
 
     async def drain(self) -> None:
-        """Ends the watches, now and from now on, and health's when no other call is left."""
+        """Ends the watches, now and from now on, and those of the server itself when no other call is left."""
         self._draining = True
         for task in list(self._watching):
             task.cancel()
         await self._idle.wait()
-        for task in list(self._watching_health):
+        for task in list(self._watching_server):
             task.cancel()
 
 

@@ -400,6 +400,43 @@ async def test_a_drain_lets_calls_finish_ends_watches_and_tells_health() -> None
         await asyncio.wait_for(stopping, 10)
 
 
+async def test_a_tool_that_is_left_open_on_reflection_does_not_hold_a_drain_up() -> None:
+    begun, release = asyncio.Event(), asyncio.Event()
+
+    class Working:
+        async def unary_unary(self, request: StringValue, context: Any) -> StringValue:
+            begun.set()
+            await release.wait()
+            return request
+
+    server = ArenaServer("127.0.0.1:0", [mount(Working())], authenticator=None)
+    await server.start()
+    await server.set_serving(True)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        working = asyncio.create_task(call(channel, "unary_unary"))
+        await asyncio.wait_for(begun.wait(), 10)
+        tool = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+        asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol="grpc.health.v1.Health")
+        await tool.write(asked)
+        assert (await tool.read()).file_descriptor_response.file_descriptor_proto
+        told = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await told.read()).status == health_pb2.HealthCheckResponse.SERVING
+
+        stopping = asyncio.create_task(server.stop(grace_s=60))
+        assert (await told.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        # It reads the answers that are still to come by what it asks meanwhile.
+        await tool.write(asked)
+        assert (await tool.read()).file_descriptor_response.file_descriptor_proto
+        assert not stopping.done()
+        release.set()
+        assert await working == ["hello"]
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await tool.read()
+        assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert detail(ended.value, error_details_pb2.ErrorInfo).reason == "SERVER_DRAINING"
+        await asyncio.wait_for(stopping, 10)
+
+
 async def test_a_second_server_on_the_port_fails() -> None:
     async with ArenaServer("127.0.0.1:0", [], authenticator=None) as first:
         with pytest.raises(RuntimeError, match=r"TILTYARD_LISTEN: .* is taken"):
