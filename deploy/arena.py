@@ -215,7 +215,8 @@ class Arena:
             "TILTYARD_OPERATORS": (ids / "operator").read_text().strip(),
             "TILTYARD_REGISTRY_ID": (ids / "registry").read_text().strip(),
         }
-        project = os.environ.get("COMPOSE_PROJECT_NAME") or kept.get("COMPOSE_PROJECT_NAME", "tiltyard")
+        # Not the shell's COMPOSE_PROJECT_NAME: an arena among the containers of another project would remove these.
+        project = os.environ.get("TILTYARD_PROJECT") or kept.get("COMPOSE_PROJECT_NAME", "tiltyard")
         return kept | {"COMPOSE_PROJECT_NAME": project} | made | given
 
     def _states(self) -> dict[str, str]:

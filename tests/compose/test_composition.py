@@ -132,7 +132,7 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composition]:
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "ARENA": str(folder / "arena"),
-        "COMPOSE_PROJECT_NAME": f"tiltyard-test-{os.getpid()}",
+        "TILTYARD_PROJECT": f"tiltyard-test-{os.getpid()}",
         "TILTYARD_VERSION": VERSION,
         "TILTYARD_KEY": str(folder / "creator.pem"),
         **{f"TILTYARD_{name}_PORT": str(port) for name, port in ports.items()},
@@ -257,7 +257,7 @@ def test_services_end_when_told_to_and_have_kept_everything_when_they_come_back_
     arena.shell("tiltyard task create digits/task.json --dataset digits/evaluation.safetensors --task-id sealed")
     arena.inside("validator-1", "tiltyard validate join sealed")
     arena.shell("make down")
-    project = f"--filter label=com.docker.compose.project={arena.environment['COMPOSE_PROJECT_NAME']}"
+    project = f"--filter label=com.docker.compose.project={arena.environment['TILTYARD_PROJECT']}"
     assert arena.shell(f"docker ps --all --quiet {project}") == ""
     kept = arena.shell(f"docker volume ls {project} --format '{{{{.Name}}}}'").split()
     assert len(kept) == len(SERVICES)
@@ -266,7 +266,7 @@ def test_services_end_when_told_to_and_have_kept_everything_when_they_come_back_
 def stopped(arena: Composition, service: str) -> Any:
     """The state of a container that may run or not."""
     container = arena.shell(
-        f"docker ps --all --quiet --filter label=com.docker.compose.project={arena.environment['COMPOSE_PROJECT_NAME']}"
+        f"docker ps --all --quiet --filter label=com.docker.compose.project={arena.environment['TILTYARD_PROJECT']}"
         f" --filter label=com.docker.compose.service={service}"
     ).strip()
     return json.loads(arena.shell(f"docker inspect {container}"))[0]["State"]

@@ -171,3 +171,33 @@ def test_a_machine_without_docker_is_told_what_it_lacks(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert "there is no docker compose" in done.stderr
+
+
+def test_what_the_shell_has_for_other_compositions_is_not_taken_for_the_arenas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = {"COMPOSE_FILE": "theirs.yaml", "COMPOSE_PROJECT_NAME": "theirs"}
+    theirs |= {"COMPOSE_PROFILES": "theirs", "COMPOSE_PATH_SEPARATOR": ";"}
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    docker = tmp_path / "bin/docker"
+    docker.parent.mkdir()
+    docker.write_text("#!/bin/sh\nenv | grep ^COMPOSE_\n")
+    docker.chmod(0o755)
+
+    def told(folder: Path) -> dict[str, str]:
+        environment = {**os.environ, "PATH": f"{docker.parent}:{os.environ['PATH']}", "ARENA": str(folder)}
+        done = subprocess.run([HERE / "arena", "ps"], env=environment, capture_output=True, text=True, check=True)
+        return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+    Arena(tmp_path / "first").prepare()
+    assert told(tmp_path / "first") == {
+        "COMPOSE_FILE": str(HERE / "compose.yaml"),
+        "COMPOSE_PROJECT_NAME": "tiltyard",
+    }
+    monkeypatch.setenv("TILTYARD_PROJECT", "second")
+    Arena(tmp_path / "second").prepare()
+    monkeypatch.delenv("TILTYARD_PROJECT")
+    # It is kept.
+    Arena(tmp_path / "second").prepare()
+    assert told(tmp_path / "second")["COMPOSE_PROJECT_NAME"] == "second"
