@@ -193,6 +193,9 @@ def test_a_pod_has_limits_probes_and_no_rights(manifests: list[dict[str, Any]], 
     for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
         asked = container[kind]["exec"]["command"] if name == "database" else container[kind]["grpc"]["port"]
         assert asked == (["start-postgres", "check"] if name == "database" else port["containerPort"])
+    # What a database does at a start may take long, and would begin anew if it were killed.
+    patience_s = container["startupProbe"]["periodSeconds"] * container["startupProbe"]["failureThreshold"]
+    assert patience_s >= (3600 if name in ("database", *DATABASES) else 120)
     mounted = {each["name"] for each in container["volumeMounts"]}
     volumes = {each["name"] for each in pod["volumes"]}
     claims = {
