@@ -20,6 +20,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1 import trace_pb2
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace.export import SpanExportResult
 
 from services.runtime.errors import NotFound, ResourceExhausted
 from services.runtime.server import ArenaServer
@@ -31,6 +32,7 @@ from tiltyard import telemetry
 from tiltyard.calls import breaker, observed
 from tiltyard.calls.channel import open_channel
 from tiltyard.telemetry import metrics, otlp, tracing
+from tiltyard.telemetry.delivery import COMPLAIN_EVERY_S, Delivery
 
 SERVICE = "test.v1.Shapes"
 
@@ -191,6 +193,78 @@ def test_what_makes_no_sense_is_said_and_stops_nothing(
         assert not telemetry.start("test")
     assert said in caplog.text
     assert not observed.observing()
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["nonsense", "http://", "http://:4317", "ftp://127.0.0.1:1", "http://127.0.0.1:port", "http://[::1:1"]
+)
+@pytest.mark.parametrize("signal", ["", "_TRACES"])
+def test_an_endpoint_that_is_none_is_said_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, endpoint: str, signal: str
+) -> None:
+    monkeypatch.setenv(f"OTEL_EXPORTER_OTLP{signal}_ENDPOINT", endpoint)
+    with caplog.at_level(logging.WARNING, "tiltyard.telemetry"):
+        assert not telemetry.start("test")
+    assert f"telemetry is off: OTEL_EXPORTER_OTLP{signal}_ENDPOINT is '{endpoint}'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "goes"),
+    [
+        ("http://127.0.0.1:1", "127.0.0.1:1 (unencrypted)"),
+        ("https://[::1]:1/", "[::1]:1 (by TLS)"),
+        # As OpenTelemetry has it: who leaves the scheme away means TLS.
+        ("127.0.0.1:1", "127.0.0.1:1 (by TLS)"),
+        ("unix:///nowhere", "unix:///nowhere (by TLS)"),
+    ],
+)
+def test_where_telemetry_goes_is_said_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, endpoint: str, goes: str
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    export = otlp.Export.from_environment("tiltyard-test", traces=True, metrics=False)
+    with caplog.at_level(logging.INFO, "tiltyard.telemetry"):
+        export.start()
+        export.close(grace_s=30)
+    assert f"traces go to {goes}, metrics to nowhere" in caplog.text
+
+
+def test_a_collector_that_is_away_is_told_of_in_few_lines_and_so_is_its_return(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    told = Delivery(clock=lambda: now[0])
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    spans = otlp.SpanExporter(Resource({}))
+
+    def lines() -> list[str]:
+        said = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return said
+
+    told.follow()
+    try:
+        with caplog.at_level(logging.DEBUG):
+            for _ in range(3):
+                told.note(arrived=spans.send([]) is not SpanExportResult.FAILURE)
+            (first,) = lines()
+            assert first.startswith("telemetry does not arrive, sent in vain 1 times: Failed to export traces to 127.")
+            assert "UNAVAILABLE" in first
+            now[0] = COMPLAIN_EVERY_S
+            told.note(arrived=False)
+            told.note(arrived=False)
+            (later,) = lines()
+            assert later.startswith("telemetry does not arrive, sent in vain 4 times")
+            told.note(arrived=True)
+            told.note(arrived=True)
+            assert lines() == ["telemetry arrives again, after it was sent in vain 5 times"]
+            told.note(arrived=False)
+            assert len(lines()) == 1
+    finally:
+        told.leave()
+        spans.shutdown()
 
 
 def exporting(monkeypatch: pytest.MonkeyPatch, address: str, **more: str) -> otlp.Export:

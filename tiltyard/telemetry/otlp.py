@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from struct import Struct
 from typing import Any, cast
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
@@ -23,10 +24,12 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 from opentelemetry.sdk.metrics import export as sdk
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.trace.sampling import Decision, ParentBased
 from opentelemetry.sdk.util import instrumentation
 
 from tiltyard.telemetry import metrics, tracing
+from tiltyard.telemetry.delivery import Delivery
 from tiltyard.telemetry.tracing import Attributes, Kind, Span, TraceContext
 from tiltyard.varint import encode_varint
 
@@ -57,6 +60,25 @@ def _number(variable: str, default: float) -> float:
     return value
 
 
+def _check_endpoint(variable: str) -> None:
+    """Refuses what no exporter reaches: without a word OpenTelemetry makes a host of it, or leaves the scheme away."""
+    text = os.environ.get(variable, "").strip()
+    try:
+        url = urlsplit(text)
+        _ = url.port  # a number, and one of 16 bits
+    except ValueError as error:
+        raise ValueError(f"{variable} is {text!r}: {error}") from None
+    ours = url.scheme in ("http", "https")
+    # Without a host of a URL it is one of gRPC's own names, as HOST:PORT or unix:///PATH.
+    if text and (bool(url.netloc) != ours or (ours and not url.hostname) or ":" not in text):
+        raise ValueError(f"{variable} is {text!r}, not http://HOST:PORT or https://HOST:PORT")
+
+
+def _goes(exporter: "SpanExporter | OTLPMetricExporter | None") -> str:
+    """Where what an exporter is given goes to."""
+    return f"{exporter._endpoint} ({'unencrypted' if exporter._insecure else 'by TLS'})" if exporter else "nowhere"
+
+
 class Export:
     """A bounded queue of spans and the thread that empties it; when the collector is away, spans are dropped.
 
@@ -83,6 +105,7 @@ class Export:
         self._metric_interval_s = metric_interval_s
         self._sampler = TracerProvider(shutdown_on_exit=False).sampler
         self.follows_parents = isinstance(self._sampler, ParentBased)
+        self._delivery = Delivery()
         self._queue: deque[Span] = deque()
         self._dropped = 0
         self._next_complaint = 0.0
@@ -95,6 +118,8 @@ class Export:
     @classmethod
     def from_environment(cls, service: str, *, traces: bool, metrics: bool) -> "Export":
         """As the OTEL_* variables say. Raises ValueError naming a variable that makes no sense."""
+        for signal in ("", "_TRACES", "_METRICS"):
+            _check_endpoint(f"OTEL_EXPORTER_OTLP{signal}_ENDPOINT")
         own = {"service.name": service, "service.instance.id": str(uuid4())}
         # The environment's words win over ours.
         resource = Resource.create(own).merge(OTELResourceDetector().detect())
@@ -111,6 +136,8 @@ class Export:
     def start(self) -> None:
         """Records and collects from now on."""
         self._began_ns = time.time_ns()
+        self._delivery.follow()
+        _log.info("traces go to %s, metrics to %s", _goes(self._spans), _goes(self._numbers))
         tracing.install(self if self._spans is not None else None)
         metrics.collect(self._numbers is not None)
         self._thread.start()
@@ -145,6 +172,7 @@ class Export:
             if exporter is not None:
                 exporter.shutdown()
         self._thread.join(_LONGEST_CLOSE_S)
+        self._delivery.leave()
 
     def _run(self) -> None:
         next_metrics = time.monotonic() + self._metric_interval_s
@@ -165,7 +193,8 @@ class Export:
         while len(self._queue) >= at_least:
             batch = [self._queue.popleft() for _ in range(min(self._max_batch, len(self._queue)))]
             try:
-                self._spans.send(batch)
+                sent = self._spans.send(batch)
+                self._delivery.note(arrived=sent is not SpanExportResult.FAILURE)
             except Exception as error:
                 _log.warning("%d spans were not sent: %s", len(batch), error)
         if self._dropped and (self._closing or time.monotonic() >= self._next_complaint):
@@ -178,7 +207,8 @@ class Export:
         if self._numbers is None:
             return
         try:
-            self._numbers.export(_metrics_data(self._resource, self._began_ns, time.time_ns()))
+            sent = self._numbers.export(_metrics_data(self._resource, self._began_ns, time.time_ns()))
+            self._delivery.note(arrived=sent is not sdk.MetricExportResult.FAILURE)
         except Exception as error:
             _log.warning("metrics were not sent: %s", error)
 
@@ -193,9 +223,9 @@ class SpanExporter(OTLPSpanExporter):
         self._resource = about.SerializeToString()
         self._scope = trace_pb2.ScopeSpans(scope=InstrumentationScope(name=_SCOPE)).SerializeToString()
 
-    def send(self, spans: Sequence[Span]) -> None:
-        """Sends a batch, with retries until OTEL_EXPORTER_OTLP_TIMEOUT is over; what fails is logged and gone."""
-        self._export(cast(Any, spans))
+    def send(self, spans: Sequence[Span]) -> SpanExportResult:
+        """Sends a batch, with retries until OTEL_EXPORTER_OTLP_TIMEOUT is over; what fails is gone."""
+        return self._export(cast(Any, spans))
 
     def _initialize_channel_and_stub(self) -> None:
         super()._initialize_channel_and_stub()  # type: ignore[no-untyped-call]
