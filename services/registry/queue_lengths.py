@@ -1,12 +1,13 @@
-"""How much of everything is under way in the registry, counted for telemetry now and then."""
+"""How much of everything is under way in the registry, and which duties were not done: counted for telemetry."""
 
 import asyncio
+from collections.abc import Callable, Mapping
 
 from sqlalchemy import func
 from sqlmodel import Session, col, select
 
-from services.registry.states import AssignmentState, RoundState, SubmissionState
-from services.registry.tables import AssignmentRow, RoundRow, SubmissionRow
+from services.registry.states import AssignmentState, RoundState, SubmissionState, ValidatorFaultKind
+from services.registry.tables import AssignmentRow, RoundRow, SubmissionRow, ValidatorFaultRow
 from services.runtime.database import Database
 from tiltyard.telemetry import metrics
 
@@ -17,6 +18,12 @@ _SUBMISSIONS = metrics.Gauge(
 )
 _ROUNDS = metrics.Gauge("tiltyard.rounds", unit="{round}", description="Rounds not concluded, by state.")
 _LEASES = metrics.Gauge("tiltyard.assignments", unit="{assignment}", description="Assignments not ended, by state.")
+FAULTS = metrics.Counter(
+    "tiltyard.validator.faults",
+    unit="{fault}",
+    description="Duties that validators have not done, or have done wrongly, by kind.",
+    told_at_zero=[{"kind": kind.name} for kind in ValidatorFaultKind],
+)
 
 _COUNTED = (
     (
@@ -30,16 +37,26 @@ _COUNTED = (
 
 
 class QueueLengths:
-    """Sets the gauges every ten seconds where metrics are collected; ends at once where they are not."""
+    """Counts every ten seconds where metrics are collected; ends at once where they are not."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._last_fault: int | None = None
 
     async def run(self) -> None:
         """Counts without end."""
         while metrics.collecting:
-            await self._database.read(_count)
+            await self.count()
             await asyncio.sleep(_EVERY_S)
+
+    async def count(self) -> None:
+        """What is under way now, and the faults since the last time; at the first time none."""
+        await self._database.read(_count)
+        if self._last_fault is None:
+            self._last_fault = await self._database.read(_last_fault)
+        self._last_fault, faults = await self._database.read(_faults_after(self._last_fault))
+        for kind, number in faults.items():
+            FAULTS.add(number, kind=kind)
 
 
 def _count(session: Session) -> None:
@@ -49,3 +66,23 @@ def _count(session: Session) -> None:
         found = dict(session.exec(query).all())
         for name in names:
             gauge.set(found.get(name, 0), state=name)
+
+
+def _last_fault(session: Session) -> int:
+    return session.exec(select(func.max(ValidatorFaultRow.position))).one() or 0
+
+
+def _faults_after(last: int) -> Callable[[Session], tuple[int, Mapping[str, int]]]:
+    """The position of the newest fault, and how many of each kind lie behind the `last`."""
+
+    def count(session: Session) -> tuple[int, Mapping[str, int]]:
+        query = (
+            select(ValidatorFaultRow.kind, func.count(), func.max(ValidatorFaultRow.position))
+            .where(col(ValidatorFaultRow.position) > last)
+            .group_by(ValidatorFaultRow.kind)
+        )
+        found = session.exec(query).all()
+        newest = max((position or 0 for _, _, position in found), default=last)
+        return newest, {kind: number for kind, number, _ in found}
+
+    return count

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from services.registry import queue_lengths
 from services.trainer import training_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -99,8 +100,9 @@ def test_each_metric_that_is_asked_for_exists(query: str) -> None:
 
 def test_what_an_alert_counts_up_is_told_from_zero_on() -> None:
     increases = {name for rule in ALERTS for name in re.findall(r"increase\((\w+)_total", rule["expr"])}
-    assert increases == {training_metrics.DEATHS.name.replace(".", "_")}
-    assert () in training_metrics.DEATHS.sums()
+    told = {each.name.replace(".", "_"): each for each in (training_metrics.DEATHS, queue_lengths.FAULTS)}
+    assert increases == told.keys()
+    assert all(each.sums() for each in told.values())
 
 
 def test_a_metric_that_nobody_declares_would_be_found_out() -> None:
