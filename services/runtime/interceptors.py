@@ -15,11 +15,11 @@ from typing import Any
 import grpc
 import structlog
 
-from services.runtime.auth import AccessPolicy, Authenticator, Caller, maybe_caller, set_caller
+from services.runtime.auth import AccessPolicy, Authenticator, maybe_caller, set_caller
 from services.runtime.call_shapes import Context, Handler, surrounded
 from services.runtime.errors import Unavailable, Unimplemented
 from services.runtime.idempotency import InFlight, RequestMemory, RequestScope, use_memory
-from services.runtime.limits import CallGate
+from services.runtime.limits import CallGate, Held
 from services.runtime.rpc_errors import to_rpc_status
 from tiltyard.calls.observed import Calls, ObservedCall, answering
 from tiltyard.telemetry import metrics
@@ -92,19 +92,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _around(self, method: "_Method", context: Context) -> "_Surroundings":
         return _Surroundings(self, method, context)
 
-    def enter(self, method: "_Method", context: Context, headers: Headers) -> Caller | None:
+    def enter(self, method: "_Method", context: Context, headers: Headers) -> Held:
         """Names the caller for the call when its token proves one whom the policy and the limits admit, or raises.
 
-        A caller that is named here has its call counted until `leave`.
+        The call is counted for what this returns until `leave`.
         """
-        caller = None if self._authenticator is None else self._admit(self._authenticator, method, context, headers)
+        held = () if self._authenticator is None else self._admit(self._authenticator, method, context, headers)
         if self._scope is not None:
             use_memory(self._scope)
-        return caller
+        return held
 
-    def _admit(
-        self, authenticator: Authenticator, method: "_Method", context: Context, headers: Headers
-    ) -> Caller | None:
+    def _admit(self, authenticator: Authenticator, method: "_Method", context: Context, headers: Headers) -> Held:
         authorization = None
         for key, value in headers:
             if key == "authorization":
@@ -112,20 +110,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 break
         if self._gate is not None and (method.free or not authenticator.knows(authorization)):
             self._gate.admit_stranger(context.peer())
-        if method.free:
-            return None
-        caller = authenticator.authenticate(authorization)
-        self._policy.check(method.name, caller)
-        # Each call has its own task and so its own context: nothing to reset.
-        set_caller(caller)
-        if self._gate is not None:
-            self._gate.begin(caller)
-        return caller
+        caller = None
+        if not method.free:
+            caller = authenticator.authenticate(authorization)
+            self._policy.check(method.name, caller)
+            # Each call has its own task and so its own context: nothing to reset.
+            set_caller(caller)
+        return () if self._gate is None else self._gate.begin(caller, context.peer())
 
-    def leave(self, caller: Caller | None) -> None:
+    def leave(self, held: Held) -> None:
         """The end of a call that `enter` has admitted."""
-        if self._gate is not None and caller is not None:
-            self._gate.end(caller)
+        if self._gate is not None:
+            self._gate.end(held)
 
     def log_call(self, method: "_Method", code: grpc.StatusCode, duration_s: float) -> None:
         """One line a call: at level info when it failed or took long, at debug when there is nothing to learn."""
@@ -164,14 +160,14 @@ class _Surroundings:
     Written out, with neither generators nor context managers of its own: they would take as long as all they surround.
     """
 
-    __slots__ = ("_caller", "_context", "_entered", "_interceptor", "_method", "_observed", "_started", "_task")
+    __slots__ = ("_context", "_entered", "_held", "_interceptor", "_method", "_observed", "_started", "_task")
 
     def __init__(self, interceptor: CallInterceptor, method: _Method, context: Context) -> None:
         self._interceptor = interceptor
         self._method = method
         self._context = context
         self._entered = False
-        self._caller: Caller | None = None
+        self._held: Held = ()
         self._observed: ObservedCall | None = None
 
     async def __aenter__(self) -> None:
@@ -182,7 +178,7 @@ class _Surroundings:
         try:
             self._task = self._interceptor.drain.begin(self._method)
             self._entered = True
-            self._caller = self._interceptor.enter(self._method, self._context, headers)
+            self._held = self._interceptor.enter(self._method, self._context, headers)
         except BaseException as error:
             await self.__aexit__(type(error), error, None)
             raise
@@ -194,7 +190,7 @@ class _Surroundings:
         interceptor, method, context = self._interceptor, self._method, self._context
         try:
             if self._entered:
-                interceptor.leave(self._caller)
+                interceptor.leave(self._held)
                 interceptor.drain.end(method, self._task)
                 # A task that was cancelled keeps the error, which keeps this and the request: a circle without this.
                 del self._task

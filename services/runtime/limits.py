@@ -1,28 +1,37 @@
 """How many calls one caller may start and have running, so that nobody takes a server from the others."""
 
+import functools
 import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from services.runtime.auth import Caller, Role
 from services.runtime.errors import ResourceExhausted
+from services.runtime.kernel_sockets import network_of
 
 _REMEMBERED = 10_000
+
+Held = tuple[str, ...]
+"""What a running call is counted for: its caller, its address."""
 
 
 @dataclass(frozen=True)
 class CallLimits:
     """Limits for each participant, and for all unproven callers of one address together.
 
-    A bucket of `burst` calls fills up by `per_second`; 0 lets any number start. `in_flight` calls may run at once, 0
-    again for any number. Callers with a role in `exempt` have no limit.
+    A bucket of `burst` calls fills up by `per_second`; 0 lets any number start. `in_flight` calls of a participant may
+    run at once, and `in_flight_per_address` of all callers of one address, 0 again for any number. Keys cost nothing,
+    so it is the second that keeps one machine from running all the calls that a server takes. Callers with a role in
+    `exempt` have no limit. Of IPv6 a network of 64 bits counts as one address.
     """
 
     per_second: float = 500.0
     burst: int = 5000
     in_flight: int = 512
+    in_flight_per_address: int = 1536
     exempt: frozenset[Role] = frozenset({Role.OPERATOR, Role.SERVICE})
 
 
@@ -66,33 +75,40 @@ class CallGate:
         `peer` is gRPC's name of the other end (`ipv4:10.0.0.1:5000`).
         """
         if self._limits.per_second and not peer.startswith("unix:"):
-            self._take(self._addresses, peer.rpartition(":")[0], "callers without a known token at your address")
+            self._take(self._addresses, _address(peer), "callers without a known token at your address")
 
-    def begin(self, caller: Caller) -> None:
-        """Before a call of `caller`. Raises ResourceExhausted: CALL_RATE with the wait, or CALLS_IN_FLIGHT.
+    def begin(self, caller: Caller | None, peer: str) -> Held:
+        """Before a call of `caller`, or of one who needs no token; what it returns is to `end`.
 
-        A call that was let in is to `end`.
+        Raises ResourceExhausted: CALL_RATE with the wait, CALLS_IN_FLIGHT, or CALLS_IN_FLIGHT_PER_ADDRESS.
         """
-        if self._is_exempt(caller):
-            return
-        if self._limits.per_second:
-            self._take(self._participants, caller.id, f"participants/{caller.id}")
-        running = self._running.get(caller.id, 0)
-        if self._limits.in_flight and running >= self._limits.in_flight:
-            raise ResourceExhausted(
-                "CALLS_IN_FLIGHT",
-                f"participants/{caller.id} has {running} calls running, as many as it may",
-                limit=str(self._limits.in_flight),
-            )
-        self._running[caller.id] = running + 1
+        limits, held = self._limits, []
+        if caller is not None:
+            if self._is_exempt(caller):
+                return ()
+            if limits.per_second:
+                self._take(self._participants, caller.id, f"participants/{caller.id}")
+            self._check(caller.id, limits.in_flight, "CALLS_IN_FLIGHT", "participants/" + caller.id)
+            held.append(caller.id)
+        if not peer.startswith("unix:"):
+            address = _address(peer)
+            self._check(address, limits.in_flight_per_address, "CALLS_IN_FLIGHT_PER_ADDRESS", "your address")
+            held.append(address)
+        for name in held:
+            self._running[name] = self._running.get(name, 0) + 1
+        return tuple(held)
 
-    def end(self, caller: Caller) -> None:
+    def end(self, held: Held) -> None:
         """After a call that `begin` has let in."""
-        if self._is_exempt(caller):
-            return
-        running = self._running.pop(caller.id) - 1
-        if running:
-            self._running[caller.id] = running
+        for name in held:
+            running = self._running.pop(name) - 1
+            if running:
+                self._running[name] = running
+
+    def _check(self, name: str, limit: int, reason: str, who: str) -> None:
+        running = self._running.get(name, 0)
+        if limit and running >= limit:
+            raise ResourceExhausted(reason, f"{who} has {running} calls running, as many as it may", limit=str(limit))
 
     def _is_exempt(self, caller: Caller) -> bool:
         return not self._limits.exempt.isdisjoint(caller.roles)
@@ -106,3 +122,17 @@ class CallGate:
                 retry_after_s=math.ceil(wait_s * 1000) / 1000,
                 limit=f"{self._limits.per_second:g}",
             )
+
+
+def _address(peer: str) -> str:
+    """As what the other end of a connection counts."""
+    return _network(peer.rpartition(":")[0])
+
+
+@functools.lru_cache(maxsize=4096)
+def _network(host: str) -> str:
+    """Of gRPC's name without the port: `ipv4:10.0.0.1`, or `ipv6:%5B2001:db8::1%5D`."""
+    try:
+        return str(network_of(unquote(host.partition(":")[2]).strip("[]")))
+    except ValueError:
+        return host

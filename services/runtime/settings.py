@@ -75,6 +75,8 @@ class ServiceSettings(BaseSettings):
     """Calls that may be started at once after a while without any."""
     calls_in_flight: Annotated[int, Field(ge=0, le=10**6)] = CallLimits.in_flight
     """Calls of one participant that may run at once, watches included; 0: any number."""
+    calls_in_flight_per_address: Annotated[int, Field(ge=0, le=10**6)] = CallLimits.in_flight_per_address
+    """The same for all callers of one address, with and without a token; 0: any number."""
     calls_unlimited: Annotated[frozenset[Role], NoDecode] = CallLimits.exempt
     """The roles that have no such limits, comma-separated: operator, service, participant."""
     connections: Annotated[int, Field(ge=0, le=10**7)] = 0
@@ -210,7 +212,13 @@ class ServiceSettings(BaseSettings):
     @property
     def call_limits(self) -> CallLimits:
         """What callers may do."""
-        return CallLimits(self.calls_per_second, self.calls_burst, self.calls_in_flight, self.calls_unlimited)
+        return CallLimits(
+            self.calls_per_second,
+            self.calls_burst,
+            self.calls_in_flight,
+            self.calls_in_flight_per_address,
+            self.calls_unlimited,
+        )
 
     @property
     def connection_limits(self) -> ConnectionLimits:

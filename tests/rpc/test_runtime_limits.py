@@ -13,11 +13,13 @@ import pytest
 from google.protobuf.wrappers_pb2 import StringValue
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2_grpc
 
 from services.runtime import connections
 from services.runtime import limits as limits_module
 from services.runtime.auth import Authenticator, Role
 from services.runtime.connections import ConnectionLimits
+from services.runtime.errors import ResourceExhausted
 from services.runtime.limits import Buckets, CallGate, CallLimits
 from services.runtime.server import ArenaServer, Mount
 from tiltyard.calls.channel import open_channel
@@ -196,6 +198,52 @@ async def test_one_caller_can_not_hold_all_streams() -> None:
                     break
 
 
+async def test_one_address_can_not_hold_all_calls_with_any_number_of_keys_or_without_one() -> None:
+    operator = Key.generate()
+    authenticator = Authenticator([AUDIENCE], operators=[operator.id])
+    limits = CallLimits(in_flight_per_address=3)
+    async with (
+        serving(authenticator=authenticator, limits=limits) as server,
+        signed(server, Key.generate()) as first,
+        signed(server, Key.generate()) as second,
+        signed(server, operator) as exempt,
+    ):
+        watches: list[Any] = []
+        for channel in (first, second):
+            watches.append(raw_call(channel, "Watch")(b""))
+            await watches[-1].read()
+        watches.append(health_pb2_grpc.HealthStub(first).Watch(health_pb2.HealthCheckRequest()))
+        await watches[-1].read()
+        for refused in (
+            get(second),
+            health_pb2_grpc.HealthStub(second).Watch(health_pb2.HealthCheckRequest()).read(),
+            reflection_pb2_grpc.ServerReflectionStub(second).ServerReflectionInfo(timeout=10).read(),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await refused
+            assert reason(caught.value)[:2] == ("RESOURCE_EXHAUSTED", "CALLS_IN_FLIGHT_PER_ADDRESS")
+        await get(exempt)
+        watches.pop().cancel()
+        async with asyncio.timeout(10):
+            while True:  # the server hears of the cancellation a little later
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await get(second)
+                    break
+
+
+def test_an_address_is_one_of_ipv4_or_a_network_of_ipv6() -> None:
+    gate = CallGate(CallLimits(per_second=0, in_flight_per_address=1), Seconds())
+    held = [
+        gate.begin(None, peer) for peer in ("ipv4:10.0.0.1:5000", "ipv4:10.0.0.2:5000", "ipv6:%5B2001:db8::1%5D:5000")
+    ]
+    for peer in ("ipv4:10.0.0.1:6000", "ipv6:%5B::ffff:10.0.0.2%5D:6000", "ipv6:%5B2001:db8::2%5D:6000"):
+        with pytest.raises(ResourceExhausted):
+            gate.begin(None, peer)
+    for each in held:
+        gate.end(each)
+    assert gate.begin(None, "ipv6:%5B2001:db8::2%5D:6000")
+
+
 async def test_unproven_callers_of_one_address_share_a_rate() -> None:
     async with (
         serving(limits=CallLimits(per_second=0.01, burst=4)) as server,
@@ -221,6 +269,7 @@ def test_a_private_socket_has_no_address_to_limit() -> None:
     gate = CallGate(CallLimits(per_second=0.01, burst=1), Seconds())
     for _ in range(5):
         gate.admit_stranger("unix:")
+        assert gate.begin(None, "unix:") == ()
 
 
 @pytest.mark.parametrize("method", ["Collect", "Echo"])
