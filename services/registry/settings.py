@@ -2,6 +2,7 @@
 
 import importlib.util
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator
@@ -56,6 +57,13 @@ class RegistrySettings(ServiceSettings):
         if bucket_of(value) is not None and importlib.util.find_spec("obstore") is None:
             raise ValueError("a bucket needs the extra s3: pip install 'tiltyard[s3]'")
         return value
+
+    @property
+    def written_folders(self) -> tuple[Path, ...]:
+        """With the artifacts' own folder, if they have one."""
+        if not self.artifacts or bucket_of(self.artifacts) is not None:
+            return super().written_folders
+        return (*super().written_folders, Path(self.artifacts))
 
     @property
     def quotas(self) -> Quotas:

@@ -202,7 +202,7 @@ async def serve(
     `switch_s` is how long one thread keeps the interpreter while another waits for it.
     """
     raise_file_limit()
-    process_metrics.follow_disk(settings.state_dir)
+    process_metrics.follow_disks(settings.written_folders)
     if remembered is not None:
         sys.setswitchinterval(switch_s)
     stop = asyncio.Event()

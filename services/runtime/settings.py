@@ -23,7 +23,8 @@ PREFIX = "TILTYARD_"
 _COMMAND_LINE = frozenset(
     {"TILTYARD_KEY", "TILTYARD_REGISTRY", "TILTYARD_SELECTOR", "TILTYARD_TRAINER", "TILTYARD_VALIDATOR"}
 )
-_DATABASE_URL = re.compile(r"sqlite:///|postgresql\+\w+://")
+_SQLITE = "sqlite:///"
+_DATABASE_URL = re.compile(rf"{_SQLITE}|postgresql\+\w+://")
 _PARTICIPANT_ID = re.compile("[0-9a-f]{40}")
 
 ParticipantIds = Annotated[frozenset[str], NoDecode]
@@ -193,6 +194,14 @@ class ServiceSettings(BaseSettings):
         except (ValueError, OSError) as error:
             raise ValueError(f"TILTYARD_KEY_PASSPHRASE_FILE: {error}") from error
         return self
+
+    @property
+    def written_folders(self) -> tuple[Path, ...]:
+        """Where this process keeps what grows."""
+        database = self.database_url.partition("?")[0]
+        if database.startswith(_SQLITE):
+            return (self.state_dir, Path(database.removeprefix(_SQLITE)).parent)
+        return (self.state_dir,)
 
     @property
     def key_lock(self) -> KeyLock:

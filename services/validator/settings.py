@@ -41,6 +41,11 @@ class ValidatorSettings(ServiceSettings):
     """Where training nodes' own endpoints may lead, which are asked for a model that this validator cannot evaluate
     itself, in tasks that allow it: `public` for the public internet, networks as 10.0.0.0/8; empty for nowhere."""
 
+    @property
+    def written_folders(self) -> tuple[Path, ...]:
+        """With the folder that model servers load from, if there is one."""
+        return super().written_folders if self.model_share is None else (*super().written_folders, self.model_share)
+
     @field_validator("node_endpoints")
     @classmethod
     def _reachable(cls, value: str) -> str:

@@ -211,3 +211,19 @@ def test_what_is_no_address_of_a_peer_stops_the_start(
         settings.load()
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith(f"{name}: 'http://arena.example.org:7401' is no address")
+
+
+def test_every_folder_that_grows_is_known_to_whoever_looks_at_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TILTYARD_STATE_DIR", "/state")
+    assert set(RegistrySettings.load().written_folders) == {Path("/state")}
+    monkeypatch.setenv("TILTYARD_DATABASE_URL", "sqlite:////database/registry.db?timeout=5")
+    monkeypatch.setenv("TILTYARD_ARTIFACTS", "/artifacts")
+    assert set(RegistrySettings.load().written_folders) == {Path("/state"), Path("/database"), Path("/artifacts")}
+    monkeypatch.setenv("TILTYARD_ARTIFACTS", "s3://bucket/prefix")
+    monkeypatch.setenv("TILTYARD_DATABASE_URL", "postgresql+psycopg://registry@database/registry")
+    assert RegistrySettings.load().written_folders == (Path("/state"),)
+    for name in ("ARTIFACTS", "DATABASE_URL"):
+        monkeypatch.delenv(f"TILTYARD_{name}")
+    monkeypatch.setenv("TILTYARD_REGISTRY", "127.0.0.1:7401")
+    monkeypatch.setenv("TILTYARD_MODEL_SHARE", "/share")
+    assert set(ValidatorSettings.load().written_folders) == {Path("/state"), Path("/share")}
