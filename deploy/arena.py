@@ -39,6 +39,7 @@ HEALTHY_AFTER_S = 240.0
 RENEW_BEFORE = timedelta(days=45)
 PORTS = {"registry": 7401, "selector": 7402, "trainer": 7403}
 NO_OVERLAY = "none"
+DEFAULT_ORIGIN = "tiltyard.local"
 OVERLAY_FILE = r"compose\.([\w-]+)\.yaml"
 ENVIRONMENT = "# Settings of {name} beside those that compose.yaml gives it (docs/reference/settings.md), NAME=VALUE.\n"
 
@@ -88,6 +89,7 @@ class Arena:
     def prepare(self) -> None:
         """Makes what is not there yet. Interrupted at any point, the next run goes on."""
         self._refuse_plaintext_beyond_loopback()
+        self._refuse_another_origin()
         ids = self._folder / "ids"
         ids.mkdir(parents=True, exist_ok=True)
         self._environments.mkdir(exist_ok=True)
@@ -184,6 +186,16 @@ class Arena:
         encrypted = HERE / "compose.tls.yaml" in self._files or told.get("TILTYARD_PLAINTEXT_ANYWHERE") == "true"
         if not encrypted and not is_loopback(bind):
             raise SystemExit(f"TILTYARD_BIND={bind} needs OVERLAYS=tls, or TILTYARD_PLAINTEXT_ANYWHERE=true")
+
+    def _refuse_another_origin(self) -> None:
+        """A shell may have that of an arena elsewhere, for `tiltyard`: with it nothing signed so far would hold."""
+        kept, asked = self._kept(), os.environ.get("TILTYARD_ORIGIN")
+        own = kept.get("TILTYARD_ORIGIN", DEFAULT_ORIGIN)
+        if kept and asked and asked != own:
+            file = self._folder / "settings.env"
+            raise SystemExit(
+                f"TILTYARD_ORIGIN={asked}: this arena is {own}; if it has signed nothing yet, change {file}"
+            )
 
     def _show_configuration(self) -> None:
         """Has the users of other images read what is mounted into them: a checkout under a strict umask hides it."""

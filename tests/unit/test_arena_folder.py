@@ -201,3 +201,17 @@ def test_what_the_shell_has_for_other_compositions_is_not_taken_for_the_arenas(
     # It is kept.
     Arena(tmp_path / "second").prepare()
     assert told(tmp_path / "second")["COMPOSE_PROJECT_NAME"] == "second"
+
+
+@pytest.mark.parametrize("own", ["", "arena.example.org"])
+def test_the_name_of_another_arena_in_the_shell_does_not_rename_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    if own:
+        monkeypatch.setenv("TILTYARD_ORIGIN", own)
+    Arena(tmp_path).prepare()
+    monkeypatch.setenv("TILTYARD_ORIGIN", "elsewhere.example.org")
+    with pytest.raises(SystemExit, match=rf"this arena is {own or 'tiltyard.local'}; .*{tmp_path}/settings.env"):
+        Arena(tmp_path).prepare()
+    monkeypatch.setenv("TILTYARD_ORIGIN", own or "tiltyard.local")
+    Arena(tmp_path).prepare()
