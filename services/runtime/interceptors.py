@@ -32,6 +32,7 @@ _REFLECTION = "/grpc.reflection."
 _ABOUT_SERVER = ("/grpc.health.v1.Health/", _REFLECTION)
 _QUIET = (*_ABOUT_SERVER, "/grpc.channelz.")
 _SLOW_S = 1.0
+_WATCHED = (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED)
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 _REFUSALS = metrics.Counter(
@@ -125,7 +126,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def log_call(self, method: "_Method", code: grpc.StatusCode, duration_s: float) -> None:
         """One line a call: at level info when it failed or took long, at debug when there is nothing to learn."""
-        remarkable = (code is not grpc.StatusCode.OK or duration_s >= _SLOW_S) and not method.quiet
+        # A watch lasts until its caller goes.
+        usual = code in _WATCHED if method.watch else code is grpc.StatusCode.OK and duration_s < _SLOW_S
+        remarkable = not (usual or method.quiet)
         if not remarkable and not self._log.is_enabled_for(logging.DEBUG):
             return
         caller = maybe_caller()

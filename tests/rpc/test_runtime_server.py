@@ -315,6 +315,28 @@ async def test_a_call_that_went_well_shows_at_debug_only(monkeypatch: pytest.Mon
     assert levels == ["debug", "info"]
 
 
+async def test_a_watch_that_its_caller_ends_shows_at_debug_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = asyncio.Event()
+
+    class Watched:
+        async def WatchForever(self, request: StringValue, context: Any) -> AsyncIterator[StringValue]:
+            try:
+                yield request
+                await asyncio.Event().wait()
+            finally:
+                gone.set()
+
+    monkeypatch.setattr(interceptors, "_SLOW_S", 0.0)
+    with capture_logs() as logs:
+        async with serving(mount(Watched(), WatchForever="unary_stream")) as channel:
+            watch = channel.unary_stream("/test.v1.Shapes/WatchForever", StringValue.SerializeToString)(StringValue())
+            await watch.read()
+            watch.cancel()
+            await asyncio.wait_for(gone.wait(), 60)
+    entries = [(entry["code"], entry["log_level"]) for entry in logs if entry["event"] == "call"]
+    assert entries == [("CANCELLED", "debug")]
+
+
 async def test_messages_above_the_limit_are_refused() -> None:
     async with serving(mount(Shapes()), max_message_bytes=1000) as channel:
         assert await call(channel, "unary_unary", "x" * 900)
