@@ -1,5 +1,6 @@
 """The registry over gRPC, as the domain sees it."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -8,6 +9,7 @@ from pathlib import Path
 import grpc
 import structlog
 
+from services.runtime.errors import InvalidArgument
 from services.runtime.names import format_artifact, format_task, parse_artifact, parse_assignment, parse_participant
 from services.runtime.rpc_errors import from_rpc_error
 from services.validator.assignments import Assignment, AssignmentState, DigestMismatch, Lease, Node, Order
@@ -33,6 +35,8 @@ from tiltyard.wire import WireError, model_spec_from_proto
 
 _PAGE_SIZE = 1000
 _SHORTEST_LEASE_S = 1.0
+# A proxy that has lost the registry may hold a stream open and say nothing, and an offer may run out within a minute.
+_LONGEST_SILENCE_S = 20.0
 _STATES = {
     evaluation_types_pb2.AssignmentState.Value(f"ASSIGNMENT_STATE_{state.value}"): state for state in AssignmentState
 }
@@ -61,22 +65,43 @@ async def _translated() -> AsyncIterator[None]:
 class RegistryPeer:
     """The registry at the other end of `channel`, which signs every call."""
 
-    def __init__(self, channel: grpc.aio.Channel, *, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, *, clock: Callable[[], datetime], silence_s: float = _LONGEST_SILENCE_S
+    ) -> None:
         self._assignments = assignment_pb2_grpc.AssignmentServiceStub(channel)
         self._evaluations = evaluation_pb2_grpc.EvaluationServiceStub(channel)
         self._artifacts = ArtifactStub(channel)
         self._tasks = task_pb2_grpc.TaskServiceStub(channel)
         self._clock = clock
-        self._unknown: set[int] = set()
+        self._silence_s = silence_s
+        self._unknown: set[object] = set()
 
     async def watch(self, cursor: str) -> AsyncIterator[tuple[Assignment, str]]:
-        """Own assignments that have not ended, then each change, with the cursor to resume after it."""
+        """Own assignments that have not ended, then each change, with the cursor to resume after it.
+
+        A stream that says nothing for `silence_s` seconds is given up for another one, since it may be broken.
+        """
         async with _translated():
-            async for message in self._assignments.WatchAssignments(
-                assignment_pb2.WatchAssignmentsRequest(cursor=cursor)
-            ):
-                if (assignment := self._known(message.assignment)) is not None:
-                    yield assignment, message.cursor
+            while True:
+                call = self._assignments.WatchAssignments(assignment_pb2.WatchAssignmentsRequest(cursor=cursor))
+                try:
+                    messages = aiter(call)
+                    while (message := await self._next(messages)) is not None:
+                        cursor = message.cursor
+                        if (assignment := self._known(message.assignment)) is not None:
+                            yield assignment, cursor
+                    return
+                except TimeoutError:
+                    continue
+                finally:
+                    call.cancel()
+
+    async def _next(
+        self, messages: AsyncIterator[assignment_pb2.WatchAssignmentsResponse]
+    ) -> assignment_pb2.WatchAssignmentsResponse | None:
+        """The next message of a watch, None at its end. Raises TimeoutError."""
+        async with asyncio.timeout(self._silence_s):
+            return await anext(messages, None)
 
     async def assignments(self, submission: str = "") -> list[Assignment]:
         """All own assignments, those that have ended too; of one submission, where it is named, everybody's."""
@@ -153,28 +178,32 @@ class RegistryPeer:
         )
 
     def _known(self, message: assignment_pb2.Assignment) -> Assignment | None:
-        """An assignment in a state known to this validator; a newer registry's other ones are passed over."""
-        if message.state in _STATES:
-            return _assignment(message)
-        if message.state not in self._unknown:
-            self._unknown.add(message.state)
-            _log.warning("a state of assignments is not known to this version", state=message.state, first=message.name)
-        return None
+        """An assignment of a name and a state known to this validator; others, of a newer registry, are passed over."""
+        try:
+            task = parse_assignment(message.name).task
+        except InvalidArgument:
+            self._pass_over("a name of assignments", "", message.name)
+            return None
+        if message.state not in _STATES:
+            self._pass_over("a state of assignments", message.state, message.name)
+            return None
+        return _assignment(message, task)
+
+    def _pass_over(self, what: str, value: object, name: str) -> None:
+        if value not in self._unknown:
+            self._unknown.add(value)
+            _log.warning(f"{what} is not known to this version", state=value, first=name)
 
     def _left_s(self, assignment: assignment_pb2.Assignment) -> float:
-        """Seconds until the lease ends, by the registry's own clock where it is behind or ahead of ours."""
-        deadline = assignment.deadline.ToDatetime(tzinfo=UTC)
-        left_s = (deadline - self._clock()).total_seconds()
-        if assignment.HasField("update_time"):
-            length_s = (deadline - assignment.update_time.ToDatetime(tzinfo=UTC)).total_seconds()
-            left_s = min(left_s, length_s) if left_s > 0 else length_s
-        return max(left_s, _SHORTEST_LEASE_S)
+        """Seconds that a lease taken or renewed just now runs, by the registry's clock: ours may be wrong, or set."""
+        now = assignment.update_time.ToDatetime(tzinfo=UTC) if assignment.HasField("update_time") else self._clock()
+        return max((assignment.deadline.ToDatetime(tzinfo=UTC) - now).total_seconds(), _SHORTEST_LEASE_S)
 
 
-def _assignment(message: assignment_pb2.Assignment) -> Assignment:
+def _assignment(message: assignment_pb2.Assignment, task: str) -> Assignment:
     return Assignment(
         name=message.name,
-        task=parse_assignment(message.name).task,
+        task=task,
         state=_STATES[message.state],
         opening=message.opening,
         deadline=message.deadline.ToDatetime(tzinfo=UTC) if message.HasField("deadline") else None,
@@ -194,8 +223,8 @@ def _order(message: assignment_pb2.EvaluationOrder) -> tuple[Order | None, str]:
     expected = model_pb2.MODEL_FORMAT_ONNX if isinstance(spec.architecture, Onnx) else _SAFETENSORS
     if (message.format or _SAFETENSORS) != expected:
         return None, "the order's format is not that of the task's model"
-    return (
-        Order(
+    try:
+        order = Order(
             dataset_digest=parse_artifact(message.dataset, "order.dataset"),
             dataset_bytes=message.dataset_size_bytes,
             model_digest=parse_artifact(message.model, "order.model"),
@@ -209,6 +238,7 @@ def _order(message: assignment_pb2.EvaluationOrder) -> tuple[Order | None, str]:
             node=Node(parse_participant(message.node, "order.node"), message.node_endpoint)
             if message.node_endpoint
             else None,
-        ),
-        "",
-    )
+        )
+    except InvalidArgument as error:
+        return None, f"the order is not known to this validator: {error.message}"
+    return order, ""
