@@ -5,10 +5,13 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+
+import structlog
 
 PARTIAL = ".part"
 # What is not in use goes before the disk has less than this: the run store, say, writes there, too.
@@ -16,6 +19,8 @@ SPARED_BYTES = 64 * 1024 * 1024
 
 Fetch = Callable[[Path], Awaitable[None]]
 """Brings the file to the path given, whole and checked; what lies in `{path}.part` may be gone on with."""
+
+_log = structlog.get_logger("tiltyard.validator")
 
 
 class CacheTooSmall(Exception):
@@ -67,12 +72,19 @@ class Cache:
                 del self._in_use[digest], self._wanted_bytes[digest], self._fetching[digest]
 
     def remove(self, digest: str) -> bool:
-        """Removes a file, also a half-fetched one. False when it is in use, and then it stays."""
+        """Removes a file, also a half-fetched one. False when it stays: in use, or not let go by the disk."""
         if digest in self._in_use:
             return False
-        self._trusted.discard(digest)
-        for name in (digest, digest + PARTIAL):
-            (self._folder / name).unlink(missing_ok=True)
+        return all([self._unlink(self._folder / name) for name in (digest, digest + PARTIAL)])
+
+    def _unlink(self, path: Path) -> bool:
+        """Whether a file is gone."""
+        self._trusted.discard(path.name)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("a file of the cache cannot be removed", path=str(path), detail=str(error))
+            return False
         return True
 
     async def _is_good(self, digest: str, path: Path) -> bool:
@@ -89,20 +101,20 @@ class Cache:
         if wanted > self._max_bytes:
             raise CacheTooSmall(f"{wanted} bytes are needed at once, the cache may hold {self._max_bytes}")
         idle = [path for path in self._folder.iterdir() if path.name.removesuffix(PARTIAL) not in self._in_use]
-        aged = sorted((path.stat().st_mtime_ns, path) for path in idle)
-        kept = sum(path.stat().st_size for path in idle)
+        aged = sorted((found.st_mtime_ns, path, found.st_size) for path in idle if (found := _stat(path)) is not None)
+        kept = sum(size for *_, size in aged)
         missing = sum(max(0, size - self._present_bytes(digest)) for digest, size in self._wanted_bytes.items())
         free = self._free(self._folder)
         if missing > free + kept:
             raise CacheTooSmall(f"{missing} bytes are yet to come, the disk has room for {free + kept}")
-        for _, path in aged:
+        for _, path, size in aged:
             if kept + wanted <= self._max_bytes and missing + SPARED_BYTES <= free:
                 return
-            kept -= path.stat().st_size
-            self._trusted.discard(path.name)
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-            free = self._free(self._folder)
+            if self._unlink(path):
+                kept -= size
+                free = self._free(self._folder)
+        if kept + wanted > self._max_bytes or missing > free:
+            raise CacheTooSmall(f"{wanted} bytes are needed at once, and {kept} that are not needed cannot be removed")
 
     def _present_bytes(self, digest: str) -> int:
         """Bytes of a file, or of the part of it that there is."""
@@ -110,6 +122,14 @@ class Cache:
             with contextlib.suppress(FileNotFoundError):
                 return (self._folder / name).stat().st_size
         return 0
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """What there is to know of a file; None for one that is gone, and for what is no file."""
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat()
+        return None if stat.S_ISDIR(found.st_mode) else found
+    return None
 
 
 def _is_whole(path: Path, digest: str) -> bool:

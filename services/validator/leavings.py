@@ -50,7 +50,7 @@ class Leavings:
             await asyncio.sleep(self._every_s)
 
     async def remove(self) -> None:
-        """Looks once. What cannot be asked for, and what is in use, has its turn the next time.
+        """Looks once. What cannot be asked for or removed, and what is in use, has its turn the next time.
 
         Of two tasks with one dataset both are to have ended. One that cannot be asked for counts as it stood before; at
         worst its dataset is fetched again.

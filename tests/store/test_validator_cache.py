@@ -1,9 +1,11 @@
 """The cache holds what is in use, within its bytes, and trusts no file from before."""
 
 import asyncio
+import errno
 import hashlib
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -129,3 +131,31 @@ async def test_a_fetch_that_fails_leaves_the_cache_usable(tmp_path):
         async with cache.hold(digest, len(raw), fail):
             raise AssertionError("the block must not run")
     await use(cache, source, "a")
+
+
+async def test_what_is_no_file_of_ours_is_passed_over(tmp_path):
+    (tmp_path / "lost+found").mkdir()
+    os.utime(tmp_path / "lost+found", (0, 0))
+    cache, source = Cache(tmp_path, max_bytes=150), Source()
+    await use(cache, source, "a")
+    digest = await use(cache, source, "b")
+    assert {path.name for path in tmp_path.iterdir()} == {"lost+found", digest}
+
+
+async def test_a_file_that_cannot_be_removed_keeps_its_room_and_no_other_file(tmp_path, monkeypatch):
+    cache, source = Cache(tmp_path, max_bytes=250), Source()
+    stuck = await use(cache, source, "stuck")
+    os.utime(tmp_path / stuck, (0, 0))
+    await use(cache, source, "a")
+    unlink = Path.unlink
+
+    def refuse(path, missing_ok=False):
+        if path.name == stuck:
+            raise PermissionError(errno.EPERM, "immutable")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    digest = await use(cache, source, "b")
+    assert {path.name for path in tmp_path.iterdir()} == {stuck, digest}
+    with pytest.raises(CacheTooSmall, match="200 bytes are needed at once, and 100 that are not needed"):
+        await use(cache, source, "c", 200)

@@ -86,3 +86,17 @@ async def test_a_file_in_use_goes_the_next_time(tmp_path):
         assert path.exists()
     await leavings.remove()
     assert left(tmp_path) == set()
+
+
+async def test_a_file_that_the_disk_does_not_let_go_keeps_no_other_and_goes_the_next_time(tmp_path):
+    cache = await filled(tmp_path, A, C)
+    # What stands in its name cannot be unlinked.
+    (tmp_path / B).mkdir()
+    registry = Registry({"one": of(B, ended=True), "two": of(A, B, C, ended=True)})
+    leavings = Leavings(registry, registry, cache)
+    await leavings.remove()
+    assert left(tmp_path) == {B}
+    (tmp_path / B).rmdir()
+    (tmp_path / B).write_bytes(b"rows")
+    await leavings.remove()
+    assert left(tmp_path) == set()
