@@ -30,6 +30,7 @@ __all__ = [
 
 CHUNK_BYTES = 8 * 1024 * 1024
 MAX_CLASSES = 1 << 16
+_ONE = np.float32(1)
 
 # What the Open Inference Protocol calls the file's dtypes.
 _OIP_DATATYPE = {
@@ -193,11 +194,17 @@ def pack(
 
 
 def scan(
-    dataset: Dataset, input_shape: Sequence[int], classes: int | None, *, targets: int | None = None
+    dataset: Dataset,
+    input_shape: Sequence[int],
+    classes: int | None,
+    *,
+    targets: int | None = None,
+    input_scale: float = 1.0,
 ) -> list[DatasetViolation]:
     """What is wrong with a dataset for a model of this input shape and number of classes (None: a regression).
 
-    `targets` is how many a row of a regression must have, None for any number. Reads the file in pieces of 8 MiB,
+    `targets` is how many a row of a regression must have, None for any number; `input_scale` is the largest factor by
+    which a model scales x, after which it must still be finite. Reads the file in pieces of 8 MiB,
     so that neither its size nor a row's matters. An empty list means that it is good.
     """
     found = header_violations(dataset, input_shape)
@@ -218,7 +225,13 @@ def scan(
 
         found += _first_bad_row(dataset, "y", outside, f"has a label outside 0 to {classes - 1}")
     if x.dtype.kind == "f":
-        found += _first_bad_row(dataset, "x", _not_finite, "has a value that is NaN or infinite")
+        factor = np.float32(max(1.0, abs(input_scale)))
+
+        def overflows(values: Array) -> Array:
+            return _not_finite(values, factor)
+
+        scaled = f" once it is multiplied by {factor:g}" if factor != 1 else ""
+        found += _first_bad_row(dataset, "x", overflows, f"has a value that is NaN or infinite{scaled}")
     return found
 
 
@@ -237,10 +250,11 @@ def header_violations(dataset: Dataset, input_shape: Sequence[int]) -> list[Data
     return found
 
 
-def _not_finite(values: Array) -> Array:
+def _not_finite(values: Array, factor: np.float32 = _ONE) -> Array:
     # In float32, with which models compute: what overflows there would be any model's NaN.
-    with np.errstate(over="ignore"):
-        return ~np.isfinite(values.astype(np.float32, copy=False))
+    with np.errstate(over="ignore", invalid="ignore"):
+        numbers = values.astype(np.float32, copy=False)
+        return ~np.isfinite(numbers if factor == _ONE else numbers * factor)
 
 
 def _first_bad_row(

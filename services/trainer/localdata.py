@@ -135,7 +135,10 @@ def examine(path: Path, spec: ModelSpec, loss: LossKind, *, whole: bool = True) 
     except DatasetError as error:
         raise InvalidArgument.field("dataset", f"is not a dataset: {error}", reason="BAD_DATASET") from error
     classes = class_count(dataset, spec, loss)
-    scanned = scan(dataset, spec.input_shape, classes) if whole else header_violations(dataset, spec.input_shape)
+    if whole:
+        scanned = scan(dataset, spec.input_shape, classes, input_scale=spec.input_scale)
+    else:
+        scanned = header_violations(dataset, spec.input_shape)
     found = [FieldViolation("dataset", f"{violation.field}: {violation.description}") for violation in scanned]
     if whole and not found:
         found = _fits(dataset, spec, loss, labelled=classes is not None)

@@ -128,6 +128,18 @@ def test_a_row_of_any_length_is_scanned_in_pieces(tmp_path: Path, monkeypatch: p
     ]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_the_models_scale_makes_infinite_is_refused(tmp_path: Path, dtype: type) -> None:
+    x = np.zeros((3, 4), dtype)
+    x[2, 3] = -3e37
+    dataset = _written(tmp_path / "d", x, Y[:3])
+    for scale in (1.0, -10.0, 1e-6):
+        assert scan(dataset, (4,), 3, input_scale=scale) == []
+    for scale in (20.0, -20.0):
+        (violation,) = scan(dataset, (4,), 3, input_scale=scale)
+        assert violation.description == "row 2 has a value that is NaN or infinite once it is multiplied by 20"
+
+
 @pytest.mark.parametrize("shape", [(2**62, 0), (2**62, 0, 2**62)])
 def test_an_empty_tensor_of_any_shape_is_refused_as_one(tmp_path: Path, shape: tuple[int, ...]) -> None:
     tensors = {

@@ -4,15 +4,18 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from services.registry.records import Task
 from services.registry.referee.scans import DatasetScans
 from services.registry.states import TaskState
 from services.registry.task_config import DatasetDigest
 from tests.support.registry_fakes import START
-from tests.support.registry_world import task_config
-from tiltyard.datasets import DatasetError
+from tests.support.registry_world import SPEC, task_config
+from tiltyard.datasets import DatasetError, write_dataset
 
 
 class SlowFiles:
@@ -58,3 +61,24 @@ async def test_of_each_creator_one_dataset_is_scanned_and_two_in_all() -> None:
             woken.clear()
             look()
     assert sorted(files.opened) == ["a1", "a2", "b1", "c1"]
+
+
+async def test_a_dataset_is_scanned_for_the_model_that_scales_it_most(tmp_path: Path) -> None:
+    class OneFile:
+        @contextmanager
+        def local(self, sha256: str) -> Iterator[Path]:
+            yield tmp_path / "d"
+
+    # What one model makes of it is finite; whoever trained the other would have been told that its outputs are NaN.
+    scaled = tuple(replace(SPEC, input_scale=scale) for scale in (0.5, -1e6, 2.0))
+    write_dataset(tmp_path / "d", np.full((2, *SPEC.input_shape), 3e33, np.float32), np.zeros(2, np.int64))
+    woken = asyncio.Event()
+    scans = DatasetScans(OneFile(), woken.set)
+    for models, fault in ((scaled[::2], ""), (scaled, "multiplied by 1e+06")):
+        judged = replace(task("t", "a"), config=replace(task_config(), models=models))
+        assert scans.look(judged, DatasetDigest(bytes(32), 1)) is None
+        await woken.wait()
+        woken.clear()
+        found = scans.look(judged, DatasetDigest(bytes(32), 1))
+        assert found is not None
+        assert (found.rows, fault in found.fault, bool(found.fault)) == (2, True, bool(fault))

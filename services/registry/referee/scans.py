@@ -69,11 +69,12 @@ class DatasetScans:
 
     def _scan(self, task: Task, digest: DatasetDigest) -> ScanResult:
         model = task.config.models[0]
+        scale = max(abs(each.input_scale) for each in task.config.models)
         classes = model.outputs if task.config.metric is not Metric.WITHIN_BOUND else None
         try:
             with self._files.local(digest.sha256.hex()) as path:
                 dataset = Dataset.open(path)
-                violations = scan(dataset, model.input_shape, classes, targets=model.outputs)
+                violations = scan(dataset, model.input_shape, classes, targets=model.outputs, input_scale=scale)
         except DatasetError as error:
             return ScanResult(0, str(error))
         shown = "; ".join(f"{violation.field}: {violation.description}" for violation in violations[:_SHOWN_VIOLATIONS])

@@ -97,7 +97,7 @@ class ModelSpec(_message.Message):
     outputs: _builtins.int
     """Number of outputs: the classes of a classification task (2 to 65536) or the targets of a regression (1 or more)."""
     input_scale: _builtins.float
-    """Factor applied to every input value. 0 means 1."""
+    """Factor applied to every input value. 0 means 1. A dataset with a value that it makes infinite (float32) fails the scan."""
     input_offset: _builtins.float
     """Added to every input value after scaling."""
     @_builtins.property
