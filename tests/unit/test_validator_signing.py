@@ -4,6 +4,7 @@ import pytest
 
 from services.runtime.fields import FieldChecks
 from services.validator.assignments import Order
+from services.validator.redaction import published
 from services.validator.runs import Fault, Finding
 from services.validator.signing import KeyNotary
 from tiltyard.commitments import evaluation_seal
@@ -44,11 +45,31 @@ def test_a_fault_is_stated_without_counts(fault):
     assert len(statement.detail) == 500
 
 
-def test_a_report_holds_no_folder_of_the_machine_and_keeps_a_graphs_names(tmp_path):
-    told = f"unix:{tmp_path}/socket: cannot open '{tmp_path}/model.onnx', at /layer1/conv/Conv of a/b/c, 1/2"
+@pytest.mark.parametrize(
+    ("told", "stated"),
+    [
+        (
+            "unix:/tmp/run/socket: cannot open '/home/ada/model.onnx', at /layer1/conv/Conv of a/b/c, 1/2",
+            "unix:socket: cannot open 'model.onnx', at /layer1/conv/Conv of a/b/c, 1/2",
+        ),
+        (f"no space left: '/arena/state/cache/{'d' * 64}.part'", f"no space left: '{'d' * 64}.part'"),
+        ("cannot open /arena/state/children/tmp0/spec.json", "cannot open spec.json"),
+    ],
+)
+def test_a_report_holds_no_folder_of_the_machine_and_keeps_a_graphs_names(told, stated):
     report = KeyNotary(Key.generate(), "o").report(NAME, ORDER, Finding(fault=Fault.CRASHED, detail=told))
     statement, _ = open_statement(envelope_pb2.Envelope.FromString(report), envelope_pb2.EvaluationReport)
-    assert statement.detail == "unix:socket: cannot open 'model.onnx', at /layer1/conv/Conv of a/b/c, 1/2"
+    assert statement.detail == stated
+
+
+def test_what_lies_on_the_disk_makes_no_difference_to_what_is_said(monkeypatch):
+    def never(*arguments):
+        raise AssertionError
+
+    for module, name in (("os", "stat"), ("os", "lstat"), ("os.path", "exists"), ("os", "scandir")):
+        monkeypatch.setattr(f"{module}.{name}", never)
+    for told, stated in (("/validator-7/b", "/validator-7/b"), ("/etc/b", "b"), ("/private/b", "b")):
+        assert published(told, max_chars=100) == stated
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "é" * 130])
