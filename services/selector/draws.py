@@ -1,5 +1,6 @@
 """Draws: a random order of a pool for one submission and round, recorded before it is answered."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from services.runtime.errors import (
 )
 from services.selector import quotas
 from services.selector.batches import Batches
-from services.selector.picking import Drawing, Picked, pick
+from services.selector.picking import Drawing, Picked, Undecided, pick, proved
 from services.selector.pool_trees import PoolTrees, at_version
 from services.selector.pools import open_pool
 from services.selector.records import Charge, Draw, DrawnPlace, PassedOverReason, Pool, Settlement
@@ -29,6 +30,8 @@ from tiltyard.sortition import Place, SumTree, draw, draw_id
 from tiltyard.telemetry import metrics
 
 MAX_FURTHER_PICKS = 1000
+# Looking through as many places takes some milliseconds, in which whatever else is to be written waits.
+MOST_PLACES_AT_ONCE = 1024
 _DRAWS = metrics.Counter("tiltyard.draws", unit="{draw}", description="Draws answered, those asked again too.")
 
 
@@ -56,12 +59,13 @@ class Signer(Protocol):
 
 @dataclass(frozen=True)
 class _Asked:
-    """An order with what follows from it alone."""
+    """An order with what follows from it alone, and whether it is to be looked through however long that takes."""
 
     name: str
     order: DrawOrder
     sigma: bytes
     seed: bytes
+    to_its_end: bool = False
 
 
 class Draws:
@@ -75,6 +79,7 @@ class Draws:
         self._memory = SeatingMemory()
         # A transaction takes as long as several draws do: those that wait for it are drawn in one.
         self._batches = Batches(self._draw_together)
+        self._turn = asyncio.Lock()
 
     async def draw(self, order: DrawOrder) -> Draw:
         """Draws once for each submission and round; asked again it answers with the same draw.
@@ -84,7 +89,14 @@ class Draws:
         """
         sigma = await self._signer.sign_anchor(order.anchor)
         seed = draw_seed(sigma=sigma, reveal_salt=order.reveal_salt)
-        drawn = await self._batches.ask(_Asked(draw_id(order.submission, order.round), order, sigma, seed))
+        asked = _Asked(draw_id(order.submission, order.round), order, sigma, seed)
+        try:
+            drawn = await self._batches.ask(asked)
+        except Undecided:
+            # One at a time: the others find a reader that is free.
+            async with self._turn:
+                await self._store.read(lambda transaction: self._check_enough(transaction, order, seed))
+            drawn = await self._batches.ask(replace(asked, to_its_end=True))
         _DRAWS.add()
         return drawn
 
@@ -119,9 +131,9 @@ class Draws:
                     "ORDER_EXHAUSTED",
                     f"no group is left after {len(known.picks)} picks",
                     picks=str(len(known.picks)),
-                    **_counts(picked.places),
+                    **_counts([*known.places, *picked.places]),
                 )
-            drawn = replace(known, places=picked.places)
+            drawn = replace(known, places=(*known.places, *proved(tree, picked.places)))
             transaction.put_places(drawn)
             quotas.charge(transaction, picked.charges, now)
             return drawn
@@ -143,8 +155,17 @@ class Draws:
 
         return await self._store.write(work)
 
-    async def _draw_together(self, asked: Sequence[_Asked]) -> Sequence[Draw | ArenaError]:
-        def work(transaction: Transaction) -> tuple[Sequence[Draw | ArenaError], Seating]:
+    def _check_enough(self, transaction: Transaction, order: DrawOrder, seed: bytes) -> None:
+        """Looks through the pool beside the writer. Raises what `draw` does when there are too few."""
+        pool, now = open_pool(transaction, order.task), self._clock()
+        # The writer's trees are the writer's.
+        tree = at_version(transaction, order.task, pool.version)
+        drawing = Drawing("", pool, pool.version, tree, seed, draw(seed, tree), order.submitter, order.paused)
+        picked = pick(SeatingMemory().at(transaction), drawing, wanted=order.validators, now=now)
+        _check_picked(picked, order.validators, pool, now)
+
+    async def _draw_together(self, asked: Sequence[_Asked]) -> Sequence[Draw | Exception]:
+        def work(transaction: Transaction) -> tuple[Sequence[Draw | Exception], Seating]:
             batch = _Batch(transaction, self._trees, self._memory.at(transaction), self._clock())
             return batch.draw(asked), batch.seating
 
@@ -164,11 +185,11 @@ class _Batch:
         self._pools: dict[str, tuple[Pool, SumTree]] = {}
         self._orders: dict[bytes, Iterator[Place]] = {}
 
-    def draw(self, asked: Sequence[_Asked]) -> Sequence[Draw | ArenaError]:
+    def draw(self, asked: Sequence[_Asked]) -> Sequence[Draw | Exception]:
         """A draw for each, or why there is none."""
         recorded = dict(self._transaction.draws([each.name for each in asked]))
         self._look_ahead([each for each in asked if each.name not in recorded])
-        results, made, charges = list[Draw | ArenaError](), list[Draw](), dict[Charge, str]()
+        results, made, charges = list[Draw | Exception](), list[Draw](), dict[Charge, str]()
         for each in asked:
             try:
                 if each.name not in recorded:
@@ -177,7 +198,7 @@ class _Batch:
                     made.append(drawn)
                     charges.update(picked.charges)
                 results.append(_same(recorded[each.name], each.order))
-            except ArenaError as refusal:
+            except (ArenaError, Undecided) as refusal:
                 results.append(refusal)
         self._transaction.add_draws(made)
         quotas.charge(self._transaction, charges, self._now)
@@ -203,9 +224,9 @@ class _Batch:
         pool, tree = self._pool(order.task)
         places = self._orders.pop(asked.seed, None) or draw(asked.seed, tree)
         drawing = Drawing(asked.name, pool, pool.version, tree, asked.seed, places, order.submitter, order.paused)
-        picked = pick(self.seating, drawing, wanted=order.validators, now=self._now)
-        if len(picked.charges) < order.validators:
-            raise _not_enough(picked, order.validators, pool, self._now)
+        most_places = None if asked.to_its_end else MOST_PLACES_AT_ONCE
+        picked = pick(self.seating, drawing, wanted=order.validators, now=self._now, most_places=most_places)
+        _check_picked(picked, order.validators, pool, self._now)
         self.seating.use(order.task, quotas.window_at(pool, self._now), picked.charges.values())
         drawn = Draw(
             draw=asked.name,
@@ -223,7 +244,7 @@ class _Batch:
             curve=pool.policy.curve,
             assigned=order.validators,
             submitter=order.submitter,
-            places=picked.places,
+            places=tuple(proved(tree, picked.places)),
             draw_time=self._now,
         )
         return drawn, picked
@@ -260,7 +281,10 @@ def _counts(places: Sequence[DrawnPlace]) -> dict[str, str]:
     return {reason.value: str(passed_over[reason]) for reason in PassedOverReason if passed_over[reason]}
 
 
-def _not_enough(picked: Picked, wanted: int, pool: Pool, now: datetime) -> FailedPrecondition | ResourceExhausted:
+def _check_picked(picked: Picked, wanted: int, pool: Pool, now: datetime) -> None:
+    """Raises FailedPrecondition, or ResourceExhausted, unless as many were picked as were wanted."""
+    if len(picked.charges) == wanted:
+        return
     counts = _counts(picked.places)
     eligible, used_up = len(picked.charges), int(counts.get(PassedOverReason.QUOTA.value, "0"))
     described = ", ".join(f"{number} {reason}" for reason, number in counts.items()) or "nobody"
@@ -271,5 +295,5 @@ def _not_enough(picked: Picked, wanted: int, pool: Pool, now: datetime) -> Faile
         metadata["refill_time"] = refill_time.isoformat()
     if eligible + used_up >= wanted:
         wait_s = (refill_time - now).total_seconds()
-        return ResourceExhausted("QUOTA_USED_UP", message, retry_after_s=wait_s, **metadata)
-    return FailedPrecondition("NOT_ENOUGH_VALIDATORS", message, **metadata)
+        raise ResourceExhausted("QUOTA_USED_UP", message, retry_after_s=wait_s, **metadata)
+    raise FailedPrecondition("NOT_ENOUGH_VALIDATORS", message, **metadata)

@@ -1,7 +1,7 @@
 """Goes on in a draw's order: whose place comes up is picked, or passed over for a reason, until enough are picked."""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
 
@@ -32,16 +32,32 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Picked:
-    """What came of a draw's further places, and the charges of those picked, with the owner group of each."""
+    """What came of a draw's further places, and the charges of those picked, with the owner group of each.
+
+    The places are not proved yet, which takes as long as all the rest: see `proved`.
+    """
 
     places: tuple[DrawnPlace, ...]
     charges: Mapping[Charge, str]
 
 
+class Undecided(Exception):
+    """As many places came up as were to be looked at, and too few were picked."""
+
+
 def pick(
-    seating: Seating, drawing: Drawing, *, before: Sequence[DrawnPlace] = (), wanted: int, now: datetime
+    seating: Seating,
+    drawing: Drawing,
+    *,
+    before: Sequence[DrawnPlace] = (),
+    wanted: int,
+    now: datetime,
+    most_places: int | None = None,
 ) -> Picked:
-    """Takes further places until there are `wanted` picks more, or no weight is left. Nothing is charged yet."""
+    """Takes further places until there are `wanted` picks more, or no weight is left. Nothing is charged yet.
+
+    Raises Undecided after `most_places`, or a few more.
+    """
     pool = drawing.pool
     window = quotas.window_at(pool, now)
     earlier = [place.participant for place in before if place.passed_over is None]
@@ -54,6 +70,8 @@ def pick(
     # The seats of many places are read at once: first of as many as may be enough.
     at_once = wanted
     while len(charges) < wanted and (batch := list(islice(drawing.order, at_once))):
+        if most_places is not None and len(places) >= most_places:
+            raise Undecided
         indices = [place.leaf_index for place in batch]
         seats = seating.look(pool.task, version=drawing.version, window=window, leaf_indices=indices)
         for place, (group, used) in zip(batch, seats, strict=True):
@@ -65,7 +83,16 @@ def pick(
                 if len(charges) == wanted:
                     break
         at_once = min(2 * at_once, _MOST_AT_ONCE)
-    return Picked((*before, *places), charges)
+    return Picked(tuple(places), charges)
+
+
+def proved(tree: SumTree, places: Sequence[DrawnPlace]) -> Sequence[DrawnPlace]:
+    """Places with what proves each of them: the leaf's id, and the nodes beside its way."""
+    # The leaf's own id: its group may have become part of another since.
+    return [
+        replace(each, owner_group=tree.identifier(each.place.leaf_index), path=tree.path(each.place.leaf_index))
+        for each in places
+    ]
 
 
 def _judge(
@@ -83,8 +110,7 @@ def _judge(
         reason = PassedOverReason.PAUSED
     elif used >= quotas.limit_of(drawing.pool, place.weight):
         reason = PassedOverReason.QUOTA
-    # The leaf's own id: its group may have become part of another since.
-    leaf, path = drawing.tree.identifier(place.leaf_index), drawing.tree.path(place.leaf_index)
     if reason is not None:
-        return DrawnPlace(place, leaf, path, passed_over=reason)
-    return DrawnPlace(place, leaf, path, members, drawn_member(drawing.seed, place.place, members))
+        return DrawnPlace(place, passed_over=reason)
+    participant = drawn_member(drawing.seed, place.place, members)
+    return DrawnPlace(place, members=members, participant=participant)

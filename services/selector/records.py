@@ -220,9 +220,9 @@ class DrawnPlace:
     """A place of a draw's order and what came of it: somebody was picked, or the group was passed over for a reason."""
 
     place: Place
-    owner_group: str
-    path: bytes
-    """As from SumTree.path."""
+    owner_group: str = ""
+    path: bytes = b""
+    """As from SumTree.path; empty, as the group's id, while it is not proved."""
     members: tuple[str, ...] = ()
     participant: str = ""
     passed_over: PassedOverReason | None = None

@@ -1,6 +1,7 @@
 """Draws over a real selector: receipts, passed-over places, further picks, quotas, restarts, commands."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from typer.testing import CliRunner
 
+from services.selector import draws
 from tests.support.selector_arena import (
     MINIMUM,
     TASK,
@@ -108,6 +110,58 @@ async def test_too_few_validators_are_refused_with_the_counts(arena: SelectorAre
     assert datetime.fromisoformat(metadata["refill_time"]) == arena.clock() + timedelta(hours=1)
     # A refused draw has charged nobody.
     assert len((await arena.draw(2, validators=2, paused=[someone("b")])).picks) == 2
+
+
+async def test_a_pool_is_looked_through_beside_the_writer_before_a_draw_of_few_is_refused(
+    arena: SelectorArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking, go_on = asyncio.Event(), threading.Event()
+    loop, at_version = asyncio.get_running_loop(), draws.at_version
+
+    def slowly(*arguments: Any) -> Any:
+        loop.call_soon_threadsafe(looking.set)
+        go_on.wait()
+        return at_version(*arguments)
+
+    monkeypatch.setattr(draws, "MOST_PLACES_AT_ONCE", 3)
+    monkeypatch.setattr(draws, "at_version", slowly)
+    await arena.open_pool()
+    for name in "abcdefghij":
+        await arena.add_validator(someone(name))
+    drawing = asyncio.create_task(arena.draw(paused=[someone(name) for name in "abcdefgh"]))
+    try:
+        async with asyncio.timeout(60):
+            await looking.wait()
+            await arena.deposit(someone("others"), MINIMUM)
+            assert not drawing.done()
+    finally:
+        go_on.set()
+    async with refused(grpc.StatusCode.FAILED_PRECONDITION, reason="NOT_ENOUGH_VALIDATORS") as metadata:
+        await drawing
+    assert metadata == {"eligible": "2", "wanted": "3", "paused": "8"}
+
+
+async def test_a_draw_is_the_same_wherever_it_was_looked_through(
+    arena: SelectorArena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = SelectorArena(tmp_path / "other")
+    await other.start()
+    try:
+        receipts = []
+        for each, most_places in ((arena, 3), (other, 1024)):
+            monkeypatch.setattr(draws, "MOST_PLACES_AT_ONCE", most_places)
+            await each.open_pool()
+            for name in "abcdefghij":
+                await each.add_validator(someone(name))
+            receipt = await each.draw(paused=[someone(name) for name in "abcdefg"])
+            # Who signs and when is each one's own.
+            receipts.append((receipt.seed, list(receipt.picks), list(receipt.passed_over)))
+        assert receipts[0] == receipts[1]
+        assert len(receipts[0][1]) == 3
+        assert len(receipts[0][2]) > 3
+    finally:
+        await other.stop()
 
 
 @pytest.mark.parametrize(
