@@ -32,6 +32,10 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
 )
 
+# Of what a server says in an answer: it may be a stranger's, and what runs say is kept, listed and published.
+_MOST_CHARS = 500
+_MOST_DIMENSIONS = 8
+
 INPUT = "x"
 OUTPUT = "logits"
 
@@ -150,7 +154,7 @@ class BatchStream:
 
     def _logits(self, answer: pb.ModelStreamInferResponse, start: int, stop: int) -> NDArray[np.float32]:
         if answer.error_message:
-            raise RequestRefused(answer.error_message)
+            raise RequestRefused(answer.error_message[:_MOST_CHARS])
         if answer.infer_response.id != str(start):
             raise WrongAnswer(f"the answer to batch {start} names batch {answer.infer_response.id[:20]!r}")
         return read_logits(answer.infer_response, (stop - start, self._outputs))
@@ -175,5 +179,6 @@ def read_logits(response: pb.ModelInferResponse, expected: tuple[int, int]) -> N
     else:
         raw = np.array(output.contents.fp32_contents, dtype="<f4").tobytes()
     if shape != expected or datatype != "FP32" or len(raw) != 4 * expected[0] * expected[1]:
-        raise WrongAnswer(f"the output is {datatype} of shape {list(shape)}, not FP32 of shape {list(expected)}")
+        told = f"{datatype[:20]} of shape {list(shape[:_MOST_DIMENSIONS])}"
+        raise WrongAnswer(f"the output is {told}, not FP32 of shape {list(expected)}")
     return np.frombuffer(raw, dtype="<f4").reshape(expected)

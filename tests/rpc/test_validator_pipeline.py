@@ -116,6 +116,18 @@ def no_output(answer, context):
     del answer.infer_response.outputs[:]
 
 
+def long_error_message(answer, context):
+    answer.error_message = "x" * 1_000_000
+
+
+def long_dtype(answer, context):
+    answer.infer_response.outputs[0].datatype = "x" * 1_000_000
+
+
+def long_shape(answer, context):
+    answer.infer_response.outputs[0].shape.extend([1] * 100_000)
+
+
 def error_message(answer, context):
     answer.error_message = "no such model"
 
@@ -133,6 +145,9 @@ def abort(answer, context):
         (another_dtype, WrongAnswer, "FP64"),
         (no_output, WrongAnswer, "0 outputs"),
         (error_message, RequestRefused, "no such model"),
+        (long_error_message, RequestRefused, "^x{500}$"),
+        (long_dtype, WrongAnswer, r"^the output is x{20} of shape \[300, 2\], not FP32"),
+        (long_shape, WrongAnswer, r"of shape \[300, 2(, 1){6}\], not FP32"),
         (abort, StreamBroken, "fell over"),
     ],
 )
