@@ -25,6 +25,8 @@ from tiltyard.modelspec import ModelFault
 # What a child would otherwise import at its first batch.
 _LATE_IMPORTS = ("safetensors.torch", "numpy", "encodings.idna")
 
+_MAX_DETAIL_CHARS = 1000
+
 
 @dataclass(frozen=True)
 class Order:
@@ -75,7 +77,7 @@ def _serve(order: Order, cores: int, report: int) -> int:
             # The disk's fault, or this machine's.
             os.write(2, f"{fault.detail}\n".encode())
             return EXIT_UNREADABLE
-        _say(report, {"event": "fault", "code": fault.code.value, "detail": fault.detail})
+        _say(report, {"event": "fault", "code": fault.code.value, "detail": fault.detail[:_MAX_DETAIL_CHARS]})
         return EXIT_FAULT
     lane = Lane(SOCKET_FILE, models, cores=cores)
     lane.serve()

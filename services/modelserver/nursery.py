@@ -1,10 +1,11 @@
 """The zygote: a process that has torch imported and forks a confined child for each evaluation.
 
 It speaks one JSON object a line. In: `{"op": "spawn", ...}` with the fields of `child.Order`, and
-`{"op": "kill", "id"}`. Out: `{"event": "warm", "network", "programs"}` once (see `sandbox.Confinement`), then for each
-child `{"event": "ready", "id", "pid"}` or `{"event": "fault", "id", "pid", "code", "detail"}`, and at its end
-`{"event": "ended", "id", "signal", "code", "cpu_seconds"}`. The end of its input, and the death of its parent, end the
-zygote and every child.
+`{"op": "kill", "id"}`. Out: `{"event": "warm", ...}` once with the fields of `sandbox.Confinement`, then for each child
+`{"event": "ready", "id", "pid"}` or `{"event": "fault", "id", "pid", "code", "detail"}`, and at its end
+`{"event": "ended", "id", "signal", "code", "garbled", "cpu_seconds"}`. A child that says anything else than one of the
+first two, once, is killed, and its end is `garbled`: a stranger's weights may have taken it over. The end of its input,
+and the death of its parent, end the zygote and every child.
 
 The zygote itself never starts a thread, a gRPC object or a torch operation: what forks must be alone in its process.
 """
@@ -20,8 +21,10 @@ from typing import NoReturn
 
 from services.modelserver import child, sandbox
 from services.modelserver.spawn import EXIT_CRASHED, EXIT_OUT_OF_MEMORY
+from tiltyard.modelspec import FaultCode
 
 INPUT, OUTPUT = 0, 1
+_MAX_REPORT_BYTES = 16 * 1024
 
 
 @dataclass
@@ -33,6 +36,7 @@ class _Child:
     report: int
     ended: int
     received: bytearray = field(default_factory=bytearray)
+    garbled: bool = False
 
 
 class Zygote:
@@ -73,6 +77,8 @@ class Zygote:
 
     def _spawn(self, order: child.Order) -> None:
         reading, writing = os.pipe()
+        # Whoever else may have got hold of the other end is not waited for.
+        os.set_blocking(reading, False)
         zygote = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -100,14 +106,19 @@ class Zygote:
         os._exit(code)
 
     def _read_report(self, running: _Child) -> None:
-        read = os.read(running.report, 1 << 16)
-        running.received += read
-        if not read:
-            self._close_report(running)
+        try:
+            read = os.read(running.report, _MAX_REPORT_BYTES)
+        except BlockingIOError:
             return
-        if running.received.endswith(b"\n"):
-            _say({**json.loads(running.received), "id": running.id, "pid": running.pid})
-            running.received.clear()
+        running.received += read
+        told_all = running.received.endswith(b"\n")
+        if told_all or not read or len(running.received) > _MAX_REPORT_BYTES:
+            self._close_report(running)
+        if told_all and (report := _report_of(running.received)) is not None:
+            _say({**report, "id": running.id, "pid": running.pid})
+        elif running.report < 0 and read:
+            running.garbled = True
+            os.kill(running.pid, signal.SIGKILL)
 
     def _close_report(self, running: _Child) -> None:
         if running.report >= 0:
@@ -130,9 +141,23 @@ class Zygote:
                 "id": running.id,
                 "signal": killed_by,
                 "code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0,
+                "garbled": running.garbled,
                 "cpu_seconds": usage.ru_utime + usage.ru_stime,
             }
         )
+
+
+def _report_of(line: bytearray) -> dict[str, object] | None:
+    """What a child says in a line, None for what no child of ours says."""
+    try:
+        match json.loads(line):
+            case {"event": "ready"}:
+                return {"event": "ready"}
+            case {"event": "fault", "code": str(code), "detail": str(detail)}:
+                return {"event": "fault", "code": FaultCode(code).value, "detail": detail}
+    except (ValueError, RecursionError):
+        pass
+    return None
 
 
 def _say(line: dict[str, object]) -> None:

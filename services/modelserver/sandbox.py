@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import signal
+import socket
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,16 +31,26 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Confinement:
-    """What holds: `network` is how the network was taken away ("" if it was not), `programs` whether fork and exec."""
+    """What holds: `network` is how the network was taken away ("" if it was not), `programs` whether fork and exec.
+
+    `files` is whether no file can be changed any more.
+    """
 
     network: str
     programs: bool
+    files: bool
 
     def __str__(self) -> str:
         network = (
             f"without network ({self.network})" if self.network else "with the network, which the kernel leaves it"
         )
-        return f"{network}, and {'unable' if self.programs else 'able'} to start processes and programs"
+        programs, files = ("unable" if held else "able" for held in (self.programs, self.files))
+        return f"{network}, {programs} to start processes and programs, and {files} to change files"
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it holds."""
+        return bool(self.network) and self.programs and self.files
 
 
 def die_with_parent(parent: int) -> None:
@@ -70,15 +81,17 @@ def limit_files() -> None:
 
 
 def confine() -> Confinement:
-    """Take away the network (a namespace of its own, else a system-call filter), other processes and programs.
+    """Take away the network (a namespace of its own, else a system-call filter), other processes, programs and files.
 
-    The process must have one thread. Unix sockets named by a path keep working.
+    The process must have one thread. Unix sockets in its working directory keep working, files are read as before, and
+    what is open stays open.
     """
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    files = _freeze_files()
     alone = _libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0 or _libc.unshare(_CLONE_NEWNET) == 0
     filtered = _filter_system_calls()
     network = " and ".join(["network namespace"] * alone + ["system-call filter"] * filtered)
-    return Confinement(network=network, programs=filtered)
+    return Confinement(network=network, programs=filtered, files=files)
 
 
 def try_out() -> Confinement:
@@ -97,13 +110,22 @@ def try_out() -> Confinement:
     return held
 
 
-# Per machine: the audit architecture, socket(), clone(), and calls that nothing here needs and an attacker would:
-# execve, execveat, ptrace, process_vm_readv, process_vm_writev, io_uring_setup (it opens sockets past any filter), and
-# fork and vfork where there are such.
+# Per machine: the audit architecture; socket, clone, tgkill, prlimit64; and calls that only an attacker needs: they
+# start or reach into processes, open sockets past any filter (io_uring), or make what is hard to remove.
 _CALLS = {
-    "x86_64": (0xC000003E, 41, 56, (59, 322, 101, 310, 311, 425, 57, 58)),
-    "aarch64": (0xC00000B7, 198, 220, (221, 281, 117, 270, 271, 425)),
-}
+    # execve, execveat, ptrace, process_vm_readv, process_vm_writev, io_uring_setup, pidfd_send_signal, pidfd_open,
+    # pidfd_getfd, fork, vfork, kill, tkill, rt_sigqueueinfo, rt_tgsigqueueinfo; chmod, fchmod, fchmodat, fchmodat2,
+    # mkdir, mkdirat, mknod, mknodat, symlink, symlinkat, link, linkat, rename, renameat, renameat2, truncate.
+    "x86_64": (0xC000003E, (41, 56, 234, 302), (
+        59, 322, 101, 310, 311, 425, 424, 434, 438, 57, 58, 62, 200, 129, 297,
+        90, 91, 268, 452, 83, 258, 133, 259, 88, 266, 86, 265, 82, 264, 316, 76,
+    )),
+    # The same, without those that there are not: fork, vfork, chmod, mkdir, mknod, symlink, link, rename.
+    "aarch64": (0xC00000B7, (198, 220, 131, 261), (
+        221, 281, 117, 270, 271, 425, 424, 434, 438, 129, 130, 138, 240,
+        52, 53, 452, 34, 33, 36, 37, 38, 276, 45,
+    )),
+}  # fmt: skip
 _CLONE3 = 435
 _CLONE_THREAD = 0x00010000
 _ALLOW = 0x7FFF0000
@@ -113,10 +135,10 @@ _X32 = 0x40000000
 
 
 def _filter_system_calls() -> bool:
-    """Install a seccomp filter: Unix sockets only, threads only, none of the calls above. False if it cannot be."""
+    """Install a seccomp filter: only Unix sockets, threads, signals and limits of its own. False if it cannot be."""
     if platform.machine() not in _CALLS:
         return False
-    architecture, socket_call, clone_call, refused = _CALLS[platform.machine()]
+    architecture, (socket_call, clone_call, tgkill_call, prlimit_call), refused = _CALLS[platform.machine()]
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     # struct seccomp_data: call number at 0, architecture at 4, low half of the first argument at 16.
     program: list[tuple[int, int, int, int]] = [
@@ -126,26 +148,71 @@ def _filter_system_calls() -> bool:
         (load, 0, 0, 0),
         (at_least, 0, 1, _X32),
         (answer, 0, 0, _REFUSE),
-    ]
-    for call in refused:
-        program += [(equal, 0, 1, call), (answer, 0, 0, _REFUSE)]
-    program += [
         # Its flags lie in memory, which a filter cannot read; libc then makes its threads by clone().
         (equal, 0, 1, _CLONE3),
         (answer, 0, 0, _MISSING),
-        (equal, 0, 3, clone_call),
-        (load, 0, 0, 16),
-        (any_bit, 1, 0, _CLONE_THREAD),
-        (answer, 0, 0, _REFUSE),
-        # A clone() that is allowed goes on here with its flags loaded, so the number is loaded again.
-        (load, 0, 0, 0),
-        (equal, 0, 3, socket_call),
-        (load, 0, 0, 16),
-        (equal, 1, 0, 1),
-        (answer, 0, 0, _REFUSE),
-        (answer, 0, 0, _ALLOW),
     ]
+    for call in refused:
+        program += [(equal, 0, 1, call), (answer, 0, 0, _REFUSE)]
+    for call, test, value in (
+        (clone_call, any_bit, _CLONE_THREAD),
+        (socket_call, equal, socket.AF_UNIX),
+        # By its own id: abort() goes this way.
+        (tgkill_call, equal, os.getpid()),
+        # Of this process.
+        (prlimit_call, equal, 0),
+    ):
+        # The number is loaded again for what comes next.
+        program += [
+            (equal, 0, 4, call),
+            (load, 0, 0, 16),
+            (test, 1, 0, value),
+            (answer, 0, 0, _REFUSE),
+            (load, 0, 0, 0),
+        ]
+    program += [(answer, 0, 0, _ALLOW)]
     return _install(program)
+
+
+# landlock_create_ruleset, landlock_add_rule, landlock_restrict_self: one number each on all machines.
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_RULESET_VERSION = 1
+_PATH_BENEATH = 1
+# LANDLOCK_ACCESS_FS_*: two that are still wanted, and all that change anything: those from removing a folder on, too.
+_WRITE, _MAKE_SOCKET, _TRUNCATE = 1 << 1, 1 << 9, 1 << 14
+_CHANGES = _WRITE | sum(1 << bit for bit in range(4, 15))
+# By the version of the interface: without reparenting, without truncation.
+_KNOWN_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1}
+
+
+def _freeze_files() -> bool:
+    """Have the kernel refuse changes of files, but for a socket right here. False where it has no Landlock."""
+    version = _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _RULESET_VERSION)
+    if version < 1:
+        return False
+    changes = _CHANGES & _KNOWN_RIGHTS.get(version, _CHANGES)
+    handled = ctypes.create_string_buffer(struct.pack("=Q", changes), 8)
+    ruleset = _libc.syscall(_CREATE_RULESET, handled, ctypes.c_size_t(8), 0)
+    if ruleset < 0:
+        return False
+    try:
+        return (
+            _let(ruleset, ".", _MAKE_SOCKET)
+            and _let(ruleset, os.devnull, changes & (_WRITE | _TRUNCATE))
+            and _libc.syscall(_RESTRICT_SELF, ruleset, 0) == 0
+        )
+    finally:
+        os.close(ruleset)
+
+
+def _let(ruleset: int, path: str, rights: int) -> bool:
+    """Allow `rights` on a path and what is beneath it."""
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, descriptor), 12)
+        return bool(_libc.syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0) == 0)
+    finally:
+        os.close(descriptor)
 
 
 def _install(program: Sequence[tuple[int, int, int, int]]) -> bool:

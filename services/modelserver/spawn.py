@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import signal
+import stat
 import sys
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -125,7 +126,9 @@ class _Home:
 
     def leave(self) -> None:
         """To call when the child has ended."""
-        self.socket.unlink(missing_ok=True)
+        # What it has put in the socket's place goes with the folder, if it goes at all.
+        with contextlib.suppress(OSError):
+            self.socket.unlink()
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -202,15 +205,15 @@ class Nursery:
                     first = await zygote.stdout.readline()
                 if not first:
                     raise NurseryDown(f"the nursery ended with {await zygote.wait()} before it was warm")
+                told = json.loads(first)
+                self.confinement = Confinement(told["network"], told["programs"], told["files"])
             except BaseException as error:
                 _end_group(zygote)
                 await zygote.wait()
                 if isinstance(error, TimeoutError):
                     raise NurseryDown(f"the nursery was not warm after {WARM_UP_TIMEOUT_S:g} s") from error
                 raise
-            told = json.loads(first)
-            self.confinement = Confinement(network=told["network"], programs=told["programs"])
-            if not (self.confinement.network and self.confinement.programs):
+            if not self.confinement.whole:
                 _log.warning("models cannot be fully confined here", each=str(self.confinement))
             self._zygote = zygote
             self._reader = asyncio.create_task(self._read(zygote))
@@ -291,9 +294,15 @@ class Nursery:
 
     async def _read(self, zygote: asyncio.subprocess.Process) -> None:
         assert zygote.stdout is not None
-        while line := await zygote.stdout.readline():
-            self._hear(json.loads(line))
+        try:
+            while line := await zygote.stdout.readline():
+                self._hear(json.loads(line))
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            # A child that was taken over may write where the zygote does.
+            _log.error("the nursery says what none says", detail=f"{type(error).__name__}: {error}"[:200])
         _end_group(zygote)
+        while await zygote.stdout.read(1 << 16):
+            pass
         await zygote.wait()
         if zygote.stdin is not None:
             zygote.stdin.close()
@@ -333,6 +342,8 @@ def _end_group(zygote: asyncio.subprocess.Process) -> None:
 
 def _exit_of(event: dict[str, Any], pending: _Pending) -> Exit:
     number, code, cpu_seconds = event["signal"], event["code"], event["cpu_seconds"]
+    if event["garbled"]:
+        return Exit(ExitKind.CRASHED, "reported what no model server reports", cpu_seconds)
     log = _log_tail(pending.home.folder)
     if code == EXIT_OUT_OF_MEMORY or any(sign in log for sign in ("bad_alloc", "MemoryError", "allocate memory")):
         return Exit(ExitKind.OUT_OF_MEMORY, "the model does not fit in its memory limit", cpu_seconds)
@@ -355,9 +366,17 @@ def _exit_of(event: dict[str, Any], pending: _Pending) -> Exit:
 
 
 def _log_tail(folder: Path) -> str:
+    """The end of a child's log, which the child may have replaced by a link, a pipe or a folder: then there is none."""
     try:
-        with (folder / LOG_FILE).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
-            return file.read().decode(errors="replace")
+        descriptor = os.open(folder / LOG_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return ""
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            return ""
+        return os.pread(descriptor, LOG_TAIL_BYTES, max(0, found.st_size - LOG_TAIL_BYTES)).decode(errors="replace")
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)

@@ -67,8 +67,8 @@ class NurseryAttempts:
         self._folder = folder
         self._threads = threads
         self._streams = ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="evaluation")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, mode=0o700)
+        _remove(folder)
+        folder.mkdir(parents=True, mode=0o700, exist_ok=True)
 
     def isolation(self) -> str:
         """How model servers are confined on this machine, in one sentence."""
@@ -119,7 +119,7 @@ class NurseryAttempts:
             finally:
                 await child.kill()
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            await asyncio.to_thread(_remove, folder)
 
     async def _stream(self, child: Child, rows: EvaluationRows, job: Job, progress: Progress) -> Finding:
         order = job.order
@@ -173,6 +173,12 @@ def _put(model: Path, place: Path) -> None:
         if error.errno not in _NO_SECOND_NAME:
             raise
         shutil.copyfile(model, place)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder that a model server may have written to, as far as that lets itself be removed."""
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def stall_s(order: Order) -> float:

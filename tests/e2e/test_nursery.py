@@ -147,16 +147,62 @@ async def test_a_child_has_no_network_and_its_limits(nursery: Nursery, digits: P
     await child.kill()
 
 
-async def test_the_filter_leaves_unix_sockets_and_takes_the_rest() -> None:
+async def test_the_filter_leaves_unix_sockets_and_takes_the_rest(tmp_path: Path) -> None:
     # A process of its own, since what is given up does not come back.
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", CONFINED, stdout=asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", CONFINED, stdout=asyncio.subprocess.PIPE, cwd=tmp_path, env=IMPORTING
+    )
     answered, _ = await process.communicate()
-    assert process.returncode == 0
     tried = answered.decode().split()
     network, outcome = tried[0], tried[1:]
     if network == "open":
         pytest.skip("this kernel lets nothing be taken away")
-    assert outcome == ["unix:yes", "inet:no", "exec:no", "fork:no", "threads:yes"]
+    refused = ["inet", "exec", "fork", "kill", "tgkill", "limit", "mkdir", "chmod", "rename", "link", "fifo"]
+    assert outcome == ["unix:yes", *(f"{each}:no" for each in refused), "own:yes", "threads:yes"]
+    assert process.returncode == -signal.SIGABRT
+
+
+FROZEN = """
+import os, socket, sys
+from services.modelserver import sandbox
+os.chdir(sys.argv[1])
+os.mkdir("own")
+os.chdir("own")
+os.link("../there", "linked")
+held = sandbox.confine().files
+if not held:
+    sys.exit("this kernel has no Landlock")
+for change in (
+    lambda: open("../there", "a"),
+    lambda: os.unlink("../there"),
+    lambda: os.truncate("../there", 0),
+    lambda: os.rmdir("../empty"),
+    lambda: os.open("../new", os.O_CREAT),
+    lambda: os.open("new", os.O_CREAT),
+    lambda: open("linked", "a"),
+    lambda: os.unlink("linked"),
+):
+    try:
+        change()
+    except PermissionError:
+        print("refused")
+with open("/dev/null", "w") as null:
+    print(open("../there").read(), file=null)
+socket.socket(socket.AF_UNIX).bind("socket")
+"""
+
+
+async def test_files_are_read_and_not_changed(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("kept")
+    (tmp_path / "empty").mkdir()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", FROZEN, str(tmp_path)), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    told, complaint = await process.communicate()
+    if b"no Landlock" in complaint:
+        pytest.skip("this kernel has no Landlock")
+    assert (process.returncode, told.split(), complaint) == (0, [b"refused"] * 8, b"")
+    assert (tmp_path / "there").read_text() == "kept"
 
 
 REFUSING = """
@@ -166,6 +212,8 @@ class Kernel:
         return -1
     def prctl(self, *arguments):
         return -1
+    def syscall(self, *arguments):
+        return -1
 sandbox._libc = Kernel()
 print(sandbox.try_out())
 """
@@ -174,41 +222,70 @@ print(sandbox.try_out())
 async def test_what_the_kernel_does_not_let_be_taken_away_is_said(tmp_path: Path) -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", REFUSING, stdout=asyncio.subprocess.PIPE)
     told, _ = await process.communicate()
-    open_ = "with the network, which the kernel leaves it, and able to start processes and programs"
+    open_ = (
+        "with the network, which the kernel leaves it, able to start processes and programs, and able to change files"
+    )
     assert told.decode().strip() == open_
     nursery = Nursery()
     attempts = NurseryAttempts(nursery, folder=tmp_path / "children", threads=1, concurrency=1)
     assert "not known yet" in attempts.isolation()
-    nursery.confinement = Confinement(network="", programs=False)
+    nursery.confinement = Confinement(network="", programs=False, files=False)
     assert attempts.isolation().endswith(f"CPU time and files, {open_}.")
     attempts.close()
 
 
 CONFINED = """
-import os, socket, threading
+import os, resource, signal, socket, threading
 from services.modelserver import sandbox
+
+def attempt(name, act):
+    try:
+        act()
+    except PermissionError:
+        print(f"{name}:no", flush=True)
+    else:
+        print(f"{name}:yes", flush=True)
+
+open("made", "w").close()
+sandbox.limit_files()
+parent = os.getppid()
+libc = sandbox._libc
+def tgkill():
+    if libc.syscall(234 if os.uname().machine == "x86_64" else 131, parent, parent, 0) < 0:
+        raise PermissionError
 confinement = sandbox.confine()
 print("filtered" if "filter" in confinement.network else "open")
-socket.socket(socket.AF_UNIX).close()
-print("unix:yes")
-try:
-    socket.socket(socket.AF_INET).close()
-    print("inet:yes")
-except PermissionError:
-    print("inet:no")
-try:
-    os.execv("/bin/true", ["true"])
-except PermissionError:
-    print("exec:no", flush=True)
-try:
-    if os.fork() == 0:
-        os._exit(0)
-except PermissionError:
-    print("fork:no", flush=True)
-thread = threading.Thread(target=print, args=("threads:yes",))
+attempt("unix", lambda: socket.socket(socket.AF_UNIX).close())
+attempt("inet", lambda: socket.socket(socket.AF_INET).close())
+attempt("exec", lambda: os.execv("/bin/true", ["true"]))
+attempt("fork", lambda: os.fork() or os._exit(0))
+attempt("kill", lambda: os.kill(parent, 0))
+attempt("tgkill", tgkill)
+attempt("limit", lambda: resource.prlimit(parent, resource.RLIMIT_CPU))
+attempt("mkdir", lambda: os.mkdir("folder"))
+attempt("chmod", lambda: os.chmod(".", 0))
+attempt("rename", lambda: os.rename("made", "renamed"))
+attempt("link", lambda: os.symlink("made", "link"))
+attempt("fifo", lambda: os.mkfifo("fifo"))
+attempt("own", lambda: resource.prlimit(0, resource.RLIMIT_CPU))
+thread = threading.Thread(target=print, args=("threads:yes",), kwargs={"flush": True})
 thread.start()
 thread.join()
+os.abort()
 """
+# The tests begin where the sources lie.
+IMPORTING = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+
+
+async def test_a_folder_of_children_that_cannot_be_removed_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_deep(folder: Path, *, ignore_errors: bool) -> None:
+        raise RecursionError
+
+    (tmp_path / "children").mkdir()
+    monkeypatch.setattr("shutil.rmtree", too_deep)
+    NurseryAttempts(Nursery(), folder=tmp_path / "children", threads=1, concurrency=1).close()
 
 
 async def test_out_of_memory_is_named(nursery: Nursery, tmp_path: Path) -> None:
