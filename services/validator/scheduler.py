@@ -101,8 +101,9 @@ class Scheduler:
                     cursor = at
                     pauses.reset()
                     await self._see(assignment)
-            except (InvalidArgument, OutOfRange):
+            except (InvalidArgument, OutOfRange) as error:
                 # A cursor that means nothing any more; from the beginning, then.
+                _log.warning("the watch begins anew", reason=error.reason, detail=error.message)
                 cursor = ""
             except TRANSIENT as error:
                 _log.info("the watch broke", reason=error.reason)
