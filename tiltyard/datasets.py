@@ -164,12 +164,15 @@ def pack(
 
     Integer and text labels become the classes 0, 1, ... in ascending order, and their originals are kept in the file's
     metadata; floats are targets of a regression. `regression` says it where the numbers leave it open: True takes
-    integers as targets, False takes whole floats as labels. Raises OSError and DatasetError.
+    integers as targets, False takes whole floats as labels. Raises OSError, and DatasetError, also where `out` is the
+    source.
 
     The source may be larger than memory: its rows are put aside beside `out`, until all that decides their dtype and
     classes has been seen. Until then the disk holds them twice. Whatever ends it early leaves nothing. `progress` hears
     how many rows have been read.
     """
+    if out.exists() and source.exists() and out.samefile(source):
+        raise DatasetError(f"{out} is what the dataset is made of, and would be gone")
     with Spill(out.parent) as x, Spill(out.parent) as y:
         extent: Extent | None = None
         for rows in read_batches(source, scratch=out.parent):

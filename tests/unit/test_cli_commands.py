@@ -180,6 +180,16 @@ def test_a_file_that_is_not_there_is_named_in_one_line(tmp_path: Path, command: 
     assert (result.exit_code, result.stderr) == (1, f"error: {missing}: No such file or directory\n")
 
 
+def test_a_dataset_is_not_packed_over_what_it_is_made_of(tmp_path: Path) -> None:
+    file, same = tmp_path / "d.npz", tmp_path / "same.npz"
+    np.savez(file, x=np.arange(12.0).reshape(6, 2), y=np.array([7, 9, 7, 9, 7, 9]))
+    same.symlink_to(file)
+    before = file.read_bytes()
+    result = tiltyard("dataset", "pack", file, same)
+    assert (result.exit_code, "is what the dataset is made of" in result.stderr) == (1, True)
+    assert (file.read_bytes(), same.is_symlink()) == (before, True)
+
+
 def test_a_dataset_is_packed_and_shown(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=np.arange(12.0).reshape(6, 2), y=np.array([7, 9, 7, 9, 7, 9]))
     packed = document(tiltyard("dataset", "pack", tmp_path / "d.npz", tmp_path / "d.safetensors", "--json"))
