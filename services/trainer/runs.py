@@ -182,7 +182,7 @@ class Runs:
         return task
 
     def _hold_back(self, training: str, error: BaseException) -> None:
-        """Begins what not even its end could be written down of later: at once it would fail again, before all others."""
+        """Begins it again later: at once it would fail again, and before all others."""
         _log.error("a training's end cannot be written down", training=training, exc_info=error)
         self._held_back.add(training)
 
