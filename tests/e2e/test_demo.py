@@ -122,8 +122,9 @@ def test_two_classes_of_features_and_one_validator(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("service", "moment"),
     [
-        ("services.registry", "drawn for"),
-        ("services.selector", "submitted"),
+        # Kills of these two have tests of their own beside this one.
+        pytest.param("services.registry", "drawn for", marks=pytest.mark.soak),
+        pytest.param("services.selector", "submitted", marks=pytest.mark.soak),
         # An evaluation may be over before anybody looks.
         ("services.validator", "evaluates|sealed|opened"),
         ("services.trainer", "trains"),

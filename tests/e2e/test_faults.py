@@ -322,7 +322,7 @@ async def submit_all(arena: Arena, task: str, count: int, folder: Path) -> dict[
 @pytest.mark.parametrize(
     ("count", "judges", "kill_every"),
     [
-        pytest.param(100, 1, 20, marks=pytest.mark.timeout(600)),
+        pytest.param(50, 1, 10, marks=pytest.mark.timeout(600)),
         pytest.param(1000, 3, 25, marks=[pytest.mark.soak, pytest.mark.timeout(7200)]),
     ],
 )

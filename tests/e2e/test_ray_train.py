@@ -138,6 +138,7 @@ async def test_ray_train_is_cancelled_at_once_and_leaves_no_process(
     assert not runfolder.scratch(folder).exists()
 
 
+@pytest.mark.soak
 async def test_ray_train_that_diverges_says_at_which_step_and_leaves_no_worker_waiting(
     tmp_path: Path, children: ChildProcesses, training: Training
 ) -> None:
@@ -150,6 +151,7 @@ async def test_ray_train_that_diverges_says_at_which_step_and_leaves_no_worker_w
     assert not processes_of(tmp_path / "runs" / "1")
 
 
+@pytest.mark.soak
 async def test_ray_train_of_which_a_worker_is_killed_may_go_on_from_its_checkpoint(
     tmp_path: Path, children: ChildProcesses, training: Training
 ) -> None:
