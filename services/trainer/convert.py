@@ -192,14 +192,11 @@ def _config(checks: FieldChecks, message: pb.TrainingConfig) -> TrainingConfig:
 
 
 def training_to_proto(training: Training) -> pb.Training:
-    """The message of a training as it is."""
+    """The message of a training as it is; what cannot be read of it is left unset."""
     message = pb.Training(
         name=format_training(training.id),
         task=format_task(training.task) if training.task else "",
         dataset=training.dataset,
-        model=model_spec_to_proto(training.spec),
-        loss=_LOSS_NUMBERS[training.loss],
-        config=_config_to_proto(training.config),
         state=_STATE_NUMBERS[training.state],
         error=training.error,
         model_digest=training.model_digest,
@@ -210,6 +207,10 @@ def training_to_proto(training: Training) -> pb.Training:
         base_model=format_artifact(training.base_model) if training.base_model else "",
         warnings=training.warnings,
     )
+    if not training.unreadable:
+        message.model.CopyFrom(model_spec_to_proto(training.spec))
+        message.loss = _LOSS_NUMBERS[training.loss]
+        message.config.CopyFrom(_config_to_proto(training.config))
     if training.data is not None:
         message.data.CopyFrom(pb.DataReport(**training.data.to_json()))
     if training.preparation is not None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import BigInteger, Column, Integer, LargeBinary, Text, update
 from sqlmodel import Field, Session, SQLModel, col, select
@@ -15,8 +15,16 @@ from services.trainer.datareport import DataReport
 from services.trainer.progress import Progress
 from services.trainer.training import ENDED, Training, TrainingPage, TrainingState
 from tiltyard import modelspec
+from tiltyard.modelspec import Linear, ModelSpec
+
+T = TypeVar("T")
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# What decoding raises for what another version wrote, or a person.
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
+_TROUBLE_CHARS = 300
+# In place of what cannot be read; `Training.unreadable` says that it is nobody's.
+_NO_SPEC = ModelSpec((1,), 1, Linear())
 
 
 class TrainingRow(SQLModel, table=True):
@@ -116,20 +124,23 @@ class SqlTrainingStore:
 
         def work(session: Session) -> Training:
             row = _row(session, training)
-            changed = change(_training(session, row))
+            found = _training(session, row)
+            changed, before = change(found), _columns(found)
             for name, value in _columns(changed).items():
-                setattr(row, name, value)
+                # What cannot be read stays as it is, for a version that can.
+                if value != before[name]:
+                    setattr(row, name, value)
             session.add(row)
             return changed
 
         return await self._database.write(work, final=answers)
 
     async def history(self, training: str) -> Sequence[Progress]:
-        """The points kept of a training, by step."""
+        """The points kept of a training, by step; none where they cannot be read."""
 
         def work(session: Session) -> list[Progress]:
             kept = session.get(HistoryRow, _row(session, training).number)
-            return [Progress.from_json(point) for point in json.loads(kept.points)] if kept else []
+            return _points(kept.points) if kept else []
 
         return await self._database.read(work)
 
@@ -196,31 +207,51 @@ def _columns(training: Training) -> dict[str, Any]:
 
 
 def _training(session: Session, row: TrainingRow) -> Training:
+    """The training of a row, with `unreadable` where it cannot go on by what is written; the rest it can do without."""
     newest = session.exec(select(HistoryRow.newest).where(HistoryRow.training == row.number)).first()
+    lost: list[str] = []
+
+    def needed(name: str, decode: Callable[[], T], otherwise: T) -> T:
+        return _read(decode, otherwise, lambda trouble: lost.append(f"{name}: {trouble}"))
+
     return Training(
         id=row.id,
         task=row.task,
         model_index=row.model_index,
         dataset=row.dataset,
         dataset_mark=row.dataset_mark,
-        spec=modelspec.from_json(json.loads(row.spec)),
-        loss=LossKind(row.loss),
-        config=TrainingConfig.from_json(json.loads(row.config)),
+        spec=needed("spec", lambda: modelspec.from_json(json.loads(row.spec)), _NO_SPEC),
+        loss=needed("loss", lambda: LossKind(row.loss), LossKind.CROSS_ENTROPY),
+        config=needed("config", lambda: TrainingConfig.from_json(json.loads(row.config)), TrainingConfig()),
         submit=row.submit,
-        created_at=_from_us(row.created_at_us),
-        state=TrainingState(row.state),
+        created_at=needed("created_at_us", lambda: _from_us(row.created_at_us), _EPOCH),
+        state=needed("state", lambda: TrainingState(row.state), TrainingState.QUEUED),
         error=row.error,
         cancel_requested=row.cancel_requested,
-        progress=Progress.from_json(json.loads(newest)) if newest else None,
+        progress=next(iter(_points(f"[{newest}]")), None) if newest else None,
         model_digest=row.model_digest,
         submission=row.submission,
-        warnings=tuple(json.loads(row.warnings)),
-        data=DataReport.from_json(json.loads(row.data)) if row.data else None,
+        warnings=_read(lambda: tuple(str(text) for text in json.loads(row.warnings)), ()),
+        data=_read(lambda: DataReport.from_json(json.loads(row.data)), None) if row.data else None,
         device=row.device,
         base_model=row.base_model,
         trace=row.trace,
-        ended_at=None if row.ended_at_us is None else _from_us(row.ended_at_us),
+        ended_at=None if row.ended_at_us is None else _read(lambda: _from_us(row.ended_at_us or 0), None),
+        unreadable="; ".join(lost),
     )
+
+
+def _read(decode: Callable[[], T], otherwise: T, tell: Callable[[str], None] = lambda _: None) -> T:
+    """What `decode` returns, or `otherwise` where that cannot be decoded, and why is told."""
+    try:
+        return decode()
+    except _UNREADABLE as error:
+        tell(f"{type(error).__name__}: {error}"[:_TROUBLE_CHARS])
+        return otherwise
+
+
+def _points(kept: str) -> list[Progress]:
+    return _read(lambda: [Progress.from_json(point) for point in json.loads(kept)], [])
 
 
 def _to_us(time: datetime) -> int:

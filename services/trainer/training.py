@@ -37,7 +37,8 @@ class Training:
     `cancel_requested` outlives the process: a training that was being cancelled when the service died is not resumed.
     `model_digest` is 32 bytes of SHA-256, empty until the model exists. `base_model` is the SHA-256 in hex of the
     weights that it begins with, empty for fresh ones. `trace` is the trace that it was started in, as `tracing.carried`
-    says it. `preparation` is how far its process is before the first step, and is not written down.
+    says it. `preparation` is how far its process is before the first step, and is not written down. `unreadable` says
+    what of it cannot be read, as after another version wrote it: then spec, loss and config are not what was asked for.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Training:
     preparation: Preparation | None = None
     device: str = ""
     ended_at: datetime | None = None
+    unreadable: str = ""
 
     @property
     def ended(self) -> bool:
@@ -145,7 +147,7 @@ class TrainingStore(Protocol):
         ...
 
     async def get(self, training: str) -> Training:
-        """Raises NotFound."""
+        """Raises NotFound. What was written down and cannot be read is said by `Training.unreadable`, here as below."""
         ...
 
     async def page(self, *, cursor: str, size: int) -> TrainingPage:
@@ -159,6 +161,7 @@ class TrainingStore(Protocol):
     async def change(self, training: str, change: Callable[[Training], Training], *, answers: bool = False) -> Training:
         """Replaces a training by what `change` makes of it and returns that. Raises NotFound.
 
+        What `change` leaves as it was stays as it was written down, also where that cannot be read.
         `answers` says that the result is the answer to the call being served.
         """
         ...

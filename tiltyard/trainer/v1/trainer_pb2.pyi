@@ -325,7 +325,9 @@ Global___TrainingConfig: _TypeAlias = TrainingConfig  # noqa: Y015
 
 @_typing.final
 class Training(_message.Message):
-    """Training is one run on this node."""
+    """Training is one run on this node. Of one that another version of the node wrote down, and this one cannot read, `model`, `loss`
+    and `config` are unset; had it not ended, it has failed when the node started, and `error` says what cannot be read.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
