@@ -1,5 +1,6 @@
 """One training: what was asked for, where it stands, and the steps from one state to the next."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -26,6 +27,7 @@ class TrainingState(StrEnum):
 
 
 MAX_WARNINGS = 100
+_NUMBER = re.compile(r"\d+")
 ENDED = frozenset({TrainingState.SUCCEEDED, TrainingState.FAILED, TrainingState.CANCELLED})
 
 
@@ -72,10 +74,11 @@ class Training:
         return self.state in ENDED
 
     def warned(self, text: str) -> "Training":
-        """With what it goes on in spite of; said again, it is not written down again."""
-        if text in self.warnings[-1:] or len(self.warnings) >= MAX_WARNINGS:
+        """With what it goes on in spite of; said again, it is not written down again. Of too many, an old one goes."""
+        if text in self.warnings[-1:]:
             return self
-        return replace(self, warnings=(*self.warnings, text))
+        kept = self.warnings if len(self.warnings) < MAX_WARNINGS else _with_room(self.warnings)
+        return replace(self, warnings=(*kept, text))
 
     def examined(self, data: DataReport) -> "Training":
         """With what is in its dataset, and a warning of each oddity, before the first step."""
@@ -128,6 +131,13 @@ class Training:
         if self.state is TrainingState.QUEUED:
             return replace(self, cancel_requested=True).cancelled(now=now)
         return replace(self, cancel_requested=True)
+
+
+def _with_room(warnings: tuple[str, ...]) -> tuple[str, ...]:
+    """Without the oldest that a later one says again but for its numbers; where none does, without the oldest."""
+    alike = [_NUMBER.sub("", text) for text in warnings]
+    goes = next((at for at, text in enumerate(alike) if text in alike[at + 1 :]), 0)
+    return (*warnings[:goes], *warnings[goes + 1 :])
 
 
 @dataclass(frozen=True)

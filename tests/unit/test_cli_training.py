@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.test_cli_commands import tiltyard
 from tiltyard.cli.loss_curves import COLUMNS, LossCurve, TensorBoardLogs
-from tiltyard.cli.training_progress import describe_data
+from tiltyard.cli.training_progress import Remarks, describe_data
 from tiltyard.identity import Key
 from tiltyard.trainer.v1 import trainer_pb2
 
@@ -95,3 +95,13 @@ def test_a_data_report_is_one_line() -> None:
     assert describe_data(data) == (
         "1,797 rows, features 0 to 16, mean 4.884, 2 classes of 178 to 182 rows, 3 duplicates, 0 rows with NaN"
     )
+
+
+def test_each_warning_is_said_once_also_where_old_ones_go_for_new_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    remarks = Remarks()
+    # The last is what a node has that died before it had written the others down.
+    for warnings in ("", "ab", "abcb", "acbd", "cbda", "cb"):
+        remarks.look(trainer_pb2.Training(warnings=warnings))
+        remarks.look(trainer_pb2.Training(warnings=warnings))
+    said = [line.removeprefix("warning: ") for line in capsys.readouterr().err.splitlines()]
+    assert said == list("abcbda")

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from services.trainer.config import LossKind, TrainingConfig
 from services.trainer.live import LiveTrainings
 from services.trainer.progress import Progress
-from services.trainer.training import Training, TrainingState
+from services.trainer.training import MAX_WARNINGS, Training, TrainingState
 from services.trainer.trainings import Trainings
 from tiltyard.modelspec import Linear, ModelSpec
 
@@ -109,3 +109,17 @@ async def test_of_what_was_watched_nothing_is_kept() -> None:
     del changed
     gc.collect()
     assert gone() is None
+
+
+def test_of_many_warnings_the_newest_stay_and_of_those_alike_the_oldest_go_first() -> None:
+    training = RUNNING.warned("3 of 10 classes have no row")
+    for step in range(2 * MAX_WARNINGS):
+        training = training.warned(f"no checkpoint at step {step}: broken")
+    assert len(training.warnings) == MAX_WARNINGS
+    assert training.warnings[:2] == ("3 of 10 classes have no row", f"no checkpoint at step {MAX_WARNINGS + 1}: broken")
+    assert training.warnings[-1] == f"no checkpoint at step {2 * MAX_WARNINGS - 1}: broken"
+    assert training.warned(training.warnings[-1]) is training
+    # No two of these are alike.
+    for number in range(MAX_WARNINGS + 1):
+        training = training.warned("x" * number)
+    assert training.warnings == tuple("x" * number for number in range(1, MAX_WARNINGS + 1))

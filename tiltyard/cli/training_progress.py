@@ -1,5 +1,6 @@
 """A training as it is followed from a shell: a progress line, remarks beside it, its curve, TensorBoard's logs."""
 
+import itertools
 import sys
 from contextlib import ExitStack, aclosing
 from pathlib import Path
@@ -75,7 +76,7 @@ class Record:
 
 async def follow_to_end(node: "Node", training: "trainer_pb2.Training", record: Record) -> "trainer_pb2.Training":
     """Shows the training until it ends, and keeps its points also when it fails or the command is interrupted."""
-    remarks, seen = _Remarks(), training
+    remarks, seen = Remarks(), training
     with ExitStack() as after:
         after.callback(record.write, title=training.name)
         line = after.enter_context(ProgressLine("training", unit="steps"))
@@ -112,17 +113,22 @@ def describe_data(data: "trainer_pb2.DataReport") -> str:
     return f"{words}, {data.duplicate_rows:,} duplicates, {data.not_finite_rows:,} rows with NaN"
 
 
-class _Remarks:
+class Remarks:
     """Says on standard error what is new beside the progress: the data's report, and each warning, once."""
 
     def __init__(self) -> None:
         self._reported = False
-        self._warnings = 0
+        self._warnings: list[str] = []
 
     def look(self, training: "trainer_pb2.Training") -> None:
+        """Says what this state has and the one before had not."""
         if training.HasField("data") and not self._reported:
             self._reported = True
             print(f"data: {describe_data(training.data)}", file=sys.stderr)
-        for text in training.warnings[self._warnings :]:
+        # Where they are many an old one goes for each new one: those are new that do not follow among the last ones.
+        known = iter(self._warnings)
+        new = list(itertools.dropwhile(lambda text: text in known, training.warnings))
+        for text in new:
             print(f"warning: {text}", file=sys.stderr)
-        self._warnings = max(self._warnings, len(training.warnings))
+        if new:
+            self._warnings = list(training.warnings)

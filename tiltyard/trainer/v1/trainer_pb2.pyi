@@ -396,7 +396,9 @@ class Training(_message.Message):
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What it went on in spite of, oldest first, at most 100: a batch that had to be halved, a full disk that it waits for."""
+        """What it went on in spite of, oldest first, at most 100: a batch that had to be halved, a full disk that it waits for. Beyond that
+        the oldest goes that a later one says again but for its numbers, or else the oldest.
+        """
 
     @_builtins.property
     def data(self) -> Global___DataReport:
