@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -149,6 +150,22 @@ def test_a_checkpoint_that_cannot_be_read_is_said_and_begun_anew(tmp_path: Path,
     assert events[-1] == whole[-1]
 
 
+def test_a_checkpoint_that_the_disk_does_not_give_back_is_said_and_begun_anew(tmp_path: Path) -> None:
+    config = replace(CONFIG, epochs=2, checkpoint_interval_steps=6)
+    _, whole = run(ordered(tmp_path / "whole", config=config))
+    folder = ordered(tmp_path / "broken", config=config)
+    # Its first page is nobody's: to read it is EIO.
+    runfolder.checkpoint(folder).symlink_to("/proc/self/mem")
+    status, events = run(folder)
+    assert status == 0
+    lost = os.strerror(errno.EIO)
+    text = f"begins anew: checkpoint.safetensors is not given back by the disk ({lost})"
+    assert events[0] == {"event": "warning", "text": text}
+    assert events[-1] == whole[-1]
+    # The next one has taken its place.
+    assert not runfolder.checkpoint(folder).is_symlink()
+
+
 def without(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(prefix)}
     return Checkpoint(kept, checkpoint.facts)
@@ -226,6 +243,28 @@ class OneWorker:
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
         """The sum over this one."""
+
+
+class WithOneWhoCannotRead(OneWorker):
+    """Of two workers the first; the other one has no checkpoint, and whatever is added up else is of this one alone."""
+
+    size = 2
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """The sum of this one's and of nothing."""
+
+
+def test_workers_go_on_from_a_checkpoint_if_all_can(tmp_path: Path) -> None:
+    config = replace(CONFIG, epochs=4, checkpoint_interval_steps=6)
+    said = []
+    for workers in (OneWorker(), WithOneWhoCannotRead()):
+        folder = ordered(tmp_path / f"{workers.size}", config=config)
+        run(folder)
+        (folder / "result.json").unlink()
+        events: list[dict[str, Any]] = []
+        assert train(folder, say=events.append, stopped=threading.Event(), workers=workers) == 0
+        said.append([event["text"] for event in events if event["event"] == "warning"])
+    assert said == [[], ["begins anew: another worker has no checkpoint that it can read"]]
 
 
 class NeverWaiting(threading.Event):

@@ -1,5 +1,6 @@
 """A training's state on disk: one safetensors file that appears whole or not at all; nothing here unpickles."""
 
+import errno
 import hashlib
 import json
 import os
@@ -31,6 +32,11 @@ _DTYPES = {
 }
 
 
+# What a disk, or a file system that keeps sums, answers for bytes that it has lost.
+_LOST = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
+_READ_BYTES = 1 << 20
+
+
 class CheckpointUnreadable(Exception):
     """The file is no checkpoint, or not a whole one."""
 
@@ -58,9 +64,15 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint in a file, None when there is no file. Raises CheckpointUnreadable."""
-    if not path.exists():
+    """The checkpoint in a file, None when there is no file. Raises CheckpointUnreadable, OSError for other trouble."""
+    try:
+        _read_through(path)
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno not in _LOST:
+            raise
+        raise CheckpointUnreadable(f"{path.name} is not given back by the disk ({error.strerror})") from error
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             told = file.metadata() or {}
@@ -73,6 +85,14 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
     if told.get(_DIGEST, "") not in ("", _digest(told[_FACTS], tensors)):
         raise CheckpointUnreadable(f"{path.name} was damaged on the disk")
     return Checkpoint(tensors, facts)
+
+
+def _read_through(path: Path) -> None:
+    """Raises OSError for what the disk does not give back: read through a memory map, it would end the process."""
+    buffer = bytearray(_READ_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
 
 
 def _write(file: BinaryIO, checkpoint: Checkpoint) -> None:

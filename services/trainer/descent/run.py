@@ -9,7 +9,7 @@ import torch
 
 from services.trainer import runfolder
 from services.trainer.descent.acceleration import allow_tf32
-from services.trainer.descent.checkpoints import CheckpointUnreadable, load_checkpoint
+from services.trainer.descent.checkpoints import Checkpoint, CheckpointUnreadable, load_checkpoint
 from services.trainer.descent.descent import Descent
 from services.trainer.descent.keeper import CheckpointKeeper
 from services.trainer.descent.meter import Diverged
@@ -81,7 +81,7 @@ def train(
         keeper.look()
 
     try:
-        if not _restored(descent, runfolder.checkpoint(folder), warn) and order.base_model is not None:
+        if not _restored(descent, runfolder.checkpoint(folder), warn, workers) and order.base_model is not None:
             _begin_with(descent.module, order.base_model)
         with keeper:
             if not descent.run(report=report, checkpoint=keep):
@@ -111,16 +111,32 @@ def _once(write: Callable[[], None]) -> bool:
     return True
 
 
-def _restored(descent: Descent, path: Path, warn: Callable[[str], None]) -> bool:
-    """Whether a descent goes on from a checkpoint; one that is of no use is told, and changes nothing."""
+def _restored(descent: Descent, path: Path, warn: Callable[[str], None], workers: Workers | None) -> bool:
+    """Whether a descent goes on from a checkpoint; one that is of no use is told, and changes nothing.
+
+    Several workers go on if all of them can: else their gradients would be those of different steps.
+    """
+    found, trouble = None, ""
     try:
         found = load_checkpoint(path)
+    except CheckpointUnreadable as error:
+        trouble = str(error)
+    if workers is not None and not _all_have(found, workers, descent.device) and found is not None:
+        found, trouble = None, "another worker has no checkpoint that it can read"
+    try:
         if found is not None:
             descent.restore(found)
     except CheckpointUnreadable as error:
-        warn(f"begins anew: {error}")
-        return False
+        found, trouble = None, str(error)
+    if trouble:
+        warn(f"begins anew: {trouble}")
     return found is not None
+
+
+def _all_have(found: Checkpoint | None, workers: Workers, device: torch.device) -> bool:
+    readers = torch.tensor([0.0 if found is None else 1.0], device=device)
+    workers.add_up([readers])
+    return int(readers) == workers.size
 
 
 def _begin_with(module: Network, base_model: Path) -> None:
