@@ -91,6 +91,18 @@ def test_any_byte_of_the_two_files_is_signed(told: ToldLog, tmp_path: Path) -> N
     assert is_refused(tmp_path)
 
 
+def test_a_folder_that_holds_something_else_is_refused_in_a_short_line(told: ToldLog, tmp_path: Path) -> None:
+    for number in range(1000):
+        (tmp_path / f"file {number:03}").touch()
+    with pytest.raises(InvalidRecord) as refused:
+        read_record(tmp_path)
+    assert str(refused.value) == f"{tmp_path} is no exported record log: it holds no checkpoint and no leaves"
+    write_record(told.record(), tmp_path)
+    with pytest.raises(InvalidRecord) as refused:
+        read_record(tmp_path)
+    assert str(refused.value) == f"{tmp_path} holds file 000 and 999 more, not checkpoint and leaves alone"
+
+
 def is_refused(folder: Path) -> bool:
     try:
         record = read_record(folder)

@@ -56,9 +56,12 @@ def write_record(record: Record, folder: Path) -> None:
 
 def read_record(folder: Path) -> Record:
     """Reads what `write_record` wrote. Raises InvalidRecord for any other file or byte, OSError."""
-    names = {each.name for each in folder.iterdir()}
-    if names != {CHECKPOINT_FILE, LEAVES_FILE}:
-        raise InvalidRecord(f"{folder} holds {', '.join(sorted(names)) or 'nothing'}, not checkpoint and leaves alone")
+    names, wanted = {each.name for each in folder.iterdir()}, {CHECKPOINT_FILE, LEAVES_FILE}
+    if missing := sorted(wanted - names):
+        raise InvalidRecord(f"{folder} is no exported record log: it holds no {' and no '.join(missing)}")
+    if others := sorted(names - wanted):
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise InvalidRecord(f"{folder} holds {others[0]}{more}, not checkpoint and leaves alone")
     try:
         note = (folder / CHECKPOINT_FILE).read_bytes().decode()
     except UnicodeDecodeError as error:
