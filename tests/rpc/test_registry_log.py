@@ -1,10 +1,17 @@
 """LogService over a real server: what an outsider can check."""
 
+import asyncio
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
 import grpc
 import pytest
+from typer.testing import CliRunner
 
 from tests.support.registry_fakes import SELECTOR_KEY
 from tests.support.registry_server import ORIGIN, RegistryServer, refused
+from tiltyard.cli.commands import app
 from tiltyard.client import Client
 from tiltyard.identity import Key
 from tiltyard.registry.v1.log_pb2 import (
@@ -48,6 +55,16 @@ async def test_the_first_leaf_says_who_runs_the_arena(arena: RegistryServer) -> 
     assert genesis.log_key == arena.registry.log_key
     assert genesis.selector_key == SELECTOR_KEY
     assert list(genesis.operators) == [f"participants/{arena.operator.id}"]
+
+
+async def test_a_leaf_that_is_no_entry_is_named_in_one_line(arena: RegistryServer, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(arena.folder / "state" / "registry.db")) as database, database:
+        database.execute("UPDATE log_leaves SET entry = x'ff'")
+    key = tmp_path / "me.pem"
+    Key.generate().save(key)
+    arguments = ["log", "entries", "--key", str(key), "--origin", ORIGIN, "--registry", arena.server.address]
+    result = await asyncio.to_thread(CliRunner().invoke, app, arguments)
+    assert (result.exit_code, result.stderr) == (1, "error: leaf 0 is not a LogEntry\n")
 
 
 async def test_the_age_of_the_newest_checkpoint_is_told_where_nobody_has_asked_for_one(

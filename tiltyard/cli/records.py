@@ -128,8 +128,16 @@ def entries(
 
     With --json each with its bytes as they were hashed.
     """
+    from google.protobuf.message import DecodeError
+
     from tiltyard.registry.v1 import log_pb2
     from tiltyard.type.v1 import log_pb2 as log_type_pb2
+
+    def read(leaf: log_pb2.Leaf) -> log_type_pb2.LogEntry:
+        try:
+            return log_type_pb2.LogEntry.FromString(leaf.entry)
+        except DecodeError:
+            raise CommandError(f"leaf {leaf.index} is not a LogEntry") from None
 
     async def work() -> None:
         found: list[log_pb2.Leaf] = []
@@ -141,7 +149,7 @@ def entries(
                 if not leaves:
                     break
                 found += leaves
-        parsed = [(leaf, log_type_pb2.LogEntry.FromString(leaf.entry)) for leaf in found]
+        parsed = [(leaf, read(leaf)) for leaf in found]
         if json:
             documents = [
                 {"index": leaf.index, "entry": as_json(entry), "bytes": base64.b64encode(leaf.entry).decode()}
