@@ -21,6 +21,8 @@ from tiltyard.registry.v1 import artifact_pb2
 from tiltyard.writebehind import WriteBehind
 
 CHUNK_BYTES = 1024 * 1024
+PART_SUFFIX = ".part"
+"""Of the file that holds the bytes so far of a download."""
 _READ_CHUNKS = 4
 # The digest of less is there sooner than an answer to whether the file is.
 _HASHED_FIRST_BYTES = 16 * 1024 * 1024
@@ -217,7 +219,7 @@ async def download(
         request = artifact_pb2.GetArtifactRequest(name=artifact)
         known = await persist(lambda: artifacts.GetArtifact(request), patience_s=patience_s)
         size_bytes = known.artifact.size_bytes
-    part = destination.with_name(destination.name + ".part")
+    part = destination.with_name(destination.name + PART_SUFFIX)
     while True:
         with _alone(part):
             file = await asyncio.to_thread(_open_part, part, size_bytes)

@@ -188,6 +188,23 @@ def test_an_export_of_any_kind_of_task_is_verified_elsewhere(told: Told, folder:
     _check_that_changes_are_found(exported, board if told.boards[task].entries and task != "hidden" else None)
 
 
+def test_what_an_interrupted_export_leaves_is_named_and_is_no_lie(told: Told, folder: Path) -> None:
+    artifacts = folder / "exports" / "top-k" / "artifacts"
+    whole = next(artifacts.iterdir())
+    part, unknown = artifacts / f"{whole.name}.part", artifacts / f"{'0' * 64}.part"
+    part.write_bytes(whole.read_bytes()[:10])
+    try:
+        status, said = verify(artifacts.parent)
+        assert (status, said["problems"], said["unfinished"]) == (0, [], [str(part)])
+        unknown.write_bytes(b"")
+        status, said = verify(artifacts.parent)
+        assert (status, said["unfinished"]) == (1, [str(part)])
+        assert str(unknown) in said["problems"][0]
+    finally:
+        part.unlink()
+        unknown.unlink(missing_ok=True)
+
+
 def _check_that_changes_are_found(exported: Path, board: Path | None) -> None:
     artifact = next((exported / "artifacts").iterdir())
     content = artifact.read_bytes()

@@ -77,9 +77,11 @@ def verify(
                 said = await asyncio.to_thread(_testimony, witness, record)
             except Alarm as alarm:
                 problems.append(str(alarm))
+        unfinished: list[str] = []
         if is_folder:
-            problems += await asyncio.to_thread(_wrong_artifacts, folder, record)
-        _tell(found, problems, said, as_document=json)
+            wrong, unfinished = await asyncio.to_thread(_check_artifacts, folder, record)
+            problems += wrong
+        _tell(found, problems, said, unfinished, as_document=json)
         if problems:
             raise typer.Exit(1)
 
@@ -186,23 +188,27 @@ def _read_folder(folder: Path) -> "tuple[Record, list[leaderboard_pb2.Leaderboar
     return read_record(log), boards
 
 
-def _wrong_artifacts(folder: Path, record: "Record") -> list[str]:
-    """Files under `artifacts/` that are not what they are called, or that no leaf names."""
+def _check_artifacts(folder: Path, record: "Record") -> tuple[list[str], list[str]]:
+    """What is wrong with the files under `artifacts/`, each named in a leaf by its digest; and downloads broken off."""
     from tiltyard.audit.artifacts import named_digests
+    from tiltyard.transfers import PART_SUFFIX
 
     folder = folder / "artifacts"
     if not folder.is_dir():
-        return []
+        return [], []
     named = named_digests(record)
-    problems = []
+    problems, unfinished = [], []
     for file in sorted(folder.iterdir()):
+        if file.suffix == PART_SUFFIX and file.stem in named:
+            unfinished.append(str(file))
+            continue
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         if digest != file.name:
             problems.append(f"{file} has the digest {digest}")
         elif digest not in named:
             problems.append(f"no leaf names {file}")
-    return problems
+    return problems, unfinished
 
 
 def _testimony(folder: Path, record: "Record") -> "Testimony | None":
@@ -214,7 +220,9 @@ def _testimony(folder: Path, record: "Record") -> "Testimony | None":
     return witnessed(folder, leaf_hashes=hashes, log_key=genesis.log_key, origin=genesis.origin)
 
 
-def _tell(found: "Audit", problems: list[str], said: "Testimony | None", *, as_document: bool) -> None:
+def _tell(
+    found: "Audit", problems: list[str], said: "Testimony | None", unfinished: list[str], *, as_document: bool
+) -> None:
     witnessed = (
         f"witnessed by {said.name} up to leaf {said.size - 1} on {datetime.fromtimestamp(said.time_s, UTC):%F %TZ}"
         if said
@@ -227,6 +235,7 @@ def _tell(found: "Audit", problems: list[str], said: "Testimony | None", *, as_d
                 "leaves": found.size,
                 "checked": {each.claim: each.count for each in found.checks},
                 "problems": problems,
+                "unfinished": unfinished,
                 "witness": None if said is None else {"name": said.name, "size": said.size, "time_s": said.time_s},
                 "pending": found.pending,
                 "hidden": list(found.hidden),
@@ -242,4 +251,6 @@ def _tell(found: "Audit", problems: list[str], said: "Testimony | None", *, as_d
         print(f"{found.pending} checks wait for ledger events that are not in the log yet")
     for task in found.hidden:
         print(f"{task} keeps its scores hidden until it is closed; the log holds commitments to them")
+    for file in unfinished:
+        print(f"not checked: {file}, whose download broke off; `tiltyard task export` into this folder goes on with it")
     print(f"{found.size} leaves; {witnessed}")
