@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from google.protobuf.message import DecodeError
+
 from tiltyard.audit.record import InvalidRecord
 from tiltyard.cosigning import WitnessKey, cosign, verify_cosignature
 from tiltyard.foldersync import sync_folder
@@ -195,9 +197,14 @@ def witnessed(folder: Path, *, leaf_hashes: Sequence[bytes], log_key: bytes, ori
 
 
 async def _begin(source: LogSource) -> Seen:
-    """The first look: the genesis names the log's key."""
-    leaves = await source.leaves(start=0, end=1)
-    genesis = log_pb2.LogEntry.FromString(leaves[0]).genesis if leaves else log_pb2.Genesis()
+    """The first look: the genesis names the log's key. Raises InvalidNote: there is no log yet that could have lied."""
+    try:
+        leaves = await source.leaves(start=0, end=1)
+        genesis = log_pb2.LogEntry.FromString(leaves[0]).genesis if leaves else log_pb2.Genesis()
+    except InvalidRecord as error:
+        raise InvalidNote(str(error)) from error
+    except DecodeError as error:
+        raise InvalidNote("leaf 0 is not the genesis") from error
     if not genesis.origin:
         raise InvalidNote("leaf 0 is not the genesis")
     return Seen(genesis.origin, genesis.log_key, Frontier())

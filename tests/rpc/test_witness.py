@@ -137,6 +137,20 @@ async def test_a_log_that_withholds_a_leaf_raises_the_alarm(
     assert "shown now" in next((tmp_path / "w" / "alarms").iterdir()).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("leaf", [b"\xff", None], ids=["no entry", "not there"])
+async def test_a_log_without_a_genesis_is_a_matter_for_alarm(
+    arena: RegistryServer, leaf: bytes | None, tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(arena.folder / "state" / "registry.db")) as database, database:
+        if leaf is None:
+            database.execute('DELETE FROM log_leaves WHERE "index" = 0')
+        else:
+            database.execute('UPDATE log_leaves SET entry = ? WHERE "index" = 0', (leaf,))
+    status, said = await looked_once(tmp_path / "w", arena.server.address)
+    assert (status, said.startswith("ALARM: "), said.count("\n")) == (3, True, 1)
+    assert not list((tmp_path / "w" / "alarms").iterdir())
+
+
 async def test_two_histories_that_are_shown_to_two_people_are_found(
     arena: RegistryServer, source: RegistrySource, tmp_path: Path
 ) -> None:
