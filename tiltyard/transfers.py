@@ -6,13 +6,14 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import grpc
 
 from tiltyard.calls.errors import pause_before_retry_s
+from tiltyard.calls.resuming import not_silent
 from tiltyard.chunks import ArtifactStub, Chunk
 from tiltyard.client import PATIENCE_S, ClientError, is_transient, persist
 from tiltyard.filedigest import file_digest, hashing
@@ -319,7 +320,7 @@ async def _fetch(
     call = artifacts.download_chunks(artifact_pb2.DownloadArtifactRequest(name=artifact, offset=offset))
     behind = WriteBehind(file.append)
     try:
-        async for message in _not_silent(call):
+        async for message in not_silent(call, silence_s=_LONGEST_SILENCE_S):
             chunk = message.chunk
             offset += len(chunk)
             if offset > size_bytes:
@@ -331,26 +332,6 @@ async def _fetch(
     finally:
         # Also what came before a break.
         await behind.flush()
-
-
-async def _not_silent(call: Any) -> AsyncIterator[Any]:
-    """The messages of a stream. Raises grpc.aio.AioRpcError, also when none comes for long."""
-    messages = aiter(call)
-    while True:
-        try:
-            async with asyncio.timeout(_LONGEST_SILENCE_S):
-                message = await anext(messages)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            call.cancel()
-            raise grpc.aio.AioRpcError(
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                initial_metadata=grpc.aio.Metadata(),
-                trailing_metadata=grpc.aio.Metadata(),
-                details=f"no chunk has come for {_LONGEST_SILENCE_S:g} s",
-            ) from None
-        yield message
 
 
 def _move_into_place(file: GrowingFile, part: Path, destination: Path) -> None:

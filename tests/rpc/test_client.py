@@ -23,7 +23,7 @@ from tiltyard.registry.v1 import task_pb2, task_pb2_grpc
 
 @dataclass
 class SmallTasks(task_pb2_grpc.TaskServiceServicer):
-    """Tasks t0, t1, ... in pages of two, and a watch that breaks off after each of `breaks` messages."""
+    """Tasks t0, t1, ... in pages of two, and a watch that breaks off after each of `breaks` messages, or is silent."""
 
     tasks: int = 5
     answers: list[grpc.StatusCode] = field(default_factory=list)
@@ -32,6 +32,10 @@ class SmallTasks(task_pb2_grpc.TaskServiceServicer):
     tokens: list[str] = field(default_factory=list)
     refusal: status_pb2.Status | None = None
     details: bytes | None = None
+    silences: int = 0
+    """After each of the first so many messages a watch is silent."""
+    left: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    """Released by each silent watch that ends."""
 
     async def GetTask(self, request: Any, context: Any) -> task_pb2.GetTaskResponse:
         self.tokens.append(dict(context.invocation_metadata())["authorization"])
@@ -57,6 +61,11 @@ class SmallTasks(task_pb2_grpc.TaskServiceServicer):
         limit = self.breaks.pop(0) if self.breaks else self.tasks
         for n in range(start + 1, min(start + limit, self.tasks) + 1):
             yield task_pb2.WatchTaskResponse(task=task_pb2.Task(submissions=n), cursor=str(n))
+            if n <= self.silences:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.left.release()
         if start + limit < self.tasks:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "broken off")
 
@@ -191,6 +200,19 @@ async def test_a_broken_watch_resumes_without_gap_or_repeat() -> None:
         seen = [message.task.submissions async for message in watch(client.tasks.WatchTask, request)]
     assert seen == [1, 2, 3, 4, 5, 6]
     assert tasks.cursors == ["", "2", "2", "5"]
+
+
+async def test_a_silent_watch_goes_on_without_gap_or_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resuming, "_LONGEST_SILENCE_S", 0.5)
+    tasks = SmallTasks(tasks=4, silences=2)
+    request = task_pb2.WatchTaskRequest(name="tasks/t")
+    async with serving(tasks) as client, asyncio.timeout(60):
+        seen = [message.task.submissions async for message in watch(client.tasks.WatchTask, request)]
+        assert seen == [1, 2, 3, 4]
+        assert {"1", "2"} <= {*tasks.cursors}
+        # Nobody is left waiting at the other end.
+        for _ in range(2):
+            await tasks.left.acquire()
 
 
 async def test_a_watch_that_brings_nothing_is_given_up() -> None:

@@ -1,5 +1,6 @@
 """A validator's run, followed from a shell through breaks of the connection."""
 
+import asyncio
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,10 @@ from tiltyard.validator.v1 import validator_pb2, validator_pb2_grpc
 
 @dataclass
 class SmallValidator(validator_pb2_grpc.ValidationServiceServicer):
-    """Breaks off each watch but the last, with these codes."""
+    """Breaks off each watch but the last, with these codes, after `silences` of them that fall silent."""
 
     breaks: list[grpc.StatusCode] = field(default_factory=list)
+    silences: int = 0
     position: int = 0
 
     async def GetStatus(self, request: Any, context: Any) -> validator_pb2.GetStatusResponse:
@@ -27,6 +29,8 @@ class SmallValidator(validator_pb2_grpc.ValidationServiceServicer):
     async def WatchEvaluationRun(self, request: Any, context: Any) -> Any:
         self.position += 1
         yield validator_pb2.WatchEvaluationRunResponse(run=validator_pb2.EvaluationRun(position=self.position))
+        if self.position <= self.silences:
+            await asyncio.Event().wait()
         if self.breaks:
             await context.abort(self.breaks.pop(0), "for the test")
 
@@ -48,6 +52,12 @@ async def test_a_run_is_followed_through_restarts_and_the_end_of_a_long_stream()
     assert await positions(SmallValidator(breaks)) == [1, 2, 3]
 
 
+async def test_a_run_is_followed_through_a_stream_that_falls_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resuming, "_LONGEST_SILENCE_S", 1.0)
+    async with asyncio.timeout(60):
+        assert (await positions(SmallValidator(silences=2)))[-1] >= 3
+
+
 async def test_a_stream_that_breaks_again_and_again_is_begun_anew_less_and_less_often(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -56,7 +66,7 @@ async def test_a_stream_that_breaks_again_and_again_is_begun_anew_less_and_less_
     async def sleep(pause_s: float) -> None:
         pauses.append(pause_s)
 
-    monkeypatch.setattr(resuming, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(resuming, "asyncio", SimpleNamespace(sleep=sleep, timeout=asyncio.timeout))
     monkeypatch.setattr(resuming, "time", SimpleNamespace(monotonic=lambda: 0.0))
     assert len(await positions(SmallValidator([grpc.StatusCode.UNAVAILABLE] * 7))) == 8
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]

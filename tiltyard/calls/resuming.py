@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Protocol, TypeVar
 
 import grpc
@@ -17,6 +18,8 @@ T = TypeVar("T")
 PATIENCE_S = 60.0
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 2.0
+# A proxy that has lost the server may hold a stream open and say nothing. Where nothing happens, a server does so too.
+_LONGEST_SILENCE_S = 120.0
 
 
 async def persist(call: Callable[[], Awaitable[T]], *, patience_s: float = PATIENCE_S) -> T:
@@ -62,16 +65,18 @@ async def watch(
     """The messages of a watch that resumes by cursor: a stream that breaks is started again where it was.
 
     `request` is copied, not changed. Raises grpc.aio.AioRpcError when it fails for good, or when no stream can be had
-    for `patience_s`; one that stands may be silent for as long as it likes.
+    for `patience_s`; one that stands may be silent for as long as it likes. After each two minutes of silence it is
+    asked for again, since what stands may be broken.
     """
     asked = _copy(request)
     wait_s, give_up = _FIRST_WAIT_S, None
     while True:
         began = time.monotonic()
         try:
-            async for message in method(asked):
-                asked.cursor, wait_s, give_up = message.cursor, _FIRST_WAIT_S, None
-                yield message
+            async with aclosing(not_silent(method(asked), silence_s=_LONGEST_SILENCE_S)) as messages:
+                async for message in messages:
+                    asked.cursor, wait_s, give_up = message.cursor, _FIRST_WAIT_S, None
+                    yield message
             return
         except grpc.aio.AioRpcError as error:
             broke = time.monotonic()
@@ -88,15 +93,17 @@ async def follow(
 ) -> AsyncGenerator[T, None]:
     """The messages of a watch without a cursor, which begins with how things are: one that breaks is begun anew.
 
-    Not before the server answers a unary call, which `answers` makes, and after a pause, which grows while streams
-    break soon. Raises grpc.aio.AioRpcError for what waiting does not help, or when the server is away for long.
+    So is one that was silent for two minutes. Not before the server answers a unary call, which `answers` makes, and
+    after a pause, which grows while streams break soon. Raises grpc.aio.AioRpcError for what waiting does not help, or
+    when the server is away for long.
     """
     wait_s = _FIRST_WAIT_S
     while True:
         began = time.monotonic()
         try:
-            async for message in stream():
-                yield message
+            async with aclosing(not_silent(stream(), silence_s=_LONGEST_SILENCE_S)) as messages:
+                async for message in messages:
+                    yield message
             return
         except grpc.aio.AioRpcError as error:
             least_s = pause_before_retry_s(error)
@@ -107,6 +114,29 @@ async def follow(
         await asyncio.sleep(max(wait_s, least_s))
         wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
         await persist(answers)
+
+
+async def not_silent(stream: AsyncIterable[T], *, silence_s: float) -> AsyncGenerator[T, None]:
+    """The messages of a stream, which ends with this. Raises grpc.aio.AioRpcError, also when none comes for long."""
+    messages = aiter(stream)
+    try:
+        while True:
+            try:
+                async with asyncio.timeout(silence_s):
+                    message = await anext(messages)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise grpc.aio.AioRpcError(
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                    initial_metadata=grpc.aio.Metadata(),
+                    trailing_metadata=grpc.aio.Metadata(),
+                    details=f"nothing has come for {silence_s:g} s",
+                ) from None
+            yield message
+    finally:
+        if isinstance(stream, grpc.aio.Call):
+            stream.cancel()
 
 
 class _PageRequest(Protocol):
