@@ -19,12 +19,13 @@ import pytest
 ALLOWANCE_S = 200
 
 
-def demo(*arguments: object, state: Path) -> subprocess.Popen[str]:
+def demo(*arguments: object, state: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tiltyard.cli", "demo", "--json", "--state", str(state), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, **environment},
     )
 
 
@@ -160,8 +161,8 @@ def test_a_process_killed_in_the_middle_stops_nothing(tmp_path: Path, service: s
 
 
 @pytest.mark.usefixtures("leftovers")
-def test_children_die_with_a_demo_that_is_killed(tmp_path: Path) -> None:
-    process = demo(state=tmp_path / "state")
+def test_children_are_told_their_settings_and_die_with_a_demo_that_is_killed(tmp_path: Path) -> None:
+    process = demo(state=tmp_path / "state", TILTYARD_LOG_LEVEL="debug", TILTYARD_UNBONDING_TIME_S="7")
     with process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -169,7 +170,10 @@ def test_children_die_with_a_demo_that_is_killed(tmp_path: Path) -> None:
                 break
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= 10
+        told = [(each.cmdline()[-1], each.environ()) for each in psutil.Process(process.pid).children()]
         process.kill()
+    assert {known.get("TILTYARD_LOG_LEVEL") for _, known in told} == {"debug"}
+    assert [service for service, known in told if "TILTYARD_UNBONDING_TIME_S" in known] == ["services.selector"]
     _, alive = psutil.wait_procs(children, timeout=20)
     assert [each.cmdline() for each in alive] == []
 

@@ -132,6 +132,20 @@ def test_a_service_that_is_away_is_named_in_one_line(tmp_path: Path, command: tu
     assert line.startswith("error: the service cannot be reached")
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("TLS_CA", "`tiltyard demo` serves plaintext, on loopback only"),
+        ("DATA_DIR", "`tiltyard demo` sees to that itself, each trainer gets a shard of --data"),
+    ],
+)
+def test_the_demo_refuses_what_it_would_pass_over(tmp_path: Path, name: str, why: str) -> None:
+    result = tiltyard("demo", "--state", tmp_path / "state", **{f"TILTYARD_{name}": "there"})
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: TILTYARD_{name} is set, but {why}: ")
+    assert not (tmp_path / "state").exists()
+
+
 @pytest.mark.parametrize("command", [("nonsense",), ("task", "show"), ("key", "new"), ("demo", "--trainers", "0")])
 def test_wrong_usage_exits_2(command: tuple[str, ...]) -> None:
     assert tiltyard(*command).exit_code == 2

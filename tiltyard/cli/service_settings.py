@@ -1,4 +1,4 @@
-"""Which of the services' TILTYARD_* settings `tiltyard up` hands on, and to whom."""
+"""Which of the services' TILTYARD_* settings `tiltyard up` and `tiltyard demo` hand on, and to whom."""
 
 from collections.abc import Mapping
 
@@ -41,6 +41,13 @@ DECIDED = {
     "SERVICES": "the selector obeys the registry that is started with it",
 }
 """What `tiltyard up` sees to itself, and how."""
+DECIDED_BY_DEMO = {
+    **DECIDED,
+    "LISTEN": "it takes free ports, on loopback only",
+    "OPERATORS": "the operator is one of those whom it plays",
+    "DATA_DIR": "each trainer gets a shard of --data",
+}
+"""What `tiltyard demo` sees to itself, and how."""
 
 
 def asked_for(service: str, environment: Mapping[str, str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tiltyard.cli.connection import DEFAULT_ORIGIN, CommandError, OriginOption, fail, key_lock, run
+from tiltyard.cli.service_settings import DECIDED, asked_for
 
 if TYPE_CHECKING:
     from tiltyard.cli.supervisor import Program, Supervisor
@@ -88,8 +89,7 @@ def up(
     What dies is started again. They serve plaintext, on this machine's loopback interface only. The settings of a
     service that are set for this command, as TILTYARD_LOG_LEVEL, are handed on to it.
     """
-    _refuse_tls()
-    _refuse_decided()
+    refuse_set("up", DECIDED)
     run(_up(state.absolute(), port_base, origin))
 
 
@@ -103,7 +103,7 @@ async def _up(state: Path, port_base: int, origin: str) -> None:
     taken = [port for port in ports if not is_free(port)]
     if taken:
         raise CommandError(f"port {taken[0]} is taken; choose another --port-base, or 0 for free ports")
-    lock, settings = key_lock(), _lock_settings()
+    lock, settings = key_lock(), lock_settings()
     with _owned(state):
         await _run_services(state, ports, origin, lock, settings, stop)
 
@@ -111,7 +111,6 @@ async def _up(state: Path, port_base: int, origin: str) -> None:
 async def _run_services(
     state: Path, ports: list[int], origin: str, lock: "KeyLock", settings: dict[str, str], stop: asyncio.Event
 ) -> None:
-    from tiltyard.cli.service_settings import asked_for
     from tiltyard.cli.supervisor import StartFailed, Supervisor
     from tiltyard.identity import Key
 
@@ -181,29 +180,27 @@ def _owned(state: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_tls() -> None:
-    """Whoever asks for TLS gets no plaintext; nor would their commands, which heed it, reach these services."""
+def refuse_set(command: str, decided: Mapping[str, str]) -> None:
+    """Ends the command where TLS is asked for, or what is `decided` here: settings without the prefix, and how.
+
+    Whoever asks for TLS gets no plaintext; nor would their commands, which heed it, reach these services. Whoever sets
+    what is decided here gets something else, and would not notice.
+    """
     asked = sorted(name for name, value in os.environ.items() if name.startswith("TILTYARD_TLS_") and value)
     if asked:
         fail(
-            f"{asked[0]} is set, but `tiltyard up` serves plaintext, on loopback only: unset {', '.join(asked)}, "
-            "or run each service by itself (docs/howto/tls.md)"
+            f"{asked[0]} is set, but `tiltyard {command}` serves plaintext, on loopback only: "
+            f"unset {', '.join(asked)}, or run each service by itself (docs/howto/tls.md)"
         )
-
-
-def _refuse_decided() -> None:
-    """Whoever sets what is decided here gets something else, and would not notice."""
-    from tiltyard.cli.service_settings import DECIDED
-
-    for name, how in DECIDED.items():
+    for name, how in decided.items():
         if os.environ.get(f"TILTYARD_{name}"):
             fail(
-                f"TILTYARD_{name} is set, but `tiltyard up` sees to that itself, {how}: unset it, "
+                f"TILTYARD_{name} is set, but `tiltyard {command}` sees to that itself, {how}: unset it, "
                 "or run each service by itself"
             )
 
 
-def _lock_settings() -> dict[str, str]:
+def lock_settings() -> dict[str, str]:
     """What the services are told of their keys' encryption: the same as this command."""
     told = {}
     if file := os.environ.get("TILTYARD_KEY_PASSPHRASE_FILE"):

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from tiltyard.cli.connection import run
+from tiltyard.cli.service_settings import DECIDED_BY_DEMO
+from tiltyard.cli.up import refuse_set
 
 
 def demo(
@@ -21,11 +23,13 @@ def demo(
 ) -> None:
     """Run a whole task with a process for each participant.
 
-    Exits 0 only when everything that was checked is right.
+    Exits 0 only when everything that was checked is right. The settings of a service that are set for this command, as
+    TILTYARD_LOG_LEVEL, are handed on to it.
     """
     from tiltyard.cli.demo.story import Demo
     from tiltyard.cli.output import print_json
 
+    refuse_set("demo", DECIDED_BY_DEMO)
     result = run(
         Demo(data=data, trainers=trainers, validators=validators, export=export, json=json, state=state).play()
     )

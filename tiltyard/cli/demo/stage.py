@@ -3,13 +3,14 @@
 import asyncio
 import os
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tiltyard.cli.connection import DEFAULT_ORIGIN
+from tiltyard.cli.connection import DEFAULT_ORIGIN, key_lock
 from tiltyard.cli.demo.data import Rows, Split
+from tiltyard.cli.service_settings import asked_for
 from tiltyard.cli.supervisor import Program, Supervisor, free_ports
-from tiltyard.cli.up import DATA_FOLDER, arena_programs, node_program
+from tiltyard.cli.up import DATA_FOLDER, arena_programs, lock_settings, node_program
 from tiltyard.client import Client, Node
 from tiltyard.datasets import write_dataset
 from tiltyard.identity import Key
@@ -53,10 +54,17 @@ async def open_stage(supervisor: Supervisor, stack: AsyncExitStack, divided: Spl
     """Starts all processes at once, one training node for each shard, and connects everybody. Raises StartFailed."""
     trainers = len(divided.shards)
     ports = free_ports(2 + trainers + validators)
-    operator = Key.load_or_create(supervisor.folder("operator") / "key.pem")
-    creator = Key.load_or_create(supervisor.folder("creator") / "key.pem")
+    lock = key_lock()
+    operator = Key.load_or_create(supervisor.folder("operator") / "key.pem", lock)
+    creator = Key.load_or_create(supervisor.folder("creator") / "key.pem", lock)
     registry, selector = arena_programs(
-        supervisor, registry_port=ports[0], selector_port=ports[1], operator=operator.id, origin=DEFAULT_ORIGIN
+        supervisor,
+        registry_port=ports[0],
+        selector_port=ports[1],
+        operator=operator.id,
+        origin=DEFAULT_ORIGIN,
+        lock=lock,
+        settings=lock_settings(),
     )
     # Half of the cores train; on the others validators judge meanwhile.
     threads = {"TRAINING_THREADS": str(max(1, (os.cpu_count() or 1) // 2 // trainers))}
@@ -71,14 +79,19 @@ async def open_stage(supervisor: Supervisor, stack: AsyncExitStack, divided: Spl
             registry=registry.address,
             operator=operator.id,
             origin=DEFAULT_ORIGIN,
-            settings=threads if kind == "trainer" else {},
+            lock=lock,
+            settings={**lock_settings(), **(threads if kind == "trainer" else {})},
         )
         for (kind, name), port in zip(names, ports[2:], strict=True)
     ]
     for program, shard in zip(nodes, divided.shards, strict=False):
         folder = supervisor.folder(program.name) / DATA_FOLDER
         await asyncio.to_thread(write_rows, folder / SHARD, shard)
-    await supervisor.start([registry, selector, *nodes])
+    kinds = ["registry", "selector", *(kind for kind, _ in names)]
+    await supervisor.start(
+        replace(program, settings={**program.settings, **asked_for(kind, os.environ)})
+        for kind, program in zip(kinds, [registry, selector, *nodes], strict=True)
+    )
 
     def join(name: str, key: Key, program: Program | None = None, model_index: int = 0) -> Participant:
         client = Client(key, origin=DEFAULT_ORIGIN, registry=registry.address, selector=selector.address)
@@ -90,7 +103,7 @@ async def open_stage(supervisor: Supervisor, stack: AsyncExitStack, divided: Spl
         return Participant(name, client, node, model_index)
 
     members = [
-        join(program.name, Key.load(supervisor.folder(program.name) / "key.pem"), program, place)
+        join(program.name, Key.load(supervisor.folder(program.name) / "key.pem", lock), program, place)
         for place, program in enumerate(nodes)
     ]
     cast = Cast(
