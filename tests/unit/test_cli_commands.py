@@ -1,12 +1,13 @@
 """The command line without a service: keys, tokens, signatures, datasets, and how it refuses."""
 
 import base64
+import hashlib
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
+from tests.support.told_log import ToldLog
+from tiltyard.audit import write_record
 from tiltyard.cli.commands import app
 from tiltyard.cli.connection import with_hint
 from tiltyard.cli.supervisor import free_ports
 from tiltyard.identity import Key, verify_token
 from tiltyard.statements import open_statement
-from tiltyard.type.v1 import envelope_pb2, participation_pb2, task_pb2
+from tiltyard.type.v1 import envelope_pb2, log_pb2, participation_pb2, task_pb2
+from tiltyard.witness import Witness
 
 
 def tiltyard(*arguments: object, stdin: str | None = None, **environment: str) -> Result:
@@ -130,6 +134,43 @@ def test_a_service_that_is_away_is_named_in_one_line(tmp_path: Path, command: tu
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: the service cannot be reached")
+
+
+@pytest.mark.parametrize("damaged", ["witness.pub", "checkpoints/000000000003"])
+def test_a_damaged_witness_is_told_in_one_line(tmp_path: Path, damaged: str) -> None:
+    write_record(ToldLog().tell().record(), tmp_path / "log")
+    Witness(tmp_path / "w")
+    (tmp_path / "w" / damaged).write_bytes(b"\xff")
+    result = tiltyard("log", "verify", tmp_path, "--witness", tmp_path / "w")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'w'}: ")
+
+
+def name_no_digest(entry: log_pb2.LogEntry) -> None:
+    entry.task_created.config.base_model = "artifacts/zz"
+
+
+def break_signature(entry: log_pb2.LogEntry) -> None:
+    entry.submission_revealed.statement.payload += b"x"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), [("task_created", name_no_digest), ("submission_revealed", break_signature)]
+)
+def test_what_artifacts_a_forged_log_names_hides_nothing_else(
+    tmp_path: Path, kind: str, change: Callable[[log_pb2.LogEntry], None]
+) -> None:
+    told = ToldLog().tell()
+    index = told.edit(kind, change)
+    write_record(told.record(), tmp_path / "log")
+    (tmp_path / "artifacts").mkdir()
+    unnamed = tmp_path / "artifacts" / hashlib.sha256(b"").hexdigest()
+    unnamed.touch()
+    result = tiltyard("log", "verify", tmp_path, "--json")
+    assert result.exit_code == 1
+    problems = json.loads(result.stdout)["problems"]
+    assert problems[-1] == f"no leaf names {unnamed}"
+    assert kind == "task_created" or f"leaf {index}" in problems[0]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import typer
 from tiltyard.cli.connection import (
     DEFAULT_ORIGIN,
     REGISTRY,
+    CommandError,
     JsonOption,
     OriginOption,
     RegistryOption,
@@ -217,7 +218,10 @@ def _testimony(folder: Path, record: "Record") -> "Testimony | None":
 
     genesis = record.genesis
     hashes = [leaf_hash(leaf) for leaf in record.leaves]
-    return witnessed(folder, leaf_hashes=hashes, log_key=genesis.log_key, origin=genesis.origin)
+    try:
+        return witnessed(folder, leaf_hashes=hashes, log_key=genesis.log_key, origin=genesis.origin)
+    except ValueError as error:
+        raise CommandError(f"{folder}: {error}") from None
 
 
 def _tell(
