@@ -103,7 +103,7 @@ class Arena:
         for name in KEYS:
             if not (ids / name).exists():
                 write(ids / name, Key.load_or_create(self._secrets / f"{name}_key").id + "\n")
-        write(ids / "operator", Key.load_or_create(self._folder / "operator.pem").id + "\n")
+        operator = Key.load_or_create(self._folder / "operator.pem").id
         for name in DATABASES:
             # The file that libpq reads, and the password in it for the database's first start.
             if not (self._secrets / f"{name}_pgpass").exists():
@@ -111,8 +111,10 @@ class Arena:
                 write(self._secrets / f"{name}_password", password, mode=0o600)
                 write(self._secrets / f"{name}_pgpass", f"database:5432:{name}:{name}:{password}\n", mode=0o600)
         self._show_configuration()
-        self.settings = self._settings(ids)
+        self.settings = self._settings(ids, operator)
         write(self._folder / "settings.env", "".join(f"{name}={value}\n" for name, value in self.settings.items()))
+        # Until then it names the one of the last time, who is in those settings.
+        write(ids / "operator", operator + "\n")
 
     def certify(self) -> None:
         """With the overlay `tls`: each service a certificate, and another before it ends, which services follow.
@@ -213,18 +215,29 @@ class Arena:
         lines = file.read_text().splitlines() if file.exists() else []
         return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
-    def _settings(self, ids: Path) -> dict[str, str]:
+    def _operators(self, own: str, replaced: str) -> str:
+        """The arena's own, and beside it those named now or the last time, without one whose key there is no more."""
+        named = os.environ.get("TILTYARD_OPERATORS", self._kept().get("TILTYARD_OPERATORS", ""))
+        others = [each for each in map(str.strip, named.split(",")) if each and each not in (own, replaced)]
+        for each in others:
+            if not re.fullmatch("[0-9a-f]{40}", each):
+                raise SystemExit(f"TILTYARD_OPERATORS: {each!r} is not a participant id (40 hex digits)")
+        return ",".join(dict.fromkeys((own, *others)))
+
+    def _settings(self, ids: Path, operator: str) -> dict[str, str]:
         kept = self._kept()
+        last = ids / "operator"
+        replaced = last.read_text().strip() if last.exists() else operator
         named = {name for path in self._files for name in re.findall(r"\$\{(TILTYARD_[A-Z_]+)", path.read_text())}
         named.add("TILTYARD_PLAINTEXT_ANYWHERE")
         # Where packages came from is a matter of one build.
         given = {name: os.environ[name] for name in named if name in os.environ and "_PIP_" not in name}
+        given["TILTYARD_OPERATORS"] = self._operators(operator, replaced)
         made = {
             "COMPOSE_FILE": os.pathsep.join(map(str, self._files)),
             "TILTYARD_SECRETS": str(self._secrets),
             "TILTYARD_ENVIRONMENTS": str(self._environments),
             "TILTYARD_CERTIFICATES": str(self._certificates),
-            "TILTYARD_OPERATORS": (ids / "operator").read_text().strip(),
             "TILTYARD_REGISTRY_ID": (ids / "registry").read_text().strip(),
         }
         # Not the shell's COMPOSE_PROJECT_NAME: an arena among the containers of another project would remove these.

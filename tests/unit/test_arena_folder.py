@@ -12,6 +12,7 @@ from cryptography import x509
 
 from deploy.arena import HERE, SERVICES, Arena, main
 from tiltyard.authority import Authority
+from tiltyard.identity import Key
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +161,34 @@ def test_what_the_operator_writes_stays(tmp_path: Path, monkeypatch: pytest.Monk
     assert {each.name: each.read_text() for each in (tmp_path / "ids").iterdir()} == ids
 
 
+def test_further_operators_stay_beside_the_arenas_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def operators() -> list[str]:
+        arena = Arena(tmp_path)
+        arena.prepare()
+        return arena.settings["TILTYARD_OPERATORS"].split(",")
+
+    (own,) = operators()
+    second, third = "2" * 40, "3" * 40
+    monkeypatch.setenv("TILTYARD_OPERATORS", f"{second}, {third}")
+    assert operators() == [own, second, third]
+    monkeypatch.delenv("TILTYARD_OPERATORS")
+    assert operators() == [own, second, third]
+    # A key that is lost or known to others is taken away, and none of its owner's power stays.
+    (tmp_path / "operator.pem").unlink()
+    replacing, *others = operators()
+    assert (replacing, others) == (Key.load_or_create(tmp_path / "operator.pem").id, [second, third])
+    assert replacing != own
+    assert (tmp_path / "ids/operator").read_text() == replacing + "\n"
+    monkeypatch.setenv("TILTYARD_OPERATORS", f"{replacing},{third}")
+    assert operators() == [replacing, third]
+    for nonsense in ("me", f"{second} {third}"):
+        monkeypatch.setenv("TILTYARD_OPERATORS", nonsense)
+        with pytest.raises(SystemExit, match=r"TILTYARD_OPERATORS: .* is not a participant id"):
+            operators()
+    monkeypatch.setenv("TILTYARD_OPERATORS", "")
+    assert operators() == [replacing]
+
+
 def test_a_machine_without_docker_is_told_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     for name in ("bash", "sed", "dirname"):
@@ -182,7 +211,7 @@ def test_what_the_shell_has_for_other_compositions_is_not_taken_for_the_arenas(
         monkeypatch.setenv(name, value)
     docker = tmp_path / "bin/docker"
     docker.parent.mkdir()
-    docker.write_text("#!/bin/sh\nenv | grep ^COMPOSE_\n")
+    docker.write_text("#!/bin/sh\nenv | grep -E '^(COMPOSE_|TILTYARD_OPERATORS)'\n")
     docker.chmod(0o755)
 
     def told(folder: Path) -> dict[str, str]:
@@ -191,6 +220,7 @@ def test_what_the_shell_has_for_other_compositions_is_not_taken_for_the_arenas(
         return dict(line.split("=", 1) for line in done.stdout.splitlines())
 
     Arena(tmp_path / "first").prepare()
+    monkeypatch.setenv("TILTYARD_OPERATORS", "2" * 40)
     assert told(tmp_path / "first") == {
         "COMPOSE_FILE": str(HERE / "compose.yaml"),
         "COMPOSE_PROJECT_NAME": "tiltyard",

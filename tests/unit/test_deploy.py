@@ -239,7 +239,7 @@ def test_every_setting_of_the_composition_is_told() -> None:
         each for row in re.findall(r"^\| (`[A-Z_`, ]+)", page, re.MULTILINE) for each in re.findall(r"`(\w+)`", row)
     }
     text = "".join(path.read_text() for path in DEPLOY.glob("compose*.yaml"))
-    made = r"SECRETS|CERTIFICATES|ENVIRONMENTS|OPERATORS|REGISTRY_ID|BUILD_NETWORK|PIP_\w+"
+    made = r"SECRETS|CERTIFICATES|ENVIRONMENTS|REGISTRY_ID|BUILD_NETWORK|PIP_\w+"
     for name in set(re.findall(rf"\$\{{TILTYARD_(?!{made})([A-Z_]+)", text)):
         words = name.split("_")
         # After the first of a row the others are named by their ends.
