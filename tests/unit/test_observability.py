@@ -105,6 +105,16 @@ def test_what_an_alert_counts_up_is_told_from_zero_on() -> None:
     assert all(each.sums() for each in told.values())
 
 
+def test_what_an_alert_counts_up_has_a_panel() -> None:
+    shown = set[str]().union(*(asked_for(target["expr"]) for panel in PANELS for target in panel["targets"]))
+    assert {name for rule in ALERTS for name in re.findall(r"increase\((\w+)", rule["expr"])} <= shown
+
+
+def test_no_two_panels_are_in_one_place() -> None:
+    places = [tuple(panel["gridPos"][each] for each in "xywh") for panel in PANELS]
+    assert len(set(places)) == len({panel["id"] for panel in PANELS}) == len(PANELS)
+
+
 def test_a_metric_that_nobody_declares_would_be_found_out() -> None:
     assert not asked_for("sum(rate(tiltyard_nonsense_total[5m]))") <= in_prometheus()
 
