@@ -59,9 +59,7 @@ def live(order: Order, report: int, zygote: int) -> int:
     # No more for many cores, whose batches need more: what passes there is to pass on one core elsewhere.
     sandbox.limit_memory(order.memory_bytes)
     sandbox.limit_cpu(order.cpu_seconds)
-    sandbox.confine()
-    # Taking a user namespace may have cleared it.
-    sandbox.die_with_parent(zygote)
+    sandbox.confine(zygote)
     try:
         return _serve(order, cores, report)
     except MemoryError:

@@ -80,15 +80,17 @@ def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_LOG_BYTES, MAX_LOG_BYTES))
 
 
-def confine() -> Confinement:
+def confine(parent: int) -> Confinement:
     """Take away the network (a namespace of its own, else a system-call filter), other processes, programs and files.
 
-    The process must have one thread. Unix sockets in its working directory keep working, files are read as before, and
-    what is open stays open.
+    The process must have one thread; it dies with process `parent`, and can't change that. Unix sockets in its working
+    directory keep working, files are read as before, and what is open stays open.
     """
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     files = _freeze_files()
     alone = _libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0 or _libc.unshare(_CLONE_NEWNET) == 0
+    # Taking a user namespace may have cleared it, and the filter lets nobody set it.
+    die_with_parent(parent)
     filtered = _filter_system_calls()
     network = " and ".join(["network namespace"] * alone + ["system-call filter"] * filtered)
     return Confinement(network=network, programs=filtered, files=files)
@@ -97,10 +99,11 @@ def confine() -> Confinement:
 def try_out() -> Confinement:
     """What `confine` comes to on this machine, seen in a process that ends at once. The caller must have one thread."""
     reading, writing = os.pipe()
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
-            os.write(writing, json.dumps(asdict(confine())).encode())
+            os.write(writing, json.dumps(asdict(confine(parent))).encode())
         finally:
             os._exit(0)
     os.close(writing)
@@ -110,19 +113,24 @@ def try_out() -> Confinement:
     return held
 
 
-# Per machine: the audit architecture; socket, clone, tgkill, prlimit64; and calls that only an attacker needs: they
-# start or reach into processes, open sockets past any filter (io_uring), or make what is hard to remove.
+# Per machine: the audit architecture; clone, socket, tgkill, prlimit64, prctl, fcntl, ioctl; and calls that only an
+# attacker needs: they start or reach into processes, open sockets past any filter (io_uring), leave the group that ends
+# together, have the kernel forget who this dies with (as other users, in other namespaces), or make what is hard to
+# remove.
 _CALLS = {
     # execve, execveat, ptrace, process_vm_readv, process_vm_writev, io_uring_setup, pidfd_send_signal, pidfd_open,
-    # pidfd_getfd, fork, vfork, kill, tkill, rt_sigqueueinfo, rt_tgsigqueueinfo; chmod, fchmod, fchmodat, fchmodat2,
-    # mkdir, mkdirat, mknod, mknodat, symlink, symlinkat, link, linkat, rename, renameat, renameat2, truncate.
-    "x86_64": (0xC000003E, (41, 56, 234, 302), (
+    # pidfd_getfd, fork, vfork, kill, tkill, rt_sigqueueinfo, rt_tgsigqueueinfo; setsid, setpgid, unshare, setns,
+    # setuid, setgid, setreuid, setregid, setresuid, setresgid, setfsuid, setfsgid, setgroups; chmod, fchmod, fchmodat,
+    # fchmodat2, mkdir, mkdirat, mknod, mknodat, symlink, symlinkat, link, linkat, rename, renameat, renameat2, truncate.
+    "x86_64": (0xC000003E, (56, 41, 234, 302, 157, 72, 16), (
         59, 322, 101, 310, 311, 425, 424, 434, 438, 57, 58, 62, 200, 129, 297,
+        112, 109, 272, 308, 105, 106, 113, 114, 117, 119, 122, 123, 116,
         90, 91, 268, 452, 83, 258, 133, 259, 88, 266, 86, 265, 82, 264, 316, 76,
     )),
     # The same, without those that there are not: fork, vfork, chmod, mkdir, mknod, symlink, link, rename.
-    "aarch64": (0xC00000B7, (198, 220, 131, 261), (
+    "aarch64": (0xC00000B7, (220, 198, 131, 261, 167, 25, 29), (
         221, 281, 117, 270, 271, 425, 424, 434, 438, 129, 130, 138, 240,
+        157, 154, 97, 268, 146, 144, 145, 143, 147, 149, 151, 152, 159,
         52, 53, 452, 34, 33, 36, 37, 38, 276, 45,
     )),
 }  # fmt: skip
@@ -132,15 +140,19 @@ _ALLOW = 0x7FFF0000
 _REFUSE = 0x00050000 | 1  # EPERM
 _MISSING = 0x00050000 | 38  # ENOSYS
 _X32 = 0x40000000
+# fcntl(2), ioctl(2): whom the kernel signals when a descriptor has something to read.
+_F_SETOWN, _F_SETOWN_EX, _FIOSETOWN, _SIOCSPGRP = 8, 15, 0x8901, 0x8902
 
 
 def _filter_system_calls() -> bool:
     """Install a seccomp filter: only Unix sockets, threads, signals and limits of its own. False if it cannot be."""
     if platform.machine() not in _CALLS:
         return False
-    architecture, (socket_call, clone_call, tgkill_call, prlimit_call), refused = _CALLS[platform.machine()]
+    architecture, conditional, refused = _CALLS[platform.machine()]
+    clone, socket_, tgkill, prlimit, prctl, fcntl, ioctl = conditional
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
-    # struct seccomp_data: call number at 0, architecture at 4, low half of the first argument at 16.
+    # struct seccomp_data: call number at 0, architecture at 4, low halves of the arguments from 16 on.
+    first, second = 16, 24
     program: list[tuple[int, int, int, int]] = [
         (load, 0, 0, 4),
         (equal, 1, 0, architecture),
@@ -154,19 +166,26 @@ def _filter_system_calls() -> bool:
     ]
     for call in refused:
         program += [(equal, 0, 1, call), (answer, 0, 0, _REFUSE)]
-    for call, test, value in (
-        (clone_call, any_bit, _CLONE_THREAD),
-        (socket_call, equal, socket.AF_UNIX),
+    for call, argument, test, value, allowed in (
+        (clone, first, any_bit, _CLONE_THREAD, True),
+        (socket_, first, equal, socket.AF_UNIX, True),
         # By its own id: abort() goes this way.
-        (tgkill_call, equal, os.getpid()),
+        (tgkill, first, equal, os.getpid(), True),
         # Of this process.
-        (prlimit_call, equal, 0),
+        (prlimit, first, equal, 0, True),
+        # To outlive the zygote.
+        (prctl, first, equal, _PR_SET_PDEATHSIG, False),
+        # To have the kernel signal another.
+        (fcntl, second, equal, _F_SETOWN, False),
+        (fcntl, second, equal, _F_SETOWN_EX, False),
+        (ioctl, second, equal, _FIOSETOWN, False),
+        (ioctl, second, equal, _SIOCSPGRP, False),
     ):
         # The number is loaded again for what comes next.
         program += [
             (equal, 0, 4, call),
-            (load, 0, 0, 16),
-            (test, 1, 0, value),
+            (load, 0, 0, argument),
+            (test, int(allowed), int(not allowed), value),
             (answer, 0, 0, _REFUSE),
             (load, 0, 0, 0),
         ]

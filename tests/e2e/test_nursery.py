@@ -157,8 +157,11 @@ async def test_the_filter_leaves_unix_sockets_and_takes_the_rest(tmp_path: Path)
     network, outcome = tried[0], tried[1:]
     if network == "open":
         pytest.skip("this kernel lets nothing be taken away")
-    refused = ["inet", "exec", "fork", "kill", "tgkill", "limit", "mkdir", "chmod", "rename", "link", "fifo"]
-    assert outcome == ["unix:yes", *(f"{each}:no" for each in refused), "own:yes", "threads:yes"]
+    refused = ["inet", "exec", "fork", "kill", "tgkill", "owner", "owner_ex", "owner_io", "group_io"]
+    refused += ["outlive", "session", "group", "user", "new_user"]
+    refused += ["limit", "mkdir", "chmod", "rename", "link", "fifo"]
+    kept = ["named", "unblocked", "own", "threads"]
+    assert outcome == ["unix:yes", *(f"{each}:no" for each in refused), *(f"{each}:yes" for each in kept)]
     assert process.returncode == -signal.SIGABRT
 
 
@@ -169,7 +172,7 @@ os.chdir(sys.argv[1])
 os.mkdir("own")
 os.chdir("own")
 os.link("../there", "linked")
-held = sandbox.confine().files
+held = sandbox.confine(os.getppid()).files
 if not held:
     sys.exit("this kernel has no Landlock")
 for change in (
@@ -235,7 +238,7 @@ async def test_what_the_kernel_does_not_let_be_taken_away_is_said(tmp_path: Path
 
 
 CONFINED = """
-import os, resource, signal, socket, threading
+import fcntl, os, resource, signal, socket, threading
 from services.modelserver import sandbox
 
 def attempt(name, act):
@@ -253,7 +256,14 @@ libc = sandbox._libc
 def tgkill():
     if libc.syscall(234 if os.uname().machine == "x86_64" else 131, parent, parent, 0) < 0:
         raise PermissionError
-confinement = sandbox.confine()
+def prctl(option, value):
+    if libc.prctl(option, value, 0, 0, 0) < 0:
+        raise PermissionError
+def new_user():
+    if libc.unshare(sandbox._CLONE_NEWUSER) < 0:
+        raise PermissionError
+left, right = socket.socketpair()
+confinement = sandbox.confine(parent)
 print("filtered" if "filter" in confinement.network else "open")
 attempt("unix", lambda: socket.socket(socket.AF_UNIX).close())
 attempt("inet", lambda: socket.socket(socket.AF_INET).close())
@@ -261,12 +271,23 @@ attempt("exec", lambda: os.execv("/bin/true", ["true"]))
 attempt("fork", lambda: os.fork() or os._exit(0))
 attempt("kill", lambda: os.kill(parent, 0))
 attempt("tgkill", tgkill)
+attempt("owner", lambda: fcntl.fcntl(left, fcntl.F_SETOWN, parent))
+attempt("owner_ex", lambda: fcntl.fcntl(left, 15, (parent << 32).to_bytes(8, "little")))
+attempt("owner_io", lambda: fcntl.ioctl(left, 0x8901, parent.to_bytes(4, "little")))
+attempt("group_io", lambda: fcntl.ioctl(left, 0x8902, parent.to_bytes(4, "little")))
+attempt("outlive", lambda: prctl(1, 0))
+attempt("session", os.setsid)
+attempt("group", lambda: os.setpgid(0, 0))
+attempt("user", lambda: os.setuid(os.getuid()))
+attempt("new_user", new_user)
 attempt("limit", lambda: resource.prlimit(parent, resource.RLIMIT_CPU))
 attempt("mkdir", lambda: os.mkdir("folder"))
 attempt("chmod", lambda: os.chmod(".", 0))
 attempt("rename", lambda: os.rename("made", "renamed"))
 attempt("link", lambda: os.symlink("made", "link"))
 attempt("fifo", lambda: os.mkfifo("fifo"))
+attempt("named", lambda: prctl(15, b"named"))
+attempt("unblocked", lambda: left.setblocking(False))
 attempt("own", lambda: resource.prlimit(0, resource.RLIMIT_CPU))
 thread = threading.Thread(target=print, args=("threads:yes",), kwargs={"flush": True})
 thread.start()
