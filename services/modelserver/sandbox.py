@@ -84,7 +84,7 @@ def confine(parent: int) -> Confinement:
     """Take away the network (a namespace of its own, else a system-call filter), other processes, programs and files.
 
     The process must have one thread; it dies with process `parent`, and can't change that. Unix sockets in its working
-    directory keep working, files are read as before, and what is open stays open.
+    directory can be served and none be called, files are read as before, and what is open stays open.
     """
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     files = _freeze_files()
@@ -113,24 +113,25 @@ def try_out() -> Confinement:
     return held
 
 
-# Per machine: the audit architecture; clone, socket, tgkill, prlimit64, prctl, fcntl, ioctl; and calls that only an
-# attacker needs: they start or reach into processes, open sockets past any filter (io_uring), leave the group that ends
-# together, have the kernel forget who this dies with (as other users, in other namespaces), or make what is hard to
-# remove.
+# Per machine: the audit architecture; clone, socket, socketpair, tgkill, prlimit64, prctl, fcntl, ioctl; and calls that
+# only an attacker needs: they start or reach into processes, open sockets past any filter (io_uring), leave the group
+# that ends together, have the kernel forget who this dies with (as other users, in other namespaces), speak to other
+# servers of this machine, or make what is hard to remove.
 _CALLS = {
     # execve, execveat, ptrace, process_vm_readv, process_vm_writev, io_uring_setup, pidfd_send_signal, pidfd_open,
     # pidfd_getfd, fork, vfork, kill, tkill, rt_sigqueueinfo, rt_tgsigqueueinfo; setsid, setpgid, unshare, setns,
-    # setuid, setgid, setreuid, setregid, setresuid, setresgid, setfsuid, setfsgid, setgroups; chmod, fchmod, fchmodat,
-    # fchmodat2, mkdir, mkdirat, mknod, mknodat, symlink, symlinkat, link, linkat, rename, renameat, renameat2, truncate.
-    "x86_64": (0xC000003E, (56, 41, 234, 302, 157, 72, 16), (
+    # setuid, setgid, setreuid, setregid, setresuid, setresgid, setfsuid, setfsgid, setgroups; connect; chmod, fchmod,
+    # fchmodat, fchmodat2, mkdir, mkdirat, mknod, mknodat, symlink, symlinkat, link, linkat, rename, renameat,
+    # renameat2, truncate.
+    "x86_64": (0xC000003E, (56, 41, 53, 234, 302, 157, 72, 16), (
         59, 322, 101, 310, 311, 425, 424, 434, 438, 57, 58, 62, 200, 129, 297,
-        112, 109, 272, 308, 105, 106, 113, 114, 117, 119, 122, 123, 116,
+        112, 109, 272, 308, 105, 106, 113, 114, 117, 119, 122, 123, 116, 42,
         90, 91, 268, 452, 83, 258, 133, 259, 88, 266, 86, 265, 82, 264, 316, 76,
     )),
     # The same, without those that there are not: fork, vfork, chmod, mkdir, mknod, symlink, link, rename.
-    "aarch64": (0xC00000B7, (220, 198, 131, 261, 167, 25, 29), (
+    "aarch64": (0xC00000B7, (220, 198, 199, 131, 261, 167, 25, 29), (
         221, 281, 117, 270, 271, 425, 424, 434, 438, 129, 130, 138, 240,
-        157, 154, 97, 268, 146, 144, 145, 143, 147, 149, 151, 152, 159,
+        157, 154, 97, 268, 146, 144, 145, 143, 147, 149, 151, 152, 159, 203,
         52, 53, 452, 34, 33, 36, 37, 38, 276, 45,
     )),
 }  # fmt: skip
@@ -149,7 +150,7 @@ def _filter_system_calls() -> bool:
     if platform.machine() not in _CALLS:
         return False
     architecture, conditional, refused = _CALLS[platform.machine()]
-    clone, socket_, tgkill, prlimit, prctl, fcntl, ioctl = conditional
+    clone, socket_, socketpair, tgkill, prlimit, prctl, fcntl, ioctl = conditional
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     # struct seccomp_data: call number at 0, architecture at 4, low halves of the arguments from 16 on.
     first, second = 16, 24
@@ -169,6 +170,9 @@ def _filter_system_calls() -> bool:
     for call, argument, test, value, allowed in (
         (clone, first, any_bit, _CLONE_THREAD, True),
         (socket_, first, equal, socket.AF_UNIX, True),
+        # Without a connection a message goes to any server's socket. The kinds that have one are odd numbers, 1 and 5.
+        (socket_, second, any_bit, socket.SOCK_DGRAM, False),
+        (socketpair, second, any_bit, socket.SOCK_DGRAM, False),
         # By its own id: abort() goes this way.
         (tgkill, first, equal, os.getpid(), True),
         # Of this process.

@@ -157,10 +157,23 @@ async def test_the_filter_leaves_unix_sockets_and_takes_the_rest(tmp_path: Path)
     network, outcome = tried[0], tried[1:]
     if network == "open":
         pytest.skip("this kernel lets nothing be taken away")
-    refused = ["inet", "exec", "fork", "kill", "tgkill", "owner", "owner_ex", "owner_io", "group_io"]
+    refused = [
+        "inet",
+        "connect",
+        "message",
+        "message_pair",
+        "exec",
+        "fork",
+        "kill",
+        "tgkill",
+        "owner",
+        "owner_ex",
+        "owner_io",
+        "group_io",
+    ]
     refused += ["outlive", "session", "group", "user", "new_user"]
     refused += ["limit", "mkdir", "chmod", "rename", "link", "fifo"]
-    kept = ["named", "unblocked", "own", "threads"]
+    kept = ["pair", "named", "unblocked", "own", "threads"]
     assert outcome == ["unix:yes", *(f"{each}:no" for each in refused), *(f"{each}:yes" for each in kept)]
     assert process.returncode == -signal.SIGABRT
 
@@ -263,10 +276,16 @@ def new_user():
     if libc.unshare(sandbox._CLONE_NEWUSER) < 0:
         raise PermissionError
 left, right = socket.socketpair()
+other = socket.socket(socket.AF_UNIX)
+other.bind("other")
+other.listen()
 confinement = sandbox.confine(parent)
 print("filtered" if "filter" in confinement.network else "open")
 attempt("unix", lambda: socket.socket(socket.AF_UNIX).close())
 attempt("inet", lambda: socket.socket(socket.AF_INET).close())
+attempt("connect", lambda: socket.socket(socket.AF_UNIX).connect("other"))
+attempt("message", lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+attempt("message_pair", lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
 attempt("exec", lambda: os.execv("/bin/true", ["true"]))
 attempt("fork", lambda: os.fork() or os._exit(0))
 attempt("kill", lambda: os.kill(parent, 0))
@@ -286,6 +305,7 @@ attempt("chmod", lambda: os.chmod(".", 0))
 attempt("rename", lambda: os.rename("made", "renamed"))
 attempt("link", lambda: os.symlink("made", "link"))
 attempt("fifo", lambda: os.mkfifo("fifo"))
+attempt("pair", socket.socketpair)
 attempt("named", lambda: prctl(15, b"named"))
 attempt("unblocked", lambda: left.setblocking(False))
 attempt("own", lambda: resource.prlimit(0, resource.RLIMIT_CPU))
