@@ -1,11 +1,15 @@
 """The life of a child that serves one model: confine, load, serve on a Unix socket until it is killed."""
 
 import importlib
+import importlib.util
 import json
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from services.modelserver import sandbox
 from services.modelserver.lane import Lane
@@ -45,8 +49,20 @@ def warm_up() -> None:
         importlib.import_module(module)
 
 
-def live(order: Order, report: int, zygote: int) -> int:
-    """Serve the order's model until killed; the answer is an exit code. One line goes to the descriptor `report`."""
+def rehearse() -> None:
+    """Do once what a child may read files for after it is confined: compute, and import what is not imported here."""
+    with torch.inference_mode():
+        images = torch.ones(1, 1, 8, 8)
+        torch.nn.functional.linear(torch.nn.functional.conv2d(images, torch.ones(1, 1, 3, 3)), torch.ones(4, 6))
+    if importlib.util.find_spec("onnxruntime") is not None:
+        importlib.import_module("onnxruntime")
+
+
+def live(order: Order, report: int, zygote: int, readable: Sequence[str] | None) -> int:
+    """Serve the order's model until killed; the answer is an exit code. One line goes to the descriptor `report`.
+
+    Of other files it reads what is `readable`, see `sandbox.confine`.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     os.chdir(order.folder)
@@ -59,7 +75,7 @@ def live(order: Order, report: int, zygote: int) -> int:
     # No more for many cores, whose batches need more: what passes there is to pass on one core elsewhere.
     sandbox.limit_memory(order.memory_bytes)
     sandbox.limit_cpu(order.cpu_seconds)
-    sandbox.confine(zygote)
+    sandbox.confine(zygote, readable)
     try:
         return _serve(order, cores, report)
     except MemoryError:

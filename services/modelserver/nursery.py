@@ -19,7 +19,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import NoReturn
 
-from services.modelserver import child, sandbox
+from services.modelserver import child, reading, sandbox
 from services.modelserver.spawn import EXIT_CRASHED, EXIT_OUT_OF_MEMORY
 from tiltyard.modelspec import FaultCode
 
@@ -46,11 +46,18 @@ class Zygote:
         self._children: dict[int, _Child] = {}
         self._received = bytearray()
         self._poll = select.poll()
+        self._readable: list[str] | None = reading.readable()
 
     def run(self) -> None:
         """Serve until the input ends."""
         self._poll.register(INPUT, select.POLLIN)
-        _say({"event": "warm", **asdict(sandbox.try_out())})
+        held = sandbox.try_out(self._readable, child.rehearse)
+        if held is None:
+            # Python lies here in some other way. Better that children read all than that good models fail by it.
+            self._readable = None
+            held = sandbox.try_out(None, child.rehearse)
+            assert held is not None
+        _say({"event": "warm", **asdict(held)})
         while True:
             for descriptor, _ in self._poll.poll():
                 if descriptor == INPUT:
@@ -99,7 +106,7 @@ class Zygote:
             # Everything else that is open belongs to the zygote or to other children.
             os.closerange(3, report)
             os.closerange(report + 1, 65_536)
-            code = child.live(order, report, zygote)
+            code = child.live(order, report, zygote, self._readable)
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
             code = EXIT_OUT_OF_MEMORY if isinstance(error, MemoryError) else EXIT_CRASHED

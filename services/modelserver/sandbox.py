@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,24 +33,28 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Confinement:
     """What holds: `network` is how the network was taken away ("" if it was not), `programs` whether fork and exec.
 
-    `files` is whether no file can be changed any more.
+    `files` is whether no file can be changed any more, `reads` whether none can be read but those that were named.
     """
 
     network: str
     programs: bool
     files: bool
+    reads: bool
 
     def __str__(self) -> str:
         network = (
             f"without network ({self.network})" if self.network else "with the network, which the kernel leaves it"
         )
-        programs, files = ("unable" if held else "able" for held in (self.programs, self.files))
-        return f"{network}, {programs} to start processes and programs, and {files} to change files"
+        programs, files, reads = ("unable" if held else "able" for held in (self.programs, self.files, self.reads))
+        return (
+            f"{network}, {programs} to start processes and programs, {files} to change files, and {reads} to read "
+            "those of its user"
+        )
 
     @property
     def whole(self) -> bool:
         """Whether all of it holds."""
-        return bool(self.network) and self.programs and self.files
+        return bool(self.network) and self.programs and self.files and self.reads
 
 
 def die_with_parent(parent: int) -> None:
@@ -80,37 +84,49 @@ def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_LOG_BYTES, MAX_LOG_BYTES))
 
 
-def confine(parent: int) -> Confinement:
+def confine(parent: int, readable: Sequence[str] | None) -> Confinement:
     """Take away the network (a namespace of its own, else a system-call filter), other processes, programs and files.
 
     The process must have one thread; it dies with process `parent`, and can't change that. Unix sockets in its working
-    directory can be served and none be called, files are read as before, and what is open stays open.
+    directory can be served and none be called, and what is open stays open. Of other files only those that are
+    `readable` are read, with folders all beneath them; None: all as before.
     """
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    files = _freeze_files()
     alone = _libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0 or _libc.unshare(_CLONE_NEWNET) == 0
     # Taking a user namespace may have cleared it, and the filter lets nobody set it.
     die_with_parent(parent)
+    files = _freeze_files(readable)
     filtered = _filter_system_calls()
     network = " and ".join(["network namespace"] * alone + ["system-call filter"] * filtered)
-    return Confinement(network=network, programs=filtered, files=files)
+    return Confinement(network=network, programs=filtered, files=files, reads=files and readable is not None)
 
 
-def try_out() -> Confinement:
-    """What `confine` comes to on this machine, seen in a process that ends at once. The caller must have one thread."""
+def try_out(readable: Sequence[str] | None, rehearse: Callable[[], None]) -> Confinement | None:
+    """What `confine` comes to on this machine, seen in a process that ends at once. The caller must have one thread.
+
+    None if `rehearse` fails there, which is tried where not all can be read.
+    """
     reading, writing = os.pipe()
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
+        complaints = os.dup(2)
         try:
-            os.write(writing, json.dumps(asdict(confine(parent))).encode())
+            held = confine(parent, readable)
+            if held.reads:
+                # What libraries tell of themselves is told to nobody here.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                rehearse()
+            os.write(writing, json.dumps(asdict(held)).encode())
+        except Exception as error:
+            os.write(complaints, f"a rehearsal failed: {type(error).__name__}: {error}\n".encode())
         finally:
             os._exit(0)
     os.close(writing)
     with open(reading, "rb") as told:
-        held = Confinement(**json.loads(told.read()))
+        words = told.read()
     os.waitpid(pid, 0)
-    return held
+    return Confinement(**json.loads(words)) if words else None
 
 
 # Per machine: the audit architecture; clone, socket, socketpair, tgkill, prlimit64, prctl, fcntl, ioctl; and calls that
@@ -201,27 +217,34 @@ def _filter_system_calls() -> bool:
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _RULESET_VERSION = 1
 _PATH_BENEATH = 1
-# LANDLOCK_ACCESS_FS_*: two that are still wanted, and all that change anything: those from removing a folder on, too.
+# LANDLOCK_ACCESS_FS_*: reading; two that are still wanted, and all that change anything: those from removing a folder
+# on, too.
+_READ = 1 << 2
 _WRITE, _MAKE_SOCKET, _TRUNCATE = 1 << 1, 1 << 9, 1 << 14
 _CHANGES = _WRITE | sum(1 << bit for bit in range(4, 15))
 # By the version of the interface: without reparenting, without truncation.
 _KNOWN_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1}
 
 
-def _freeze_files() -> bool:
-    """Have the kernel refuse changes of files, but for a socket right here. False where it has no Landlock."""
+def _freeze_files(readable: Sequence[str] | None) -> bool:
+    """Have the kernel refuse changes of files, but for a socket right here, and reading others than are `readable`.
+
+    False where it has no Landlock.
+    """
     version = _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _RULESET_VERSION)
     if version < 1:
         return False
     changes = _CHANGES & _KNOWN_RIGHTS.get(version, _CHANGES)
-    handled = ctypes.create_string_buffer(struct.pack("=Q", changes), 8)
+    reading = 0 if readable is None else _READ
+    handled = ctypes.create_string_buffer(struct.pack("=Q", changes | reading), 8)
     ruleset = _libc.syscall(_CREATE_RULESET, handled, ctypes.c_size_t(8), 0)
     if ruleset < 0:
         return False
     try:
         return (
-            _let(ruleset, ".", _MAKE_SOCKET)
-            and _let(ruleset, os.devnull, changes & (_WRITE | _TRUNCATE))
+            _let(ruleset, ".", _MAKE_SOCKET | reading)
+            and _let(ruleset, os.devnull, changes & (_WRITE | _TRUNCATE) | reading)
+            and all(_let(ruleset, path, reading) for path in readable or ())
             and _libc.syscall(_RESTRICT_SELF, ruleset, 0) == 0
         )
     finally:
@@ -229,8 +252,11 @@ def _freeze_files() -> bool:
 
 
 def _let(ruleset: int, path: str, rights: int) -> bool:
-    """Allow `rights` on a path and what is beneath it."""
-    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    """Allow `rights` on a path and what is beneath it, if there still is such a path."""
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
     try:
         rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, descriptor), 12)
         return bool(_libc.syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0) == 0)

@@ -206,7 +206,7 @@ class Nursery:
                 if not first:
                     raise NurseryDown(f"the nursery ended with {await zygote.wait()} before it was warm")
                 told = json.loads(first)
-                self.confinement = Confinement(told["network"], told["programs"], told["files"])
+                self.confinement = Confinement(told["network"], told["programs"], told["files"], told["reads"])
             except BaseException as error:
                 _end_group(zygote)
                 await zygote.wait()

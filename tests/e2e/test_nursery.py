@@ -185,7 +185,7 @@ os.chdir(sys.argv[1])
 os.mkdir("own")
 os.chdir("own")
 os.link("../there", "linked")
-held = sandbox.confine(os.getppid()).files
+held = sandbox.confine(os.getppid(), None).files
 if not held:
     sys.exit("this kernel has no Landlock")
 for change in (
@@ -231,7 +231,7 @@ class Kernel:
     def syscall(self, *arguments):
         return -1
 sandbox._libc = Kernel()
-print(sandbox.try_out())
+print(sandbox.try_out([], lambda: None))
 """
 
 
@@ -239,13 +239,14 @@ async def test_what_the_kernel_does_not_let_be_taken_away_is_said(tmp_path: Path
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", REFUSING, stdout=asyncio.subprocess.PIPE)
     told, _ = await process.communicate()
     open_ = (
-        "with the network, which the kernel leaves it, able to start processes and programs, and able to change files"
+        "with the network, which the kernel leaves it, able to start processes and programs, able to change files, and "
+        "able to read those of its user"
     )
     assert told.decode().strip() == open_
     nursery = Nursery()
     attempts = NurseryAttempts(nursery, folder=tmp_path / "children", threads=1, concurrency=1)
     assert "not known yet" in attempts.isolation()
-    nursery.confinement = Confinement(network="", programs=False, files=False)
+    nursery.confinement = Confinement(network="", programs=False, files=False, reads=False)
     assert attempts.isolation().endswith(f"CPU time and files, {open_}.")
     attempts.close()
 
@@ -279,7 +280,7 @@ left, right = socket.socketpair()
 other = socket.socket(socket.AF_UNIX)
 other.bind("other")
 other.listen()
-confinement = sandbox.confine(parent)
+confinement = sandbox.confine(parent, None)
 print("filtered" if "filter" in confinement.network else "open")
 attempt("unix", lambda: socket.socket(socket.AF_UNIX).close())
 attempt("inet", lambda: socket.socket(socket.AF_INET).close())
