@@ -28,6 +28,17 @@ def paused(trouble: str) -> str:
     return f"paused: {trouble}; the run goes on when there is room"
 
 
+def make_folder_with_room(folder: Path, size: int) -> None:
+    """Makes a folder anew, where its disk takes so many bytes; they are gone again at the end. Raises OSError."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    probe = folder / "room"
+    try:
+        probe.write_bytes(bytes(size))
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 class Room:
     """Does work that fills a disk, and not again before the disk has more room than the last attempt began with."""
 

@@ -93,7 +93,16 @@ def read_order(folder: Path) -> Order:
 
 def scratch(folder: Path) -> Path:
     """A folder of short path for what must not outlive the run: sockets lie in it, and theirs are at most 107 bytes."""
-    return Path(tempfile.gettempdir()) / f"ty{hashlib.sha256(bytes(folder)).hexdigest()[:10]}"
+    return _temporary() / f"ty{hashlib.sha256(bytes(folder)).hexdigest()[:10]}"
+
+
+def _temporary() -> Path:
+    """Where temporary files go, also while the disk is full: `gettempdir`, which writes there, names another then."""
+    named = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]
+    for each in (*filter(None, named), "/tmp"):  # noqa: S108 -- what lies there has a folder of its own
+        if os.path.isdir(each) and os.access(each, os.W_OK | os.X_OK):
+            return Path(each).absolute()
+    return Path(tempfile.gettempdir())
 
 
 def data_report(folder: Path) -> Path:

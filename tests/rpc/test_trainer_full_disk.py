@@ -28,14 +28,18 @@ def in_a_small_disk(folder: Path, *command: str) -> list[str]:
     return ["unshare", *rights, "--mount", "sh", "-c", _IN_A_SMALL_DISK, "sh", _SIZE, str(folder), *command]
 
 
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Key]]:
-    """A node whose state is on a small disk, its address, and its key."""
+def skip_without_small_disks(folder: Path) -> None:
     possible = shutil.which("unshare") and subprocess.run(
-        in_a_small_disk(tmp_path, "true"), check=False, capture_output=True
+        in_a_small_disk(folder, "true"), check=False, capture_output=True
     )
     if not possible or possible.returncode:
         pytest.skip("a file system of its own needs unshare and mount")
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str, Key]]:
+    """A node whose state is on a small disk, its address, and its key."""
+    skip_without_small_disks(tmp_path)
     (tmp_path / "state").mkdir()
     (tmp_path / "data").mkdir()
     write_digits(tmp_path / "data")
@@ -130,3 +134,36 @@ async def cancelled_while_it_is_full(trainer: RunningTrainer, disk: Path) -> Non
 
 def trainer_folder(disk: Path, name: str) -> Path:
     return disk / "trainings" / name.removeprefix("trainings/")
+
+
+def test_the_folder_of_temporary_files_is_waited_for_in_its_place(tmp_path: Path) -> None:
+    skip_without_small_disks(tmp_path)
+    command = in_a_small_disk(tmp_path, sys.executable, "-c", _WAITS_FOR_ITS_SCRATCH, str(tmp_path))
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0].startswith("paused: the disk is full")
+    assert said[1:] == ["waits", "the disk has room again: the run goes on", "[]"]
+
+
+_WAITS_FOR_ITS_SCRATCH = """
+import sys
+from pathlib import Path
+from services.trainer import runfolder
+from services.trainer.fulldisk import make_folder_with_room, write_when_there_is_room
+from tests.rpc.test_trainer_full_disk import fill
+
+disk = Path(sys.argv[1])
+filler = fill(disk)
+scratch = runfolder.scratch(Path("run"))
+assert scratch.parent == disk
+
+def wait(_seconds):
+    print("waits")
+    filler.unlink()
+    return False
+
+write_when_there_is_room(lambda: make_folder_with_room(scratch, 1 << 20), warn=print, wait=wait)
+print([each.name for each in scratch.iterdir()])
+"""

@@ -19,9 +19,12 @@ from ray.util.queue import Queue
 from services.trainer import runfolder
 from services.trainer.descent.run import train
 from services.trainer.descent.workers import ProcessGroup
+from services.trainer.fulldisk import make_folder_with_room, write_when_there_is_room
 from services.trainer.runfolder import Say
 
 _END = None
+# More than Ray writes before it trains. On a full disk it would wait for half a minute, and then not say what for.
+_START_BYTES = 16 << 20
 # A cluster for one run on one machine: nobody takes it away or asks for figures, and an end is noticed at once.
 _ONE_MACHINE = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -36,10 +39,13 @@ def train_with_ray(folder: Path, say: Say) -> int:
     on_cuda = order.device != "cpu"
     # A cluster's workers may each have a machine; those of this run's own are all on this one.
     sharing = 1 if "RAY_ADDRESS" in os.environ else order.config.workers
-    # What a killed process left there is in the way of this one.
+    # What a killed process left there is in the way of this one. Told to stop while it waits, this process ends.
     scratch = runfolder.scratch(folder)
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(mode=0o700)
+    write_when_there_is_room(
+        lambda: make_folder_with_room(scratch, _START_BYTES),
+        warn=lambda text: say({"event": "warning", "text": text}),
+        wait=threading.Event().wait,
+    )
     try:
         if "RAY_ADDRESS" in os.environ:
             ray.init(log_to_driver=False)
