@@ -65,12 +65,14 @@ def export(
 
 
 async def _fetch(client: "Client", digest: str, folder: Path) -> bool:
-    """Whether the key may read the artifact, which then lies in the folder."""
+    """Whether the artifact lies in the folder, downloaded where it did not; False where the key may not read it."""
     import grpc
 
     from tiltyard.transfers import download
 
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+    if await asyncio.to_thread(_is_there, folder / digest):
+        return True
     try:
         with ProgressLine(f"downloading {digest[:12]}", unit="bytes") as line:
             await download(client.artifacts, f"artifacts/{digest}", folder / digest, progress=line.update)
@@ -79,3 +81,10 @@ async def _fetch(client: "Client", digest: str, folder: Path) -> bool:
             return False
         raise
     return True
+
+
+def _is_there(file: Path) -> bool:
+    """Whether an export before this one, as one that was interrupted, has brought it."""
+    from tiltyard.filedigest import file_digest
+
+    return file.is_file() and file_digest(file).hex() == file.name
