@@ -60,6 +60,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
         yield Shell(folder / "state", addresses, folder)
 
 
+@pytest.mark.timeout(900)  # many commands, one after the other
 def test_a_task_by_hand(shell: Shell) -> None:
     folder, trainer, validator = shell.folder, shell.state / "trainer/key.pem", shell.state / "validator/key.pem"
     random = np.random.default_rng(0)

@@ -67,6 +67,7 @@ def arena(tmp_path: Path) -> Iterator[dict[str, str]]:
         yield addresses
 
 
+@pytest.mark.timeout(900)  # every command of the page, one after the other
 def test_the_tutorial_runs_from_its_first_block_to_its_last(tmp_path: Path, arena: dict[str, str]) -> None:
     first, *rest = blocks(ROOT / "docs" / "tutorial.md", "sh")
     assert first == _UP
