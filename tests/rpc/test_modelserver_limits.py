@@ -229,7 +229,9 @@ async def test_many_ask_at_once_for_a_model_that_is_not_in_memory(repository: Pa
         found = await asyncio.gather(*(answer(stub, name) for name in names), return_exceptions=True)
         for name, each in zip(names, found, strict=True):
             if isinstance(each, bytes):
-                assert each == answers[name]
+                # Two for one model may have run as one batch, which rounds the last bit in another way.
+                own, alone = (np.frombuffer(raw, "<f4") for raw in (each, answers[name]))
+                np.testing.assert_allclose(own, alone, rtol=1e-5)
             else:
                 assert isinstance(each, grpc.aio.AioRpcError)
                 assert from_rpc_error(each).reason == "MODELS_IN_USE"
