@@ -1,7 +1,7 @@
 """`python -m services.registry`: the registry in a process of its own."""
 
 from services.registry.bootstrap import build
-from services.registry.queue_lengths import QueueLengths
+from services.registry.domain_metrics import DomainMetrics
 from services.registry.settings import RegistrySettings
 from services.runtime.server import run, serve
 from services.runtime.standby import ActiveRole
@@ -29,7 +29,7 @@ async def main() -> None:
                 registry.outages.watch,
                 registry.referee.run,
                 registry.garbage.run,
-                QueueLengths(registry.database).run,
+                DomainMetrics(registry.database).run,
             ],
             on_close=[registry.close],
         )

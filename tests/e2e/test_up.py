@@ -20,6 +20,19 @@ from tiltyard.identity import Key
 SERVICES = ("registry", "selector", "trainer", "validator")
 
 
+def up(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`tiltyard up` that does not get ready, and how it ended."""
+    return subprocess.run(
+        [sys.executable, "-m", "tiltyard.cli", "up", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=cwd,
+        env={**os.environ, **environment},
+    )
+
+
 @contextmanager
 def running(state: Path, *arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
     """`tiltyard up` and its services' addresses, from the ready line on."""
@@ -120,13 +133,7 @@ def test_ports_follow_the_base(tmp_path: Path) -> None:
     base = next(port for port in free_ports(50) if port % 2 == 0) - 1
     with running(tmp_path / "state", "--port-base", str(base)) as (_, addresses):
         assert list(addresses.values()) == [f"127.0.0.1:{base + n}" for n in range(1, 5)]
-        second = subprocess.run(
-            [sys.executable, "-m", "tiltyard.cli", "up", "--state", str(tmp_path / "two"), "--port-base", str(base)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        second = up("--state", str(tmp_path / "two"), "--port-base", str(base))
         assert second.returncode == 1
         assert f"port {base + 1} is taken" in second.stderr
 
@@ -137,41 +144,21 @@ def test_two_of_one_state_are_refused_and_others_see_nothing_of_it(tmp_path: Pat
         assert [oct(path.stat().st_mode & 0o077) for path in (state, state / "registry", state / "validator")] == 3 * [
             "0o0"
         ]
-        second = subprocess.run(
-            [sys.executable, "-m", "tiltyard.cli", "up", "--state", str(state), "--port-base", "0"],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
+        second = up("--state", str(state), "--port-base", "0")
         assert (second.returncode, second.stdout) == (1, "")
         assert second.stderr == f"error: {state} is in use by another `tiltyard up`; choose another --state\n"
 
 
 def test_who_asks_for_tls_gets_no_plaintext(tmp_path: Path) -> None:
-    refused = subprocess.run(
-        [sys.executable, "-m", "tiltyard.cli", "up", "--state", str(tmp_path / "state"), "--port-base", "0"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env={**os.environ, "TILTYARD_TLS_KEY": "registry.key", "TILTYARD_TLS_CERTIFICATE": "registry.pem"},
-    )
+    environment = {"TILTYARD_TLS_KEY": "registry.key", "TILTYARD_TLS_CERTIFICATE": "registry.pem"}
+    refused = up("--state", str(tmp_path / "state"), "--port-base", "0", **environment)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.startswith("error: TILTYARD_TLS_CERTIFICATE is set, but `tiltyard up` serves plaintext")
     assert not (tmp_path / "state").exists()
 
 
 def test_what_it_decides_itself_is_refused_where_it_is_set(tmp_path: Path) -> None:
-    refused = subprocess.run(
-        [sys.executable, "-m", "tiltyard.cli", "up", "--port-base", "0"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        cwd=tmp_path,
-        env={**os.environ, "TILTYARD_STATE_DIR": str(tmp_path / "state")},
-    )
+    refused = up("--port-base", "0", cwd=tmp_path, TILTYARD_STATE_DIR=str(tmp_path / "state"))
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.startswith("error: TILTYARD_STATE_DIR is set, but `tiltyard up` sees to that itself, --state")
     assert list(tmp_path.iterdir()) == []
@@ -189,14 +176,7 @@ def test_settings_of_services_are_handed_on_to_them(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_a_service_refuses_is_told(tmp_path: Path) -> None:
-    refused = subprocess.run(
-        [sys.executable, "-m", "tiltyard.cli", "up", "--state", str(tmp_path / "state"), "--port-base", "0"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={**os.environ, "TILTYARD_UNBONDING_TIME_S": "a week"},
-    )
+    refused = up("--state", str(tmp_path / "state"), "--port-base", "0", TILTYARD_UNBONDING_TIME_S="a week")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "TILTYARD_UNBONDING_TIME_S: Input should be a valid integer" in refused.stderr
     assert refused.stderr.splitlines()[-1] == "error: selector ended with status 2"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from services.registry import queue_lengths
+from services.registry import domain_metrics
 from services.trainer import training_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def test_each_metric_that_is_asked_for_exists(query: str) -> None:
 
 def test_what_an_alert_counts_up_is_told_from_zero_on() -> None:
     increases = {name for rule in ALERTS for name in re.findall(r"increase\((\w+)_total", rule["expr"])}
-    told = {each.name.replace(".", "_"): each for each in (training_metrics.DEATHS, queue_lengths.FAULTS)}
+    told = {each.name.replace(".", "_"): each for each in (training_metrics.DEATHS, domain_metrics.FAULTS)}
     assert increases == told.keys()
     assert all(each.sums() for each in told.values())
 

@@ -36,7 +36,7 @@ _COUNTED = (
 )
 
 
-class QueueLengths:
+class DomainMetrics:
     """Counts every ten seconds where metrics are collected; ends at once where they are not."""
 
     def __init__(self, database: Database) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from services.registry.queue_lengths import FAULTS, QueueLengths
+from services.registry.domain_metrics import FAULTS, DomainMetrics
 from services.registry.records import ValidatorFault
 from services.registry.states import ValidatorFaultKind
 from tests.store.test_registry_store import START, Opened
@@ -37,13 +37,13 @@ async def test_each_fault_of_a_validator_is_counted_once(opened: Opened) -> None
 
     # Those from before this process are in what an earlier one has told.
     await found(ValidatorFaultKind.OUTLIER, ValidatorFaultKind.OFFER_EXPIRED)
-    lengths = QueueLengths(opened.database)
+    counted = DomainMetrics(opened.database)
     before = told()
     assert before.keys() == {kind.name for kind in ValidatorFaultKind}
-    await lengths.count()
+    await counted.count()
     assert told() == before
     await found(ValidatorFaultKind.OFFER_EXPIRED, ValidatorFaultKind.OFFER_EXPIRED, ValidatorFaultKind.LEASE_EXPIRED)
     for _ in range(2):
-        await lengths.count()
+        await counted.count()
         more = {kind: number - before[kind] for kind, number in told().items()}
         assert more == {"OFFER_EXPIRED": 2, "LEASE_EXPIRED": 1, "SEAL_UNOPENED": 0, "OUTLIER": 0}
