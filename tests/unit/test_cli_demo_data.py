@@ -1,5 +1,6 @@
 """The demo's data: any rows and labels become a fair split and models that fit it."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,19 @@ def test_a_constant_column_stays_finite(tmp_path: Path) -> None:
 def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     with pytest.raises(CommandError, match=message):
         load_npz(saved(tmp_path, **arrays))
+
+
+def test_a_file_that_is_no_whole_npz_is_refused_without_advice(tmp_path: Path) -> None:
+    whole = saved(tmp_path, x=np.arange(80_000).reshape(-1, 2), y=np.arange(40_000) % 2)
+    damaged = bytearray(whole.read_bytes())
+    damaged[100:2000] = bytes(1900)
+    array = io.BytesIO()
+    np.save(array, np.zeros(4))
+    for content in (b"text", b"", whole.read_bytes()[:-30], bytes(damaged), array.getvalue()):
+        (tmp_path / "other.npz").write_bytes(content)
+        with pytest.raises(CommandError, match="not a npz file of plain arrays") as caught:
+            load_npz(tmp_path / "other.npz")
+        assert "pickle" not in str(caught.value)
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,13 @@ def test_an_npz_that_was_damaged_or_cut_is_no_dataset(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match=r"a\.npz"):
             pack(source, tmp_path / "out")
         source.write_bytes(good[: len(good) // 2])
+        with pytest.raises(DatasetError, match=r"a\.npz"):
+            pack(source, tmp_path / "out")
+    for words in (b"{'descr': (", b"  {\n 1\n"):
+        header = words.ljust(118)
+        with zipfile.ZipFile(source, "w") as archive:
+            for name in ("x.npy", "y.npy"):
+                archive.writestr(name, b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
         with pytest.raises(DatasetError, match=r"a\.npz"):
             pack(source, tmp_path / "out")
 

@@ -3,6 +3,7 @@
 import math
 import shutil
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,12 @@ from numpy.lib import format as npy
 
 from tiltyard.datasources.rows import Array, DatasetError, Rows, batch_rows
 
+UNREADABLE = (
+    *(ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),
+    # Of a header that is no literal of Python's.
+    *(SyntaxError, tokenize.TokenError),
+)
+"""What zipfile and numpy raise for a damaged file, an encrypted one, and one of objects."""
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
@@ -34,7 +41,7 @@ def batches(path: Path, *, scratch: Path) -> Iterator[Rows]:
                 step = batch_rows(x.row_bytes + y.row_bytes)
                 for some_x, some_y in zip(x.batches(step, scratch), y.batches(step, scratch), strict=True):
                     yield Rows(some_x, some_y)
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise DatasetError(f"{path.name}: {error}") from error
 
 

@@ -1,6 +1,7 @@
 """The demo's data: what it is, how its rows are divided among creator and nodes, and which models suit it."""
 
 import math
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from tiltyard.cli.connection import CommandError
 from tiltyard.datasets import smallest
+from tiltyard.datasources.npz import UNREADABLE
 from tiltyard.type.v1 import model_pb2
 
 Array = NDArray[Any]
@@ -69,6 +71,9 @@ def load_npz(path: Path) -> Rows:
     y holds whole numbers. Raises CommandError that says what does not fit.
     """
     try:
+        # Of anything else numpy says how it could be unpickled.
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise CommandError(f"{path} is not a npz file of plain arrays")
         with np.load(path, allow_pickle=False) as arrays:
             missing = {"x", "y"} - set(arrays.files)
             if missing:
@@ -76,7 +81,7 @@ def load_npz(path: Path) -> Rows:
             x, y = arrays["x"], arrays["y"]
     except FileNotFoundError:
         raise CommandError(f"there is no file {path}") from None
-    except (OSError, ValueError, AttributeError, EOFError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise CommandError(f"{path} is not a npz file of plain arrays: {error}") from None
     return _rows(path.name, x, y)
 
