@@ -79,6 +79,42 @@ def _alone(abort: grpc.aio.AbortError) -> grpc.aio.AbortError:
     return abort.with_traceback(None)
 
 
+async def _only(requests: AsyncIterator[Any]) -> Any:
+    async for request in requests:
+        return request
+    raise InvalidArgument([], reason="NO_MESSAGE", message="this method takes one message, and none came")
+
+
+def streamed(handler: Handler) -> Handler:
+    """`handler` of one message as one that reads it from a client's stream, the same on the wire.
+
+    gRPC waits for that message before it calls a method, for as long as its caller likes; a stream's is called at once.
+    """
+
+    coders = {
+        "request_deserializer": handler.request_deserializer,
+        "response_serializer": handler.response_serializer,
+    }
+    if handler.response_streaming:
+
+        async def answers(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+            found = handler.unary_stream(await _only(requests), context)
+            if inspect.isawaitable(found):
+                await found
+            elif found is not None:
+                async with aclosing(found):
+                    async for answer in found:
+                        yield answer
+
+        return grpc.stream_stream_rpc_method_handler(answers, **coders)
+
+    async def answer(requests: AsyncIterator[Any], context: Context) -> Any:
+        found = handler.unary_unary(await _only(requests), context)
+        return await found if inspect.isawaitable(found) else found
+
+    return grpc.stream_unary_rpc_method_handler(answer, **coders)
+
+
 def surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handler:
     """`handler` with every call inside `around(context)`, for all four shapes.
 

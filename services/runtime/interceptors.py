@@ -16,10 +16,10 @@ import grpc
 import structlog
 
 from services.runtime.auth import AccessPolicy, Authenticator, maybe_caller, set_caller
-from services.runtime.call_shapes import Context, Handler, surrounded
+from services.runtime.call_shapes import Context, Handler, streamed, surrounded
 from services.runtime.errors import Unavailable, Unimplemented
 from services.runtime.idempotency import InFlight, RequestMemory, RequestScope, use_memory
-from services.runtime.limits import CallGate, Held
+from services.runtime.limits import CallGate, Held, UnreadCalls
 from services.runtime.rpc_errors import to_rpc_status
 from tiltyard.calls.observed import Calls, ObservedCall, answering
 from tiltyard.telemetry import metrics
@@ -60,11 +60,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> None:
         self.drain = drain
         self._gate = gate
+        self._unread = UnreadCalls()
         self._stream_idle_s = stream_idle_s
         self._authenticator = authenticator
         self._policy = policy or AccessPolicy()
         self._scope = None if memory is None else RequestScope(memory, InFlight())
-        self._known: dict[str, tuple[Handler, Handler]] = {}
+        self._known: dict[str, _Known] = {}
         # Bound once: an unbound logger costs every call a new one, printed or not.
         self._log = _log.bind()
 
@@ -83,27 +84,37 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = handler_call_details.method
-        plain, known = self._known.get(method, (None, None))
-        if plain is not handler:
+        known = self._known.get(method)
+        if known is None or known.handler is not handler:
             around = functools.partial(self._around, self._method(method))
-            known = surrounded(handler, around, self._stream_idle_s)
-            self._known[method] = (handler, known)
-        return known
+            known = self._known[method] = _Known(
+                handler,
+                surrounded(handler, around, self._stream_idle_s),
+                None if handler.request_streaming else surrounded(streamed(handler), around, self._stream_idle_s),
+            )
+        if self._gate is None or known.as_stream is None or self._unread.add():
+            return known.plain
+        return known.as_stream
 
     def _around(self, method: "_Method", context: Context) -> "_Surroundings":
         return _Surroundings(self, method, context)
 
-    def enter(self, method: "_Method", context: Context, headers: Headers) -> Held:
-        """Names the caller for the call when its token proves one whom the policy and the limits admit, or raises.
-
-        The call is counted for what this returns until `leave`.
-        """
-        held = () if self._authenticator is None else self._admit(self._authenticator, method, context, headers)
+    def enter(self, method: "_Method", context: Context, headers: Headers, task: "asyncio.Task[Any]") -> None:
+        """Names the caller for the call when its token proves one whom the policy and the limits admit, or raises."""
+        self._unread.read(task)
+        if self._authenticator is not None:
+            self._admit(self._authenticator, method, context, headers, task)
         if self._scope is not None:
             use_memory(self._scope)
-        return held
 
-    def _admit(self, authenticator: Authenticator, method: "_Method", context: Context, headers: Headers) -> Held:
+    def _admit(
+        self,
+        authenticator: Authenticator,
+        method: "_Method",
+        context: Context,
+        headers: Headers,
+        task: "asyncio.Task[Any]",
+    ) -> None:
         authorization = None
         for key, value in headers:
             if key == "authorization":
@@ -117,12 +128,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._policy.check(method.name, caller)
             # Each call has its own task and so its own context: nothing to reset.
             set_caller(caller)
-        return () if self._gate is None else self._gate.begin(caller, context.peer())
-
-    def leave(self, held: Held) -> None:
-        """The end of a call that `enter` has admitted."""
         if self._gate is not None:
-            self._gate.end(held)
+            # Not until its method is done: a caller that takes no answer holds its call.
+            task.add_done_callback(functools.partial(_end, self._gate, self._gate.begin(caller, context.peer())))
 
     def log_call(self, method: "_Method", code: grpc.StatusCode, duration_s: float) -> None:
         """One line a call: at level info when it failed or took long, at debug when there is nothing to learn."""
@@ -139,6 +147,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             duration_ms=round(duration_s * 1000, 2),
             caller=caller.id if caller else None,
         )
+
+
+def _end(gate: CallGate, held: Held, _task: "asyncio.Task[Any]") -> None:
+    gate.end(held)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A method's handler, the same surrounded, and surrounded as one that reads its only message from a stream."""
+
+    handler: Handler
+    plain: Handler
+    as_stream: Handler | None
+    """None where it reads a stream anyway."""
 
 
 @dataclass(frozen=True)
@@ -163,14 +185,13 @@ class _Surroundings:
     Written out, with neither generators nor context managers of its own: they would take as long as all they surround.
     """
 
-    __slots__ = ("_context", "_entered", "_held", "_interceptor", "_method", "_observed", "_started", "_task")
+    __slots__ = ("_context", "_entered", "_interceptor", "_method", "_observed", "_started", "_task")
 
     def __init__(self, interceptor: CallInterceptor, method: _Method, context: Context) -> None:
         self._interceptor = interceptor
         self._method = method
         self._context = context
         self._entered = False
-        self._held: Held = ()
         self._observed: ObservedCall | None = None
 
     async def __aenter__(self) -> None:
@@ -181,7 +202,7 @@ class _Surroundings:
         try:
             self._task = self._interceptor.drain.begin(self._method)
             self._entered = True
-            self._held = self._interceptor.enter(self._method, self._context, headers)
+            self._interceptor.enter(self._method, self._context, headers, self._task)
         except BaseException as error:
             await self.__aexit__(type(error), error, None)
             raise
@@ -193,7 +214,6 @@ class _Surroundings:
         interceptor, method, context = self._interceptor, self._method, self._context
         try:
             if self._entered:
-                interceptor.leave(self._held)
                 interceptor.drain.end(method, self._task)
                 # A task that was cancelled keeps the error, which keeps this and the request: a circle without this.
                 del self._task

@@ -1,11 +1,13 @@
 """How many calls one caller may start and have running, so that nobody takes a server from the others."""
 
+import asyncio
 import functools
 import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import unquote
 
 from services.runtime.auth import Caller, Role
@@ -13,6 +15,8 @@ from services.runtime.errors import ResourceExhausted
 from services.runtime.kernel_sockets import network_of
 
 _REMEMBERED = 10_000
+_KEPT_FREE = 16
+_MOST_UNREAD = 64
 
 Held = tuple[str, ...]
 """What a running call is counted for: its caller, its address."""
@@ -61,10 +65,18 @@ class Buckets:
 
 
 class CallGate:
-    """Admits calls by their caller's limits. `clock` gives seconds and never goes back."""
+    """Admits calls by their caller's limits. `clock` gives seconds and never goes back.
 
-    def __init__(self, limits: CallLimits, clock: Callable[[], float] = time.monotonic) -> None:
+    Of the `room` for calls that a server has, a sixteenth is kept for exempt callers: who floods it does not shut out
+    its operator, nor the services that it works with. None: there is no end to it.
+    """
+
+    def __init__(
+        self, limits: CallLimits, clock: Callable[[], float] = time.monotonic, *, room: int | None = None
+    ) -> None:
         self._limits = limits
+        self._for_anyone = math.inf if room is None else room - room // _KEPT_FREE
+        self._calls = 0
         self._participants = Buckets(limits.per_second, limits.burst, clock)
         self._addresses = Buckets(limits.per_second, limits.burst, clock)
         self._running: dict[str, int] = {}
@@ -80,11 +92,13 @@ class CallGate:
     def begin(self, caller: Caller | None, peer: str) -> Held:
         """Before a call of `caller`, or of one who needs no token; what it returns is to `end`.
 
-        Raises ResourceExhausted: CALL_RATE with the wait, CALLS_IN_FLIGHT, or CALLS_IN_FLIGHT_PER_ADDRESS.
+        Raises ResourceExhausted: CALL_RATE with the wait, CALLS_IN_FLIGHT, CALLS_IN_FLIGHT_PER_ADDRESS, or
+        CALLS_IN_FLIGHT_IN_ALL.
         """
         limits, held = self._limits, []
         if caller is not None:
             if self._is_exempt(caller):
+                self._calls += 1
                 return ()
             if limits.per_second:
                 self._take(self._participants, caller.id, f"participants/{caller.id}")
@@ -94,12 +108,16 @@ class CallGate:
             address = _address(peer)
             self._check(address, limits.in_flight_per_address, "CALLS_IN_FLIGHT_PER_ADDRESS", "your address")
             held.append(address)
+        if self._calls >= self._for_anyone:
+            raise ResourceExhausted("CALLS_IN_FLIGHT_IN_ALL", "this server runs as many calls as it may, try again")
+        self._calls += 1
         for name in held:
             self._running[name] = self._running.get(name, 0) + 1
         return tuple(held)
 
     def end(self, held: Held) -> None:
-        """After a call that `begin` has let in."""
+        """After a call that `begin` has let in, when its answer has been taken."""
+        self._calls -= 1
         for name in held:
             running = self._running.pop(name) - 1
             if running:
@@ -122,6 +140,31 @@ class CallGate:
                 retry_after_s=math.ceil(wait_s * 1000) / 1000,
                 limit=f"{self._limits.per_second:g}",
             )
+
+
+class UnreadCalls:
+    """The calls that gRPC has begun and whose only message it waits for, before it asks anything of ours.
+
+    There may be 64 at a time. A caller that held more of them would be counted nowhere, and could take a server's whole
+    room by calls that say nothing: any further ones are to be read as streams.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any] | None] = set()
+
+    def add(self) -> bool:
+        """Whether the current task's call may be one of them; it is until `read`, or until the task is done."""
+        if len(self._tasks) >= _MOST_UNREAD:
+            # Some may have ended without a message.
+            self._tasks = {task for task in self._tasks if task is not None and not task.done()}
+            if len(self._tasks) >= _MOST_UNREAD:
+                return False
+        self._tasks.add(asyncio.current_task())
+        return True
+
+    def read(self, task: asyncio.Task[Any]) -> None:
+        """The message of the task's call is there."""
+        self._tasks.discard(task)
 
 
 def _address(peer: str) -> str:

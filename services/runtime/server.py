@@ -87,7 +87,7 @@ class ArenaServer:
         self._drain = Drain()
         self._connections = connections
         self._keepers: list[asyncio.Task[None]] = []
-        gate = CallGate(limits) if limits else None
+        gate = CallGate(limits, room=max_concurrent_rpcs) if limits else None
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(self._drain, authenticator, policy, remembered, gate, stream_idle_s)],
             options=[*_options(max_message_bytes), *connections.options()],

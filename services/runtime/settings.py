@@ -95,7 +95,8 @@ class ServiceSettings(BaseSettings):
     connection_age_s: Annotated[float, Field(ge=0, le=1e7)] = ConnectionLimits.age_s
     """A connection that old is asked to go, and cut ten minutes later; 0: never."""
     stream_idle_s: Annotated[float, Field(ge=0, le=1e6)] = 60.0
-    """An upload of which no whole message comes for so long ends, and can be resumed; 0: never."""
+    """An upload of which no whole message comes for so long ends, and can be resumed; 0: never. Among many calls that
+    have sent no message yet, each has so long for it."""
     plaintext_anywhere: bool = False
     """Lets a server without TLS listen beyond the loopback interface, for networks that encrypt by themselves."""
     listen: str = "127.0.0.1:0"

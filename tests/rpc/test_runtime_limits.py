@@ -22,6 +22,7 @@ from services.runtime.connections import ConnectionLimits
 from services.runtime.errors import ResourceExhausted
 from services.runtime.limits import Buckets, CallGate, CallLimits
 from services.runtime.server import ArenaServer, Mount
+from tests.support import http2
 from tiltyard.calls.channel import open_channel
 from tiltyard.calls.resuming import persist
 from tiltyard.identity import Key, TokenSource, issue_token
@@ -242,6 +243,84 @@ def test_an_address_is_one_of_ipv4_or_a_network_of_ipv6() -> None:
     for each in held:
         gate.end(each)
     assert gate.begin(None, "ipv6:%5B2001:db8::2%5D:6000")
+
+
+async def test_calls_that_send_no_message_are_counted_for_their_address_and_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # gRPC calls no method of one message before that is there.
+    monkeypatch.setattr(limits_module, "_MOST_UNREAD", 4)
+    limits = CallLimits(in_flight_per_address=3)
+    async with (
+        serving(limits=limits, stream_idle_s=0.2) as server,
+        signed(server, Key.generate()) as silent,
+        signed(server, Key.generate()) as honest,
+    ):
+        # Headers, and then nothing: a client's stream is the same on the wire.
+        calls = [silent.stream_unary(f"/test.v1.Streams/{name}")() for name in ("Get", "Watch") * 6]
+        refused = ("RESOURCE_EXHAUSTED", "CALLS_IN_FLIGHT_PER_ADDRESS")
+        assert await until_failed(calls, 12 - 4 - 3) == [refused] * 5
+        ended = await until_failed(calls, 12 - 4)
+        assert sorted(ended) == [refused] * 5 + [("UNAVAILABLE", "STREAM_IDLE")] * 3
+        # Those that gRPC keeps stay, and others are served beside them.
+        assert sum(not call.done() for call in calls) == 4
+        assert (await get(honest)).value == "x"
+        assert await raw_call(honest, "Watch")(StringValue(value="x").SerializeToString()).read()
+        for call in calls:
+            call.cancel()
+
+
+async def until_failed(calls: list[Any], count: int) -> list[tuple[str, str]]:
+    """Waits until at least `count` of `calls` have ended, each by an error: their codes and reasons."""
+    async with asyncio.timeout(20):
+        while sum(call.done() for call in calls) < count:  # noqa: ASYNC110 - to await a call and let go cancels it
+            await asyncio.sleep(0.02)
+    ended = []
+    for call in [call for call in calls if call.done()]:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        ended.append(reason(caught.value)[:2])
+    return ended
+
+
+async def get_until_refused(channel: grpc.aio.Channel) -> None:
+    while True:
+        await get(channel)
+
+
+async def test_a_caller_that_takes_no_answers_is_counted_for_its_calls() -> None:
+    limits = CallLimits(in_flight=3, in_flight_per_address=0)
+    key = Key.generate()
+    token = {"authorization": f"Bearer {issue_token(key, audience=AUDIENCE)}"}
+    request = StringValue(value="x").SerializeToString()
+    async with serving(limits=limits) as server, signed(server, key) as channel:
+        calls = b"".join(http2.call(stream, "/test.v1.Streams/Get", request, token) for stream in (1, 3, 5))
+        with closing(connect(server, 1, say=http2.greeting() + calls)):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await asyncio.wait_for(get_until_refused(channel), 20)
+            assert reason(caught.value)[:2] == ("RESOURCE_EXHAUSTED", "CALLS_IN_FLIGHT")
+        async with asyncio.timeout(20):
+            while True:  # until it knows that the connection has ended
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await get(channel)
+                    break
+
+
+async def test_some_room_is_kept_for_operators_and_services() -> None:
+    operator = Key.generate()
+    authenticator = Authenticator([AUDIENCE], operators=[operator.id])
+    async with (
+        serving(authenticator=authenticator, limits=CallLimits(), max_concurrent_rpcs=32) as server,
+        signed(server, Key.generate()) as crowd,
+        signed(server, operator) as exempt,
+    ):
+        watches = [raw_call(crowd, "Watch")(b"") for _ in range(30)]
+        for watch in watches:
+            await watch.read()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await get(crowd)
+        assert reason(caught.value)[:2] == ("RESOURCE_EXHAUSTED", "CALLS_IN_FLIGHT_IN_ALL")
+        await get(exempt)
 
 
 async def test_unproven_callers_of_one_address_share_a_rate() -> None:
