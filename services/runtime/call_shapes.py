@@ -2,54 +2,80 @@
 
 import asyncio
 import inspect
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from services.runtime.errors import InvalidArgument, Unavailable
+from services.runtime.limits import Turn
+
+_LASTING_BYTES = 65_536
 
 # grpc types neither handlers nor contexts usefully: messages are of any type here.
 Handler = Any
 Context = Any
-Around = Callable[[Context], AbstractAsyncContextManager[None]]
 
 
-class _Undecodable:
-    """Stands for bytes that are no message of the method's; gRPC itself would answer them with an internal error."""
+class Surrounding(Protocol):
+    """A call that is being served."""
+
+    def turn(self) -> Turn:
+        """What is held while one of its messages comes in."""
 
 
-def _decoding(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+Around = Callable[[Context], AbstractAsyncContextManager[Surrounding]]
+
+
+class _Unfit:
+    """Stands for bytes that are no message for the method; gRPC itself would answer them with an internal error."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        self.error = InvalidArgument([], reason=reason, message=message)
+
+
+def _decoding(decode: Callable[[bytes], Any] | None, most_bytes: float = math.inf) -> Callable[[bytes], Any] | None:
     if decode is None:
         return None
 
     def decoded(raw: bytes) -> Any:
+        if len(raw) > most_bytes:
+            return _Unfit("REQUEST_TOO_LARGE", f"a request of this method has at most {most_bytes} bytes")
         try:
             return decode(raw)
         except DecodeError:
-            return _Undecodable()
+            return _Unfit("NOT_A_MESSAGE", "the bytes are no message of this method")
 
     return decoded
 
 
+def _request_decoding(handler: Handler) -> Callable[[bytes], Any] | None:
+    # A request that is answered by a stream lies in memory as long as that: a watch lasts for hours.
+    lasting = handler.response_streaming and not handler.request_streaming
+    return _decoding(handler.request_deserializer, _LASTING_BYTES if lasting else math.inf)
+
+
 def _checked(request: Any) -> Any:
-    if isinstance(request, _Undecodable):
-        raise InvalidArgument([], reason="NOT_A_MESSAGE", message="the bytes are no message of this method")
+    if isinstance(request, _Unfit):
+        raise request.error
     return request
 
 
 class _InTime:
     """The messages of a client's stream, each whole within `idle_s` seconds (0: whenever) of the one before.
 
+    While one comes in, `turn` is held: without it no byte more of it is taken than gRPC lets come unasked.
     No generator: one that its method leaves half read would be closed who knows when. gRPC's is one, and keeps the last
     message, until `aclose`.
     """
 
-    def __init__(self, requests: Any, idle_s: float) -> None:
+    def __init__(self, requests: Any, idle_s: float, turn: Turn) -> None:
         self._requests = requests
         self._idle_s = idle_s
+        self._turn = turn
 
     def __aiter__(self) -> "_InTime":
         self._requests = aiter(self._requests)
@@ -57,7 +83,7 @@ class _InTime:
 
     async def __anext__(self) -> Any:
         try:
-            async with asyncio.timeout(self._idle_s or None):
+            async with asyncio.timeout(self._idle_s or None), self._turn:
                 return _checked(await anext(self._requests))
         except TimeoutError:
             idle_s = f"{self._idle_s:g}"
@@ -92,7 +118,7 @@ def streamed(handler: Handler) -> Handler:
     """
 
     coders = {
-        "request_deserializer": handler.request_deserializer,
+        "request_deserializer": _request_decoding(handler),
         "response_serializer": handler.response_serializer,
     }
     if handler.response_streaming:
@@ -124,14 +150,14 @@ def surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handle
 
     streaming = handler.request_streaming
 
-    def taken(request: Any) -> Any:
-        return _InTime(request, stream_idle_s) if streaming else _checked(request)
+    def taken(request: Any, call: Surrounding) -> Any:
+        return _InTime(request, stream_idle_s, call.turn()) if streaming else _checked(request)
 
     def unary(behaviour: Any) -> Any:
         async def call(request: Any, context: Context) -> Any:
             try:
-                async with around(context):
-                    request = taken(request)
+                async with around(context) as call:
+                    request = taken(request, call)
                     try:
                         answer = behaviour(request, context)
                         return await answer if inspect.isawaitable(answer) else answer
@@ -147,8 +173,8 @@ def surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handle
     def stream(behaviour: Any) -> Any:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             try:
-                async with around(context):
-                    request = taken(request)
+                async with around(context) as call:
+                    request = taken(request, call)
                     try:
                         answers = behaviour(request, context)
                         if inspect.isawaitable(answers):
@@ -167,7 +193,7 @@ def surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handle
         return call
 
     coders = {
-        "request_deserializer": _decoding(handler.request_deserializer),
+        "request_deserializer": _request_decoding(handler),
         "response_serializer": handler.response_serializer,
     }
     if handler.request_streaming and handler.response_streaming:

@@ -4,13 +4,14 @@ All of it is one interceptor: each further one would cost every call a wrapper, 
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import structlog
@@ -19,7 +20,7 @@ from services.runtime.auth import AccessPolicy, Authenticator, maybe_caller, set
 from services.runtime.call_shapes import Context, Handler, streamed, surrounded
 from services.runtime.errors import Unavailable, Unimplemented
 from services.runtime.idempotency import InFlight, RequestMemory, RequestScope, use_memory
-from services.runtime.limits import CallGate, Held, UnreadCalls
+from services.runtime.limits import CallGate, Held, Turn, UnreadCalls
 from services.runtime.rpc_errors import to_rpc_status
 from tiltyard.calls.observed import Calls, ObservedCall, answering
 from tiltyard.telemetry import metrics
@@ -132,6 +133,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # Not until its method is done: a caller that takes no answer holds its call.
             task.add_done_callback(functools.partial(_end, self._gate, self._gate.begin(caller, context.peer())))
 
+    def turn(self, context: Context) -> Turn:
+        """What the call has to hold while one of its messages comes in."""
+        return contextlib.nullcontext() if self._gate is None else self._gate.turn(maybe_caller(), context.peer())
+
     def log_call(self, method: "_Method", code: grpc.StatusCode, duration_s: float) -> None:
         """One line a call: at level info when it failed or took long, at debug when there is nothing to learn."""
         # A watch lasts until its caller goes.
@@ -194,7 +199,11 @@ class _Surroundings:
         self._entered = False
         self._observed: ObservedCall | None = None
 
-    async def __aenter__(self) -> None:
+    def turn(self) -> Turn:
+        """What is held while one of its messages comes in."""
+        return self._interceptor.turn(self._context)
+
+    async def __aenter__(self) -> Self:
         self._started = time.monotonic()
         headers = self._context.invocation_metadata() or ()
         calls = self._method.calls
@@ -206,6 +215,7 @@ class _Surroundings:
         except BaseException as error:
             await self.__aexit__(type(error), error, None)
             raise
+        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

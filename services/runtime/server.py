@@ -90,7 +90,7 @@ class ArenaServer:
         gate = CallGate(limits, room=max_concurrent_rpcs) if limits else None
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(self._drain, authenticator, policy, remembered, gate, stream_idle_s)],
-            options=[*_options(max_message_bytes), *connections.options()],
+            options=[*_options(max_message_bytes, strangers=limits is not None), *connections.options()],
             maximum_concurrent_rpcs=max_concurrent_rpcs,
         )
         self._health = health.HealthServicer()
@@ -163,14 +163,18 @@ class ArenaServer:
         await self.stop(grace_s=0)
 
 
-def _options(max_message_bytes: int) -> list[tuple[str, int]]:
-    return [
+def _options(max_message_bytes: int, *, strangers: bool) -> list[tuple[str, int]]:
+    options = [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         # Two servers on one port would share its calls at random.
         ("grpc.so_reuseport", 0),
         ("grpc.enable_channelz", 1),
     ]
+    if strangers:
+        # To fill fast connections gRPC lets each stream send up to half a gigabyte that nobody has asked for.
+        options.append(("grpc.http2.bdp_probe", 0))
+    return options
 
 
 def server_tls(settings: "ServiceSettings") -> ServerTls | None:

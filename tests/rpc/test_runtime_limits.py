@@ -306,6 +306,20 @@ async def test_a_caller_that_takes_no_answers_is_counted_for_its_calls() -> None
                     break
 
 
+@pytest.mark.parametrize("method", ["Get", "Watch", "Collect", "Echo"])
+async def test_messages_that_are_never_whole_take_little_memory(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits_module, "_MOST_UNREAD", 4)
+    monkeypatch.setattr(limits_module, "_MOST_READ", 8)
+    key = Key.generate()
+    token = {"authorization": f"Bearer {issue_token(key, audience=AUDIENCE)}"}
+    size, calls = 4_000_000, 60
+    async with serving(limits=CallLimits(), stream_idle_s=60) as server, signed(server, key) as channel:
+        taken = await http2.push(server.port, f"/test.v1.Streams/{method}", token, calls=calls, message_bytes=size)
+        # What is read at once comes whole, of all others only what a stream may send unasked.
+        assert taken <= (4 + 8) * size + calls * 65_535
+        assert (await asyncio.wait_for(get(channel), 20)).value == "x"
+
+
 async def test_some_room_is_kept_for_operators_and_services() -> None:
     operator = Key.generate()
     authenticator = Authenticator([AUDIENCE], operators=[operator.id])
@@ -393,6 +407,17 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument(method: str) ->
             running = call(timeout=10)
             await running.write(nonsense)
         assert await running.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_request_that_lasts_as_long_as_its_stream_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(limits=CallLimits()) as server, signed(server, Key.generate()) as channel:
+        large = StringValue(value="x" * 65_536).SerializeToString()
+        assert await raw_call(channel, "Get")(large) == large
+        for most_unread in (limits_module._MOST_UNREAD, 0):
+            monkeypatch.setattr(limits_module, "_MOST_UNREAD", most_unread)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await raw_call(channel, "Watch")(large).read()
+            assert reason(caught.value)[:2] == ("INVALID_ARGUMENT", "REQUEST_TOO_LARGE")
 
 
 def connect(
