@@ -5,15 +5,13 @@ import inspect
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from services.runtime.errors import InvalidArgument, Unavailable
-from services.runtime.limits import Turn
-
-_LASTING_BYTES = 65_536
+from services.runtime.messages import LARGE_BYTES, LetGo, Turn
 
 # grpc types neither handlers nor contexts usefully: messages are of any type here.
 Handler = Any
@@ -25,6 +23,9 @@ class Surrounding(Protocol):
 
     def turn(self) -> Turn:
         """What is held while one of its messages comes in."""
+
+    def hold(self, size_bytes: int) -> LetGo:
+        """Before a large answer goes out; what it returns is to be called when that was taken. Raises ArenaError."""
 
 
 Around = Callable[[Context], AbstractAsyncContextManager[Surrounding]]
@@ -55,7 +56,7 @@ def _decoding(decode: Callable[[bytes], Any] | None, most_bytes: float = math.in
 def _request_decoding(handler: Handler) -> Callable[[bytes], Any] | None:
     # A request that is answered by a stream lies in memory as long as that: a watch lasts for hours.
     lasting = handler.response_streaming and not handler.request_streaming
-    return _decoding(handler.request_deserializer, _LASTING_BYTES if lasting else math.inf)
+    return _decoding(handler.request_deserializer, LARGE_BYTES if lasting else math.inf)
 
 
 def _checked(request: Any) -> Any:
@@ -148,7 +149,10 @@ def surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handle
     the plain function that the generated base answers UNIMPLEMENTED with.
     """
 
-    streaming = handler.request_streaming
+    streaming, encode = handler.request_streaming, handler.response_serializer
+
+    def encoded(answer: Any) -> Any:
+        return answer if isinstance(answer, bytes) else encode(answer)
 
     def taken(request: Any, call: Surrounding) -> Any:
         return _InTime(request, stream_idle_s, call.turn()) if streaming else _checked(request)
@@ -160,7 +164,11 @@ def surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handle
                     request = taken(request, call)
                     try:
                         answer = behaviour(request, context)
-                        return await answer if inspect.isawaitable(answer) else answer
+                        raw = encoded(await answer if inspect.isawaitable(answer) else answer)
+                        if len(raw) > LARGE_BYTES:
+                            # gRPC sends it when this has returned, as the last thing that the task does.
+                            cast(asyncio.Task[Any], asyncio.current_task()).add_done_callback(call.hold(len(raw)))
+                        return raw
                     finally:
                         if streaming:
                             await request.aclose()
@@ -182,7 +190,15 @@ def surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handle
                         elif answers is not None:
                             async with aclosing(answers):
                                 async for answer in answers:
-                                    yield answer
+                                    raw = encoded(answer)
+                                    if len(raw) <= LARGE_BYTES:
+                                        yield raw
+                                        continue
+                                    let_go = call.hold(len(raw))
+                                    try:
+                                        yield raw
+                                    finally:
+                                        let_go()
                     finally:
                         if streaming:
                             await request.aclose()
@@ -194,7 +210,8 @@ def surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handle
 
     coders = {
         "request_deserializer": _request_decoding(handler),
-        "response_serializer": handler.response_serializer,
+        # For what a method writes on the context.
+        "response_serializer": encoded,
     }
     if handler.request_streaming and handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler(stream(handler.stream_stream), **coders)

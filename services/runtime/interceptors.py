@@ -4,7 +4,6 @@ All of it is one interceptor: each further one would cost every call a wrapper, 
 """
 
 import asyncio
-import contextlib
 import functools
 import logging
 import time
@@ -18,9 +17,11 @@ import structlog
 
 from services.runtime.auth import AccessPolicy, Authenticator, maybe_caller, set_caller
 from services.runtime.call_shapes import Context, Handler, streamed, surrounded
-from services.runtime.errors import Unavailable, Unimplemented
+from services.runtime.drain import Drain, draining
+from services.runtime.errors import Unimplemented
 from services.runtime.idempotency import InFlight, RequestMemory, RequestScope, use_memory
-from services.runtime.limits import CallGate, Held, Turn, UnreadCalls
+from services.runtime.limits import CallGate, Held
+from services.runtime.messages import LetGo, MessageRoom, Turn, UnreadCalls
 from services.runtime.rpc_errors import to_rpc_status
 from tiltyard.calls.observed import Calls, ObservedCall, answering
 from tiltyard.telemetry import metrics
@@ -52,7 +53,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(
         self,
-        drain: "Drain",
+        drain: Drain,
         authenticator: Authenticator | None = None,
         policy: AccessPolicy | None = None,
         memory: RequestMemory | None = None,
@@ -60,7 +61,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         stream_idle_s: float = 0.0,
     ) -> None:
         self.drain = drain
-        self._gate = gate
+        self.gate = gate
+        self.messages = MessageRoom()
         self._unread = UnreadCalls()
         self._stream_idle_s = stream_idle_s
         self._authenticator = authenticator
@@ -93,14 +95,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 surrounded(handler, around, self._stream_idle_s),
                 None if handler.request_streaming else surrounded(streamed(handler), around, self._stream_idle_s),
             )
-        if self._gate is None or known.as_stream is None or self._unread.add():
+        if self.gate is None or known.as_stream is None or self._unread.add():
             return known.plain
         return known.as_stream
 
     def _around(self, method: "_Method", context: Context) -> "_Surroundings":
         return _Surroundings(self, method, context)
 
-    def enter(self, method: "_Method", context: Context, headers: Headers, task: "asyncio.Task[Any]") -> None:
+    def enter(self, method: "_Method", context: Context, headers: Headers, task: asyncio.Task[Any]) -> None:
         """Names the caller for the call when its token proves one whom the policy and the limits admit, or raises."""
         self._unread.read(task)
         if self._authenticator is not None:
@@ -114,28 +116,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method: "_Method",
         context: Context,
         headers: Headers,
-        task: "asyncio.Task[Any]",
+        task: asyncio.Task[Any],
     ) -> None:
         authorization = None
         for key, value in headers:
             if key == "authorization":
                 authorization = value
                 break
-        if self._gate is not None and (method.free or not authenticator.knows(authorization)):
-            self._gate.admit_stranger(context.peer())
+        if self.gate is not None and (method.free or not authenticator.knows(authorization)):
+            self.gate.admit_stranger(context.peer())
         caller = None
         if not method.free:
             caller = authenticator.authenticate(authorization)
             self._policy.check(method.name, caller)
             # Each call has its own task and so its own context: nothing to reset.
             set_caller(caller)
-        if self._gate is not None:
+        if self.gate is not None:
             # Not until its method is done: a caller that takes no answer holds its call.
-            task.add_done_callback(functools.partial(_end, self._gate, self._gate.begin(caller, context.peer())))
-
-    def turn(self, context: Context) -> Turn:
-        """What the call has to hold while one of its messages comes in."""
-        return contextlib.nullcontext() if self._gate is None else self._gate.turn(maybe_caller(), context.peer())
+            task.add_done_callback(functools.partial(_end, self.gate, self.gate.begin(caller, context.peer())))
 
     def log_call(self, method: "_Method", code: grpc.StatusCode, duration_s: float) -> None:
         """One line a call: at level info when it failed or took long, at debug when there is nothing to learn."""
@@ -154,7 +152,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
 
-def _end(gate: CallGate, held: Held, _task: "asyncio.Task[Any]") -> None:
+def _end(gate: CallGate, held: Held, _task: asyncio.Task[Any]) -> None:
     gate.end(held)
 
 
@@ -201,7 +199,15 @@ class _Surroundings:
 
     def turn(self) -> Turn:
         """What is held while one of its messages comes in."""
-        return self._interceptor.turn(self._context)
+        return self._interceptor.messages.turn(self._address())
+
+    def hold(self, size_bytes: int) -> LetGo:
+        """Before an answer of that size goes out; what it returns is to be called when that was taken."""
+        return self._interceptor.messages.hold(self._address(), size_bytes)
+
+    def _address(self) -> str | None:
+        gate = self._interceptor.gate
+        return None if gate is None else gate.counted_address(maybe_caller(), self._context.peer())
 
     async def __aenter__(self) -> Self:
         self._started = time.monotonic()
@@ -233,7 +239,7 @@ class _Surroundings:
                 if not interceptor.drain.ends(method, context):
                     code = grpc.StatusCode.CANCELLED
                     return
-                error = _draining()
+                error = draining()
             # With AbortError the method has answered by itself.
             if isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
                 await _abort(method.name, context, error)
@@ -258,63 +264,3 @@ async def _abort(method: str, context: Context, error: Exception) -> None:
     status = to_rpc_status(error)
     _REFUSALS.add(reason=getattr(error, "reason", "INTERNAL"), code=status.code.name)
     await context.abort(status.code, status.message, status.trailing_metadata)
-
-
-class Drain:
-    """Ends the streams that would never end by themselves (`Watch...`, reflection) as the server drains: UNAVAILABLE.
-
-    Their callers then watch another server, or this one after its restart; every other call is left to finish. The
-    watches of health end last, since they are how a client learns of the drain, and reflection with them, by which a
-    tool reads the answers of calls that are still to come.
-    """
-
-    def __init__(self) -> None:
-        self._running: set[asyncio.Task[Any]] = set()
-        self._watching: set[asyncio.Task[Any]] = set()
-        self._watching_server: set[asyncio.Task[Any]] = set()
-        self._draining = False
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def begin(self, method: "_Method") -> "asyncio.Task[Any]":
-        """The beginning of a call: from here on `drain` waits for it, or ends it when it is a watch."""
-        if method.watch and self._draining:
-            raise _draining()
-        task = asyncio.current_task()
-        assert task is not None  # a call is a task
-        self._group(method).add(task)
-        self._note_idle()
-        return task
-
-    def end(self, method: "_Method", task: "asyncio.Task[Any]") -> None:
-        """The end of a call that has begun."""
-        self._group(method).discard(task)
-        self._note_idle()
-
-    def ends(self, method: "_Method", context: Context) -> bool:
-        """Whether a call that was cancelled was so by `drain`, and not by its caller."""
-        return method.watch and self._draining and not context.cancelled()
-
-    def _group(self, method: "_Method") -> set[asyncio.Task[Any]]:
-        if method.about_server:
-            return self._watching_server
-        return self._watching if method.watch else self._running
-
-    def _note_idle(self) -> None:
-        if self._running or self._watching:
-            self._idle.clear()
-        else:
-            self._idle.set()
-
-    async def drain(self) -> None:
-        """Ends the watches, now and from now on, and those of the server itself when no other call is left."""
-        self._draining = True
-        for task in list(self._watching):
-            task.cancel()
-        await self._idle.wait()
-        for task in list(self._watching_server):
-            task.cancel()
-
-
-def _draining() -> Unavailable:
-    return Unavailable("SERVER_DRAINING", "this server is stopping, watch again")

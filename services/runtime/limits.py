@@ -1,17 +1,12 @@
 """How many calls one caller may start and have running, so that nobody takes a server from the others."""
 
-import asyncio
-import contextlib
 import functools
 import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import unquote
-from weakref import WeakValueDictionary
 
 from services.runtime.auth import Caller, Role
 from services.runtime.errors import ResourceExhausted
@@ -19,12 +14,9 @@ from services.runtime.kernel_sockets import network_of
 
 _REMEMBERED = 10_000
 _KEPT_FREE = 16
-_MOST_UNREAD = 32
-_MOST_READ = 64
 
 Held = tuple[str, ...]
 """What a running call is counted for: its caller, its address."""
-Turn = AbstractAsyncContextManager[None]
 
 
 @dataclass(frozen=True)
@@ -35,8 +27,6 @@ class CallLimits:
     run at once, and `in_flight_per_address` of all callers of one address, 0 again for any number. Keys cost nothing,
     so it is the second that keeps one machine from running all the calls that a server takes. Callers with a role in
     `exempt` have no limit. Of IPv6 a network of 64 bits counts as one address.
-
-    What has no setting: of one address 64 messages come in at a time, since a message takes memory before it is whole.
     """
 
     per_second: float = 500.0
@@ -87,7 +77,6 @@ class CallGate:
         self._participants = Buckets(limits.per_second, limits.burst, clock)
         self._addresses = Buckets(limits.per_second, limits.burst, clock)
         self._running: dict[str, int] = {}
-        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     def admit_stranger(self, peer: str) -> None:
         """Before anything is done for a call that proves no caller yet. Raises ResourceExhausted (CALL_RATE).
@@ -123,15 +112,10 @@ class CallGate:
             self._running[name] = self._running.get(name, 0) + 1
         return tuple(held)
 
-    def turn(self, caller: Caller | None, peer: str) -> Turn:
-        """What `caller` has to hold while a message of a stream comes in; one at a time for each message."""
-        if peer.startswith("unix:") or (caller is not None and self._is_exempt(caller)):
-            return contextlib.nullcontext()
-        address = _address(peer)
-        turns = self._turns.get(address)
-        if turns is None:
-            turns = self._turns[address] = asyncio.Semaphore(_MOST_READ)
-        return turns
+    def counted_address(self, caller: Caller | None, peer: str) -> str | None:
+        """What the messages of a call count for; None for those without limits."""
+        trusted = peer.startswith("unix:") or (caller is not None and self._is_exempt(caller))
+        return None if trusted else _address(peer)
 
     def end(self, held: Held) -> None:
         """After a call that `begin` has let in, when its answer has been taken."""
@@ -158,31 +142,6 @@ class CallGate:
                 retry_after_s=math.ceil(wait_s * 1000) / 1000,
                 limit=f"{self._limits.per_second:g}",
             )
-
-
-class UnreadCalls:
-    """The calls that gRPC has begun and whose only message it waits for, before it asks anything of ours.
-
-    There may be 32 at a time. A caller that held more of them would be counted nowhere, and could take a server's whole
-    room by calls that say nothing: any further ones are to be read as streams.
-    """
-
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[Any] | None] = set()
-
-    def add(self) -> bool:
-        """Whether the current task's call may be one of them; it is until `read`, or until the task is done."""
-        if len(self._tasks) >= _MOST_UNREAD:
-            # Some may have ended without a message.
-            self._tasks = {task for task in self._tasks if task is not None and not task.done()}
-            if len(self._tasks) >= _MOST_UNREAD:
-                return False
-        self._tasks.add(asyncio.current_task())
-        return True
-
-    def read(self, task: asyncio.Task[Any]) -> None:
-        """The message of the task's call is there."""
-        self._tasks.discard(task)
 
 
 def _address(peer: str) -> str:

@@ -22,8 +22,9 @@ from services.runtime.arrivals import ArrivalKeeper
 from services.runtime.auth import AccessPolicy, Authenticator, utc_now
 from services.runtime.certificates import ServerTls
 from services.runtime.connections import ConnectionLimits, Doorkeeper, raise_file_limit
+from services.runtime.drain import Drain
 from services.runtime.idempotency import RequestMemory
-from services.runtime.interceptors import CallInterceptor, Drain
+from services.runtime.interceptors import CallInterceptor
 from services.runtime.limits import CallGate, CallLimits
 from services.runtime.memory import keep_what_is_loaded
 from tiltyard.calls.allocator import keep_message_memory

@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
 
-from services.runtime import connections
+from services.runtime import connections, messages
 from services.runtime import limits as limits_module
 from services.runtime.auth import Authenticator, Role
 from services.runtime.connections import ConnectionLimits
@@ -46,6 +46,13 @@ class Streams:
     async def unary(self, request: StringValue, _context: object) -> StringValue:
         return request
 
+    async def large(self, _request: StringValue, _context: object) -> StringValue:
+        return StringValue(value="x" * 1_000_000)
+
+    async def download(self, _request: StringValue, _context: object) -> AsyncIterator[StringValue]:
+        for _ in range(10):
+            yield StringValue(value="x" * 1_000_000)
+
     async def watch(self, request: StringValue, _context: object) -> AsyncIterator[StringValue]:
         yield request
         await asyncio.Event().wait()
@@ -66,6 +73,8 @@ def mount() -> Mount:
     }
     handlers = {
         "Get": grpc.unary_unary_rpc_method_handler(streams.unary, **coders),
+        "Large": grpc.unary_unary_rpc_method_handler(streams.large, **coders),
+        "Download": grpc.unary_stream_rpc_method_handler(streams.download, **coders),
         "Watch": grpc.unary_stream_rpc_method_handler(streams.watch, **coders),
         "Collect": grpc.stream_unary_rpc_method_handler(streams.collect, **coders),
         "Echo": grpc.stream_stream_rpc_method_handler(streams.echo, **coders),
@@ -249,7 +258,7 @@ async def test_calls_that_send_no_message_are_counted_for_their_address_and_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # gRPC calls no method of one message before that is there.
-    monkeypatch.setattr(limits_module, "_MOST_UNREAD", 4)
+    monkeypatch.setattr(messages, "_MOST_UNREAD", 4)
     limits = CallLimits(in_flight_per_address=3)
     async with (
         serving(limits=limits, stream_idle_s=0.2) as server,
@@ -308,8 +317,8 @@ async def test_a_caller_that_takes_no_answers_is_counted_for_its_calls() -> None
 
 @pytest.mark.parametrize("method", ["Get", "Watch", "Collect", "Echo"])
 async def test_messages_that_are_never_whole_take_little_memory(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits_module, "_MOST_UNREAD", 4)
-    monkeypatch.setattr(limits_module, "_MOST_READ", 8)
+    monkeypatch.setattr(messages, "_MOST_UNREAD", 4)
+    monkeypatch.setattr(messages, "_MOST_READ", 8)
     key = Key.generate()
     token = {"authorization": f"Bearer {issue_token(key, audience=AUDIENCE)}"}
     size, calls = 4_000_000, 60
@@ -318,6 +327,42 @@ async def test_messages_that_are_never_whole_take_little_memory(method: str, mon
         # What is read at once comes whole, of all others only what a stream may send unasked.
         assert taken <= (4 + 8) * size + calls * 65_535
         assert (await asyncio.wait_for(get(channel), 20)).value == "x"
+
+
+@pytest.mark.parametrize("method", ["Large", "Download"])
+async def test_large_answers_that_nobody_takes_are_bounded(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "_MOST_UNTAKEN_BYTES", 3_500_000)
+    request = StringValue(value="x").SerializeToString()
+    calls = b"".join(http2.call(stream, f"/test.v1.Streams/{method}", request, {}) for stream in (1, 3, 5))
+    greedy: list[socket.socket] = []
+
+    async def ask(channel: grpc.aio.Channel) -> int:
+        """Asks once; how many bytes came."""
+        call = raw_call(channel, method)(request, timeout=10)
+        return len(await call) if method == "Large" else sum([len(answer) async for answer in call])
+
+    async def ask_until_refused(server: ArenaServer, channel: grpc.aio.Channel) -> None:
+        while True:  # a greedy call that comes while an answer of ours is on its way is refused itself
+            greedy.extend(connect(server, 1, say=http2.greeting() + calls))
+            await ask(channel)
+
+    # Our own client would wait and ask again.
+    async with (
+        serving(authenticator=None, limits=CallLimits()) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        for _ in range(10):  # what was taken is let go
+            assert await ask(channel) >= 1_000_000
+        with closing(greedy):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await asyncio.wait_for(ask_until_refused(server, channel), 20)
+            assert reason(caught.value) == ("RESOURCE_EXHAUSTED", "ANSWERS_NOT_TAKEN", 1)
+            assert (await get(channel)).value == "x"
+        async with asyncio.timeout(20):
+            while True:  # until the server knows that the connection has ended
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await ask(channel)
+                    break
 
 
 async def test_some_room_is_kept_for_operators_and_services() -> None:
@@ -389,6 +434,8 @@ def raw_call(channel: grpc.aio.Channel, method: str) -> Any:
     """A method of Streams that takes and gives bytes."""
     shapes = {
         "Get": channel.unary_unary,
+        "Large": channel.unary_unary,
+        "Download": channel.unary_stream,
         "Watch": channel.unary_stream,
         "Collect": channel.stream_unary,
         "Echo": channel.stream_stream,
@@ -413,8 +460,8 @@ async def test_a_request_that_lasts_as_long_as_its_stream_is_small(monkeypatch: 
     async with serving(limits=CallLimits()) as server, signed(server, Key.generate()) as channel:
         large = StringValue(value="x" * 65_536).SerializeToString()
         assert await raw_call(channel, "Get")(large) == large
-        for most_unread in (limits_module._MOST_UNREAD, 0):
-            monkeypatch.setattr(limits_module, "_MOST_UNREAD", most_unread)
+        for most_unread in (messages._MOST_UNREAD, 0):
+            monkeypatch.setattr(messages, "_MOST_UNREAD", most_unread)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await raw_call(channel, "Watch")(large).read()
             assert reason(caught.value)[:2] == ("INVALID_ARGUMENT", "REQUEST_TOO_LARGE")
