@@ -1,5 +1,6 @@
 """The record log as outsiders read it: signed checkpoints, leaves in order, and proofs."""
 
+import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -8,7 +9,7 @@ from typing import TypeVar
 from services.registry.entries import Genesis, LedgerEventSeen
 from services.registry.selection import Selection
 from services.registry.transaction import Leaf, Reading, Store, Writing
-from services.runtime.errors import OutOfRange
+from services.runtime.errors import FailedPrecondition, OutOfRange
 from tiltyard.identity import Key
 from tiltyard.telemetry import metrics, tracing
 from tiltyard.transparency import (
@@ -29,6 +30,11 @@ _SIGNED = metrics.Gauge(
     "tiltyard.log.checkpoint.time",
     unit="s",
     description="When the newest checkpoint was signed, or this process began where none was, in Unix time.",
+)
+_DIVERGED = metrics.Gauge(
+    "tiltyard.log.ledger.diverged",
+    unit="{ledger}",
+    description="1 while the selector's ledger is not the one that the record log has followed so far, else 0.",
 )
 _LEAVES_A_READ = 100
 
@@ -150,12 +156,15 @@ class RecordLog:
         return await self._store.read(read)
 
     async def take_ledger_events(self) -> int:
-        """A step of the referee: changes of the selector's state become leaves, each once and in order."""
-        position = await self._store.look_up(lambda tx: tx.ledger_position())
+        """A step of the referee: changes of the selector's state become leaves, each once and in order.
+
+        Raises FailedPrecondition(LEDGER_DIVERGED), and takes nothing, where the selector does not know the last one.
+        """
+        position, digest = await self._store.look_up(lambda tx: (tx.ledger_position(), tx.ledger_digest()))
         # Asked every second, whether there is anything or not.
         with tracing.untraced():
-            events = await self._selection.ledger_events(start=position + 1, limit=_EVENTS_A_TURN)
-        if not events:
+            events = await self._events_from(position, digest)
+        if not events or events[-1][0] == position:
             return 0
 
         def work(tx: Writing) -> int:
@@ -163,11 +172,36 @@ class RecordLog:
             for sequence, event in events:
                 if sequence == tx.ledger_position() + 1:
                     tx.append(LedgerEventSeen(event))
-                    tx.set_ledger_position(sequence)
+                    tx.set_ledger_position(sequence, _digest(event))
                     taken += 1
             return taken
 
         return await self._store.write(work)
+
+    async def _events_from(self, position: int, digest: bytes | None) -> Sequence[tuple[int, bytes]]:
+        """Those from `position` on, the one there, which is a leaf already, with this digest.
+
+        A selector from an older backup gives the numbers of the events that it has lost to others. These would never
+        become leaves, and once there are more of them than were lost, numbers alone would not tell.
+        """
+        try:
+            events = await self._selection.ledger_events(start=max(position, 1), limit=_EVENTS_A_TURN)
+        except OutOfRange:
+            events = ()
+        diverged = position > 0 and (not events or digest not in (None, _digest(events[0][1])))
+        _DIVERGED.set(int(diverged))
+        if diverged:
+            raise FailedPrecondition(
+                "LEDGER_DIVERGED",
+                f"the selector's ledger does not hold event {position} as the record log has it: it is from an older "
+                "backup than the registry, or another selector's",
+                sequence=str(position),
+            )
+        return events
+
+
+def _digest(event: bytes) -> bytes:
+    return hashlib.sha256(event).digest()
 
 
 def read_nodes(tx: Reading, prove: Callable[[ReadNode], T]) -> T:

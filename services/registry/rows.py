@@ -205,6 +205,8 @@ class Counters:
     log_size: int = 0
     log_frontier: bytes = b""
     ledger_position: int = 0
+    ledger_digest: bytes | None = None
+    """SHA-256 of the event there; None where there is none, or an earlier version has taken it."""
     assignment_sequence: int = 0
     alive_time: int | None = None
     """Microseconds."""

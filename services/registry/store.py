@@ -180,8 +180,8 @@ class SqlWriting(SqlReading):
             self._staging.delete(rows.ARTIFACT_USES, rows.ARTIFACT_USES.key_of(use))
         self._staging.delete(rows.ARTIFACTS, (sha256,))
 
-    def set_ledger_position(self, sequence: int) -> None:
-        self._count(ledger_position=sequence)
+    def set_ledger_position(self, sequence: int, digest: bytes) -> None:
+        self._count(ledger_position=sequence, ledger_digest=digest)
 
     def set_alive_time(self, time: datetime) -> None:
         self._count(alive_time=micros_of(time))

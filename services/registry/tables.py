@@ -297,5 +297,6 @@ class CountersRow(Table, table=True):
     log_size: int = Field(sa_type=BigInteger)
     log_frontier: bytes = Field(sa_type=LargeBinary)
     ledger_position: int = Field(sa_type=BigInteger)
+    ledger_digest: bytes | None = Field(default=None, sa_type=LargeBinary)
     assignment_sequence: int = Field(sa_type=BigInteger)
     alive_time: int | None = Field(default=None, sa_type=BigInteger)

@@ -224,6 +224,10 @@ class Reading(Protocol):
         """Sequence number of the last ledger event in the record log, 0 for none."""
         ...
 
+    def ledger_digest(self) -> bytes | None:
+        """SHA-256 of that event's bytes; None where there is none, or it was taken before this was kept."""
+        ...
+
     def alive_time(self) -> datetime | None:
         """When the registry was last known to be at work; None before the first time."""
         ...
@@ -297,7 +301,7 @@ class Writing(Reading, Protocol):
         """Forget an artifact with all its uses."""
         ...
 
-    def set_ledger_position(self, sequence: int) -> None: ...
+    def set_ledger_position(self, sequence: int, digest: bytes) -> None: ...
 
 
 class Store(Protocol):

@@ -217,7 +217,7 @@ async def test_every_record_reads_back_equal_from_the_next_process(opened: Opene
         tx.put_draw_receipt("d-1", b"receipt")
         tx.put_artifact(artifact)
         tx.put_artifact_use(use)
-        tx.set_ledger_position(12)
+        tx.set_ledger_position(12, b"d" * 32)
         tx.put_prediction_hashes("ab", 1, b"h" * 32)
         tx.put_prediction_hashes("ab", 1, b"h" * 32)
         tx.put_validator_fault(fault, costs_stake=True)
@@ -242,7 +242,7 @@ async def test_every_record_reads_back_equal_from_the_next_process(opened: Opene
     assert await store.read(lambda tx: tx.draw_receipt("d-1")) == b"receipt"
     assert await store.read(lambda tx: tx.artifact("f" * 64)) == artifact
     assert await store.read(lambda tx: tx.artifact_uses("f" * 64)) == [use]
-    assert await store.read(lambda tx: tx.ledger_position()) == 12
+    assert await store.read(lambda tx: (tx.ledger_position(), tx.ledger_digest())) == (12, b"d" * 32)
     assert await store.read(lambda tx: tx.prediction_hashes("ab", 1)) == b"h" * 32
     faults = await store.read(lambda tx: tx.validator_faults(Listing(), task="t"))
     assert [found for _, found in faults] == [fault, replace(fault, validator=ADA)]

@@ -32,6 +32,9 @@ class LogQuestions(Asking):
     def ledger_position(self) -> int:
         return self._counters().ledger_position
 
+    def ledger_digest(self) -> bytes | None:
+        return self._counters().ledger_digest
+
     def alive_time(self) -> datetime | None:
         alive = self._counters().alive_time
         return None if alive is None else moment_of(alive)

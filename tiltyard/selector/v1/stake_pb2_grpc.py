@@ -139,7 +139,8 @@ class StakeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListLedgerEvents(self, request, context):
-        """ListLedgerEvents lists changes in order, from a sequence number on.
+        """ListLedgerEvents lists changes in order, from a sequence number on. An event stays as it was first listed, byte for
+        byte: by its last one a follower tells this ledger from another.
 
         Errors: OUT_OF_RANGE (CURSOR_FROM_THE_FUTURE) for a sequence number beyond the next one.
         """

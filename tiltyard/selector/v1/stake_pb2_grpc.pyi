@@ -68,7 +68,8 @@ class StakeServiceStub:
     ListStakes: _grpc.UnaryUnaryMultiCallable[_stake_pb2.ListStakesRequest, _stake_pb2.ListStakesResponse]
     """ListStakes lists all participants that have or had stake, by participant id."""
     ListLedgerEvents: _grpc.UnaryUnaryMultiCallable[_stake_pb2.ListLedgerEventsRequest, _stake_pb2.ListLedgerEventsResponse]
-    """ListLedgerEvents lists changes in order, from a sequence number on.
+    """ListLedgerEvents lists changes in order, from a sequence number on. An event stays as it was first listed, byte for
+    byte: by its last one a follower tells this ledger from another.
 
     Errors: OUT_OF_RANGE (CURSOR_FROM_THE_FUTURE) for a sequence number beyond the next one.
     """
@@ -113,7 +114,8 @@ class StakeServiceAsyncStub(StakeServiceStub):
     ListStakes: _aio.UnaryUnaryMultiCallable[_stake_pb2.ListStakesRequest, _stake_pb2.ListStakesResponse]  # type: ignore[assignment]
     """ListStakes lists all participants that have or had stake, by participant id."""
     ListLedgerEvents: _aio.UnaryUnaryMultiCallable[_stake_pb2.ListLedgerEventsRequest, _stake_pb2.ListLedgerEventsResponse]  # type: ignore[assignment]
-    """ListLedgerEvents lists changes in order, from a sequence number on.
+    """ListLedgerEvents lists changes in order, from a sequence number on. An event stays as it was first listed, byte for
+    byte: by its last one a follower tells this ledger from another.
 
     Errors: OUT_OF_RANGE (CURSOR_FROM_THE_FUTURE) for a sequence number beyond the next one.
     """
@@ -197,7 +199,8 @@ class StakeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _stake_pb2.ListLedgerEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_stake_pb2.ListLedgerEventsResponse, _abc.Awaitable[_stake_pb2.ListLedgerEventsResponse]]:
-        """ListLedgerEvents lists changes in order, from a sequence number on.
+        """ListLedgerEvents lists changes in order, from a sequence number on. An event stays as it was first listed, byte for
+        byte: by its last one a follower tells this ledger from another.
 
         Errors: OUT_OF_RANGE (CURSOR_FROM_THE_FUTURE) for a sequence number beyond the next one.
         """
