@@ -242,7 +242,7 @@ class Arena:
         }
         # Not the shell's COMPOSE_PROJECT_NAME: an arena among the containers of another project would remove these.
         project = os.environ.get("TILTYARD_PROJECT") or kept.get("COMPOSE_PROJECT_NAME", "tiltyard")
-        return kept | {"COMPOSE_PROJECT_NAME": project} | made | given
+        return kept | {"COMPOSE_PROJECT_NAME": project} | given | made
 
     def _states(self) -> dict[str, str]:
         listed = subprocess.run(

@@ -211,7 +211,7 @@ def test_what_the_shell_has_for_other_compositions_is_not_taken_for_the_arenas(
         monkeypatch.setenv(name, value)
     docker = tmp_path / "bin/docker"
     docker.parent.mkdir()
-    docker.write_text("#!/bin/sh\nenv | grep -E '^(COMPOSE_|TILTYARD_OPERATORS)'\n")
+    docker.write_text("#!/bin/sh\nenv | grep -E '^(COMPOSE_|TILTYARD_)'\n")
     docker.chmod(0o755)
 
     def told(folder: Path) -> dict[str, str]:
@@ -220,11 +220,20 @@ def test_what_the_shell_has_for_other_compositions_is_not_taken_for_the_arenas(
         return dict(line.split("=", 1) for line in done.stdout.splitlines())
 
     Arena(tmp_path / "first").prepare()
-    monkeypatch.setenv("TILTYARD_OPERATORS", "2" * 40)
+    # Compose takes these from the arena's file where the environment has none.
+    for name in ("OPERATORS", "SECRETS", "REGISTRY_ID", "BIND", "REGISTRY_PORT", "ORIGIN", "KEY"):
+        monkeypatch.setenv(f"TILTYARD_{name}", "theirs")
     assert told(tmp_path / "first") == {
         "COMPOSE_FILE": str(HERE / "compose.yaml"),
         "COMPOSE_PROJECT_NAME": "tiltyard",
     }
+    # How one service is upgraded, and where a build finds its packages.
+    meant = {"TILTYARD_VERSION": "0.2.0", "TILTYARD_BUILD_NETWORK": "host", "TILTYARD_PIP_NO_INDEX": "1"}
+    for name, value in meant.items():
+        monkeypatch.setenv(name, value)
+    assert meant.items() <= told(tmp_path / "first").items()
+    for name in [each for each in os.environ if each.startswith("TILTYARD_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("TILTYARD_PROJECT", "second")
     Arena(tmp_path / "second").prepare()
     monkeypatch.delenv("TILTYARD_PROJECT")
@@ -245,3 +254,14 @@ def test_the_name_of_another_arena_in_the_shell_does_not_rename_this_one(
         Arena(tmp_path).prepare()
     monkeypatch.setenv("TILTYARD_ORIGIN", own or "tiltyard.local")
     Arena(tmp_path).prepare()
+
+
+def test_the_folders_and_the_registry_of_another_arena_in_the_shell_do_not_become_this_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Arena(tmp_path).prepare()
+    own = (tmp_path / "settings.env").read_text()
+    for name in ("SECRETS", "ENVIRONMENTS", "CERTIFICATES", "REGISTRY_ID"):
+        monkeypatch.setenv(f"TILTYARD_{name}", "theirs")
+    Arena(tmp_path).prepare()
+    assert (tmp_path / "settings.env").read_text() == own
