@@ -59,7 +59,7 @@ class Composition:
         """Runs a script as README has it typed in the root of a checkout; returns what it printed."""
         for typed, here in (("make ", f"make -C {ROOT} "), ("deploy/state", str(self.folder / "arena"))):
             script = script.replace(typed, here)
-        script = re.sub(r"(?<!/)deploy/arena ", f"{ROOT}/deploy/arena ", script)
+        script = re.sub(r"(?<!/)deploy/(arena|backup) ", rf"{ROOT}/deploy/\1 ", script)
         ended = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
             cwd=self.folder,

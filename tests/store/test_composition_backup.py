@@ -1,4 +1,4 @@
-"""A database's backup as docs/howto/host-the-arena.md has it made: one that was cut off is never taken for whole."""
+"""A database's backup as deploy/backup makes it: one that was cut off is never taken for whole."""
 
 import os
 import re
@@ -10,24 +10,24 @@ import pytest
 
 from tests.support.postgres_server import PostgresServer, programs
 
-PAGE = Path(__file__).parents[2] / "docs/howto/host-the-arena.md"
+SCRIPT = Path(__file__).parents[2] / "deploy/backup"
 ROWS = 2000
 
 
-def typed(beginning: str) -> str:
-    """What the page has run in the database's container: the one command that begins so."""
-    (command,) = re.findall(rf"({re.escape(beginning)}[^\"<>\n]*)", PAGE.read_text())
-    assert isinstance(command, str)
-    return command.strip()
+def command(beginning: str) -> str:
+    """What the script has run in the database's container: the one command that begins so."""
+    (found,) = re.findall(rf"({re.escape(beginning)}[^\"<>\n]*)", SCRIPT.read_text())
+    assert isinstance(found, str)
+    return found.strip()
 
 
-def run(command: str, url: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """Runs a command of the page with the database of that URL in the place of the arena's."""
+def run(asked: str, url: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Runs a command of the script with the database of that URL in the place of the arena's."""
     name, host = re.findall(r"///(\w+)\?host=([^&]+)", url)[0]
     for here, there in (("127.0.0.1", host), ("--username $name", "--username postgres"), ("$name", name)):
-        command = command.replace(here, there)
+        asked = asked.replace(here, there)
     path = f"{programs()}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(["sh", "-c", command], input=given, capture_output=True, env={**os.environ, "PATH": path})
+    return subprocess.run(["sh", "-c", asked], input=given, capture_output=True, env={**os.environ, "PATH": path})
 
 
 def tables(url: str) -> list[tuple[str, int]]:
@@ -51,15 +51,15 @@ def filled(postgres: PostgresServer) -> str:
 
 
 def test_a_dump_restores_only_whole_and_only_where_nothing_is(postgres: PostgresServer, filled: str) -> None:
-    dump, check, restore = typed("pg_dump "), typed("pg_restore --file"), typed("pg_restore --single")
+    dump, check, restore = command("pg_dump "), command("pg_restore --file"), command("pg_restore --single")
     made = run(dump, filled)
     assert made.returncode == 0, made.stderr
     whole, empty = made.stdout, postgres.database()
     # Also where a block of rows has ended, and right at the end.
     ends = [found.end() for found in re.finditer(rb"\0{4,}", whole)]
     for end in sorted({*range(0, len(whole), len(whole) // 8), *ends[-4:], len(whole) - 1} - {len(whole)}):
-        for command, url in ((check, filled), (restore, empty)):
-            assert run(command, url, whole[:end]).returncode != 0, end
+        for asked, url in ((check, filled), (restore, empty)):
+            assert run(asked, url, whole[:end]).returncode != 0, end
         assert tables(empty) == []
     checked = run(check, filled, whole)
     assert checked.returncode == 0, checked.stderr
