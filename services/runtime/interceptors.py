@@ -33,6 +33,9 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 _REFLECTION = "/grpc.reflection."
 _ABOUT_SERVER = ("/grpc.health.v1.Health/", _REFLECTION)
 _QUIET = (*_ABOUT_SERVER, "/grpc.channelz.")
+# Refusing it costs more than answering it, and a flood from the address of whoever probes (the kubelet has its node's)
+# must not have this process ended.
+_PROBE = "/grpc.health.v1.Health/Check"
 _SLOW_S = 1.0
 _WATCHED = (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED)
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -105,10 +108,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def enter(self, method: "_Method", context: Context, headers: Headers, task: asyncio.Task[Any]) -> None:
         """Names the caller for the call when its token proves one whom the policy and the limits admit, or raises."""
         self._unread.read(task)
-        if self._authenticator is not None:
+        if self._authenticator is not None and not (method.name == _PROBE and self._probes(task)):
             self._admit(self._authenticator, method, context, headers, task)
         if self._scope is not None:
             use_memory(self._scope)
+
+    def _probes(self, task: asyncio.Task[Any]) -> bool:
+        if self.gate is None:
+            return True
+        if not self.gate.begin_probe():
+            return False
+        task.add_done_callback(self.gate.end_probe)
+        return True
 
     def _admit(
         self,

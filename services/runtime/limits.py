@@ -14,6 +14,7 @@ from services.runtime.kernel_sockets import network_of
 
 _REMEMBERED = 10_000
 _KEPT_FREE = 16
+_MOST_PROBES = 64
 
 Held = tuple[str, ...]
 """What a running call is counted for: its caller, its address."""
@@ -74,6 +75,7 @@ class CallGate:
         self._limits = limits
         self._for_anyone = math.inf if room is None else room - room // _KEPT_FREE
         self._calls = 0
+        self._probes = 0
         self._participants = Buckets(limits.per_second, limits.burst, clock)
         self._addresses = Buckets(limits.per_second, limits.burst, clock)
         self._running: dict[str, int] = {}
@@ -85,6 +87,20 @@ class CallGate:
         """
         if self._limits.per_second and not peer.startswith("unix:"):
             self._take(self._addresses, _address(peer), "callers without a known token at your address")
+
+    def begin_probe(self) -> bool:
+        """Whether a check of health goes above all limits: a supervisor may have its address together with strangers.
+
+        64 at a time do, each until `end_probe`; any other is a call like all.
+        """
+        if self._probes >= _MOST_PROBES:
+            return False
+        self._probes += 1
+        return True
+
+    def end_probe(self, *_: object) -> None:
+        """After a check that went above all limits."""
+        self._probes -= 1
 
     def begin(self, caller: Caller | None, peer: str) -> Held:
         """Before a call of `caller`, or of one who needs no token; what it returns is to `end`.
