@@ -24,6 +24,17 @@ def leaf_bytes(entry: Entry, time: datetime) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
+def genesis_of(leaf: bytes) -> entries.Genesis:
+    """What leaf 0 says."""
+    genesis = log_pb2.LogEntry.FromString(leaf).genesis
+    return entries.Genesis(
+        origin=genesis.origin,
+        log_key=genesis.log_key,
+        selector_key=genesis.selector_key,
+        operators=tuple(names.parse_participant(each, "genesis.operators") for each in genesis.operators),
+    )
+
+
 @singledispatch
 def _message(entry: object) -> log_pb2.LogEntry:
     raise TypeError(f"no leaf is made of {type(entry).__name__}")

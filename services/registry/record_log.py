@@ -77,15 +77,16 @@ class RecordLog:
         self._origin = origin
         self._key = key
 
-    async def is_empty(self) -> bool:
-        """Whether the arena has not begun."""
-        return await self._store.read(lambda tx: tx.log_size()) == 0
-
     async def begin(self, *, operators: Collection[str]) -> None:
-        """Write leaf 0 where there is none: who runs this arena. Raises Unavailable without the selector."""
+        """Write leaf 0 where there is none: who runs this arena. Raises Unavailable without the selector.
+
+        FailedPrecondition where it names another log key or origin than this registry has.
+        """
         # Where nobody ever comes for a checkpoint, that is to be noticed, too.
         _SIGNED.set(self._clock().timestamp())
-        if not await self.is_empty():
+        begun = await self._store.read(lambda tx: tx.genesis())
+        if begun is not None:
+            self._check_own(begun)
             return
         genesis = Genesis(
             origin=self._origin,
@@ -99,6 +100,18 @@ class RecordLog:
                 tx.append(genesis)
 
         await self._store.write(work)
+
+    def _check_own(self, begun: Genesis) -> None:
+        """What is signed in another name or with another key than the log's own would be taken for a forgery."""
+        if begun.origin != self._origin:
+            raise FailedPrecondition(
+                "LOG_OF_ANOTHER_ORIGIN", f"the record log is that of {begun.origin}, and this registry {self._origin}"
+            )
+        if begun.log_key != self._key.public_bytes:
+            raise FailedPrecondition(
+                "LOG_OF_ANOTHER_KEY",
+                "the record log was begun with another log key: bring back log.pem of the state folder from the backup",
+            )
 
     async def checkpoint(self) -> SignedCheckpoint:
         """The log as it is, signed."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, TypeVar
 
-from services.registry.entries import Entry
+from services.registry.entries import Entry, Genesis
 from services.registry.listing import Listing, Place
 from services.registry.records import (
     Artifact,
@@ -230,6 +230,10 @@ class Reading(Protocol):
 
     def alive_time(self) -> datetime | None:
         """When the registry was last known to be at work; None before the first time."""
+        ...
+
+    def genesis(self) -> Genesis | None:
+        """Leaf 0; None for a log that has not begun."""
         ...
 
     def log_size(self) -> int: ...

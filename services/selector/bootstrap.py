@@ -7,6 +7,7 @@ from datetime import datetime
 
 from services.runtime.auth import AccessPolicy, Authenticator, Role, utc_now
 from services.runtime.database import Database
+from services.runtime.errors import FailedPrecondition
 from services.runtime.paging import PageTokens, load_secret
 from services.runtime.server import Mount
 from services.selector import servicers
@@ -60,14 +61,22 @@ class Selector:
 async def build(settings: SelectorSettings, *, clock: Callable[[], datetime] = utc_now) -> Selector:
     """Opens the state and puts everything together.
 
-    `clock` is the ledger's. Tokens go by the machine's, as those of their issuers do.
+    `clock` is the ledger's. Tokens go by the machine's, as those of their issuers do. Raises FailedPrecondition where
+    the key of the draws is gone.
     """
     settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    key = BlsKey.load_or_create(settings.state_dir / "bls.key", settings.key_lock)
-    tokens = PageTokens(load_secret(settings.state_dir / "pages.key"))
     migrations = "services.selector.migrations"
     database = await asyncio.to_thread(Database.open, settings.database_url, migrations=migrations, clock=clock)
     store = SqlStore(database)
+    key_file = settings.state_dir / "bls.key"
+    if not key_file.exists() and await store.read(lambda tx: tx.last_sequence() > 0):
+        # What another key signs is checked with the one that the record log names, and taken for a forgery.
+        await database.close()
+        raise FailedPrecondition(
+            "DRAW_KEY_MISSING", f"there is no {key_file}, and a ledger in the database: bring it back from the backup"
+        )
+    key = BlsKey.load_or_create(key_file, settings.key_lock)
+    tokens = PageTokens(load_secret(settings.state_dir / "pages.key"))
     trees = PoolTrees()
     eligibility = Eligibility(store, clock=clock, task_creator_min_stake_micros=settings.task_creator_min_stake_micros)
     receipts = ReceiptSigner(key)

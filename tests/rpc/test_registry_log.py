@@ -9,7 +9,9 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
-from tests.support.registry_fakes import SELECTOR_KEY
+from services.registry.record_log import RecordLog
+from services.runtime.errors import FailedPrecondition
+from tests.support.registry_fakes import SELECTOR_KEY, FakeSelection
 from tests.support.registry_server import ORIGIN, RegistryServer, refused
 from tiltyard.cli.commands import app
 from tiltyard.client import Client
@@ -55,6 +57,23 @@ async def test_the_first_leaf_says_who_runs_the_arena(arena: RegistryServer) -> 
     assert genesis.log_key == arena.registry.log_key
     assert genesis.selector_key == SELECTOR_KEY
     assert list(genesis.operators) == [f"participants/{arena.operator.id}"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "key", "why"),
+    [(ORIGIN, Key.generate(), "LOG_OF_ANOTHER_KEY"), ("elsewhere.arena", None, "LOG_OF_ANOTHER_ORIGIN")],
+)
+async def test_a_registry_does_not_go_on_with_a_log_that_it_cannot_sign_for(
+    arena: RegistryServer, origin: str, key: Key | None, why: str
+) -> None:
+    own = Key.load(arena.folder / "state" / "log.pem")
+    size = await arena.registry.store.read(lambda tx: tx.log_size())
+    again = RecordLog(arena.registry.store, FakeSelection(arena.clock), arena.clock, origin=origin, key=key or own)
+    with pytest.raises(FailedPrecondition) as refusal:
+        await again.begin(operators=())
+    assert refusal.value.reason == why
+    assert await arena.registry.store.read(lambda tx: tx.log_size()) == size
+    await arena.restart()
 
 
 async def test_a_leaf_that_is_no_entry_is_named_in_one_line(arena: RegistryServer, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from typer.testing import CliRunner
 
+from services.runtime.errors import FailedPrecondition
 from services.selector import draws
 from tests.support.selector_arena import (
     MINIMUM,
@@ -385,6 +386,24 @@ async def test_a_restart_in_the_middle_of_draws_keeps_them_and_goes_on(tmp_path:
         check_receipt(await arena.draw(12), key)
     finally:
         await arena.stop()
+
+
+async def test_a_selector_whose_draw_key_is_gone_makes_no_other_for_the_ledger_that_it_has(tmp_path: Path) -> None:
+    arena = SelectorArena(tmp_path)
+    key, aside = tmp_path / "bls.key", tmp_path / "aside"
+    key.unlink()
+    # The first start makes one.
+    await arena.start()
+    await arena.deposit(someone("validator"), MINIMUM)
+    await arena.stop()
+    key.rename(aside)
+    for _ in range(2):
+        with pytest.raises(FailedPrecondition, match=r"no .*bls\.key.* backup") as refusal:
+            await arena.start()
+        assert refusal.value.reason == "DRAW_KEY_MISSING"
+    aside.rename(key)
+    await arena.start()
+    await arena.stop()
 
 
 async def test_the_commands_export_check_and_explain_a_draw(arena: SelectorArena, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from functools import cache
 from sqlalchemy import TextClause, select, text
 
 from services.registry.convert.times import moment_of
+from services.registry.entries import Genesis
+from services.registry.leaves import genesis_of
 from services.registry.queries.asking import Asking
 from services.registry.rows import COUNTERS, COUNTERS_ID, LEAVES, Counters
 from services.registry.staging import frontier_of
@@ -41,6 +43,10 @@ class LogQuestions(Asking):
 
     def log_size(self) -> int:
         return self._frontier().size
+
+    def genesis(self) -> Genesis | None:
+        first = self.leaves(start=0, limit=1)
+        return genesis_of(first[0].entry) if first else None
 
     def log_root(self) -> tuple[int, bytes]:
         frontier = self._frontier()
