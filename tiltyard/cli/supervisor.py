@@ -170,7 +170,16 @@ class Supervisor:
             self._report(f"{program.name} died ({how}), it starts again")
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            await self._spawn(program)
+            await self._spawn_again(program)
+
+    async def _spawn_again(self, program: Program) -> None:
+        while True:
+            try:
+                return await self._spawn(program)
+            except OSError as error:
+                # No process, memory or file is to be had just now.
+                self._report(f"{program.name} cannot be started ({error.strerror}), it is tried again")
+                await asyncio.sleep(_LONGEST_PAUSE_S)
 
     async def _spawn(self, program: Program) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_FOR_SERVICES)}
