@@ -23,6 +23,7 @@ from services.registry.settings import RegistrySettings
 from services.runtime.copying import CopyRefused, copy_database, holds_rows
 from services.runtime.engines import migrate, reading_engine
 from tiltyard.growingfile import GrowingFile
+from tiltyard.keyfiles import write_secret
 
 _DATABASE = "registry.db"
 # Called so until all else is there.
@@ -82,7 +83,7 @@ def restore(settings: RegistrySettings, folder: Path) -> int:
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     for pattern in _KEYS:
         for file in folder.glob(pattern):
-            shutil.copy2(file, settings.state_dir / file.name)
+            _put_key(file, settings.state_dir / file.name)
     files = open_artifacts(settings.artifacts, state_dir=settings.state_dir)
     for sha256 in digests:
         _put_artifact(files, sha256, folder / _FOLDER / sha256[:2] / sha256)
@@ -164,6 +165,16 @@ def _copy_artifact(files: ArtifactFiles, sha256: str, destination: Path) -> None
             copy.sync()
             if copy.digest().hex() != sha256:
                 raise BackupRefused(f"the bytes of artifacts/{sha256} are not those of its name")
+
+
+def _put_key(source: Path, destination: Path) -> None:
+    content = source.read_bytes()
+    try:
+        write_secret(destination, content)
+    except FileExistsError:
+        # Of a restore that broke off, or of a registry whose database is elsewhere, to whom nobody could give it back.
+        if destination.read_bytes() != content:
+            raise BackupRefused(f"{destination} is another registry's: move it away, if it is needed no more") from None
 
 
 def _put_artifact(files: ArtifactFiles, sha256: str, source: Path) -> None:

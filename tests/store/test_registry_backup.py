@@ -124,6 +124,25 @@ async def _check_that_it_goes_on(
         await other.look(source, now_s=4)
 
 
+async def test_a_restore_writes_over_no_key_of_a_registry_whose_database_is_elsewhere(
+    arena: RegistryServer, elsewhere: RegistryServer, tmp_path: Path
+) -> None:
+    back_up(settings_of(arena), tmp_path / "backup")
+    settings = settings_of(elsewhere)
+    log_key = settings.state_dir / "log.pem"
+    Key.generate().save(log_key)
+    before = log_key.read_bytes()
+    with pytest.raises(BackupRefused, match=f"{log_key} is another registry's"):
+        restore(settings, tmp_path / "backup")
+    assert log_key.read_bytes() == before
+    log_key.unlink()
+    restore(settings, tmp_path / "backup")
+    # As where a restore broke off after the keys.
+    Path(settings.database_url.removeprefix("sqlite:///")).unlink()
+    restore(settings, tmp_path / "backup")
+    assert log_key.read_bytes() == (tmp_path / "backup" / "log.pem").read_bytes()
+
+
 async def test_a_registry_moves_from_a_directory_to_a_bucket_by_its_backup(
     arena: RegistryServer, elsewhere: RegistryServer, tmp_path: Path, bucket: str
 ) -> None:
