@@ -7,6 +7,7 @@ TILTYARD_ variable that a compose file names is taken from the environment and k
 """
 
 import argparse
+import fcntl
 import functools
 import http.server
 import json
@@ -59,8 +60,19 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     arena = Arena(arguments.folder.absolute(), arguments.overlay)
+    try:
+        with arena.owned():
+            set_up(arena, arguments.wheels)
+    except OSError as error:
+        raise SystemExit(f"make up: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: make up goes on from here") from None
+
+
+def set_up(arena: "Arena", wheels: Path | None) -> None:
+    """From the settings to an arena that is healthy."""
     arena.prepare()
-    with served(arguments.wheels) as building:
+    with served(wheels) as building:
         arena.compose("build", environment=building)
     # After all that takes long or fails: until they are given away, no service that starts anew could read new keys.
     arena.certify()
@@ -85,6 +97,20 @@ class Arena:
             if not file.is_file():
                 raise SystemExit(f"there is no {file}")
         self.settings: dict[str, str] = {}
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Holds the folder for this process: two at once would make two passwords, and keep a half of each."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SystemExit(f"another make up is at work on {self._folder}") from None
+            yield
+        finally:
+            os.close(descriptor)
 
     def prepare(self) -> None:
         """Makes what is not there yet. Interrupted at any point, the next run goes on."""

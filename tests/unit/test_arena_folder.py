@@ -1,5 +1,6 @@
 """What `make up` keeps from one time to the next, and what it refuses before anything is started."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -142,6 +143,34 @@ def test_a_build_that_fails_has_touched_no_key(tmp_path: Path, monkeypatch: pyte
         main()
     # Until it is given to the user of the images a new one could be read by no service that starts anew.
     assert (registry / "key.pem").read_bytes() == key
+
+
+def test_of_two_who_set_up_one_arena_at_once_the_second_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["arena.py", str(tmp_path)])
+    with Arena(tmp_path).owned(), pytest.raises(SystemExit, match=f"another make up is at work on {tmp_path}"):
+        main()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (KeyboardInterrupt(), "interrupted: make up goes on from here"),
+        (OSError(errno.ENOSPC, "No space left on device", "settings.env"), "make up: .*No space left.*settings.env"),
+    ],
+)
+def test_a_make_up_that_is_interrupted_or_finds_no_room_ends_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException, said: str
+) -> None:
+    def ends(_arena: Arena) -> None:
+        raise end
+
+    monkeypatch.setattr(Arena, "prepare", ends)
+    monkeypatch.setattr(sys, "argv", ["arena.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match=said):
+        main()
 
 
 def test_what_the_operator_writes_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
