@@ -6,7 +6,6 @@ and files are never changed, so what is copied later fits.
 """
 
 import argparse
-import asyncio
 import shutil
 import sqlite3
 import sys
@@ -187,8 +186,8 @@ def _put_artifact(files: ArtifactFiles, sha256: str, source: Path) -> None:
         partial.settle()
 
 
-async def main() -> int:
-    """Backs up, or restores. 1 where it refuses."""
+def main() -> int:
+    """Backs up, or restores. 1 where it refuses, 130 where it is interrupted."""
     parser = argparse.ArgumentParser(prog="python -m services.registry.backup", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--restore", action="store_true", help="put the backup back instead of making one")
@@ -196,7 +195,10 @@ async def main() -> int:
     settings = RegistrySettings.load()
     work, done = (restore, "restored") if options.restore else (back_up, "backed up")
     try:
-        count = await asyncio.to_thread(work, settings, options.folder)
+        count = work(settings, options.folder)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: not all is there\n")
+        return 130
     except (BackupRefused, CopyRefused, OSError, sqlite3.Error, SQLAlchemyError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -205,4 +207,4 @@ async def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    sys.exit(main())

@@ -1,7 +1,9 @@
 """A backup made while writes go on, restored elsewhere: the same log goes on, and the artifacts are there."""
 
 import asyncio
+import signal
 import sqlite3
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -221,6 +223,24 @@ async def test_what_breaks_off_is_no_backup_and_a_restore_that_breaks_off_is_don
         assert elsewhere.registry.files.open(name.removeprefix("artifacts/")).size == len(MODEL)
     finally:
         await elsewhere.stop()
+
+
+def test_an_interrupt_ends_a_backup_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    went_on = False
+
+    def long(*_: object) -> int:
+        nonlocal went_on
+        signal.raise_signal(signal.SIGINT)
+        went_on = True
+        return 0
+
+    monkeypatch.setattr(backups, "back_up", long)
+    monkeypatch.setattr(sys, "argv", ["backup", str(tmp_path / "backup")])
+    assert backups.main() == 130
+    assert not went_on
+    assert capsys.readouterr().err == "interrupted: not all is there\n"
 
 
 async def test_artifacts_that_are_rotten_or_gone_are_told(
