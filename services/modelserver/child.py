@@ -18,6 +18,7 @@ from services.modelserver.spawn import (
     EXIT_CRASHED,
     EXIT_FAULT,
     EXIT_OUT_OF_MEMORY,
+    EXIT_UNCONFINED,
     EXIT_UNREADABLE,
     LOG_FILE,
     MODEL_NAME,
@@ -58,28 +59,44 @@ def rehearse() -> None:
         importlib.import_module("onnxruntime")
 
 
-def live(order: Order, report: int, zygote: int, readable: Sequence[str] | None) -> int:
+def live(
+    order: Order, report: int, zygote: int, readable: Sequence[str] | None, rehearsed: sandbox.Confinement
+) -> int:
     """Serve the order's model until killed; the answer is an exit code. One line goes to the descriptor `report`.
 
-    Of other files it reads what is `readable`, see `sandbox.confine`.
+    Of other files it reads what is `readable`, see `sandbox.confine`. It serves only if it is confined as `rehearsed`:
+    the operator was told of that.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+    cores = order.threads or len(os.sched_getaffinity(0))
+    try:
+        confined = _give_up(order, zygote, readable)
+    except OSError as error:
+        # Nothing of the model has been looked at.
+        os.write(2, f"{error}\n".encode())
+        return EXIT_UNCONFINED
+    if confined != rehearsed:
+        os.write(2, f"it is {confined}\n".encode())
+        return EXIT_UNCONFINED
+    try:
+        return _serve(order, cores, report)
+    except MemoryError:
+        return EXIT_OUT_OF_MEMORY
+
+
+def _give_up(order: Order, zygote: int, readable: Sequence[str] | None) -> sandbox.Confinement:
+    """Take the limits, the log and the confinement that the rest of this process's life has. Raises OSError."""
     os.chdir(order.folder)
     log = os.open(LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     os.dup2(log, 2)
     os.close(log)
     configure_logging("modelserver", "warning", "json")
     sandbox.limit_files()
-    cores = order.threads or len(os.sched_getaffinity(0))
     # No more for many cores, whose batches need more: what passes there is to pass on one core elsewhere.
     sandbox.limit_memory(order.memory_bytes)
     sandbox.limit_cpu(order.cpu_seconds)
-    sandbox.confine(zygote, readable)
-    try:
-        return _serve(order, cores, report)
-    except MemoryError:
-        return EXIT_OUT_OF_MEMORY
+    return sandbox.confine(zygote, readable)
 
 
 def _serve(order: Order, cores: int, report: int) -> int:

@@ -47,17 +47,12 @@ class Zygote:
         self._received = bytearray()
         self._poll = select.poll()
         self._readable: list[str] | None = reading.readable()
+        self._rehearsed = self._rehearse()
 
     def run(self) -> None:
         """Serve until the input ends."""
         self._poll.register(INPUT, select.POLLIN)
-        held = sandbox.try_out(self._readable, child.rehearse)
-        if held is None:
-            # Python lies here in some other way. Better that children read all than that good models fail by it.
-            self._readable = None
-            held = sandbox.try_out(None, child.rehearse)
-            assert held is not None
-        _say({"event": "warm", **asdict(held)})
+        _say({"event": "warm", **asdict(self._rehearsed)})
         while True:
             for descriptor, _ in self._poll.poll():
                 if descriptor == INPUT:
@@ -69,6 +64,15 @@ class Zygote:
                         self._read_report(running)
                     elif descriptor == running.ended:
                         self._reap(running)
+
+    def _rehearse(self) -> sandbox.Confinement:
+        held = sandbox.try_out(self._readable, child.rehearse)
+        if held is None:
+            # Python lies here in some other way. Better that children read all than that good models fail by it.
+            self._readable = None
+            held = sandbox.try_out(None, child.rehearse)
+            assert held is not None
+        return held
 
     def _read_requests(self) -> bool:
         read = os.read(INPUT, 1 << 16)
@@ -106,7 +110,7 @@ class Zygote:
             # Everything else that is open belongs to the zygote or to other children.
             os.closerange(3, report)
             os.closerange(report + 1, 65_536)
-            code = child.live(order, report, zygote, self._readable)
+            code = child.live(order, report, zygote, self._readable, self._rehearsed)
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
             code = EXIT_OUT_OF_MEMORY if isinstance(error, MemoryError) else EXIT_CRASHED

@@ -29,6 +29,7 @@ EXIT_CRASHED = 1
 EXIT_FAULT = 70
 EXIT_OUT_OF_MEMORY = 77
 EXIT_UNREADABLE = 78
+EXIT_UNCONFINED = 79
 
 # A Unix socket's path must fit into 108 bytes (unix(7)).
 MAX_SOCKET_PATH = 100
@@ -362,6 +363,8 @@ def _exit_of(event: dict[str, Any], pending: _Pending) -> Exit:
     last = log.strip().rpartition("\n")[2][-200:]
     if code == EXIT_UNREADABLE:
         return Exit(ExitKind.KILLED, f"the model's files cannot be read: {last}", cpu_seconds)
+    if code == EXIT_UNCONFINED:
+        return Exit(ExitKind.KILLED, f"it could not be confined as in the rehearsal: {last}", cpu_seconds)
     return Exit(ExitKind.CRASHED, f"{cause}: {last}" if last else cause, cpu_seconds)
 
 

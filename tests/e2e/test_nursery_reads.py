@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from services.modelserver import reading
-from services.modelserver.spawn import Limits, Nursery
+from services.modelserver.spawn import ChildEnded, ExitKind, Limits, Nursery
 from tiltyard.modelspec import ModelFault
 
 PATIENCE_S = 120  # on a busy machine
@@ -89,6 +89,32 @@ async def test_where_a_model_would_fail_by_it_all_is_read_and_that_is_said(
     assert "able to read those of its user" in str(nursery.confinement)
     assert str(tmp_path / "key.pem") in read
     assert "a rehearsal failed: PermissionError" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kernel", "told"),
+    [
+        ("replace(whole(*given), files=False)", "able to change files"),
+        ("os.open('/nowhere', os.O_RDONLY)", "No such file or directory: '/nowhere'"),
+    ],
+    ids=["lets", "fails"],
+)
+async def test_a_child_that_is_not_confined_as_the_rehearsal_was_serves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, told: str
+) -> None:
+    otherwise = f"""
+import os
+from dataclasses import replace
+from services.modelserver import sandbox
+whole = sandbox.confine
+def confine(*given):
+    return {kernel} if os.path.exists("wanted") else replace(whole(*given), files=True)
+sandbox.confine = confine
+"""
+    with pytest.raises(ChildEnded, match=f"could not be confined as in the rehearsal: .*{told}") as caught:
+        await read_by_a_child(tmp_path, monkeypatch, otherwise)
+    # No fault of the model.
+    assert caught.value.exit.kind is ExitKind.KILLED
 
 
 def test_of_a_folder_that_python_imports_from_only_modules_are_readable(

@@ -27,7 +27,7 @@ sys.path.insert(0, {sources!r})
 from pathlib import Path
 from services.modelserver import child, nursery
 
-def live(order, report, zygote, readable):
+def live(order, report, zygote, readable, rehearsed):
     exec(Path(order.folder, "deeds").read_text(), {{"report": report, "zygote": zygote, "folder": order.folder}})
     return 1
 
