@@ -40,6 +40,15 @@ def readable() -> list[str]:
     return sorted(str(path) for path in found if found.isdisjoint(path.parents) and os.path.exists(path))
 
 
+def library_around(path: Path) -> str | None:
+    """The one of `readable` that a path lies in, which model servers read with all beneath it; None if there is none.
+
+    As the kernel does, it goes by where links lead.
+    """
+    resolved = path.resolve()
+    return next((each for each in readable() if resolved.is_relative_to(Path(each).resolve())), None)
+
+
 def _importable(entry: Path) -> Iterator[Path]:
     """What is to import from an entry of sys.path: of the working directory, say, not all that lies there."""
     if entry.name in _PACKAGES or os.path.isfile(entry):

@@ -1,9 +1,11 @@
 """Puts a validator together from its settings."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from services.modelserver.reading import library_around
 from services.modelserver.spawn import Nursery
 from services.runtime.auth import AccessPolicy, Authenticator, Role, utc_now
 from services.runtime.channels import open_peer
@@ -51,8 +53,10 @@ class Validator:
 async def build(settings: ValidatorSettings, *, on_drained: Callable[[], None]) -> Validator:
     """Opens what a validator needs. `on_drained` is called once when a drain is over.
 
-    Exits with status 2 when another process has the state folder.
+    Exits with status 2 when another process has the state folder, or where model servers would read it.
     """
+    if not settings.model_servers.strip():
+        _keep_from_models(settings)
     lock = own_state_folder(settings.state_dir, settings.service)
     key = Key.load_or_create(settings.key_file, settings.key_lock)
     database = Database.open(settings.database_url, migrations=migrations)
@@ -98,6 +102,14 @@ async def build(settings: ValidatorSettings, *, on_drained: Callable[[], None]) 
         background=[start_attempts, scheduler.run, Leavings(registry, store, cache).run],
         on_close=[close],
     )
+
+
+def _keep_from_models(settings: ValidatorSettings) -> None:
+    """Exits with status 2 where the key or the datasets lie among the libraries that every own model server reads."""
+    for variable, path in (("STATE_DIR", settings.state_dir), ("KEY_FILE", settings.key_file)):
+        if library := library_around(path):
+            sys.stderr.write(f"TILTYARD_{variable}: {path} lies in {library}, which model servers may read\n")
+            raise SystemExit(2)
 
 
 def _attempts(

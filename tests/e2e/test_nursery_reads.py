@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from services.modelserver import reading
+from services.modelserver.reading import library_around
 from services.modelserver.spawn import ChildEnded, ExitKind, Limits, Nursery
+from services.validator.bootstrap import build
+from services.validator.settings import ValidatorSettings
 from tiltyard.modelspec import ModelFault
 
 PATIENCE_S = 120  # on a busy machine
@@ -137,3 +140,25 @@ def test_of_a_folder_that_python_imports_from_only_modules_are_readable(
     assert mine == {"package", "module.py", "vendored.libs", "lib/two.so.1"}
     # One rule each, which every child sets anew.
     assert not [each for each in found if each != "/" and any(each.startswith(f"{other}/") for other in found)]
+
+
+@pytest.mark.parametrize("variable", ["state_dir", "key_file"])
+async def test_a_validator_keeps_nothing_among_what_model_servers_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str
+) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(package)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    given = {"state_dir": tmp_path / "state", variable: tmp_path / "elsewhere" / "link" / "kept"}
+    with pytest.raises(SystemExit) as refused:
+        await build(ValidatorSettings(registry="127.0.0.1:1", **given), on_drained=lambda: None)
+    assert refused.value.code == 2
+    told = f"TILTYARD_{variable.upper()}: {given[variable]} lies in {package}, which model servers may read\n"
+    assert capsys.readouterr().err == told
+    assert library_around(tmp_path / "state") is None
+    # Nothing was made there.
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["elsewhere", "package"]
+    assert [each.name for each in package.iterdir()] == ["__init__.py"]
