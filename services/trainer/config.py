@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from services.trainer.jsonfields import from_fields
+
 
 class OptimizerKind(StrEnum):
     """How gradients become steps."""
@@ -84,15 +86,6 @@ class TrainingConfig:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "TrainingConfig":
-        """The configuration that `to_json` wrote."""
-        return cls(
-            **{
-                **value,
-                "optimizer": OptimizerKind(value["optimizer"]),
-                "schedule": ScheduleKind(value["schedule"]),
-                "class_weights": tuple(value.get("class_weights", ())),
-                "executor": Executor(value.get("executor", Executor.LOCAL)),
-                "precision": Precision(value.get("precision", Precision.FLOAT32)),
-            }
-        )
+    def from_json(cls, value: object) -> "TrainingConfig":
+        """The configuration that `to_json` wrote. Raises TypeError and ValueError for anything else."""
+        return from_fields(cls, value)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from services.trainer.jsonfields import from_fields
 from tiltyard.datasets import Dataset
 from tiltyard.datasources import Spill
 
@@ -30,7 +31,7 @@ class DataReport:
     """The fields of tiltyard.trainer.v1.DataReport; minimum, maximum and mean are those of the finite features."""
 
     rows: int
-    class_rows: tuple[int, ...] = field(default=())
+    class_rows: tuple[int, ...]
     minimum: float = 0.0
     maximum: float = 0.0
     mean: float = 0.0
@@ -43,9 +44,9 @@ class DataReport:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "DataReport":
-        """The report that `to_json` wrote."""
-        return cls(**{**value, "class_rows": tuple(value["class_rows"])})
+    def from_json(cls, value: object) -> "DataReport":
+        """The report that `to_json` wrote. Raises TypeError and ValueError for anything else."""
+        return from_fields(cls, value)
 
     def warnings(self) -> list[str]:
         """What a person should know before the training is worth its time."""

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from services.trainer.jsonfields import from_fields
+
 HISTORY_POINTS = 500
 
 
@@ -34,9 +36,9 @@ class Progress:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Progress":
-        """The point that `to_json` wrote."""
-        return cls(**value)
+    def from_json(cls, value: object) -> "Progress":
+        """The point that `to_json` wrote. Raises TypeError and ValueError for anything else."""
+        return from_fields(cls, value)
 
 
 class History:

@@ -90,6 +90,12 @@ async def damage(database: Database, table: str, column: str, value: object, *, 
         ("config", '{"optimizer": "lion", "schedule": "cosine"}', "'lion' is not a valid OptimizerKind"),
         ("config", '{"optimizer": "sgd", "schedule": "cosine", "ema": 0.9}', "unexpected keyword argument 'ema'"),
         ("config", "3", "TypeError"),
+        ("config", '{"epochs": "30"}', "epochs must be int, is str"),
+        ("config", '{"epochs": 1.5}', "epochs must be int, is float"),
+        ("config", '{"augment": 1}', "augment must be bool, is int"),
+        ("config", '{"class_weights": 3}', "class_weights must be a list, is int"),
+        ("config", '{"class_weights": ["1"]}', "class_weights must be float, is str"),
+        ("config", '{"seed": 9223372036854775808}', "seed has more than 64 bits"),
         ("created_at_us", 2**62, "OverflowError"),
         ("state", "paused", "'paused' is not a valid TrainingState"),
     ],
@@ -118,16 +124,21 @@ async def test_a_training_that_cannot_be_read_fails_alone_and_is_listed_all_the_
         assert await read_back(database, f"SELECT {column} FROM trainings WHERE id = 'b'") == [value]
 
 
-async def test_a_training_goes_on_without_what_it_can_do_without(database: Database, store: SqlTrainingStore) -> None:
+@pytest.mark.parametrize("data", ["3", '{"rows": "8"}', '{"rows": 8, "class_rows": [1.5]}'])
+@pytest.mark.parametrize("point", ['{"another version": 1}', '{"step": "1", "total_steps": 9, "epoch": 1}'])
+async def test_a_training_goes_on_without_what_it_can_do_without(
+    database: Database, store: SqlTrainingStore, data: str, point: str
+) -> None:
     await store.create(replace(RUNNING, warnings=("a full disk",)))
     await store.keep_history(RUNNING.id, POINTS)
-    for column in ("warnings", "data"):
-        await damage(database, "trainings", column, "3", of="number = 1")
-    for column in ("points", "newest"):
-        await damage(database, "training_histories", column, '[{"another version": 1}]', of="training = 1")
+    for column, value in (("warnings", "3"), ("data", data)):
+        await damage(database, "trainings", column, value, of="number = 1")
+    for column, value in (("points", f"[{point}]"), ("newest", point)):
+        await damage(database, "training_histories", column, value, of="training = 1")
     live = LiveTrainings()
     await recover(store=store, live=live, remains=NothingLeft(), clock=lambda: NOW)
     (found,) = live.all()
     assert (found.state, found.progress, found.data) == (TrainingState.QUEUED, None, None)
+    assert not convert.training_to_proto(found).HasField("progress")
     await store.keep_history(RUNNING.id, POINTS)
     assert await store.history(RUNNING.id) == POINTS

@@ -215,7 +215,17 @@ def test_a_checkpoint_of_another_form_is_said_and_begun_anew(
     assert events[-1] == whole[-1]
 
 
-@pytest.mark.parametrize("left", ['{"rows": 300, "entropy": 1.5, "class_rows": []}', '{"rows": 300}', "[", "3"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        '{"rows": 300, "entropy": 1.5, "class_rows": []}',
+        '{"rows": "300", "class_rows": []}',
+        '{"rows": 300, "class_rows": [0.5]}',
+        '{"rows": 300}',
+        "[",
+        "3",
+    ],
+)
 def test_a_data_report_of_another_form_is_made_again(tmp_path: Path, left: str) -> None:
     folder = ordered(tmp_path / "run")
     order = runfolder.read_order(folder)

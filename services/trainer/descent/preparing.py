@@ -69,7 +69,7 @@ def _known(kept: Path) -> DataReport | None:
     """What was written down of the dataset; None where there is nothing, or what another version wrote."""
     try:
         return DataReport.from_json(json.loads(kept.read_text()))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
