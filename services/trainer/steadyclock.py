@@ -25,16 +25,20 @@ class SteadyClock:
         self._clock = clock
         self._believed: datetime | None = None
         self._doubted_since: datetime | None = None
+        self._seen: datetime | None = None
         # What cannot be read or is of another form counts as nothing.
         with suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(path.read_text())
-            self._believed, self._doubted_since = _read(kept["believed"]), _read(kept["doubted_since"])
+            times = [_read(kept[name]) for name in ("believed", "doubted_since", "seen")]
+            self._believed, self._doubted_since, self._seen = times
 
     def now(self) -> datetime | None:
         """The time, or that from before a jump that has yet to hold; None where there is no such. Blocks."""
-        now, believed, since = self._clock(), self._believed, self._doubted_since
-        if since is None or since > now:
+        now, believed, since, seen = self._clock(), self._believed, self._doubted_since, self._seen
+        # A clock that jumps once more has not held.
+        if since is None or since > now or seen is None or now - seen > _STEP:
             since = now
+        self._seen = now
         goes_on = believed is not None and now - believed <= _STEP
         if goes_on or now - since >= _HOLDS:
             self._believed, self._doubted_since = now, None
@@ -45,7 +49,8 @@ class SteadyClock:
         return self._believed
 
     def _keep(self) -> None:
-        write_json(self._path, {"believed": _written(self._believed), "doubted_since": _written(self._doubted_since)})
+        times = {"believed": self._believed, "doubted_since": self._doubted_since, "seen": self._seen}
+        write_json(self._path, {name: _written(time) for name, time in times.items()})
 
 
 def _written(time: datetime | None) -> str:

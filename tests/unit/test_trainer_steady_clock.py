@@ -46,6 +46,16 @@ def test_a_clock_that_is_put_forward_is_believed_once_it_has_held_for_a_day(node
     assert node.now_at(later + DAY + HOUR) == later + DAY + HOUR
 
 
+def test_a_clock_that_jumps_again_while_it_is_doubted_has_not_held(node: Node) -> None:
+    # The node was off for three days, and wakes up once more with another time.
+    assert node.now_at(NOW + 3 * DAY) == NOW
+    later = NOW + YEAR
+    assert node.now_at(later) == NOW
+    for hours in range(24):
+        assert node.now_at(later + hours * HOUR) == NOW
+    assert node.now_at(later + DAY) == later + DAY
+
+
 def test_a_clock_that_is_put_right_again_is_believed_at_once(node: Node) -> None:
     assert node.now_at(NOW + YEAR) == NOW
     assert node.now_at(NOW + HOUR) == NOW + HOUR
