@@ -59,9 +59,7 @@ def rehearse() -> None:
         importlib.import_module("onnxruntime")
 
 
-def live(
-    order: Order, report: int, zygote: int, readable: Sequence[str] | None, rehearsed: sandbox.Confinement
-) -> int:
+def live(order: Order, report: int, zygote: int, readable: Sequence[str] | None, rehearsed: sandbox.Confinement) -> int:
     """Serve the order's model until killed; the answer is an exit code. One line goes to the descriptor `report`.
 
     Of other files it reads what is `readable`, see `sandbox.confine`. It serves only if it is confined as `rehearsed`:

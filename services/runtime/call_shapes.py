@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 import grpc
 from google.protobuf.message import DecodeError
 
+from services.runtime.drain import Conversations, draining
 from services.runtime.errors import InvalidArgument, Unavailable
 from services.runtime.messages import LARGE_BYTES, LetGo, Turn
 
@@ -73,10 +74,11 @@ class _InTime:
     message, until `aclose`.
     """
 
-    def __init__(self, requests: Any, idle_s: float, turn: Turn) -> None:
+    def __init__(self, requests: Any, idle_s: float, turn: Turn, conversations: Conversations) -> None:
         self._requests = requests
         self._idle_s = idle_s
         self._turn = turn
+        self._conversations = conversations
 
     def __aiter__(self) -> "_InTime":
         self._requests = aiter(self._requests)
@@ -84,9 +86,16 @@ class _InTime:
 
     async def __anext__(self) -> Any:
         try:
-            async with asyncio.timeout(self._idle_s or None), self._turn:
-                return _checked(await anext(self._requests))
+            async with asyncio.timeout(self._idle_s or None) as patience:
+                self._conversations.wait(patience)
+                try:
+                    async with self._turn:
+                        return _checked(await anext(self._requests))
+                finally:
+                    self._conversations.go_on(patience)
         except TimeoutError:
+            if self._conversations.over:
+                raise draining() from None
             idle_s = f"{self._idle_s:g}"
             raise Unavailable("STREAM_IDLE", f"no message came for {idle_s} s", idle_s=idle_s) from None
 
@@ -142,8 +151,8 @@ def streamed(handler: Handler) -> Handler:
     return grpc.stream_unary_rpc_method_handler(answer, **coders)
 
 
-def surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handler:
-    """`handler` with every call inside `around(context)`, for all four shapes.
+def surrounded(handler: Handler, around: Around, stream_idle_s: float, conversations: Conversations) -> Handler:
+    """`handler` with every call inside `around(context)`, for all four shapes; its streams are `conversations`.
 
     A servicer method may be an async method, an async generator, a coroutine that reads and writes on the context, or
     the plain function that the generated base answers UNIMPLEMENTED with.
@@ -155,7 +164,7 @@ def surrounded(handler: Handler, around: Around, stream_idle_s: float) -> Handle
         return answer if isinstance(answer, bytes) else encode(answer)
 
     def taken(request: Any, call: Surrounding) -> Any:
-        return _InTime(request, stream_idle_s, call.turn()) if streaming else _checked(request)
+        return _InTime(request, stream_idle_s, call.turn(), conversations) if streaming else _checked(request)
 
     def unary(behaviour: Any) -> Any:
         async def call(request: Any, context: Context) -> Any:

@@ -3,7 +3,6 @@
 import asyncio
 from typing import Any, Protocol
 
-from services.runtime.call_shapes import Context
 from services.runtime.errors import Unavailable
 
 
@@ -19,9 +18,35 @@ class Drained(Protocol):
         """Health and reflection: who makes other calls asks them, too."""
 
 
-class Drain:
-    """Ends the streams that would never end by themselves (`Watch...`, reflection) as the server drains: UNAVAILABLE.
+class Conversations:
+    """Calls that wait for a message which need not come: a drain ends them. What has been asked is answered first."""
 
+    def __init__(self) -> None:
+        self.over = False
+        self._waiting: set[asyncio.Timeout] = set()
+
+    def end(self) -> None:
+        """No further message is waited for, now and from now on."""
+        self.over = True
+        for patience in self._waiting:
+            if not patience.expired():
+                patience.reschedule(0)
+
+    def wait(self, patience: asyncio.Timeout) -> None:
+        """One waits for its client's next message, as long as `patience` lasts."""
+        self._waiting.add(patience)
+        if self.over:
+            patience.reschedule(0)
+
+    def go_on(self, patience: asyncio.Timeout) -> None:
+        """It waits no more."""
+        self._waiting.discard(patience)
+
+
+class Drain:
+    """Ends the streams that would never end by themselves as the server drains, with UNAVAILABLE.
+
+    These are watches (`Watch...`), two-way streams that are silent, and reflection.
     Their callers then watch another server, or this one after its restart; every other call is left to finish. The
     watches of health end last, since they are how a client learns of the drain, and reflection with them, by which a
     tool reads the answers of calls that are still to come.
@@ -32,6 +57,7 @@ class Drain:
         self._watching: set[asyncio.Task[Any]] = set()
         self._watching_server: set[asyncio.Task[Any]] = set()
         self._draining = False
+        self.conversations = Conversations()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -50,7 +76,7 @@ class Drain:
         self._group(method).discard(task)
         self._note_idle()
 
-    def ends(self, method: Drained, context: Context) -> bool:
+    def ends(self, method: Drained, context: Any) -> bool:
         """Whether a call that was cancelled was so by `drain`, and not by its caller."""
         return method.watch and self._draining and not context.cancelled()
 
@@ -70,6 +96,7 @@ class Drain:
         self._draining = True
         for task in list(self._watching):
             task.cancel()
+        self.conversations.end()
         await self._idle.wait()
         for task in list(self._watching_server):
             task.cancel()
@@ -77,4 +104,4 @@ class Drain:
 
 def draining() -> Unavailable:
     """What a call is answered that the drain ends."""
-    return Unavailable("SERVER_DRAINING", "this server is stopping, watch again")
+    return Unavailable("SERVER_DRAINING", "this server is stopping, call again")

@@ -17,7 +17,7 @@ import structlog
 
 from services.runtime.auth import AccessPolicy, Authenticator, maybe_caller, set_caller
 from services.runtime.call_shapes import Context, Handler, streamed, surrounded
-from services.runtime.drain import Drain, draining
+from services.runtime.drain import Conversations, Drain, draining
 from services.runtime.errors import Unimplemented
 from services.runtime.idempotency import InFlight, RequestMemory, RequestScope, use_memory
 from services.runtime.limits import CallGate, Held
@@ -92,15 +92,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         known = self._known.get(method)
         if known is None or known.handler is not handler:
-            around = functools.partial(self._around, self._method(method))
-            known = self._known[method] = _Known(
-                handler,
-                surrounded(handler, around, self._stream_idle_s),
-                None if handler.request_streaming else surrounded(streamed(handler), around, self._stream_idle_s),
-            )
+            known = self._known[method] = self._surround(handler, method)
         if self.gate is None or known.as_stream is None or self._unread.add():
             return known.plain
         return known.as_stream
+
+    def _surround(self, handler: Handler, name: str) -> "_Known":
+        method = self._method(name)
+        around = functools.partial(self._around, method)
+        # An upload has an end, and is waited for; reflection goes on until the last call has ended.
+        upload = handler.request_streaming and not handler.response_streaming
+        conversations = Conversations() if upload or method.about_server else self.drain.conversations
+        plain = surrounded(handler, around, self._stream_idle_s, conversations)
+        if handler.request_streaming:
+            return _Known(handler, plain, None)
+        return _Known(handler, plain, surrounded(streamed(handler), around, self._stream_idle_s, conversations))
 
     def _around(self, method: "_Method", context: Context) -> "_Surroundings":
         return _Surroundings(self, method, context)

@@ -15,8 +15,9 @@ from structlog.testing import capture_logs
 
 from services.modelserver.models import Models
 from services.modelserver.pipeline import answered_in_order
-from services.modelserver.running import MAX_MESSAGE_BYTES
+from services.modelserver.running import MAX_MESSAGE_BYTES, Batch, Logits
 from services.modelserver.servicer import mounts
+from services.runtime.errors import Unavailable
 from services.runtime.rpc_errors import from_rpc_error
 from services.runtime.server import ArenaServer
 from tiltyard.inference.v2 import inference_pb2 as pb
@@ -26,6 +27,7 @@ from tiltyard.modelspec import Convnet, Mlp, ModelSpec, to_json
 
 SPEC = ModelSpec((2, 3), 4, Mlp((5,)), 1 / 16)
 ROWS = np.arange(18, dtype=np.uint8).reshape(3, 2, 3)
+LONG_S = 60.0  # on a busy machine
 OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
@@ -71,6 +73,39 @@ async def stub(models: Models) -> AsyncIterator[rpc.GRPCInferenceServiceAsyncStu
         grpc.aio.insecure_channel(server.address, options=OPTIONS) as channel,
     ):
         yield rpc.GRPCInferenceServiceStub(channel)
+
+
+async def test_a_stream_left_open_does_not_hold_a_drain_up_and_what_was_asked_in_it_is_answered(models: Models) -> None:
+    server = ArenaServer("127.0.0.1:0", mounts(models), authenticator=None, stream_idle_s=LONG_S)
+    await server.start()
+    async with grpc.aio.insecure_channel(server.address) as channel, asyncio.timeout(LONG_S):
+        calls = rpc.GRPCInferenceServiceStub(channel)
+        idle, asking = calls.ModelStreamInfer(), calls.ModelStreamInfer()
+        await idle.write(request(id="idle"))
+        await idle.read()
+        begun, go_on = asyncio.Event(), asyncio.Event()
+        infer = models.infer
+
+        async def slow(name: str, version: str, batch: Batch) -> Logits:
+            begun.set()
+            await go_on.wait()
+            return await infer(name, version, batch)
+
+        models.infer = slow  # type: ignore[method-assign]
+        await asking.write(request(id="asked"))
+        await begun.wait()
+        stopping = asyncio.create_task(server.stop(grace_s=10 * LONG_S))
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await idle.read()
+        assert isinstance(from_rpc_error(ended.value), Unavailable)
+        assert from_rpc_error(ended.value).reason == "SERVER_DRAINING"
+        go_on.set()
+        answer = await asking.read()
+        assert isinstance(answer, pb.ModelStreamInferResponse)
+        assert answer.infer_response.id == "asked"
+        with pytest.raises(grpc.aio.AioRpcError):
+            await asking.read()
+        await stopping
 
 
 async def test_health_and_metadata(stub: rpc.GRPCInferenceServiceAsyncStub) -> None:

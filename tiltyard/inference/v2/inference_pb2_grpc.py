@@ -140,7 +140,9 @@ class GRPCInferenceServiceServicer:
 
     def ModelStreamInfer(self, request_iterator, context):
         """ModelStreamInfer runs batches as they come and answers them in order, one answer to each. A request that is wrong is
-        answered with `error_message` and its id, and the stream goes on. The stream ends after the last answer.
+        answered with `error_message` and its id, and the stream goes on. The stream ends after the last answer: with OK
+        when the caller has closed its side, with UNAVAILABLE (SERVER_DRAINING) when the server is stopping, and
+        (STREAM_IDLE) when no request came for a minute.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,7 +54,9 @@ class GRPCInferenceServiceStub:
     """
     ModelStreamInfer: _grpc.StreamStreamMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelStreamInferResponse]
     """ModelStreamInfer runs batches as they come and answers them in order, one answer to each. A request that is wrong is
-    answered with `error_message` and its id, and the stream goes on. The stream ends after the last answer.
+    answered with `error_message` and its id, and the stream goes on. The stream ends after the last answer: with OK
+    when the caller has closed its side, with UNAVAILABLE (SERVER_DRAINING) when the server is stopping, and
+    (STREAM_IDLE) when no request came for a minute.
     """
     RepositoryIndex: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RepositoryIndexRequest, _inference_pb2.RepositoryIndexResponse]
     """RepositoryIndex lists the models in the server's folder, loaded or not. Optional extension of the protocol."""
@@ -90,7 +92,9 @@ class GRPCInferenceServiceAsyncStub(GRPCInferenceServiceStub):
     """
     ModelStreamInfer: _aio.StreamStreamMultiCallable[_inference_pb2.ModelInferRequest, _inference_pb2.ModelStreamInferResponse]  # type: ignore[assignment]
     """ModelStreamInfer runs batches as they come and answers them in order, one answer to each. A request that is wrong is
-    answered with `error_message` and its id, and the stream goes on. The stream ends after the last answer.
+    answered with `error_message` and its id, and the stream goes on. The stream ends after the last answer: with OK
+    when the caller has closed its side, with UNAVAILABLE (SERVER_DRAINING) when the server is stopping, and
+    (STREAM_IDLE) when no request came for a minute.
     """
     RepositoryIndex: _aio.UnaryUnaryMultiCallable[_inference_pb2.RepositoryIndexRequest, _inference_pb2.RepositoryIndexResponse]  # type: ignore[assignment]
     """RepositoryIndex lists the models in the server's folder, loaded or not. Optional extension of the protocol."""
@@ -165,7 +169,9 @@ class GRPCInferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.ModelStreamInferResponse], _abc.AsyncIterator[_inference_pb2.ModelStreamInferResponse]]:
         """ModelStreamInfer runs batches as they come and answers them in order, one answer to each. A request that is wrong is
-        answered with `error_message` and its id, and the stream goes on. The stream ends after the last answer.
+        answered with `error_message` and its id, and the stream goes on. The stream ends after the last answer: with OK
+        when the caller has closed its side, with UNAVAILABLE (SERVER_DRAINING) when the server is stopping, and
+        (STREAM_IDLE) when no request came for a minute.
         """
 
     @_abc_1.abstractmethod
