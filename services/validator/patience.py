@@ -38,13 +38,18 @@ class Pauses:
 
 
 async def persist(call: Callable[[], Awaitable[T]], what: str) -> T:
-    """Awaits `call()`, again and again while it fails for a passing reason; cancel it to stop. Raises ArenaError."""
-    pauses = Pauses()
+    """Awaits `call()`, again and again while it fails for a passing reason; cancel it to stop. Raises ArenaError.
+
+    A reason is logged when it comes, and not at every try: a thousand leases may wait for one registry.
+    """
+    pauses, said = Pauses(), ""
     while True:
         try:
             return await call()
         except TRANSIENT as error:
-            _log.info("it is tried again", call=what, reason=error.reason)
+            if error.reason != said:
+                said = error.reason
+                _log.info("it is tried again", call=what, reason=said)
             await pauses.pause(_wanted_pause_s(error))
 
 
