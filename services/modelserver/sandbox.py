@@ -132,22 +132,25 @@ def try_out(readable: Sequence[str] | None, rehearse: Callable[[], None]) -> Con
 # Per machine: the audit architecture; clone, socket, socketpair, tgkill, prlimit64, prctl, fcntl, ioctl; and calls that
 # only an attacker needs: they start or reach into processes, open sockets past any filter (io_uring), leave the group
 # that ends together, have the kernel forget who this dies with (as other users, in other namespaces), speak to other
-# servers of this machine, or make what is hard to remove.
+# servers of this machine, share with others memory, semaphores or queues that outlive it, or make what is hard to remove.
 _CALLS = {
     # execve, execveat, ptrace, process_vm_readv, process_vm_writev, io_uring_setup, pidfd_send_signal, pidfd_open,
     # pidfd_getfd, fork, vfork, kill, tkill, rt_sigqueueinfo, rt_tgsigqueueinfo; setsid, setpgid, unshare, setns,
-    # setuid, setgid, setreuid, setregid, setresuid, setresgid, setfsuid, setfsgid, setgroups; connect; chmod, fchmod,
+    # setuid, setgid, setreuid, setregid, setresuid, setresgid, setfsuid, setfsgid, setgroups; connect; shmget, shmat,
+    # shmctl, semget, semop, semtimedop, semctl, msgget, msgsnd, msgrcv, msgctl, mq_open, mq_unlink; chmod, fchmod,
     # fchmodat, fchmodat2, mkdir, mkdirat, mknod, mknodat, symlink, symlinkat, link, linkat, rename, renameat,
     # renameat2, truncate.
     "x86_64": (0xC000003E, (56, 41, 53, 234, 302, 157, 72, 16), (
         59, 322, 101, 310, 311, 425, 424, 434, 438, 57, 58, 62, 200, 129, 297,
         112, 109, 272, 308, 105, 106, 113, 114, 117, 119, 122, 123, 116, 42,
+        29, 30, 31, 64, 65, 220, 66, 68, 69, 70, 71, 240, 241,
         90, 91, 268, 452, 83, 258, 133, 259, 88, 266, 86, 265, 82, 264, 316, 76,
     )),
     # The same, without those that there are not: fork, vfork, chmod, mkdir, mknod, symlink, link, rename.
     "aarch64": (0xC00000B7, (220, 198, 199, 131, 261, 167, 25, 29), (
         221, 281, 117, 270, 271, 425, 424, 434, 438, 129, 130, 138, 240,
         157, 154, 97, 268, 146, 144, 145, 143, 147, 149, 151, 152, 159, 203,
+        194, 196, 195, 190, 193, 192, 191, 186, 189, 188, 187, 180, 181,
         52, 53, 452, 34, 33, 36, 37, 38, 276, 45,
     )),
 }  # fmt: skip
