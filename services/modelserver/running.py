@@ -53,7 +53,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Logits:
-    """What a model answered: float32, row-major, shape [n, outputs] where the model keeps to its spec."""
+    """What a model answered: float32, row-major, shape [n, outputs] where the model keeps to its spec.
+
+    `data` is empty where it does not, and the numbers are more than a message holds.
+    """
 
     shape: tuple[int, ...]
     data: bytes | memoryview
@@ -114,6 +117,9 @@ def _rows(batch: Batch) -> torch.Tensor:
 
 
 def _logits(logits: torch.Tensor) -> Logits:
+    if logits.nbytes > MAX_MESSAGE_BYTES - ENVELOPE_BYTES:
+        # Of the spec's shape it would fit, see `check_batch`; who judges the shape needs no numbers.
+        return Logits(tuple(logits.shape), b"")
     return Logits(tuple(logits.shape), logits.numpy().reshape(-1).view("u1").data)
 
 

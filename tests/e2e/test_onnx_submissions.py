@@ -138,6 +138,8 @@ async def test_counts_equal_those_of_the_same_network_in_torch(
         (flat_product(np.full((64, 10), np.nan)), Fault.NAN_OUTPUT, "row 0"),
         # The file leaves the number of outputs open; the answer does not.
         (flat_product(np.ones((64, 9))), Fault.SHAPE_MISMATCH, "9"),
+        # More numbers than a message holds.
+        (flat_product(np.ones((64, 5000))), Fault.SHAPE_MISMATCH, "[4096, 5000]"),
         (flat_product(np.ones((63, 10))), Fault.BAD_FORMAT, "does not load"),
         (greedy(), Fault.OUT_OF_MEMORY, "memory"),
         (endless(), Fault.TOO_SLOW, "CPU"),
