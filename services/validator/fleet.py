@@ -26,6 +26,7 @@ from services.validator.pipeline import (
     StreamCancelled,
     Take,
     encode_request,
+    parse_answer,
     read_logits,
 )
 from services.validator.rows import EvaluationRows
@@ -189,9 +190,7 @@ class Fleet:
 
     def _serve_until_refused(self, endpoint: Endpoint, rows: EvaluationRows) -> float | None:
         """The seconds after which a server that has too much to do wants more; None when this one is through."""
-        method: grpc.UnaryUnaryMultiCallable[bytes, pb.ModelInferResponse] = endpoint.channel.unary_unary(
-            METHOD, None, pb.ModelInferResponse.FromString
-        )
+        method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = endpoint.channel.unary_unary(METHOD, None, None)
         in_flight: deque[tuple[int, Any]] = deque()
         try:
             while True:
@@ -209,8 +208,8 @@ class Fleet:
                 if not in_flight:
                     return None
                 start, call = in_flight[0]
-                answer = call.result()
-                logits = read_logits(answer, (self._stop(start) - start, self._outputs))
+                expected = (self._stop(start) - start, self._outputs)
+                logits = read_logits(parse_answer(pb.ModelInferResponse, call.result(), expected), expected)
                 in_flight.popleft()
                 with self._changed:
                     self._calls.discard(call)

@@ -6,9 +6,11 @@ leases. Requests are put together by hand, since protobuf would copy every batch
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from services.validator.rows import EvaluationRows
@@ -42,6 +44,7 @@ OUTPUT = "logits"
 # Field raw_input_contents, wire type LEN (protobuf encoding, "Message structure").
 _RAW_INPUT_TAG = bytes([pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2])
 
+Answer = TypeVar("Answer", bound=Message)
 Take = Callable[[int, int, NDArray[np.float32]], None]
 """Called with the first row, the row after the last, and their outputs [n, outputs]."""
 
@@ -84,10 +87,8 @@ class BatchStream:
         Raises StreamBroken, StreamCancelled, WrongAnswer, RequestRefused, and what reading rows and `take` raise.
         """
         with grpc.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
-            # Requests are bytes already.
-            method: grpc.StreamStreamMultiCallable[bytes, pb.ModelStreamInferResponse] = channel.stream_stream(
-                METHOD, None, pb.ModelStreamInferResponse.FromString
-            )
+            # Requests are bytes already, and answers are measured before they are read.
+            method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(METHOD, None, None)
             # A socket is one model's: told as an attribute it would begin a metric of its own for every evaluation.
             peer = "" if self._address.startswith("unix:") else self._address
             observed = ObservedCall.begin(Calls(Kind.CLIENT, METHOD.lstrip("/"), peer=peer), self._trace)
@@ -126,14 +127,14 @@ class BatchStream:
         detail = error.details() if isinstance(error, grpc.Call) else str(error)
         raise StreamBroken(detail or "the connection ended") from error
 
-    def _take_all(self, call: Iterator[pb.ModelStreamInferResponse], rows: EvaluationRows, take: Take) -> None:
+    def _take_all(self, call: Iterator[bytes], rows: EvaluationRows, take: Take) -> None:
         start = 0
         for answer in call:
             self._window.release()
             stop = min(start + self._rows_per_batch, rows.total)
             if stop == start:
                 raise WrongAnswer("more answers came than batches were sent")
-            take(start, stop, self._logits(answer, start, stop))
+            take(start, stop, self._logits(answer, start, (stop - start, self._outputs)))
             start = stop
         if self._source_error is not None:
             raise self._source_error
@@ -152,12 +153,13 @@ class BatchStream:
         except Exception as error:
             self._source_error = error
 
-    def _logits(self, answer: pb.ModelStreamInferResponse, start: int, stop: int) -> NDArray[np.float32]:
+    def _logits(self, received: bytes, start: int, expected: tuple[int, int]) -> NDArray[np.float32]:
+        answer = parse_answer(pb.ModelStreamInferResponse, received, expected)
         if answer.error_message:
             raise RequestRefused(answer.error_message[:_MOST_CHARS])
         if answer.infer_response.id != str(start):
             raise WrongAnswer(f"the answer to batch {start} names batch {answer.infer_response.id[:20]!r}")
-        return read_logits(answer.infer_response, (stop - start, self._outputs))
+        return read_logits(answer.infer_response, expected)
 
 
 def encode_request(model: str, rows: EvaluationRows, start: int, stop: int) -> bytes:
@@ -166,6 +168,19 @@ def encode_request(model: str, rows: EvaluationRows, start: int, stop: int) -> b
     head.inputs.add(name=INPUT, datatype=rows.datatype, shape=(stop - start, *rows.row_shape))
     features = rows.features(start, stop)
     return b"".join((head.SerializeToString(), _RAW_INPUT_TAG, encode_varint(len(features)), features))
+
+
+def parse_answer(kind: type[Answer], received: bytes, expected: tuple[int, int]) -> Answer:
+    """The message of an answer with FP32 outputs of the expected shape. Raises WrongAnswer for what is none.
+
+    One much larger than that is not read: a stranger's takes fifty times its bytes of memory.
+    """
+    if len(received) > 4 * expected[0] * expected[1] + ENVELOPE_BYTES:
+        raise WrongAnswer(f"the answer has {len(received)} bytes, too many for FP32 of shape {list(expected)}")
+    try:
+        return kind.FromString(received)
+    except DecodeError as error:
+        raise WrongAnswer("the answer is no message of the protocol") from error
 
 
 def read_logits(response: pb.ModelInferResponse, expected: tuple[int, int]) -> NDArray[np.float32]:

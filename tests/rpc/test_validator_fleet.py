@@ -279,13 +279,22 @@ def refuse(answer, context, served):
     context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no such input")
 
 
+def many_outputs(answer, context, served):
+    for _ in range(50_000):
+        answer.outputs.add()
+
+
 def set_shape(answer, context, served):
     answer.outputs[0].shape[1] = 3
 
 
 @pytest.mark.parametrize(
     ("spoil", "error", "text"),
-    [(refuse, RequestRefused, "no such input"), (set_shape, WrongAnswer, r"not FP32 of shape \[10, 2\]")],
+    [
+        (refuse, RequestRefused, "no such input"),
+        (set_shape, WrongAnswer, r"not FP32 of shape \[10, 2\]"),
+        (many_outputs, WrongAnswer, "too many for FP32"),
+    ],
 )
 def test_a_wrong_answer_is_named(rows, spoil, error, text):
     with serving(Server(spoil)) as endpoints, pytest.raises(error, match=text):

@@ -15,6 +15,7 @@ from services.validator.pipeline import (
     StreamBroken,
     StreamCancelled,
     WrongAnswer,
+    parse_answer,
 )
 from services.validator.rows import EvaluationRows
 from tiltyard.inference.v2 import inference_pb2 as pb
@@ -117,15 +118,20 @@ def no_output(answer, context):
 
 
 def long_error_message(answer, context):
-    answer.error_message = "x" * 1_000_000
+    answer.error_message = "x" * 10_000
 
 
 def long_dtype(answer, context):
-    answer.infer_response.outputs[0].datatype = "x" * 1_000_000
+    answer.infer_response.outputs[0].datatype = "x" * 10_000
 
 
 def long_shape(answer, context):
-    answer.infer_response.outputs[0].shape.extend([1] * 100_000)
+    answer.infer_response.outputs[0].shape.extend([1] * 10_000)
+
+
+def many_outputs(answer, context):
+    for _ in range(50_000):
+        answer.infer_response.outputs.add()
 
 
 def error_message(answer, context):
@@ -148,12 +154,18 @@ def abort(answer, context):
         (long_error_message, RequestRefused, "^x{500}$"),
         (long_dtype, WrongAnswer, r"^the output is x{20} of shape \[300, 2\], not FP32"),
         (long_shape, WrongAnswer, r"of shape \[300, 2(, 1){6}\], not FP32"),
+        (many_outputs, WrongAnswer, r"has 10\d{4} bytes, too many for FP32 of shape \[300, 2\]"),
         (abort, StreamBroken, "fell over"),
     ],
 )
 def test_a_wrong_answer_is_named(rows, spoil, error, text):
     with serving(Server(spoil)) as address, pytest.raises(error, match=text):
         stream(address).run(rows, lambda *_: None)
+
+
+def test_an_answer_that_is_no_message_is_a_wrong_one():
+    with pytest.raises(WrongAnswer, match="no message of the protocol"):
+        parse_answer(pb.ModelInferResponse, b"\xff", (300, 2))
 
 
 def test_a_server_that_is_not_there_breaks_the_stream(rows, tmp_path):
