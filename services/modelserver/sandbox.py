@@ -132,7 +132,7 @@ def try_out(readable: Sequence[str] | None, rehearse: Callable[[], None]) -> Con
 # Per machine: the audit architecture; clone, socket, socketpair, tgkill, prlimit64, prctl, fcntl, ioctl; and calls that
 # only an attacker needs: they start or reach into processes, open sockets past any filter (io_uring), leave the group
 # that ends together, have the kernel forget who this dies with (as other users, in other namespaces), speak to other
-# servers of this machine, share with others memory, semaphores or queues that outlive it, or make what is hard to remove.
+# servers of this machine, share memory, semaphores or queues that outlive it, or make what is hard to remove.
 _CALLS = {
     # execve, execveat, ptrace, process_vm_readv, process_vm_writev, io_uring_setup, pidfd_send_signal, pidfd_open,
     # pidfd_getfd, fork, vfork, kill, tkill, rt_sigqueueinfo, rt_tgsigqueueinfo; setsid, setpgid, unshare, setns,

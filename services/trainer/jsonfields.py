@@ -2,8 +2,7 @@
 
 from dataclasses import fields
 from enum import StrEnum
-from functools import cache
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args
 
 T = TypeVar("T")
 
@@ -21,10 +20,8 @@ def from_fields(kind: type[T], value: object) -> T:
     return kind(**{name: _of(types[name], name, each) if name in types else each for name, each in value.items()})
 
 
-@cache
 def _types(kind: type[Any]) -> dict[str, Any]:
-    hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
+    return {field.name: field.type for field in fields(kind)}
 
 
 def _of(kind: Any, name: str, value: object) -> object:
