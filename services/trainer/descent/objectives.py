@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from services.trainer.config import LossKind, OptimizerKind, TrainingConfig
+from services.trainer.descent.optimizers import SGD, AdamW
 
 
 def objective(
@@ -31,11 +32,9 @@ def optimizer_of(config: TrainingConfig, module: nn.Module) -> torch.optim.Optim
     """The configured optimiser of a module's parameters, as one fused kernel."""
     match config.optimizer:
         case OptimizerKind.ADAMW:
-            return torch.optim.AdamW(
-                module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-            )
+            return AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         case OptimizerKind.SGD:
-            return torch.optim.SGD(
+            return SGD(
                 module.parameters(),
                 lr=config.learning_rate,
                 momentum=config.momentum,

@@ -1,0 +1,30 @@
+"""The optimisers of a descent, where they differ from torch's: in what they import."""
+
+import subprocess
+import sys
+
+TRAINING = """
+import sys
+import numpy as np
+from services.trainer.config import LossKind, OptimizerKind, TrainingConfig
+from services.trainer.descent.descent import Descent
+from services.trainer.descent.rows import Rows
+from tiltyard.modelspec import Linear, ModelSpec
+
+rows = Rows(np.ones((8, 2), np.float32), np.arange(8) % 2, loss=LossKind.CROSS_ENTROPY, outputs=2, device="cpu")
+for optimizer in OptimizerKind:
+    config = TrainingConfig(epochs=1, batch_size=2, max_gradient_norm=1.0, optimizer=optimizer)
+    first, second = (
+        Descent(spec=ModelSpec((2,), 2, Linear()), loss=LossKind.CROSS_ENTROPY, config=config, rows=rows)
+        for _ in range(2)
+    )
+    first.run(report=lambda _: first.stop(), clock=iter(range(1000)).__next__)
+    second.restore(first.state())
+    assert second.run(report=lambda _: None)
+print([name for name in sys.modules if name.startswith("torch._dynamo")])
+"""
+
+
+def test_a_training_carries_nothing_of_torchs_compiler() -> None:
+    told = subprocess.run([sys.executable, "-c", TRAINING], stdout=subprocess.PIPE, text=True, check=True)
+    assert told.stdout == "[]\n"
