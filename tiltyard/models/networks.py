@@ -113,7 +113,9 @@ def build(spec: ModelSpec, *, seed: int | None) -> Network:
     The same spec and seed give the same bits on every machine; None draws a seed. torch's global random state is left
     alone. Raises ValueError for an ONNX graph, which is no module of ours.
     """
-    module = build_empty(spec).to_empty(device="cpu")
+    module = build_empty(spec)
+    # Not `to_empty`: it asks torch's symbolic shapes about each tensor, whose import takes a third of a second.
+    module.load_state_dict({name: torch.empty(each.shape) for name, each in module.state_dict().items()}, assign=True)
     generator = torch.Generator()
     if seed is None:
         generator.seed()
