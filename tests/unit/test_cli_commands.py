@@ -278,6 +278,20 @@ def test_the_command_starts_without_torch_and_sklearn() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_command_that_only_calls_runs_without_numpy_and_the_audit() -> None:
+    code = """
+import sys
+import tiltyard.client
+from tiltyard.cli import commands, connection
+
+async def work(): return "done"
+
+print(connection.run(work()), [m for m in ("numpy", "tiltyard.audit", "rich") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "done []\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -166,16 +166,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
-    import grpc
-
     from tiltyard import telemetry
-    from tiltyard.audit.record import InvalidRecord
-    from tiltyard.client import ClientError, explain
-    from tiltyard.datasets import DatasetError
-    from tiltyard.statements import InvalidSignature
-    from tiltyard.submitting import JournalMismatch
-    from tiltyard.transfers import DigestMismatch
-    from tiltyard.transparency import InvalidNote
 
     try:
         telemetry.start("cli")
@@ -185,7 +176,29 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
     except UnicodeEncodeError as error:
         # An argument may hold any bytes, and a file's name may too; no call takes them.
         raise typer.BadParameter(f"{error.object!r} is not UTF-8") from None
-    except (
+    except OSError as error:
+        fail(error)
+    except Exception as error:
+        if not isinstance(error, _foreseen()):
+            raise
+        from tiltyard.calls.errors import explain
+
+        fail(with_hint(explain(error)))
+
+
+def _foreseen() -> tuple[type[Exception], ...]:
+    """What may go wrong with a command. Asked for once something has: few commands import all of this themselves."""
+    import grpc
+
+    from tiltyard.audit.record import InvalidRecord
+    from tiltyard.calls.errors import ClientError
+    from tiltyard.datasources import DatasetError
+    from tiltyard.statements import InvalidSignature
+    from tiltyard.submitting import JournalMismatch
+    from tiltyard.transfers import DigestMismatch
+    from tiltyard.transparency import InvalidNote
+
+    return (
         CommandError,
         grpc.aio.AioRpcError,
         ClientError,
@@ -195,9 +208,7 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         InvalidSignature,
         JournalMismatch,
         DigestMismatch,
-        OSError,
-    ) as error:
-        fail(error if isinstance(error, OSError) else with_hint(explain(error)))
+    )
 
 
 def with_hint(line: str) -> str:
