@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from services.modelserver import QUEUE_BYTES
 from services.modelserver.batching import BatchQueue
 from services.modelserver.loading import LoadedModel, load, look_at, memory_budget, resolve_device
 from services.modelserver.running import Batch, Logits, check_batch, run_batches
-from services.modelserver.settings import QUEUE_BYTES
 from services.runtime.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from tiltyard.models import Network
 from tiltyard.modelspec import ModelFault, ModelSpec, count_parameters

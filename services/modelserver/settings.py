@@ -5,9 +5,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from services.modelserver import QUEUE_BYTES
 from services.runtime.settings import ServiceSettings
-
-QUEUE_BYTES = 256 * 1024 * 1024
 
 
 class ModelServerSettings(ServiceSettings):
