@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -129,24 +130,48 @@ def test_children_die_with_up(tmp_path: Path) -> None:
         assert [each.cmdline() for each in alive] == []
 
 
-def test_ports_follow_the_base(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Arena:
+    """A `tiltyard up` that several tests look at, and what it was told."""
+
+    process: subprocess.Popen[str]
+    addresses: dict[str, str]
+    state: Path
+    data: Path
+    base: int
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+    folder = tmp_path_factory.mktemp("up")
+    state, data = folder / "state", folder / "data"
+    data.mkdir()
     base = next(port for port in free_ports(50) if port % 2 == 0) - 1
-    with running(tmp_path / "state", "--port-base", str(base)) as (_, addresses):
-        assert list(addresses.values()) == [f"127.0.0.1:{base + n}" for n in range(1, 5)]
-        second = up("--state", str(tmp_path / "two"), "--port-base", str(base))
-        assert second.returncode == 1
-        assert f"port {base + 1} is taken" in second.stderr
+    environment = {"TILTYARD_LOG_LEVEL": "debug", "TILTYARD_UNBONDING_TIME_S": "7", "TILTYARD_DATA_DIR": str(data)}
+    with running(state, "--port-base", str(base), **environment) as (process, addresses):
+        yield Arena(process, addresses, state, data, base)
 
 
-def test_two_of_one_state_are_refused_and_others_see_nothing_of_it(tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    with running(state, "--port-base", "0"):
-        assert [oct(path.stat().st_mode & 0o077) for path in (state, state / "registry", state / "validator")] == 3 * [
-            "0o0"
-        ]
-        second = up("--state", str(state), "--port-base", "0")
-        assert (second.returncode, second.stdout) == (1, "")
-        assert second.stderr == f"error: {state} is in use by another `tiltyard up`; choose another --state\n"
+def test_ports_follow_the_base(arena: Arena, tmp_path: Path) -> None:
+    assert list(arena.addresses.values()) == [f"127.0.0.1:{arena.base + n}" for n in range(1, 5)]
+    second = up("--state", str(tmp_path / "two"), "--port-base", str(arena.base))
+    assert second.returncode == 1
+    assert f"port {arena.base + 1} is taken" in second.stderr
+
+
+def test_two_of_one_state_are_refused_and_others_see_nothing_of_it(arena: Arena) -> None:
+    folders = (arena.state, arena.state / "registry", arena.state / "validator")
+    assert [oct(path.stat().st_mode & 0o077) for path in folders] == 3 * ["0o0"]
+    second = up("--state", str(arena.state), "--port-base", "0")
+    assert (second.returncode, second.stdout) == (1, "")
+    assert second.stderr == f"error: {arena.state} is in use by another `tiltyard up`; choose another --state\n"
+
+
+def test_settings_of_services_are_handed_on_to_them(arena: Arena) -> None:
+    told = {service: child_of(arena.process, service).environ() for service in SERVICES}
+    assert [each["TILTYARD_LOG_LEVEL"] for each in told.values()] == 4 * ["debug"]
+    assert [service for service in SERVICES if "TILTYARD_UNBONDING_TIME_S" in told[service]] == ["selector"]
+    assert told["trainer"]["TILTYARD_DATA_DIR"] == str(arena.data)
 
 
 def test_who_asks_for_tls_gets_no_plaintext(tmp_path: Path) -> None:
@@ -162,17 +187,6 @@ def test_what_it_decides_itself_is_refused_where_it_is_set(tmp_path: Path) -> No
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.startswith("error: TILTYARD_STATE_DIR is set, but `tiltyard up` sees to that itself, --state")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_settings_of_services_are_handed_on_to_them(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    environment = {"TILTYARD_LOG_LEVEL": "debug", "TILTYARD_UNBONDING_TIME_S": "7", "TILTYARD_DATA_DIR": str(data)}
-    with running(tmp_path / "state", "--port-base", "0", **environment) as (process, _):
-        told = {service: child_of(process, service).environ() for service in SERVICES}
-    assert [each["TILTYARD_LOG_LEVEL"] for each in told.values()] == 4 * ["debug"]
-    assert [service for service in SERVICES if "TILTYARD_UNBONDING_TIME_S" in told[service]] == ["selector"]
-    assert told["trainer"]["TILTYARD_DATA_DIR"] == str(data)
 
 
 def test_a_setting_that_a_service_refuses_is_told(tmp_path: Path) -> None:
