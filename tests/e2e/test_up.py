@@ -15,7 +15,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tiltyard.cli.supervisor import free_ports
+from tiltyard.cli.supervisor import free_ports, is_free
 from tiltyard.identity import Key
 
 SERVICES = ("registry", "selector", "trainer", "validator")
@@ -146,7 +146,7 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     folder = tmp_path_factory.mktemp("up")
     state, data = folder / "state", folder / "data"
     data.mkdir()
-    base = next(port for port in free_ports(50) if port % 2 == 0) - 1
+    base = next(port for port in free_ports(50) if all(is_free(port + n) for n in range(1, 4))) - 1
     environment = {"TILTYARD_LOG_LEVEL": "debug", "TILTYARD_UNBONDING_TIME_S": "7", "TILTYARD_DATA_DIR": str(data)}
     with running(state, "--port-base", str(base), **environment) as (process, addresses):
         yield Arena(process, addresses, state, data, base)
