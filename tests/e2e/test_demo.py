@@ -56,7 +56,7 @@ def leftovers() -> Iterator[None]:
     others = set(psutil.Process().children(recursive=True))
     yield
     mine = [each for each in psutil.Process().children(recursive=True) if each not in others]
-    _, alive = psutil.wait_procs(mine, timeout=15)
+    _, alive = psutil.wait_procs(mine, timeout=60)
     names = [each.cmdline() for each in alive]
     for each in alive:
         each.kill()
@@ -176,7 +176,7 @@ def test_children_are_told_their_settings_and_die_with_a_demo_that_is_killed(tmp
         process.kill()
     assert {known.get("TILTYARD_LOG_LEVEL") for _, known in told} == {"debug"}
     assert [service for service, known in told if "TILTYARD_UNBONDING_TIME_S" in known] == ["services.selector"]
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert [each.cmdline() for each in alive] == []
 
 

@@ -62,7 +62,7 @@ def running(state: Path, *arguments: str, **environment: str) -> Iterator[tuple[
     finally:
         children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=60)
         psutil.wait_procs(children, timeout=10)
         process.stdout.close()
         if reader.ident is not None:
@@ -115,8 +115,8 @@ def test_up_restarts_what_dies_and_keeps_its_state(tmp_path: Path) -> None:
             assert (tmp_path / "state" / service / "key.pem").exists()
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
-        _, alive = psutil.wait_procs(children, timeout=5)
+        assert process.wait(timeout=60) == 0
+        _, alive = psutil.wait_procs(children, timeout=60)
         assert alive == []
 
 
@@ -126,7 +126,7 @@ def test_children_die_with_up(tmp_path: Path) -> None:
         assert len(children) >= 4
         process.kill()
         process.wait(timeout=10)
-        _, alive = psutil.wait_procs(children, timeout=20)
+        _, alive = psutil.wait_procs(children, timeout=60)
         assert [each.cmdline() for each in alive] == []
 
 

@@ -48,7 +48,7 @@ def client_tls(authority: Authority, issued: Issued | None = None) -> ChannelTls
 
 
 async def ask(channel: grpc.aio.Channel) -> int:
-    answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+    answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
     status: int = answer.status
     return status
 

@@ -530,7 +530,7 @@ async def test_a_service_that_is_killed_takes_its_processes_along_and_resumes_af
                 child = trainer.child(started.name)
                 service.kill()
                 service.wait()
-                psutil.wait_procs([child], timeout=5)
+                psutil.wait_procs([child], timeout=60)
                 assert not children(settings.state_dir)
                 service = start_service(settings.state_dir, address)
                 ended = await persist(lambda: trainer.until(started.name))
@@ -648,7 +648,7 @@ async def see_many_runs_through(settings: TrainerSettings, *, runs: int, kills: 
 
 
 def ends_soon(process: psutil.Process) -> bool:
-    gone, _ = psutil.wait_procs([process], timeout=5)
+    gone, _ = psutil.wait_procs([process], timeout=60)
     return bool(gone)
 
 
