@@ -32,6 +32,7 @@ from validator_registry import (
 
 from services.runtime.channels import open_peer
 from services.validator.batches import rows_per_batch
+from services.validator.settings import ValidatorSettings
 from tiltyard.calls.tls import ChannelTls
 from tiltyard.counting import Metric, Tally
 from tiltyard.identity import Key
@@ -485,21 +486,24 @@ async def test_a_second_process_on_one_state_folder_is_refused(registry, start, 
     assert await second.wait() == 2
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [
-        ("registry", ""),
-        ("model_servers", "gpu:8001"),
-        ("model_servers", "gpu=h:1"),
-        ("concurrency", "0"),
-        ("device", "cuda"),
-    ],
-)
-async def test_a_bad_setting_stops_the_start_with_its_name(tmp_path, variable, value):
-    process = ValidatorProcess(tmp_path / "state", "127.0.0.1:1", **{variable: value})
-    with pytest.raises(RuntimeError, match=f"TILTYARD_{variable.upper()}"):
+async def test_a_bad_setting_stops_the_start_with_its_name(tmp_path):
+    process = ValidatorProcess(tmp_path / "state", "127.0.0.1:1", device="cuda")
+    with pytest.raises(RuntimeError, match="TILTYARD_DEVICE"):
         await process.start()
     assert await process.wait() == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("REGISTRY", ""), ("MODEL_SERVERS", "gpu:8001"), ("MODEL_SERVERS", "gpu=h:1"), ("CONCURRENCY", "0")],
+)
+def test_a_bad_setting_is_told_by_its_name(monkeypatch, capsys, variable, value):
+    monkeypatch.setenv("TILTYARD_REGISTRY", "127.0.0.1:1")
+    monkeypatch.setenv(f"TILTYARD_{variable}", value)
+    with pytest.raises(SystemExit) as stopped:
+        ValidatorSettings.load()
+    assert stopped.value.code == 2
+    assert f"TILTYARD_{variable}" in capsys.readouterr().err
 
 
 def test_the_process_imports_no_torch():
