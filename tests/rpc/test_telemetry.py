@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -251,7 +252,8 @@ def test_a_collector_that_is_away_is_told_of_in_few_lines_and_so_is_its_return(
                 told.note(arrived=spans.send([]) is not SpanExportResult.FAILURE)
             (first,) = lines()
             assert first.startswith("telemetry does not arrive, sent in vain 1 times: Failed to export traces to 127.")
-            assert "UNAVAILABLE" in first
+            # On a busy machine the refusal may come too late.
+            assert re.search("UNAVAILABLE|DEADLINE_EXCEEDED", first)
             now[0] = COMPLAIN_EVERY_S
             told.note(arrived=False)
             told.note(arrived=False)

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ CONTENT = bytes(range(256)) * 4
 
 
 class FallingSilent(artifact_pb2_grpc.ArtifactServiceServicer):
-    """Sends a chunk at a time and then nothing, with the stream left open, `times` times."""
+    """Sends a chunk at a time and then nothing, with the stream left open; all the rest after `times` chunks."""
 
     def __init__(self, times: int) -> None:
         self._times = times
@@ -30,7 +31,7 @@ class FallingSilent(artifact_pb2_grpc.ArtifactServiceServicer):
         self, request: Any, context: Any
     ) -> AsyncIterator[artifact_pb2.DownloadArtifactResponse]:
         self.offsets.append(request.offset)
-        if len(self.offsets) > self._times:
+        if request.offset >= 100 * self._times:
             yield artifact_pb2.DownloadArtifactResponse(chunk=CONTENT[request.offset :])
             return
         yield artifact_pb2.DownloadArtifactResponse(chunk=CONTENT[request.offset : request.offset + 100])
@@ -63,7 +64,8 @@ async def test_a_stream_that_falls_silent_is_begun_again_where_it_was(tmp_path: 
     async with served(servicer) as artifacts, asyncio.timeout(20):
         await download(artifacts, f"artifacts/{digest}", tmp_path / "got", size_bytes=len(CONTENT))
         assert (tmp_path / "got").read_bytes() == CONTENT
-        assert servicer.offsets == [0, 100, 200]
+        # On a busy machine the chunk itself may come too late: the next stream begins where that one did.
+        assert [offset for offset, _ in itertools.groupby(servicer.offsets)] == [0, 100, 200]
         # Nobody is left waiting at the other end.
         for _ in range(2):
             await servicer.left.acquire()
