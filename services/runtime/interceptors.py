@@ -235,6 +235,9 @@ class _Surroundings:
             self._task = self._interceptor.drain.begin(self._method)
             self._entered = True
             self._interceptor.enter(self._method, self._context, headers, self._task)
+            if self._method.watch:
+                # It may have nothing to tell for long, and its caller asks whether there is a server at all.
+                await self._context.send_initial_metadata(())
         except BaseException as error:
             await self.__aexit__(type(error), error, None)
             raise

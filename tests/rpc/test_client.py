@@ -34,6 +34,10 @@ class SmallTasks(task_pb2_grpc.TaskServiceServicer):
     details: bytes | None = None
     silences: int = 0
     """After each of the first so many messages a watch is silent."""
+    holds: int = 0
+    """The first so many watches bring nothing and stay open, as at a proxy that has lost its server."""
+    takes_up: bool = False
+    """Whether these are taken up, as by a server with nothing to tell."""
     left: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
     """Released by each silent watch that ends."""
 
@@ -57,6 +61,13 @@ class SmallTasks(task_pb2_grpc.TaskServiceServicer):
 
     async def WatchTask(self, request: Any, context: Any) -> AsyncIterator[task_pb2.WatchTaskResponse]:
         self.cursors.append(request.cursor)
+        if len(self.cursors) <= self.holds:
+            try:
+                if self.takes_up:
+                    await context.send_initial_metadata(())
+                await asyncio.Event().wait()
+            finally:
+                self.left.release()
         start = int(request.cursor or 0)
         limit = self.breaks.pop(0) if self.breaks else self.tasks
         for n in range(start + 1, min(start + limit, self.tasks) + 1):
@@ -220,6 +231,28 @@ async def test_a_watch_that_brings_nothing_is_given_up() -> None:
     async with serving(SmallTasks(breaks=[0] * 100)) as client:
         with pytest.raises(grpc.aio.AioRpcError):
             [message async for message in watch(client.tasks.WatchTask, request, patience_s=0.4)]
+
+
+async def test_a_watch_that_no_server_takes_up_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resuming, "DEADLINE_S", 0.3)
+    tasks = SmallTasks(holds=100)
+    request = task_pb2.WatchTaskRequest(name="tasks/t")
+    async with serving(tasks) as client, asyncio.timeout(60):
+        with pytest.raises(grpc.aio.AioRpcError, match="nothing has come for 0.3 s"):
+            [message async for message in watch(client.tasks.WatchTask, request, patience_s=1.0)]
+        assert len(tasks.cursors) > 1
+        for _ in tasks.cursors:
+            await tasks.left.acquire()
+
+
+async def test_a_watch_that_a_server_has_taken_up_may_be_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resuming, "DEADLINE_S", 0.3)
+    monkeypatch.setattr(resuming, "_LONGEST_SILENCE_S", 0.5)
+    tasks = SmallTasks(tasks=1, holds=3, takes_up=True)
+    request = task_pb2.WatchTaskRequest(name="tasks/t")
+    async with serving(tasks) as client, asyncio.timeout(60):
+        seen = [message.cursor async for message in watch(client.tasks.WatchTask, request, patience_s=0.4)]
+    assert seen == ["1"]
 
 
 async def test_a_watch_that_was_silent_for_longer_than_its_patience_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,6 +337,19 @@ async def test_a_watch_that_its_caller_ends_shows_at_debug_only(monkeypatch: pyt
     assert entries == [("CANCELLED", "debug")]
 
 
+async def test_a_watch_that_has_nothing_to_tell_is_taken_up_at_once() -> None:
+    class Watched:
+        async def WatchForever(self, request: StringValue, context: Any) -> AsyncIterator[StringValue]:
+            await asyncio.Event().wait()
+            yield request
+
+    async with serving(mount(Watched(), WatchForever="unary_stream")) as channel:
+        watch = channel.unary_stream("/test.v1.Shapes/WatchForever", StringValue.SerializeToString)(StringValue())
+        async with asyncio.timeout(60):
+            await watch.initial_metadata()
+        assert not watch.done()
+
+
 async def test_messages_above_the_limit_are_refused() -> None:
     async with serving(mount(Shapes()), max_message_bytes=1000) as channel:
         assert await call(channel, "unary_unary", "x" * 900)

@@ -65,15 +65,18 @@ async def watch(
     """The messages of a watch that resumes by cursor: a stream that breaks is started again where it was.
 
     `request` is copied, not changed. Raises grpc.aio.AioRpcError when it fails for good, or when no stream can be had
-    for `patience_s`; one that stands may be silent for as long as it likes. After each two minutes of silence it is
+    for `patience_s`; one that a server has taken up may be silent for as long as it likes. After each two minutes of silence it is
     asked for again, since what stands may be broken.
     """
     asked = _copy(request)
     wait_s, give_up = _FIRST_WAIT_S, None
     while True:
-        began = time.monotonic()
+        began, taken_up = time.monotonic(), False
         try:
-            async with aclosing(not_silent(method(asked), silence_s=_LONGEST_SILENCE_S)) as messages:
+            stream = method(asked)
+            await _taken_up(stream)
+            taken_up = True
+            async with aclosing(not_silent(stream, silence_s=_LONGEST_SILENCE_S)) as messages:
                 async for message in messages:
                     asked.cursor, wait_s, give_up = message.cursor, _FIRST_WAIT_S, None
                     yield message
@@ -81,7 +84,7 @@ async def watch(
         except grpc.aio.AioRpcError as error:
             broke = time.monotonic()
             # What stood for longer than the channel's own retries take had a server, though it brought nothing.
-            if give_up is None or broke - began > DEADLINE_S:
+            if give_up is None or (taken_up and broke - began > DEADLINE_S):
                 wait_s, give_up = _FIRST_WAIT_S, broke + patience_s
             pause_s = _pause_s(error, wait_s, give_up)
         await asyncio.sleep(pause_s)
@@ -116,6 +119,21 @@ async def follow(
         await persist(answers)
 
 
+async def _taken_up(stream: AsyncIterable[object]) -> None:
+    """Returns when the server has taken the stream up, which it says at once, or has refused it.
+
+    Raises grpc.aio.AioRpcError when it does neither for long: what lies between may hold the stream.
+    """
+    if not isinstance(stream, grpc.aio.Call):
+        return
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            await stream.initial_metadata()
+    except TimeoutError:
+        stream.cancel()
+        raise _nothing_came(DEADLINE_S) from None
+
+
 async def not_silent(stream: AsyncIterable[T], *, silence_s: float) -> AsyncGenerator[T, None]:
     """The messages of a stream, which ends with this. Raises grpc.aio.AioRpcError, also when none comes for long."""
     messages = aiter(stream)
@@ -127,16 +145,20 @@ async def not_silent(stream: AsyncIterable[T], *, silence_s: float) -> AsyncGene
             except StopAsyncIteration:
                 return
             except TimeoutError:
-                raise grpc.aio.AioRpcError(
-                    grpc.StatusCode.DEADLINE_EXCEEDED,
-                    initial_metadata=grpc.aio.Metadata(),
-                    trailing_metadata=grpc.aio.Metadata(),
-                    details=f"nothing has come for {silence_s:g} s",
-                ) from None
+                raise _nothing_came(silence_s) from None
             yield message
     finally:
         if isinstance(stream, grpc.aio.Call):
             stream.cancel()
+
+
+def _nothing_came(silence_s: float) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        initial_metadata=grpc.aio.Metadata(),
+        trailing_metadata=grpc.aio.Metadata(),
+        details=f"nothing has come for {silence_s:g} s",
+    )
 
 
 class _PageRequest(Protocol):
