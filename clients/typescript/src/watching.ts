@@ -2,11 +2,15 @@
 
 import { setTimeout as wait } from "node:timers/promises";
 
+import { Status } from "nice-grpc";
+
 import { DEADLINE_MS, shared } from "./calling.js";
 import { ArenaError } from "./errors.js";
 
 const FIRST_WAIT_MS = 100;
 const LONGEST_WAIT_MS = 2_000;
+/** A proxy that has lost the server may hold a stream open and say nothing. Where nothing happens, a server does so too. */
+const LONGEST_SILENCE_MS = 120_000;
 /** Milliseconds to go on without an answer. */
 export const PATIENCE_MS = 60_000;
 
@@ -57,14 +61,22 @@ export async function* pages<Request extends { pageToken?: string }, Page extend
   } while (pageToken);
 }
 
+/** What a watch tells the call that it makes. */
+export interface WatchOptions {
+  signal: AbortSignal;
+  /** Called when the server has taken the stream up, which it says at once. */
+  onHeader: () => void;
+}
+
 /**
  * The messages of a watch: a stream that breaks is started again after the last cursor, without gap or repeat.
  *
  * Throws the ArenaError that is not transient, or the last one when no stream can be had for the patience; one that stands
- * may be silent for as long as it likes.
+ * may be silent for as long as it likes. After each two minutes of silence it is asked for again, since what stands may be
+ * broken.
  */
 export async function* watch<Request extends { cursor?: string }, Message extends { cursor: string }>(
-  method: (request: Request, options: { signal?: AbortSignal }) => AsyncIterable<Message>,
+  method: (request: Request, options: WatchOptions) => AsyncIterable<Message>,
   request: Request,
   { patienceMs = PATIENCE_MS, signal }: Patient = {},
 ): AsyncGenerator<Message, void, undefined> {
@@ -73,24 +85,62 @@ export async function* watch<Request extends { cursor?: string }, Message extend
   let giveUpAt: number | undefined;
   for (;;) {
     const beganAt = performance.now();
+    const silence = new Silence(signal);
     let pauseMs: number;
     try {
-      for await (const message of method({ ...request, cursor }, { signal })) {
+      for await (const message of method({ ...request, cursor }, silence.options)) {
+        silence.stop();
         cursor = message.cursor;
         [waitMs, giveUpAt] = [FIRST_WAIT_MS, undefined];
         yield message;
+        silence.begin(LONGEST_SILENCE_MS);
       }
       return;
-    } catch (error) {
+    } catch (caught) {
+      const error = signal?.aborted ? caught : (silence.error ?? caught);
       const brokeAt = performance.now();
       // A stream that stood for longer than the channel's own retries take had a server, though it brought nothing.
-      if (giveUpAt === undefined || brokeAt - beganAt > DEADLINE_MS) {
+      if (giveUpAt === undefined || (silence.isTakenUp && brokeAt - beganAt > DEADLINE_MS)) {
         [waitMs, giveUpAt] = [FIRST_WAIT_MS, brokeAt + patienceMs];
       }
       pauseMs = pauseBefore(error, waitMs, giveUpAt);
+    } finally {
+      silence.stop();
     }
     await pause(pauseMs, signal);
     waitMs = Math.min(2 * waitMs, LONGEST_WAIT_MS);
+  }
+}
+
+/** Ends a stream that no server takes up, or that brings nothing for long: what lies between may hold it open for ever. */
+class Silence {
+  /** Why the stream was ended. */
+  error: ArenaError | undefined;
+  isTakenUp = false;
+  readonly options: WatchOptions;
+  readonly #ending = new AbortController();
+  #timer: NodeJS.Timeout | undefined;
+
+  constructor(signal: AbortSignal | undefined) {
+    const onHeader = () => {
+      this.isTakenUp = true;
+      this.begin(LONGEST_SILENCE_MS);
+    };
+    this.options = { signal: AbortSignal.any([this.#ending.signal, ...(signal ? [signal] : [])]), onHeader };
+    this.begin(DEADLINE_MS);
+  }
+
+  begin(longestMs: number): void {
+    this.stop();
+    this.#timer = setTimeout(() => {
+      const said = `nothing has come for ${longestMs / 1000} s`;
+      this.error = new ArenaError(Status.DEADLINE_EXCEEDED, said, "", {}, [], undefined);
+      this.#ending.abort();
+    }, longestMs);
+  }
+
+  stop(): void {
+    clearTimeout(this.#timer);
   }
 }
 

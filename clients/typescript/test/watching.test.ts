@@ -1,9 +1,10 @@
 import assert from "node:assert/strict";
-import { test } from "node:test";
+import { once } from "node:events";
+import { test, type TestContext } from "node:test";
 
 import { Status } from "nice-grpc";
 
-import { ArenaError, persist, watch } from "../src/index.js";
+import { ArenaError, persist, watch, type WatchOptions } from "../src/index.js";
 
 function refusal(code: Status, reason: string, retryAfterS?: number): ArenaError {
   return new ArenaError(code, "no", reason, {}, [], retryAfterS);
@@ -64,8 +65,9 @@ test("a watch that was silent for longer than its patience goes on when its serv
   let now = 0;
   t.mock.method(performance, "now", () => now);
   const cursors: string[] = [];
-  async function* method({ cursor = "" }: { cursor?: string }) {
+  async function* method({ cursor = "" }: { cursor?: string }, { onHeader }: WatchOptions) {
     cursors.push(cursor);
+    onHeader();
     if (cursors.length === 1) yield { cursor: "1" };
     if (cursors.length === 3) return;
     now += 100_000; // as a task in which nothing happens
@@ -88,12 +90,57 @@ test("a watch ends with its last error when no stream can be had for its patienc
 
 test("a watch that is aborted ends with its signal's error, also in a pause", { timeout: 5_000 }, async () => {
   const ending = new AbortController();
-  const signals: unknown[] = [];
-  async function* method(_request: object, { signal }: { signal?: AbortSignal }): AsyncGenerator<{ cursor: string }> {
+  const signals: AbortSignal[] = [];
+  async function* method(_request: object, { signal }: WatchOptions): AsyncGenerator<{ cursor: string }> {
     signals.push(signal);
     setTimeout(() => ending.abort(), 20);
     throw refusal(Status.RESOURCE_EXHAUSTED, "CALL_RATE", 30);
   }
   await assert.rejects(watch(method, {}, { signal: ending.signal }).next(), { name: "AbortError" });
-  assert.deepEqual(signals, [ending.signal]);
+  assert.deepEqual(signals.map(({ aborted }) => aborted), [true]);
+});
+
+/** A watch whose first streams bring nothing and stay open until they are ended; `answers` is whether a server is there. */
+function silent(streams: number, answers: boolean) {
+  const cursors: string[] = [];
+  async function* method({ cursor = "" }: { cursor?: string }, { signal, onHeader }: WatchOptions) {
+    cursors.push(cursor);
+    if (cursors.length === 1) yield { cursor: "1" };
+    if (answers) onHeader();
+    if (cursors.length > streams) return;
+    await once(signal, "abort");
+    throw new DOMException("ended", "AbortError");
+  }
+  return { method, cursors };
+}
+
+/** What `watched` brings while time passes at a thousand times its pace (but for the pauses between two streams). */
+async function passing(t: TestContext, watched: AsyncIterable<{ cursor: string }>): Promise<string[]> {
+  let now = 0;
+  t.mock.timers.enable({ apis: ["setTimeout"] });
+  t.mock.method(performance, "now", () => now);
+  const ticking = setInterval(() => {
+    now += 1_000;
+    t.mock.timers.tick(1_000);
+  }, 1);
+  try {
+    const seen: string[] = [];
+    for await (const { cursor } of watched) seen.push(cursor);
+    return seen;
+  } finally {
+    clearInterval(ticking);
+  }
+}
+
+test("a watch that was silent for two minutes is asked for again, from its cursor", { timeout: 60_000 }, async (t) => {
+  const { method, cursors } = silent(4, true);
+  assert.deepEqual(await passing(t, watch(method, {}, { patienceMs: 10_000 })), ["1"]);
+  assert.deepEqual(cursors, ["", "1", "1", "1", "1"]);
+});
+
+test("a watch that no server takes up is given up", { timeout: 60_000 }, async (t) => {
+  const { method, cursors } = silent(100, false);
+  const refused = { name: "ArenaError", code: Status.DEADLINE_EXCEEDED, message: "nothing has come for 20 s" };
+  await assert.rejects(passing(t, watch(method, {}, { patienceMs: 200_000 })), refused);
+  assert.ok(cursors.length > 1, String(cursors.length));
 });
