@@ -5,7 +5,9 @@ import { join } from "node:path";
 
 import { bigEndian } from "./bytes.js";
 import type { Client } from "./client.js";
+import { readMessage } from "./messages.js";
 import type { Checkpoint } from "./proto/tiltyard/registry/v1/log.js";
+import { LogEntry } from "./proto/tiltyard/type/v1/log.js";
 import { persist, type Patient } from "./watching.js";
 
 const CHECKPOINT_FILE = "checkpoint";
@@ -94,16 +96,32 @@ export async function writeRecord(record: RecordLog, folder: string): Promise<vo
   await writeFile(join(folder, CHECKPOINT_FILE), record.note);
 }
 
-/** Reads what `writeRecord` wrote. Throws InvalidRecord for any other file or byte. */
+/** Reads what `writeRecord` wrote. Throws InvalidRecord for any other file or byte, and what the file system says. */
 export async function readRecord(folder: string): Promise<RecordLog> {
+  const wanted = [CHECKPOINT_FILE, LEAVES_FILE];
   const names = (await readdir(folder)).sort();
-  if (names.join() !== [CHECKPOINT_FILE, LEAVES_FILE].join()) {
-    throw new InvalidRecord(`${folder} holds ${names.join(", ") || "nothing"}, not checkpoint and leaves alone`);
+  const missing = wanted.filter((name) => !names.includes(name));
+  if (missing.length > 0) {
+    throw new InvalidRecord(`${folder} is no exported record log: it holds no ${missing.join(" and no ")}`);
+  }
+  const others = names.filter((name) => !wanted.includes(name));
+  if (others.length > 0) {
+    const more = others.length > 1 ? ` and ${others.length - 1} more` : "";
+    throw new InvalidRecord(`${folder} holds ${others[0]}${more}, not checkpoint and leaves alone`);
   }
   const text = await readFile(join(folder, CHECKPOINT_FILE));
   const note = text.toString("utf8");
   if (!Buffer.from(note).equals(text)) throw new InvalidRecord("the checkpoint is not UTF-8 text");
   return { note, leaves: unpackLeaves(await readFile(join(folder, LEAVES_FILE))) };
+}
+
+/** What a leaf says. Throws InvalidRecord, naming it, when it is no entry. */
+export function readLeaf(leaf: Uint8Array, index: number): LogEntry {
+  try {
+    return readMessage(LogEntry, leaf);
+  } catch (error) {
+    throw new InvalidRecord(`leaf ${index} is not a LogEntry: ${error instanceof Error ? error.message : String(error)}`, { cause: error });
+  }
 }
 
 function unpackLeaves(packed: Buffer): Uint8Array[] {

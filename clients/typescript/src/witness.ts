@@ -12,8 +12,7 @@ import { equal, fromHex, toHex } from "./bytes.js";
 import { WitnessKey, cosign, verifyCosignature } from "./cosigning.js";
 import { Key } from "./identity.js";
 import { readIfThere, replaceFile } from "./keptfile.js";
-import { LogEntry } from "./proto/tiltyard/type/v1/log.js";
-import type { LogSource } from "./recordlog.js";
+import { InvalidRecord, readLeaf, type LogSource } from "./recordlog.js";
 import { Frontier, InvalidNote, leafHash, openCheckpoint, verifyConsistency, type Checkpoint } from "./transparency.js";
 
 /** A log that has rewritten its history, or shows two of them. */
@@ -58,22 +57,28 @@ export class Witness {
     return new Witness(folder, key, verifier);
   }
 
-  /** What is remembered; undefined before the first look. */
+  /** What is remembered; undefined before the first look. Throws RangeError for a file that was damaged. */
   async seen(): Promise<Seen | undefined> {
-    const text = await readIfThere(join(this.folder, "frontier.json"));
+    const file = join(this.folder, "frontier.json");
+    const text = await readIfThere(file);
     if (text === undefined) return undefined;
-    const kept = JSON.parse(text) as { origin: string; log_key: string; size: number; hashes: string[] };
-    const frontier = new Frontier(BigInt(kept.size), kept.hashes.map(fromHex));
-    return { origin: kept.origin, logKey: fromHex(kept.log_key), frontier };
+    try {
+      const kept = JSON.parse(text) as { origin: string; log_key: string; size: number; hashes: string[] };
+      const frontier = new Frontier(BigInt(kept.size), kept.hashes.map(fromHex));
+      return { origin: kept.origin, logKey: fromHex(kept.log_key), frontier };
+    } catch (error) {
+      throw new RangeError(`${file} is damaged: ${String(error)}`, { cause: error });
+    }
   }
 
   /**
    * Looks at the log once: its signature, that it has grown from what was seen, and that its new leaves give its root. Then
-   * cosigns. Throws Alarm, with both notes kept, and InvalidNote.
+   * cosigns. Throws Alarm, with both notes kept, InvalidNote, and RangeError as `seen` does.
    */
   async look(source: LogSource, nowS: number = Math.floor(Date.now() / 1000)): Promise<Checkpoint> {
-    const seen = (await this.seen()) ?? (await begin(source));
+    // First, since it says at once whether the registry is there.
     const note = await source.note();
+    const seen = (await this.seen()) ?? (await begin(source));
     const checkpoint = openCheckpoint(note, { name: seen.origin, publicKey: seen.logKey });
     const { frontier } = seen;
     const [before, now] = [frontier.size, checkpoint.size];
@@ -85,7 +90,12 @@ export class Witness {
         await this.#alarm(note, `the log of ${now} leaves does not begin with the ${before} seen`);
       }
     }
-    for await (const leaf of source.leaves(before, now)) frontier.append(leafHash(leaf));
+    try {
+      for await (const leaf of source.leaves(before, now)) frontier.append(leafHash(leaf));
+    } catch (error) {
+      if (!(error instanceof InvalidRecord)) throw error;
+      await this.#alarm(note, error.message);
+    }
     if (frontier.size !== now || !equal(frontier.root(), checkpoint.root)) {
       await this.#alarm(note, `the leaves that the log shows up to ${now} do not give its root`);
     }
@@ -168,13 +178,18 @@ export async function witnessed(
   return known;
 }
 
-/** The first look: the genesis names the log's key. */
+/** The first look: the genesis names the log's key. Throws InvalidNote: there is no log yet that could have lied. */
 async function begin(source: LogSource): Promise<Seen> {
-  for await (const leaf of source.leaves(0n, 1n)) {
-    const { entry } = LogEntry.decode(leaf);
-    if (entry?.$case === "genesis" && entry.value.origin) {
-      return { origin: entry.value.origin, logKey: entry.value.logKey, frontier: new Frontier() };
+  try {
+    for await (const leaf of source.leaves(0n, 1n)) {
+      const { entry } = readLeaf(leaf, 0);
+      if (entry?.$case === "genesis" && entry.value.origin) {
+        return { origin: entry.value.origin, logKey: entry.value.logKey, frontier: new Frontier() };
+      }
     }
+  } catch (error) {
+    if (!(error instanceof InvalidRecord)) throw error;
+    throw new InvalidNote(error.message, { cause: error });
   }
   throw new InvalidNote("leaf 0 is not the genesis");
 }

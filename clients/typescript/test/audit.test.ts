@@ -139,4 +139,10 @@ test("a record's folder is byte for byte Python's, and holds nothing else", asyn
     for (const [file, content] of Object.entries(files)) await writeFile(join(folder, name, file), content);
     await assert.rejects(readRecord(join(folder, name)), InvalidRecord, name);
   }
+  const wrong = join(folder, "of something else");
+  await mkdir(wrong);
+  for (const name of ["a", "b", "c"]) await writeFile(join(wrong, name), "");
+  await assert.rejects(readRecord(wrong), /is no exported record log: it holds no checkpoint and no leaves$/);
+  for (const name of ["checkpoint", "leaves"]) await writeFile(join(wrong, name), "");
+  await assert.rejects(readRecord(wrong), /holds a and 2 more, not checkpoint and leaves alone$/);
 });

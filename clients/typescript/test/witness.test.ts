@@ -9,6 +9,7 @@ import {
   Alarm,
   Frontier,
   InvalidNote,
+  InvalidRecord,
   Key,
   Witness,
   WitnessKey,
@@ -134,7 +135,20 @@ test("a log that has become shorter, or shows leaves that are not under its root
     yield* [utf8("one"), utf8("other")];
   };
   await assert.rejects(witness.look(log, NOW_S + 2), /do not give its root/);
-  assert.equal((await alarms("shorter")).length, 2);
+  log.leaves = async function* () {
+    throw new InvalidRecord("the registry does not show leaf 6");
+  };
+  await assert.rejects(witness.look(log, NOW_S + 3), (error) => error instanceof Alarm && /not show leaf 6/.test(error.message));
+  assert.equal((await alarms("shorter")).length, 3);
+});
+
+test("a memory that was damaged is told of by its file", async () => {
+  const where = join(folder, "damaged");
+  const witness = await Witness.open(where);
+  for (const text of ["", "{}", '{"origin": "o", "log_key": "00", "size": 1, "hashes": []}']) {
+    await writeFile(join(where, "frontier.json"), text);
+    await assert.rejects(witness.look(new SmallLog(2), NOW_S), /^RangeError: .*frontier.json is damaged/, text);
+  }
 });
 
 test("two histories that are shown to two people are found, and a newer checkpoint is none", async () => {
@@ -159,8 +173,14 @@ test("two histories that are shown to two people are found, and a newer checkpoi
 
 test("a log without a genesis, or of another key, is not begun", async () => {
   const log = new SmallLog(2);
-  log.shown[0] = utf8("");
   const witness = await Witness.open(join(folder, "none"));
+  for (const leaf of ["", "no entry"]) {
+    log.shown[0] = utf8(leaf);
+    await assert.rejects(witness.look(log, NOW_S), InvalidNote, leaf);
+  }
+  log.leaves = async function* () {
+    throw new InvalidRecord("the registry does not show leaf 0");
+  };
   await assert.rejects(witness.look(log, NOW_S), InvalidNote);
   const forged = new SmallLog(2);
   Object.assign(forged, { key: Key.generate() });

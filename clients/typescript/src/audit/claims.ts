@@ -1,10 +1,9 @@
 /** The audit of a record: what is claimed, how often it was checked, and where it does not hold (docs/transparency.md). */
 
 import { equal } from "../bytes.js";
-import { readMessage } from "../messages.js";
 import type { Leaderboard } from "../proto/tiltyard/registry/v1/leaderboard.js";
-import { LogEntry } from "../proto/tiltyard/type/v1/log.js";
-import type { RecordLog } from "../recordlog.js";
+import type { LogEntry } from "../proto/tiltyard/type/v1/log.js";
+import { readLeaf, type RecordLog } from "../recordlog.js";
 import { Frontier, leafHash, openCheckpoint } from "../transparency.js";
 import { difference, leaderboard } from "./rankings.js";
 import { Replay } from "./replay.js";
@@ -45,7 +44,7 @@ export function audit(record: RecordLog, { logKey, shown = [] }: AuditOptions = 
   const { reading } = replay;
   let entries: LogEntry[] = [];
   try {
-    entries = record.leaves.map(entryOf);
+    entries = record.leaves.map(readLeaf);
     checkRoot(record, entries[0], logKey);
   } catch (error) {
     failures.push({ claim: "root", index: undefined, reason: told(error) });
@@ -74,14 +73,6 @@ export function audit(record: RecordLog, { logKey, shown = [] }: AuditOptions = 
     hidden: [...reading.story.tasks.values()].filter(({ hides }) => hides).map(({ name }) => name),
     pending: replay.pending,
   };
-}
-
-function entryOf(leaf: Uint8Array, index: number): LogEntry {
-  try {
-    return readMessage(LogEntry, leaf);
-  } catch (error) {
-    throw new Error(`leaf ${index} is not a LogEntry: ${told(error)}`, { cause: error });
-  }
 }
 
 function checkRoot(record: RecordLog, first: LogEntry | undefined, logKey: Uint8Array | undefined): void {
