@@ -24,6 +24,7 @@ from tests.support.registry_world import key_of
 from tests.support.told_arena import tell_tasks
 from tests.support.told_lies import LIES, Entry, amendment_of, event, first, setting
 from tests.support.told_log import ToldLog
+from tests.support.told_names import NAMELESS, strangers
 from tiltyard.audit import Audit, Record, audit, read_record, write_record
 from tiltyard.registry.v1 import leaderboard_pb2
 from tiltyard.statements import sign_statement
@@ -110,6 +111,7 @@ def _cases(records: Mapping[str, Record]) -> Iterator[Case]:
     yield from _fields(submission)
     yield from _kinds_left_out(submission)
     yield from _odd(submission)
+    yield from _names(submission)
     yield from _rankings(submission)
     yield from _batches(arena)
 
@@ -220,6 +222,13 @@ def _odd(record: Record) -> Iterator[Case]:
     for line in ("\u2014 x AAAA\n", "\u2014 x A\n", "x\n"):
         yield Case(f"a note with a further line, {line!r}", SUBMISSION, note=record.note + line)
     yield Case("a note without a signature", SUBMISSION, note=record.note.rpartition("\u2014")[0])
+
+
+def _names(record: Record) -> Iterator[Case]:
+    for name, (wanted, change) in NAMELESS.items():
+        yield _changed(f"by no name: {name}", record, SUBMISSION, wanted, change)
+    for name, entry in strangers(record.entries).items():
+        yield Case(name, SUBMISSION, added=[entry.SerializeToString(deterministic=True)])
 
 
 def _later(path: str) -> Callable[[Entry], None]:

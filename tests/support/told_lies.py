@@ -195,6 +195,7 @@ LIES: dict[str, tuple[Callable[[Entry], bool], Callable[[Entry], None], Claim]] 
     "a fault": (first("validator_fault"), setting("validator_fault.kind", LEASE_EXPIRED), Claim.HISTORY),
     "the fate of a holdout": (first("holdout_changed"), setting("holdout_changed.accepted", False), Claim.HISTORY),
     "an outage": (first("outage_ended"), later, Claim.HISTORY),
+    "who owns a group": (event("OWNER_GROUPS_MERGED"), setting("ledger_event.reference", "it"), Claim.LEDGER),
     "what a fault costs": (event("SLASHED"), dearer, Claim.LEDGER),
     "what somebody is slashed for": (event("SLASHED"), setting("ledger_event.reference", "it"), Claim.LEDGER),
     "a charge": (event("QUOTA_CHARGED"), setting("ledger_event.participant", SOMEBODY), Claim.LEDGER),

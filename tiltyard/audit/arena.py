@@ -1,5 +1,6 @@
 """The arena: its beginning, its outages, its participants with their owners, and who endorses whom."""
 
+from tiltyard.audit.names import Form, demand_name
 from tiltyard.audit.reading import Reading
 from tiltyard.audit.wrong import Claim, demand, moment_ns
 from tiltyard.identity import participant_id
@@ -9,6 +10,8 @@ from tiltyard.type.v1 import envelope_pb2, log_pb2
 def began(reading: Reading, index: int, leaf: bytes, genesis: log_pb2.Genesis) -> None:
     """The first leaf names the arena and its keys."""
     reading.story.origin, reading.story.selector_key = genesis.origin, genesis.selector_key
+    for operator in genesis.operators:
+        demand_name(operator, Form.PARTICIPANT, Claim.HISTORY)
 
 
 def outage_ended(reading: Reading, index: int, leaf: bytes, entry: log_pb2.OutageEnded) -> None:
@@ -40,5 +43,7 @@ def endorsement_changed(reading: Reading, index: int, leaf: bytes, entry: log_pb
     """A participant endorses another in a field, or takes that back."""
     said, signer = reading.open(entry.statement, envelope_pb2.EndorsementStatement)
     demand(said.endorser == signer, Claim.ENVELOPES, f"{said.endorser} did not sign, {signer} did")
+    known = said.subject in reading.story.participants
+    demand(known, Claim.HISTORY, f"{said.subject} is endorsed, and has not registered")
     if not said.revoke:
         reading.story.endorsements.add((said.endorser, said.subject, said.field))

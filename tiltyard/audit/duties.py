@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from tiltyard.audit.names import Form, demand_name
 from tiltyard.audit.reading import Reading
 from tiltyard.audit.story import FIRST_ROUND, HOLDOUT_ROUND, Duty, Story
 from tiltyard.audit.wrong import Claim, Wrong, demand
@@ -32,6 +33,7 @@ _SLASHED_FOR: dict[int, int] = {
     stake_pb2.STAKE_FAULT_SEAL_NOT_OPENED: evaluation_pb2.VALIDATOR_FAULT_KIND_SEAL_UNOPENED,
     stake_pb2.STAKE_FAULT_REPORT_OUTSIDE_TOLERANCE: _OUTLIER,
 }
+_LOCKS = (stake_pb2.LEDGER_EVENT_KIND_LOCKED, stake_pb2.LEDGER_EVENT_KIND_UNLOCKED)
 
 
 def assigned(reading: Reading, index: int, leaf: bytes, entry: log_pb2.AssignmentChanged) -> None:
@@ -113,6 +115,19 @@ def check_ledger_event(story: Story, event: stake_pb2.LedgerEvent) -> None:
         mine = event.reference.endswith(f"-{event.participant.removeprefix('participants/')}")
         found = mine and (event.reference, _SLASHED_FOR[event.fault]) in story.faults
         demand(found, Claim.LEDGER, f"{event.participant} is slashed for a fault that no leaf names")
+
+
+def check_event_names(event: stake_pb2.LedgerEvent) -> None:
+    """Whether whom and what an event is about can be. Raises Wrong."""
+    # Stakes may be there before their holder has registered, so that no leaf has to name it before.
+    if event.kind != stake_pb2.LEDGER_EVENT_KIND_POOL_CLOSED:
+        demand_name(event.participant, Form.PARTICIPANT, Claim.LEDGER)
+    if event.task or event.kind in _LOCKS:
+        demand_name(event.task, Form.TASK, Claim.LEDGER)
+    if event.draw or event.kind == stake_pb2.LEDGER_EVENT_KIND_QUOTA_CHARGED:
+        demand_name(event.draw, Form.DRAW, Claim.LEDGER)
+    if event.kind == stake_pb2.LEDGER_EVENT_KIND_OWNER_GROUPS_MERGED:
+        demand_name(event.reference, Form.PARTICIPANT, Claim.LEDGER)
 
 
 def parts(name: str, middle: str) -> tuple[str, int, str]:

@@ -108,6 +108,8 @@ def changed(reading: Reading, index: int, leaf: bytes, entry: log_pb2.Submission
     submission.state = entry.state
     if entry.state == _REJECTED:
         submission.reason, submission.end_index = entry.reason, index
+    copied = entry.state == _REJECTED and entry.reason == evaluation_pb2.REJECTION_REASON_COPY
+    demand(copied or not entry.original, Claim.HISTORY, f"{name} is no copy, and {entry.original} is named")
     reading.counts[Claim.HISTORY] += 1
 
 
@@ -167,6 +169,9 @@ def drawn(reading: Reading, index: int, leaf: bytes, receipt: draw_pb2.DrawRecei
     interested = {submission.commit.participant, task.creator}
     neutral = interested.isdisjoint(pick.participant for pick in receipt.picks)
     demand(neutral, Claim.DRAWS, f"{what} picks the submitter or the task's creator")
+    named = {who for pick in receipt.picks for who in pick.members}
+    strangers = named - story.participants.keys()
+    demand(not strangers, Claim.DRAWS, f"{what} names {min(strangers, default='')}, who has not registered")
     moment_ns(receipt.draw_time, Claim.DRAWS, what)
     try:
         verify_receipt(receipt, selector_key=story.selector_key)

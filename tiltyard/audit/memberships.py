@@ -1,5 +1,6 @@
 """Eligibility verdicts held against their evidence, and memberships against the verdicts."""
 
+from tiltyard.audit.names import Form, demand_name
 from tiltyard.audit.reading import Reading
 from tiltyard.audit.story import PendingVerdict, Story
 from tiltyard.audit.wrong import Claim, demand, moment_ns
@@ -20,6 +21,7 @@ def verdict_given(reading: Reading, index: int, leaf: bytes, verdict: participat
     """Decides again from the evidence; the stake that it names waits for the ledger."""
     story = reading.story
     what = f"the verdict on {verdict.participant} in {verdict.task}"
+    demand_name(verdict.task, Form.TASK, Claim.HISTORY)
     demand(verdict.participant in story.participants, Claim.HISTORY, f"{what} is about nobody who has registered")
     decide_time_ns = moment_ns(verdict.decide_time, Claim.VERDICTS, what)
     for fact in verdict.evidence:
@@ -63,11 +65,8 @@ def membership_changed(reading: Reading, index: int, leaf: bytes, entry: log_pb2
     reading.task(entry.task)
     if entry.HasField("statement"):
         said, signer = reading.open(entry.statement, envelope_pb2.JoinStatement)
-        demand(
-            (said.task, said.participant, said.role) == (entry.task, signer, entry.role),
-            Claim.ENVELOPES,
-            f"{signer} asked for another task or role",
-        )
+        asked = (said.task, said.participant, said.role) == (entry.task, entry.participant, entry.role)
+        demand(asked and signer == said.participant, Claim.ENVELOPES, f"{signer} asked for another task or role")
     story = reading.story
     who, key = entry.participant, (entry.task, entry.participant)
     role, before = story.members.get(key, (entry.role, _LEFT))
@@ -89,6 +88,7 @@ def membership_changed(reading: Reading, index: int, leaf: bytes, entry: log_pb2
 def _suffices(story: Story, verdict: participation_pb2.EligibilityVerdict, fact: participation_pb2.Evidence) -> bool:
     match fact.kind:
         case participation_pb2.EVIDENCE_KIND_STAKE:
+            demand(not fact.references, Claim.VERDICTS, f"a stake of {verdict.participant} refers to something else")
             return fact.amount_micros >= fact.threshold_micros
         case participation_pb2.EVIDENCE_KIND_TRACK_RECORD:
             for name in fact.references:

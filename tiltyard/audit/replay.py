@@ -106,6 +106,7 @@ class Replay:
     def _ledger_event(self, index: int, entry: stake_pb2.LedgerEvent) -> None:
         duties.check_ledger_event(self.reading.story, entry)
         self._ledger.take(entry)
+        duties.check_event_names(entry)
         if entry.kind == stake_pb2.LEDGER_EVENT_KIND_QUOTA_CHARGED:
             self._charged[entry.draw, entry.participant] = index
         self.reading.counts[Claim.LEDGER] += 1

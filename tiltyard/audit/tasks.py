@@ -1,6 +1,7 @@
 """Tasks from their creation to their end, step by step."""
 
 from tiltyard.audit import judging, memberships
+from tiltyard.audit.names import Form, demand_name
 from tiltyard.audit.reading import Reading
 from tiltyard.audit.story import Task
 from tiltyard.audit.wrong import Claim, demand, moment_ns
@@ -19,6 +20,8 @@ def task_created(reading: Reading, index: int, leaf: bytes, entry: log_pb2.TaskC
     memberships.demand_eligible(reading.story, entry.task, entry.creator, memberships.CREATOR)
     memberships.check_field(reading.story, entry.task, entry.creator, entry.config.field)
     reading.story.tasks[entry.task] = Task(entry.task, entry.creator, entry.config)
+    if entry.config.base_model:
+        demand_name(entry.config.base_model, Form.ARTIFACT, Claim.HISTORY)
 
 
 def task_changed(reading: Reading, index: int, leaf: bytes, entry: log_pb2.TaskChanged) -> None:

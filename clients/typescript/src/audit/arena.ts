@@ -10,14 +10,16 @@ import type {
 } from "../proto/tiltyard/type/v1/log.js";
 import { ENDORSEMENT, OWNER } from "../statements.js";
 import { momentNs } from "./moments.js";
+import { demandName } from "./names.js";
 import type { Reading } from "./reading.js";
 import { keyOf } from "./story.js";
 import { demand } from "./wrong.js";
 
 /** The first leaf names the arena and its keys. */
-export function began({ story }: Reading, { origin, selectorKey }: Genesis): void {
+export function began({ story }: Reading, { origin, selectorKey, operators }: Genesis): void {
   story.origin = origin;
   story.selectorKey = selectorKey;
+  for (const operator of operators) demandName(operator, "participant", "history");
 }
 
 /** The registry is back, at the time of this leaf. */
@@ -51,6 +53,8 @@ export function endorsementChanged(reading: Reading, entry: EndorsementChanged):
   const { statement, signer } = reading.open(entry.statement, ENDORSEMENT);
   const { endorser, subject, field, revoke } = statement;
   demand(endorser === signer, "envelopes", `${endorser} did not sign, ${signer} did`);
+  const isKnown = reading.story.participants.has(subject);
+  demand(isKnown, "history", `${subject} is endorsed, and has not registered`);
   if (revoke) return;
   reading.story.endorsements.add(keyOf(endorser, subject, field));
   reading.story.endorsed.add(keyOf(endorser, subject));

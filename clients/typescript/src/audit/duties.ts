@@ -3,6 +3,7 @@
 import { AssignmentState, ValidatorFaultKind } from "../proto/tiltyard/type/v1/evaluation.js";
 import type { AssignmentChanged, ValidatorFault } from "../proto/tiltyard/type/v1/log.js";
 import { LedgerEventKind, StakeFault, type LedgerEvent } from "../proto/tiltyard/type/v1/stake.js";
+import { demandName } from "./names.js";
 import type { Reading } from "./reading.js";
 import { FIRST_ROUND, HOLDOUT_ROUND, keyOf, type Duty, type Story } from "./story.js";
 import { demand } from "./wrong.js";
@@ -23,6 +24,7 @@ const STEPS = new Map<AssignmentState, { to: readonly AssignmentState[]; owed: V
   [ACCEPTED, { to: [DECLINED, EXPIRED, RELEASED], owed: ValidatorFaultKind.VALIDATOR_FAULT_KIND_LEASE_EXPIRED }],
   [SEALED, { to: [EXPIRED, RELEASED], owed: ValidatorFaultKind.VALIDATOR_FAULT_KIND_SEAL_UNOPENED }],
 ]);
+const LOCKS = [LedgerEventKind.LEDGER_EVENT_KIND_LOCKED, LedgerEventKind.LEDGER_EVENT_KIND_UNLOCKED];
 const SLASHED_FOR = new Map<StakeFault, ValidatorFaultKind>([
   [StakeFault.STAKE_FAULT_SEAL_MISSING, ValidatorFaultKind.VALIDATOR_FAULT_KIND_LEASE_EXPIRED],
   [StakeFault.STAKE_FAULT_SEAL_NOT_OPENED, ValidatorFaultKind.VALIDATOR_FAULT_KIND_SEAL_UNOPENED],
@@ -105,6 +107,15 @@ export function checkLedgerEvent(story: Story, event: LedgerEvent): void {
     const isNamed = reference.endsWith(`-${id}`) && story.faults.has(keyOf(reference, kind));
     demand(isNamed, "ledger", `${participant} is slashed for a fault that no leaf names`);
   }
+}
+
+/** Whether whom and what an event is about can be. Throws Wrong. */
+export function checkEventNames({ kind, participant, task, draw, reference }: LedgerEvent): void {
+  // Stakes may be there before their holder has registered, so that no leaf has to name it before.
+  if (kind !== LedgerEventKind.LEDGER_EVENT_KIND_POOL_CLOSED) demandName(participant, "participant", "ledger");
+  if (task || LOCKS.includes(kind)) demandName(task, "task", "ledger");
+  if (draw || kind === LedgerEventKind.LEDGER_EVENT_KIND_QUOTA_CHARGED) demandName(draw, "draw", "ledger");
+  if (kind === LedgerEventKind.LEDGER_EVENT_KIND_OWNER_GROUPS_MERGED) demandName(reference, "participant", "ledger");
 }
 
 /** Submission, round and validator of an assignment's or evaluation's name. Throws Wrong. */

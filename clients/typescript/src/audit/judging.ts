@@ -105,6 +105,8 @@ export function changed({ story, checked, timeNs }: Reading, index: number, entr
   }
   submission.state = entry.state;
   if (entry.state === REJECTED) Object.assign(submission, { reason: entry.reason, endIndex: index });
+  const isCopy = entry.state === REJECTED && entry.reason === RejectionReason.REJECTION_REASON_COPY;
+  demand(isCopy || !entry.original, "history", `${name} is no copy, and ${entry.original} is named`);
   checked.history += 1;
 }
 
@@ -162,6 +164,8 @@ export function drawn({ story, checked }: Reading, index: number, receipt: DrawR
   const interested = [commit.participant, task.creator];
   const isNeutral = !receipt.picks.some(({ participant }) => interested.includes(participant));
   demand(isNeutral, "draws", `${what} picks the submitter or the task's creator`);
+  const stranger = receipt.picks.flatMap(({ members }) => members).find((who) => !story.participants.has(who));
+  demand(stranger === undefined, "draws", `${what} names ${stranger}, who has not registered`);
   const drawTimeNs = momentNs(receipt.drawTime, "draws", what);
   try {
     verifyReceipt(receipt, story.selectorKey);

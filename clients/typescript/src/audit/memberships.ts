@@ -11,6 +11,7 @@ import {
 } from "../proto/tiltyard/type/v1/participation.js";
 import { JOIN } from "../statements.js";
 import { momentNs } from "./moments.js";
+import { demandName } from "./names.js";
 import type { Reading } from "./reading.js";
 import { keyOf, type Story } from "./story.js";
 import { demand } from "./wrong.js";
@@ -28,6 +29,7 @@ const STEPS = new Map<MembershipState, readonly MembershipState[]>([
 export function verdictGiven({ story }: Reading, index: number, verdict: EligibilityVerdict): void {
   const { participant, task, role, eligible, evidence, decideTime } = verdict;
   const what = `the verdict on ${participant} in ${task}`;
+  demandName(task, "task", "history");
   demand(story.participants.has(participant), "history", `${what} is about nobody who has registered`);
   const decideTimeNs = momentNs(decideTime, "verdicts", what);
   for (const fact of evidence) {
@@ -69,8 +71,8 @@ export function membershipChanged(reading: Reading, entry: MembershipChanged): v
   const { creator } = reading.task(name);
   if (statement) {
     const { statement: said, signer } = reading.open(statement, JOIN);
-    const isAsked = said.task === name && said.participant === signer && said.role === role;
-    demand(isAsked, "envelopes", `${signer} asked for another task or role`);
+    const isAsked = said.task === name && said.participant === participant && said.role === role;
+    demand(isAsked && signer === said.participant, "envelopes", `${signer} asked for another task or role`);
   }
   const { story } = reading;
   const key = keyOf(name, participant);
@@ -92,6 +94,7 @@ export function membershipChanged(reading: Reading, entry: MembershipChanged): v
 function suffices(story: Story, { participant }: EligibilityVerdict, fact: Evidence): boolean {
   switch (fact.kind) {
     case EvidenceKind.EVIDENCE_KIND_STAKE:
+      demand(fact.references.length === 0, "verdicts", `a stake of ${participant} refers to something else`);
       return fact.amountMicros >= fact.thresholdMicros;
     case EvidenceKind.EVIDENCE_KIND_TRACK_RECORD:
       for (const name of fact.references) checkTrackRecord(story, participant, name);

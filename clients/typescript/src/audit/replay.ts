@@ -155,6 +155,7 @@ export class Replay {
   #ledgerEvent(index: number, event: LedgerEvent): void {
     duties.checkLedgerEvent(this.reading.story, event);
     this.#ledger.take(event);
+    duties.checkEventNames(event);
     if (event.kind === LedgerEventKind.LEDGER_EVENT_KIND_QUOTA_CHARGED) {
       const { draw, participant } = event;
       this.#charged.set(keyOf(draw, participant), { draw, participant, index });

@@ -7,6 +7,7 @@ import { TaskConfig, TaskSchedule, TaskState } from "../proto/tiltyard/type/v1/t
 import { rankingRound } from "./judging.js";
 import { checkField, demandEligible } from "./memberships.js";
 import { momentNs } from "./moments.js";
+import { demandName } from "./names.js";
 import type { Reading } from "./reading.js";
 import { Task } from "./story.js";
 import { demand } from "./wrong.js";
@@ -23,6 +24,7 @@ export function taskCreated({ story }: Reading, { task, creator, config = TaskCo
   demandEligible(story, task, creator, Role.ROLE_TASK_CREATOR);
   checkField(story, task, creator, config.field);
   story.tasks.set(task, new Task(task, creator, config));
+  if (config.baseModel) demandName(config.baseModel, "artifact", "history");
 }
 
 /** A task goes on to its next state, or is amended. */
