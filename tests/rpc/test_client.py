@@ -238,7 +238,7 @@ async def test_a_watch_that_no_server_takes_up_is_given_up(monkeypatch: pytest.M
     tasks = SmallTasks(holds=100)
     request = task_pb2.WatchTaskRequest(name="tasks/t")
     async with serving(tasks) as client, asyncio.timeout(60):
-        with pytest.raises(grpc.aio.AioRpcError, match="nothing has come for 0.3 s"):
+        with pytest.raises(grpc.aio.AioRpcError, match=r"nothing has come for 0\.3 s"):
             [message async for message in watch(client.tasks.WatchTask, request, patience_s=1.0)]
         assert len(tasks.cursors) > 1
         for _ in tasks.cursors:

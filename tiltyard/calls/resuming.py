@@ -65,8 +65,8 @@ async def watch(
     """The messages of a watch that resumes by cursor: a stream that breaks is started again where it was.
 
     `request` is copied, not changed. Raises grpc.aio.AioRpcError when it fails for good, or when no stream can be had
-    for `patience_s`; one that a server has taken up may be silent for as long as it likes. After each two minutes of silence it is
-    asked for again, since what stands may be broken.
+    for `patience_s`; one that a server has taken up may be silent for as long as it likes. After each two minutes of
+    silence it is asked for again, since what stands may be broken.
     """
     asked = _copy(request)
     wait_s, give_up = _FIRST_WAIT_S, None
