@@ -1,14 +1,10 @@
 /** Connections of a participant to an arena: typed clients of every service, with tokens, deadlines and retries. */
 
 import { Channel, ChannelCredentials } from "@grpc/grpc-js";
-import {
-  createChannel,
-  createClientFactory,
-  type Client as ServiceClient,
-  type CompatServiceDefinition,
-} from "nice-grpc";
+import { createClientFactory, type Client as ServiceClient, type CompatServiceDefinition } from "nice-grpc";
 import { deadlineMiddleware, type DeadlineOptions } from "nice-grpc-client-middleware-deadline";
 
+import { checkAddress } from "./addresses.js";
 import { CircuitBreaker, breaking } from "./breaker.js";
 import {
   DEADLINE_MS,
@@ -43,7 +39,7 @@ import { FollowedPem, following, type TlsOptions } from "./tls.js";
 export type ArenaCallOptions = DeadlineOptions;
 type Calls<Service extends CompatServiceDefinition> = ServiceClient<Service, ArenaCallOptions>;
 
-/** Where and as whom to connect. Addresses are `HOST:PORT`, or `unix:PATH`, which is never encrypted. */
+/** Where and as whom to connect. Addresses are `HOST:PORT`, or `unix:PATH`, which is never encrypted; others throw RangeError. */
 export interface ArenaOptions {
   /** The participant's key. */
   key: Key;
@@ -109,11 +105,10 @@ class Connections {
   }
 
   #open(address: string): Channel {
+    // Nobody listens in on a Unix socket.
+    const encrypted = address.startsWith("unix:") ? undefined : this.#pem?.credentials();
     const options = channelOptions(address, this.maxMessageBytes);
-    const plaintext = ChannelCredentials.createInsecure();
-    // Nobody listens in on a Unix socket. (To nice-grpc its path would be a host.)
-    if (address.startsWith("unix:")) return new Channel(address, plaintext, options);
-    return createChannel(address, this.#pem?.credentials() ?? plaintext, options);
+    return new Channel(address, encrypted ?? ChannelCredentials.createInsecure(), options);
   }
 
   /** Closes the connections; calls in flight fail. */
@@ -137,8 +132,8 @@ export class Client extends Connections {
   constructor(options: ArenaOptions) {
     super(options.key, options.tls, options.deadlineMs);
     this.origin = options.origin;
-    this.#registry = options.registry;
-    this.#selector = options.selector;
+    this.#registry = checkAddress(options.registry);
+    this.#selector = options.selector === undefined ? undefined : checkAddress(options.selector);
   }
 
   /** ParticipantService of the registry. */
@@ -213,7 +208,7 @@ export class Node extends Connections {
 
   constructor(options: { key: Key; address: string; nodeId: string; tls?: TlsOptions; deadlineMs?: number }) {
     super(options.key, options.tls, options.deadlineMs, INFERENCE_MESSAGE_BYTES);
-    this.#address = options.address;
+    this.#address = checkAddress(options.address);
     this.#nodeId = options.nodeId;
   }
 

@@ -139,3 +139,16 @@ test("repeats have a budget", { timeout: 60_000 }, async () => {
   // Without a budget there would be 400 attempts; half of the hundred tokens pay for repeats.
   assert.ok(asked > calls && asked <= calls + 60, String(asked));
 });
+
+test("an address that is none is refused at once, and no scheme is passed over", () => {
+  const key = Key.generate();
+  for (const address of ["127.0.0.1:7401", "[::1]:1", "registry.example:65535", "unix:/run/registry", "dns:///registry:1"]) {
+    new Client({ key, origin: "arena", registry: address, selector: address }).close();
+    new Node({ key, address, nodeId: "x" }).close();
+  }
+  for (const address of ["", "localhost", "https://registry.example:443", "registry:0", "registry:65536", "unix:", "::1:1"]) {
+    assert.throws(() => new Client({ key, origin: "arena", registry: address }), RangeError, address);
+    assert.throws(() => new Client({ key, origin: "arena", registry: "r:1", selector: address }), RangeError, address);
+    assert.throws(() => new Node({ key, address, nodeId: "x" }), RangeError, address);
+  }
+});
