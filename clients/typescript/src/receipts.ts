@@ -3,7 +3,7 @@
 import { isDeepStrictEqual } from "node:util";
 
 import { bigEndian, equal, toInteger, utf8 } from "./bytes.js";
-import * as bls from "./bls.js";
+import { PublicKey } from "./bls.js";
 import { drawSeed } from "./commitments.js";
 import { DrawReceipt, PassedOverReason, type PassedOver, type Pick } from "./proto/tiltyard/type/v1/draw.js";
 import { HASH_BYTES, SUM_BYTES, checkOrder, drawId, drawnMember, type ProvedPlace } from "./sortition.js";
@@ -70,9 +70,14 @@ function withoutDefaults(value: unknown): unknown {
 
 /** Throws ReceiptInvalid unless all of the receipt follows from its seed and its pool's root, signed by this key. */
 export function verifyReceipt(receipt: DrawReceipt, selectorKey: Uint8Array): void {
-  if (!bls.isPublicKey(selectorKey)) throw new ReceiptInvalid("the key is no BLS public key, or lies at infinity");
+  checkReceipt(receipt, PublicKey.from(selectorKey));
+}
+
+/** The same by a key that is used more than once; undefined is none. */
+export function checkReceipt(receipt: DrawReceipt, key: PublicKey | undefined): void {
+  if (!key) throw new ReceiptInvalid("the key is no BLS public key, or lies at infinity");
   checkNames(receipt);
-  if (!bls.verify(selectorKey, receipt.anchor, receipt.sigma)) {
+  if (!key.verify(receipt.anchor, receipt.sigma)) {
     throw new ReceiptInvalid("sigma is not this selector's signature over the anchor");
   }
   if (!equal(receipt.seed, drawSeed({ sigma: receipt.sigma, revealSalt: receipt.revealSalt }))) {
@@ -80,10 +85,10 @@ export function verifyReceipt(receipt: DrawReceipt, selectorKey: Uint8Array): vo
   }
   checkPlaces(receipt);
   checkMembers(receipt);
-  checkSignature(receipt, selectorKey);
+  checkSignature(receipt, key);
 }
 
-function checkSignature(receipt: DrawReceipt, selectorKey: Uint8Array): void {
+function checkSignature(receipt: DrawReceipt, key: PublicKey): void {
   const { signed } = receipt;
   if (!signed) throw new ReceiptInvalid("the receipt is not signed");
   const { root, path, signature } = signed;
@@ -95,7 +100,7 @@ function checkSignature(receipt: DrawReceipt, selectorKey: Uint8Array): void {
     throw new ReceiptInvalid("this receipt is not among those signed: its path, or a value that nothing else fixes, was changed");
   }
   const message = Buffer.concat([utf8(SIGNED_TAG), bigEndian(size, 8), root]);
-  if (!bls.verify(selectorKey, message, signature)) {
+  if (!key.verify(message, signature)) {
     throw new ReceiptInvalid("the selector did not sign this receipt: the signature is not this key's over the root");
   }
 }

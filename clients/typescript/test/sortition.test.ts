@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import * as bls from "../src/bls.js";
+import { PublicKey } from "../src/bls.js";
 import { fromHex, toHex } from "../src/bytes.js";
 import { drawSeed } from "../src/commitments.js";
 import { DrawReceipt, type BatchSignature } from "../src/proto/tiltyard/type/v1/draw.js";
@@ -30,11 +30,18 @@ const shared = vectors<Vectors>("draws.json");
 
 test("sigma is the selector's, and the seed follows from it", () => {
   const { public_key, anchor, sigma, reveal_salt, seed } = shared.seed;
-  const key = fromHex(public_key);
-  assert.ok(bls.verify(key, fromHex(anchor), fromHex(sigma)));
-  assert.ok(!bls.verify(key, fromHex(anchor).with(0, 0), fromHex(sigma)));
-  assert.ok(!bls.verify(key, fromHex(anchor), fromHex(sigma).with(50, 1)));
-  assert.ok(!bls.isPublicKey(Uint8Array.of(0xc0, ...new Uint8Array(47))));
+  const key = PublicKey.from(fromHex(public_key));
+  assert.ok(key);
+  // What has held before must not hold for anything else.
+  for (let time = 0; time < 2; time += 1) {
+    assert.ok(key.verify(fromHex(anchor), fromHex(sigma)));
+    assert.ok(!key.verify(fromHex(anchor).with(0, 0), fromHex(sigma)));
+    assert.ok(!key.verify(fromHex(anchor), fromHex(sigma).with(50, 1)));
+    assert.ok(!key.verify(fromHex(anchor), Uint8Array.of(0xc0, ...new Uint8Array(95))));
+    assert.ok(!key.verify(fromHex(anchor), fromHex(sigma).slice(1)));
+  }
+  assert.equal(PublicKey.from(Uint8Array.of(0xc0, ...new Uint8Array(47))), undefined);
+  assert.equal(PublicKey.from(fromHex(public_key).with(20, 0).with(21, 0)), undefined);
   assert.equal(toHex(drawSeed({ sigma: fromHex(sigma), revealSalt: fromHex(reveal_salt) })), seed);
 });
 

@@ -1,5 +1,6 @@
 /** The arena: its beginning, its outages, its participants with their owners, and who endorses whom. */
 
+import { PublicKey } from "../bls.js";
 import { participantId } from "../identity.js";
 import type {
   EndorsementChanged,
@@ -18,7 +19,7 @@ import { demand } from "./wrong.js";
 /** The first leaf names the arena and its keys. */
 export function began({ story }: Reading, { origin, selectorKey, operators }: Genesis): void {
   story.origin = origin;
-  story.selectorKey = selectorKey;
+  story.selector = PublicKey.from(selectorKey);
   for (const operator of operators) demandName(operator, "participant", "history");
 }
 

@@ -14,7 +14,7 @@ import type {
 } from "../proto/tiltyard/type/v1/log.js";
 import { MembershipState, Role } from "../proto/tiltyard/type/v1/participation.js";
 import { TaskState } from "../proto/tiltyard/type/v1/task.js";
-import { ReceiptInvalid, verifyReceipt } from "../receipts.js";
+import { ReceiptInvalid, checkReceipt } from "../receipts.js";
 import { COMMIT, REPORT, REVEAL, SEAL } from "../statements.js";
 import * as duties from "./duties.js";
 import { durationNs, momentNs } from "./moments.js";
@@ -168,7 +168,7 @@ export function drawn({ story, checked }: Reading, index: number, receipt: DrawR
   demand(stranger === undefined, "draws", `${what} names ${stranger}, who has not registered`);
   const drawTimeNs = momentNs(receipt.drawTime, "draws", what);
   try {
-    verifyReceipt(receipt, story.selectorKey);
+    checkReceipt(receipt, story.selector);
   } catch (error) {
     if (!(error instanceof ReceiptInvalid)) throw error;
     throw new Wrong("draws", `${what}: ${error.message}`);

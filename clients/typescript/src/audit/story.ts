@@ -1,5 +1,6 @@
 /** What the leaves read so far say: the state that the next leaf must follow from. */
 
+import type { PublicKey } from "../bls.js";
 import type { DrawReceipt } from "../proto/tiltyard/type/v1/draw.js";
 import type {
   CommitStatement,
@@ -104,7 +105,7 @@ export interface Draw {
 /** Everything known so far. */
 export class Story {
   origin = "";
-  selectorKey = NOTHING;
+  selector: PublicKey | undefined;
   /** Names for people by participants/{id}. */
   readonly participants = new Map<string, string>();
   readonly owners = new Map<string, string>();
