@@ -19,7 +19,8 @@ export {
   type Purpose,
   type TransferOptions,
 } from "./transfers.js";
-export { pages, persist, watch, type Patient, type WatchOptions } from "./watching.js";
+export { pages, persist, watch, type Patient } from "./watching.js";
+export type { WatchOptions } from "./silence.js";
 export { ReceiptInvalid, receiptFromJson, verifyReceipt } from "./receipts.js";
 export { checkOrder, drawId, drawnMember, drawnValue } from "./sortition.js";
 export { Alarm, Witness, witnessed, type Seen, type Testimony } from "./witness.js";

@@ -10,6 +10,7 @@ import { shared } from "./calling.js";
 import type { Client } from "./client.js";
 import { ArenaError } from "./errors.js";
 import type { DeepPartial, UploadArtifactRequest } from "./proto/tiltyard/registry/v1/artifact.js";
+import { LONGEST_SILENCE_MS, Silence } from "./silence.js";
 import { PATIENCE_MS, pause, persist } from "./watching.js";
 
 const CHUNK_BYTES = 512 * 1024;
@@ -169,7 +170,9 @@ async function fetchInto(
   const file = await open(part, "a");
   try {
     let position = offset;
-    for await (const { chunk } of client.artifacts.downloadArtifact({ name, offset }, { signal })) {
+    const silence = new Silence(LONGEST_SILENCE_MS, signal);
+    const chunks = client.artifacts.downloadArtifact({ name, offset }, { signal: silence.options.signal });
+    for await (const { chunk } of silence.heard(chunks)) {
       position += BigInt(chunk.length);
       if (position > total) {
         await rm(part);

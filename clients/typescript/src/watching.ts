@@ -2,15 +2,12 @@
 
 import { setTimeout as wait } from "node:timers/promises";
 
-import { Status } from "nice-grpc";
-
 import { DEADLINE_MS, shared } from "./calling.js";
 import { ArenaError } from "./errors.js";
+import { Silence, type WatchOptions } from "./silence.js";
 
 const FIRST_WAIT_MS = 100;
 const LONGEST_WAIT_MS = 2_000;
-/** A proxy that has lost the server may hold a stream open and say nothing. Where nothing happens, a server does so too. */
-const LONGEST_SILENCE_MS = 120_000;
 /** Milliseconds to go on without an answer. */
 export const PATIENCE_MS = 60_000;
 
@@ -61,13 +58,6 @@ export async function* pages<Request extends { pageToken?: string }, Page extend
   } while (pageToken);
 }
 
-/** What a watch tells the call that it makes. */
-export interface WatchOptions {
-  signal: AbortSignal;
-  /** Called when the server has taken the stream up, which it says at once. */
-  onHeader: () => void;
-}
-
 /**
  * The messages of a watch: a stream that breaks is started again after the last cursor, without gap or repeat.
  *
@@ -85,62 +75,25 @@ export async function* watch<Request extends { cursor?: string }, Message extend
   let giveUpAt: number | undefined;
   for (;;) {
     const beganAt = performance.now();
-    const silence = new Silence(signal);
+    const silence = new Silence(DEADLINE_MS, signal);
     let pauseMs: number;
     try {
-      for await (const message of method({ ...request, cursor }, silence.options)) {
-        silence.stop();
+      for await (const message of silence.heard(method({ ...request, cursor }, silence.options))) {
         cursor = message.cursor;
         [waitMs, giveUpAt] = [FIRST_WAIT_MS, undefined];
         yield message;
-        silence.begin(LONGEST_SILENCE_MS);
       }
       return;
-    } catch (caught) {
-      const error = signal?.aborted ? caught : (silence.error ?? caught);
+    } catch (error) {
       const brokeAt = performance.now();
       // A stream that stood for longer than the channel's own retries take had a server, though it brought nothing.
       if (giveUpAt === undefined || (silence.isTakenUp && brokeAt - beganAt > DEADLINE_MS)) {
         [waitMs, giveUpAt] = [FIRST_WAIT_MS, brokeAt + patienceMs];
       }
       pauseMs = pauseBefore(error, waitMs, giveUpAt);
-    } finally {
-      silence.stop();
     }
     await pause(pauseMs, signal);
     waitMs = Math.min(2 * waitMs, LONGEST_WAIT_MS);
-  }
-}
-
-/** Ends a stream that no server takes up, or that brings nothing for long: what lies between may hold it open for ever. */
-class Silence {
-  /** Why the stream was ended. */
-  error: ArenaError | undefined;
-  isTakenUp = false;
-  readonly options: WatchOptions;
-  readonly #ending = new AbortController();
-  #timer: NodeJS.Timeout | undefined;
-
-  constructor(signal: AbortSignal | undefined) {
-    const onHeader = () => {
-      this.isTakenUp = true;
-      this.begin(LONGEST_SILENCE_MS);
-    };
-    this.options = { signal: AbortSignal.any([this.#ending.signal, ...(signal ? [signal] : [])]), onHeader };
-    this.begin(DEADLINE_MS);
-  }
-
-  begin(longestMs: number): void {
-    this.stop();
-    this.#timer = setTimeout(() => {
-      const said = `nothing has come for ${longestMs / 1000} s`;
-      this.error = new ArenaError(Status.DEADLINE_EXCEEDED, said, "", {}, [], undefined);
-      this.#ending.abort();
-    }, longestMs);
-  }
-
-  stop(): void {
-    clearTimeout(this.#timer);
   }
 }
 

@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
+import { once } from "node:events";
 import { mkdtemp, readFile, readdir, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -115,6 +116,29 @@ test("a download goes on from its part, and begins anew where that is of another
     await download(client, name, join(into, "model"));
     assert.equal(await readFile(join(into, "model"), "utf8"), "what was promised");
     assert.deepEqual(await readdir(into), ["model"]);
+  }
+});
+
+test("a download that falls silent goes on where it was", { timeout: 60_000 }, async (t) => {
+  t.mock.timers.enable({ apis: ["setTimeout"] });
+  const ticking = setInterval(() => t.mock.timers.tick(1_000), 1);
+  try {
+    const offsets: bigint[] = [];
+    const { client, name } = stored("what was promised");
+    const { artifacts } = client as unknown as { artifacts: Record<string, unknown> };
+    artifacts.downloadArtifact = async function* ({ offset }: { offset: bigint }, { signal }: { signal: AbortSignal }) {
+      offsets.push(offset);
+      yield { chunk: Buffer.from("what was promised").subarray(Number(offset), Number(offset) + 9) };
+      if (offsets.length > 1) return;
+      await once(signal, "abort");
+      throw new DOMException("ended", "AbortError");
+    };
+    const path = join(await mkdtemp(join(folder, "into-")), "model");
+    await download(client, name, path);
+    assert.equal(await readFile(path, "utf8"), "what was promised");
+    assert.deepEqual(offsets, [0n, 9n]);
+  } finally {
+    clearInterval(ticking);
   }
 });
 
