@@ -127,7 +127,7 @@ async def build(
     log = RecordLog(store, selection, clock, origin=origin, key=log_key)
     memberships = Memberships(store, selection, clock, trusted=trusted)
     submissions = Submissions(store, clock, origin=origin)
-    turns = TaskTurns(store, selection, DatasetScans(files, changes.wake_referee), clock)
+    turns = TaskTurns(store, selection, log, DatasetScans(files, changes.wake_referee), clock)
     structure = StructureChecks(store, files, clock)
     draws = Draws(store, selection, clock)
     judging = Judging(store, clock)

@@ -173,12 +173,26 @@ class RecordLog:
 
         Raises FailedPrecondition(LEDGER_DIVERGED), and takes nothing, where the selector does not know the last one.
         """
+        taken, _ = await self._take_page()
+        return taken
+
+    async def catch_up(self) -> bool:
+        """Take more of the selector's ledger; whether the log holds by now all that there was when this was asked.
+
+        Raises as `take_ledger_events` does, and Unavailable.
+        """
+        _, is_last = await self._take_page()
+        return is_last
+
+    async def _take_page(self) -> tuple[int, bool]:
+        """How many events have become leaves, and whether these are the last that there were."""
         position, digest = await self._store.look_up(lambda tx: (tx.ledger_position(), tx.ledger_digest()))
         # Asked every second, whether there is anything or not.
         with tracing.untraced():
             events = await self._events_from(position, digest)
+        is_last = len(events) < _EVENTS_A_TURN
         if not events or events[-1][0] == position:
-            return 0
+            return 0, is_last
 
         def work(tx: Writing) -> int:
             taken = 0
@@ -189,7 +203,7 @@ class RecordLog:
                     taken += 1
             return taken
 
-        return await self._store.write(work)
+        return await self._store.write(work), is_last
 
     async def _events_from(self, position: int, digest: bytes | None) -> Sequence[tuple[int, bytes]]:
         """Those from `position` on, the one there, which is a leaf already, with this digest.

@@ -110,7 +110,8 @@ class Selection(Protocol):
     async def ledger_events(self, *, start: int, limit: int) -> Sequence[tuple[int, bytes]]:
         """Changes of the selector's state from sequence number `start` (1 is the first) on, without gaps.
 
-        Each with the bytes of its tiltyard.type.v1.LedgerEvent.
+        Each with the bytes of its tiltyard.type.v1.LedgerEvent; fewer than `limit` where there are no more. OutOfRange
+        for a start beyond the next one.
         """
         ...
 

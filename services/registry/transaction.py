@@ -152,6 +152,10 @@ class Reading(Protocol):
         """Whether any such round of a task is not CONCLUDED."""
         ...
 
+    def has_draws(self, task: str) -> bool:
+        """Whether any submission of a task has been drawn for."""
+        ...
+
     def assignment(self, task: str, number: int, round_: int, validator: str) -> Assignment | None: ...
     def assignments(self, task: str, number: int, round_: int | None = None) -> Sequence[Assignment]:
         """By round and position."""

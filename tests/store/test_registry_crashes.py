@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from services.registry.states import RoundState, SubmissionState
+from services.registry.states import RoundState, SubmissionState, TaskState
+from services.registry.task_states import close
 from services.registry.transaction import Reading, Store, Writing
 from tests.support.registry_fakes import FakeSelection, SettableClock
 from tests.support.registry_world import NODES, TASK, MemoryFiles, World, model_bytes, open_database, task_config
@@ -56,7 +57,7 @@ class MortalStore:
 
 
 async def story(world: World) -> None:
-    """One submission with a decline, a dispute, an outlier and an unopened seal.
+    """One submission with a decline, a dispute, an outlier and an unopened seal, in a task that becomes FINAL.
 
     Whoever calls keeps request ids and calls again after a break, as real clients do, so the story may be told from its
     beginning at any time.
@@ -79,6 +80,16 @@ async def story(world: World) -> None:
     if (await world.round(number)).state is RoundState.OPENING:
         world.clock.now = (await world.round(number)).deadline
     await world.turn()
+    await world.store.write(_close)
+    while (await world.task()).state is not TaskState.FINAL:
+        await world.turns.rank()
+
+
+def _close(tx: Writing) -> None:
+    found = tx.task(TASK)
+    assert found is not None
+    if found.state is TaskState.OPEN:
+        close(tx, found)
 
 
 async def evaluate(world: World, findings: dict[Any, int], *, never_opened: Any = None) -> None:

@@ -144,7 +144,8 @@ async def test_a_slash_whose_answer_was_lost_is_asked_for_again(world: World) ->
     assert list(world.selection.slashes.values()) == [ValidatorFaultKind.LEASE_EXPIRED]
 
 
-async def test_what_the_selector_says_of_settled_duties_and_known_evidence_stands(world: World) -> None:
+@pytest.mark.parametrize("reason", ["DRAW_NOT_FOUND", "PICK_NOT_FOUND"])
+async def test_what_the_selector_says_of_settled_duties_and_known_evidence_stands(world: World, reason: str) -> None:
     number = await evaluating(world)
     duty = (await world.duties(number))[0]
     await world.accept(duty)
@@ -156,7 +157,7 @@ async def test_what_the_selector_says_of_settled_duties_and_known_evidence_stand
 
     def forgotten(question: str) -> None:
         if question == "settle":
-            raise NotFound("DRAW_NOT_FOUND", "there is no such draw")
+            raise NotFound(reason, "there is no such draw, or no such pick in it")
 
     world.selection.before = forgotten
     assert [await world.faults.slash(), await world.faults.slash()] == [1, 0]

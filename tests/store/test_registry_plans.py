@@ -86,6 +86,7 @@ QUESTIONS: dict[str, Callable[[SqlReading], Any]] = {
     "what is due of assignments": lambda tx: tx.assignments_due(NOW),
     "what is not settled": lambda tx: tx.assignments_unsettled(limit=10),
     "what is not settled of a task": lambda tx: tx.assignments_unsettled(task="t", limit=1),
+    "whether anybody was drawn": lambda tx: tx.has_draws("t"),
     "whose structure is unchecked": lambda tx: tx.submissions_unchecked(),
     "what is hidden": lambda tx: tx.submissions_hidden("t", limit=10),
     "models of one digest": lambda tx: tx.submissions_with_digest("t", b"d"),

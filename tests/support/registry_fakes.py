@@ -165,6 +165,7 @@ class FakeSelection:
                 "NOT_ENOUGH_VALIDATORS", "too few owner groups are eligible", eligible=str(len(picks))
             )
         self.draws[name] = FakeDraw(asked, task, names.format_submission(task, number), round_, order, picks)
+        self._charge(name, picks)
         return self._draw(name)
 
     async def extend_draw(self, draw: str, *, picks: int, paused: Collection[str]) -> Draw:
@@ -176,13 +177,18 @@ class FakeSelection:
         wanted = picks - len(known.picks)
         if wanted > 0 and not more:
             raise FailedPrecondition("ORDER_EXHAUSTED", "no group is left")
-        known.picks.extend(more[: max(wanted, 0)])
+        further = more[: max(wanted, 0)]
+        known.picks.extend(further)
+        self._charge(draw, further)
         return self._draw(draw)
 
     async def settle(self, draw: str, participant: str, *, refund: bool) -> None:
         self._asked("settle")
+        is_new = (draw, participant) not in self.settlements
         if self.settlements.setdefault((draw, participant), refund) is not refund:
             raise FailedPrecondition("ALREADY_SETTLED", "the assignment was settled otherwise")
+        if is_new and refund:
+            self.record(stake_pb2.LEDGER_EVENT_KIND_QUOTA_REFUNDED, participant=participant, draw=draw)
 
     async def slash(self, participant: str, kind: ValidatorFaultKind, *, evidence: str) -> None:
         self._asked("slash")
@@ -201,6 +207,10 @@ class FakeSelection:
         self.before(question)
         if self.unavailable:
             raise Unavailable("SELECTOR_DOWN", "the selector cannot be reached")
+
+    def _charge(self, draw: str, participants: Sequence[str]) -> None:
+        for participant in participants:
+            self.record(stake_pb2.LEDGER_EVENT_KIND_QUOTA_CHARGED, participant=participant, draw=draw)
 
     def _open_pool(self, task: str) -> FakePool:
         pool = self.pools.get(task)
@@ -244,12 +254,15 @@ class FakeSelection:
         )
         return Draw(name, tuple(known.picks), receipt.SerializeToString(deterministic=True))
 
-    def record(self, kind: stake_pb2.LedgerEventKind.ValueType, *, task: str = "", participant: str = "") -> None:
+    def record(
+        self, kind: stake_pb2.LedgerEventKind.ValueType, *, task: str = "", participant: str = "", draw: str = ""
+    ) -> None:
         event = stake_pb2.LedgerEvent(
             sequence=len(self.events) + 1,
             kind=kind,
             task=names.format_task(task) if task else "",
             participant=names.format_participant(participant) if participant else "",
+            draw=names.format_draw(draw) if draw else "",
         )
         event.time.FromDatetime(self._clock())
         self.events.append(event.SerializeToString(deterministic=True))

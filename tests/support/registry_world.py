@@ -22,6 +22,7 @@ from services.registry.changes import ChangeBoard
 from services.registry.evaluations import Evaluations
 from services.registry.faults import ValidatorFaults
 from services.registry.leaderboard import Leaderboard
+from services.registry.record_log import RecordLog
 from services.registry.records import Artifact, ArtifactUse, Assignment, Member, Round, Submission, Task
 from services.registry.referee.draws import Draws
 from services.registry.referee.judging import Judging
@@ -191,7 +192,9 @@ class World:
         self.submission_servicer = SubmissionServicer(self.submissions, origin=ORIGIN, tokens=tokens)
         self.assignment_servicer = AssignmentServicer(self.assignments, tokens=tokens)
         self.faults = ValidatorFaults(self.store, selection)
-        self.turns = TaskTurns(self.store, selection, DatasetScans(files, self.changes.wake_referee), clock)
+        self.log = RecordLog(self.store, selection, clock, origin=ORIGIN, key=key_of("log"))
+        scans = DatasetScans(files, self.changes.wake_referee)
+        self.turns = TaskTurns(self.store, selection, self.log, scans, clock)
         self.outages = Outages(self.store, clock)
         self.leaderboard = Leaderboard(self.store, self.changes)
         self.evaluation_servicer = EvaluationServicer(self.evaluations, self.faults, origin=ORIGIN, tokens=tokens)
@@ -417,6 +420,12 @@ class World:
         await self.turn()
 
     # What is seen.
+
+    async def task(self, task: str = TASK) -> Task:
+        """The task as it is kept."""
+        found = await self.store.read(lambda tx: tx.task(task))
+        assert found is not None
+        return found
 
     async def submission(self, number: int) -> Submission:
         """The submission as it is kept."""

@@ -55,6 +55,7 @@ _UNSETTLED_OF = Written(
     .order_by(_A.sequence)
     .limit(given("most"))
 )
+_DRAWN = Written(select(_R.number).where(_R.task == given("task"), _R.draw != "").limit(1))
 _UNSLASHED = Written(
     VALIDATOR_FAULTS.query(_F.position).where(_F.slashed.is_(False)).order_by(_F.position).limit(given("most"))
 )
@@ -93,6 +94,9 @@ class JudgingQuestions(Asking):
     def rounds_unconcluded_in(self, task: str, round_: int) -> bool:
         query = select(_R.number).where(_R.task == task, _R.round == round_)
         return self._one(query.where(_R.state != RoundState.CONCLUDED.name).limit(1)) is not None
+
+    def has_draws(self, task: str) -> bool:
+        return bool(self._rows(_DRAWN, task=task))
 
     def assignment(self, task: str, number: int, round_: int, validator: str) -> Assignment | None:
         return self._load(ASSIGNMENTS, task, number, round_, validator)

@@ -201,7 +201,7 @@ class Draws:
                 except (FailedPrecondition, NotFound) as error:
                     # The selector's book is the truth, also one of before or after a restored backup; asking again
                     # would not change it, and keep others waiting.
-                    if error.reason not in ("ALREADY_SETTLED", "DRAW_NOT_FOUND"):
+                    if error.reason not in ("ALREADY_SETTLED", "DRAW_NOT_FOUND", "PICK_NOT_FOUND"):
                         raise
             settled.append(assignment)
             return 1

@@ -1,12 +1,15 @@
 """What the referee does with tasks as time passes: scan, open, close, rank, and let the stakes go."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
+
+import structlog
 
 from services.registry.entries import HoldoutChanged, TaskChanged
 from services.registry.listing import Listing
+from services.registry.record_log import RecordLog
 from services.registry.records import Task
 from services.registry.referee.scans import DatasetScans
 from services.registry.referee.turns import each
@@ -16,21 +19,47 @@ from services.registry.states import ArtifactPurpose, HoldoutState, ScoreVisibil
 from services.registry.task_states import cancel, close, fail_holdout
 from services.registry.transaction import Reading, Store, Writing
 from services.runtime.errors import NotFound
+from tiltyard.telemetry import metrics
 
 _UNENDED = (SubmissionState.COMMITTED, SubmissionState.REVEALED, SubmissionState.EVALUATING)
 _SCORED = "SCORED"
 # Each has a report from every validator; others write in between.
 _DISCLOSED_AT_ONCE = 20
+_UNBACKED = metrics.Gauge(
+    "tiltyard.tasks.unbacked",
+    unit="{task}",
+    description="Tasks that are judged, and wait for the selector's events of their draws in the record log.",
+)
+
+_log = structlog.get_logger("tiltyard.referee")
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A task that has only to be ranked; whether anybody was drawn for it, and all that drew is settled."""
+
+    task: str
+    drawn: bool
+    settled: bool
 
 
 class TaskTurns:
     """Steps of the referee; each method is one, and answers with the number of things done."""
 
-    def __init__(self, store: Store, selection: Selection, scans: DatasetScans, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        selection: Selection,
+        log: RecordLog,
+        scans: DatasetScans,
+        clock: Callable[[], datetime],
+    ) -> None:
         self._store = store
         self._selection = selection
+        self._log = log
         self._scans = scans
         self._clock = clock
+        self._waiting: frozenset[str] = frozenset()
 
     async def scan_evaluation_datasets(self) -> int:
         """What has been uploaded is scanned: it is to be opened, or CANCELLED with what was found."""
@@ -153,20 +182,46 @@ class TaskTurns:
         return await each(await self._store.read(closed), disclose_some)
 
     async def rank(self) -> int:
-        """Closed tasks of which every submission has ended in every round are FINAL."""
-        if not await self._store.finds(lambda tx: tx.tasks_in(TaskState.CLOSED)):
-            return 0
-        if not await self._store.read(_to_rank):
-            return 0
+        """Closed tasks of which every submission has ended in every round are FINAL.
 
-        def record(tx: Writing) -> int:
-            ready = _to_rank(tx)
+        One for which validators were drawn waits until its duties are settled and the record log holds the selector's
+        ledger up to there: what a FINAL task rests on is never still to come.
+        """
+        if not await self._store.finds(lambda tx: tx.tasks_in(TaskState.CLOSED)):
+            self._tell_waiting(frozenset())
+            return 0
+        judged = await self._store.read(_judged)
+        waiting = {each.task for each in judged}
+        try:
+            waiting -= await self._make_final({each.task for each in judged if not each.drawn})
+            settled = {each.task for each in judged if each.drawn and each.settled}
+            if settled and await self._log.catch_up():
+                waiting -= await self._make_final(settled)
+        finally:
+            self._tell_waiting(frozenset(waiting))
+        return len(judged) - len(waiting)
+
+    async def _make_final(self, tasks: Collection[str]) -> set[str]:
+        """Which of the tasks have become FINAL."""
+        if not tasks:
+            return set()
+
+        def record(tx: Writing) -> set[str]:
+            ready = [(task, ranking_round) for task, ranking_round in _to_rank(tx) if task.id in tasks]
             for task, ranking_round in ready:
                 tx.append(TaskChanged(task.id, TaskState.FINAL, reason=f"round {ranking_round} ranks"))
                 tx.put_task(replace(task, state=TaskState.FINAL, ranking_round=ranking_round))
-            return len(ready)
+            return {task.id for task, _ in ready}
 
         return await self._store.write(record)
+
+    def _tell_waiting(self, tasks: frozenset[str]) -> None:
+        _UNBACKED.set(len(tasks))
+        if tasks - self._waiting:
+            _log.warning(
+                "judged tasks are FINAL once the log holds the selector's events of their draws", tasks=[*tasks]
+            )
+        self._waiting = tasks
 
     async def close_pools(self) -> int:
         """The stakes of ended tasks are unlocked once the last duty is settled."""
@@ -201,6 +256,13 @@ def _has_dataset(tx: Reading, task: Task) -> bool:
     uses = tx.artifact_uses(sha256)
     claimed = any(use.task == task.id and use.purpose is ArtifactPurpose.EVALUATION_DATASET for use in uses)
     return claimed and tx.artifact(sha256) is not None
+
+
+def _judged(tx: Reading) -> list[_Judged]:
+    return [
+        _Judged(task.id, tx.has_draws(task.id), not tx.assignments_unsettled(task=task.id, limit=1))
+        for task, _ in _to_rank(tx)
+    ]
 
 
 def _to_rank(tx: Reading) -> list[tuple[Task, int]]:

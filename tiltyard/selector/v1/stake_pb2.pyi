@@ -467,7 +467,7 @@ class ListLedgerEventsResponse(_message.Message):
     """Where to go on: one more than the last sequence number in the ledger so far returned."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[_stake_pb2.LedgerEvent]:
-        """In order, without gaps."""
+        """In order, without gaps; fewer than page_size only where there are no more."""
 
     def __init__(
         self,
