@@ -9,11 +9,11 @@ from datetime import datetime
 from services.registry.duty_watch import Told, tell, told_all
 from services.registry.records import Assignment, Round, Submission, Task
 from services.registry.rounds import FIRST_ROUND, end_assignment, log_assignment
-from services.registry.states import AssignmentState, Metric, ModelFormat, RoundState
+from services.registry.states import AssignmentState, MembershipState, Metric, ModelFormat, Role, RoundState
 from services.registry.task_config import DatasetDigest, Limits
 from services.registry.transaction import Changes, Reading, Store, Writing
 from services.registry.watching import watch
-from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied
+from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied, Unavailable
 from services.runtime.names import AssignmentId
 from tiltyard.commitments import matches
 from tiltyard.modelspec import ModelSpec
@@ -108,6 +108,7 @@ class Assignments:
             running = found.deadline is not None and tx.now < found.deadline
             if not running or found.state not in (AssignmentState.OFFERED, AssignmentState.ACCEPTED):
                 raise ended(found)
+            _check_joined(tx, found)
             held = found.state is AssignmentState.ACCEPTED
             if held and not matches(found.lease_holder, holder_hash):
                 raise AlreadyExists("LEASE_HELD", "the lease is held by another process of this validator")
@@ -160,6 +161,18 @@ def own_assignment(tx: Reading, assignment: AssignmentId, caller: str) -> Assign
     if found is None:
         raise NotFound("ASSIGNMENT_NOT_FOUND", "there is no such assignment")
     return found
+
+
+def _check_joined(tx: Reading, assignment: Assignment) -> None:
+    """Raises Unavailable while the record log does not say that the validator takes part, FailedPrecondition for none.
+
+    The selector draws from its pool, which a validator enters a moment before its membership is in the log.
+    """
+    member = tx.member(assignment.task, assignment.validator)
+    if member is None or member.role is not Role.VALIDATOR or member.state is MembershipState.REFUSED:
+        raise FailedPrecondition("NOT_A_MEMBER", f"the caller is no validator of task {assignment.task}: join it again")
+    if member.state is MembershipState.PENDING:
+        raise Unavailable("STILL_JOINING", "the caller's membership has not been confirmed yet, try again")
 
 
 def check_lease(tx: Writing, assignment: Assignment, token: str) -> None:

@@ -12,7 +12,14 @@ from services.registry.entries import (
     ValidatorFaultFound,
 )
 from services.registry.records import Assignment, Evaluation, Round, Submission, Task, ValidatorFault
-from services.registry.states import AssignmentState, RejectionReason, RoundState, SubmissionState, ValidatorFaultKind
+from services.registry.states import (
+    AssignmentState,
+    MembershipState,
+    RejectionReason,
+    RoundState,
+    SubmissionState,
+    ValidatorFaultKind,
+)
 from services.registry.transaction import Reading, Writing
 from services.registry.visibility import hides
 from tiltyard import scoring
@@ -161,6 +168,13 @@ def end_assignment(tx: Writing, assignment: Assignment, state: AssignmentState) 
     if state is AssignmentState.EXPIRED:
         record_fault(tx, assignment, _EXPIRY[assignment.state])
     return ended
+
+
+def state_when_late(tx: Reading, assignment: Assignment) -> AssignmentState:
+    """How a duty ends that was not accepted or sealed in time: who could not accept it is not to blame."""
+    member = tx.member(assignment.task, assignment.validator)
+    joined = member is not None and member.state is not MembershipState.PENDING
+    return AssignmentState.EXPIRED if joined else AssignmentState.RELEASED
 
 
 def record_fault(tx: Writing, duty: Assignment | Evaluation, kind: ValidatorFaultKind) -> None:

@@ -7,13 +7,32 @@ from typing import Any
 
 import pytest
 
-from services.registry.records import Participant
+from services.registry.records import Member, Participant
+from services.registry.states import MembershipState, Role
 from services.runtime import names
-from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied
+from services.runtime.errors import (
+    AlreadyExists,
+    ArenaError,
+    FailedPrecondition,
+    NotFound,
+    PermissionDenied,
+    Unavailable,
+)
 from services.runtime.names import AssignmentId
 from tests.support.registry_arena import Arena, bad_fields, refusal, served
 from tests.support.registry_fakes import START
-from tests.support.registry_world import D_EVAL, KEYS, NODES, SPEC, TASK, VALIDATORS, key_of, model_bytes, task_config
+from tests.support.registry_world import (
+    D_EVAL,
+    KEYS,
+    NODES,
+    SPEC,
+    TASK,
+    VALIDATORS,
+    World,
+    key_of,
+    model_bytes,
+    task_config,
+)
 from tiltyard.registry.v1 import assignment_pb2, assignment_pb2_grpc
 from tiltyard.type.v1 import evaluation_pb2 as type_pb2
 from tiltyard.wire import model_spec_from_proto
@@ -119,6 +138,31 @@ async def test_duties_of_others_unknown_ones_and_bad_holders(arena: Arena, duty:
         (accept(duty, request_id="x" * 65), "request_id"),
     ]:
         assert bad_fields(await refusal(validator.AcceptAssignment(bad))) == [field]
+
+
+@pytest.mark.parametrize(
+    ("role", "state", "told"),
+    [
+        (Role.VALIDATOR, MembershipState.PENDING, (Unavailable, "STILL_JOINING")),
+        (Role.VALIDATOR, MembershipState.REFUSED, (FailedPrecondition, "NOT_A_MEMBER")),
+        (Role.TRAINING_NODE, MembershipState.ACTIVE, (FailedPrecondition, "NOT_A_MEMBER")),
+    ],
+)
+async def test_nobody_accepts_whose_joining_is_not_in_the_log(
+    arena: Arena, duty: AssignmentId, role: Role, state: MembershipState, told: tuple[type[ArenaError], str]
+) -> None:
+    world, key = arena.world, KEYS[duty.participant]
+    await put_member(world, Member(TASK, key.id, role, state, None, world.clock()))
+    refused = await refusal(stub(arena, duty).AcceptAssignment(accept(duty)))
+    assert (type(refused), refused.reason) == told
+    # Who has paused or left meanwhile still does what was begun.
+    for state in (MembershipState.PAUSED, MembershipState.LEFT, MembershipState.ACTIVE):
+        await put_member(world, Member(TASK, key.id, Role.VALIDATOR, state, None, world.clock()))
+        await stub(arena, duty).AcceptAssignment(accept(duty))
+
+
+async def put_member(world: World, member: Member) -> None:
+    await world.store.write(lambda tx: tx.put_member(member))
 
 
 async def test_an_offer_that_is_late_has_ended(arena: Arena, duty: AssignmentId) -> None:

@@ -17,12 +17,13 @@ from services.registry.queries import SqlReading
 from services.registry.records import Assignment
 from services.registry.referee import docket
 from services.registry.referee.outages import Outages
-from services.registry.states import Role, RoundState, SubmissionState, ValidatorFaultKind
+from services.registry.states import MembershipState, Role, RoundState, SubmissionState, ValidatorFaultKind
 from services.registry.transaction import Store, Writing
 from services.runtime.errors import AlreadyExists, ArenaError, DiskFull, FailedPrecondition, NotFound, ResourceExhausted
 from services.runtime.names import format_assignment
 from tests.support.registry_fakes import FakeSelection, SettableClock
 from tests.support.registry_world import (
+    KEYS,
     NODES,
     TASK,
     VALIDATORS,
@@ -93,6 +94,31 @@ async def test_who_is_back_late_is_told_so_at_every_step(world: World) -> None:
         await world.decline(offered)
     assert (late.participant, "LEASE_EXPIRED") in await faults(world)
     assert (offered.participant, "OFFER_EXPIRED") in await faults(world)
+
+
+# Joining
+
+PENDING = MembershipState.PENDING
+
+
+async def test_who_is_still_joining_is_not_drawn(world: World) -> None:
+    await world.open_task(validators=4)
+    await world.join(VALIDATORS[0], Role.VALIDATOR, state=PENDING)
+    number = await world.submit(NODES[0], model_bytes("a"))
+    await world.turn()
+    assert {duty.participant for duty in await world.duties(number)} == {key.id for key in VALIDATORS[1:4]}
+
+
+async def test_who_was_drawn_while_joining_is_released_and_not_blamed(world: World) -> None:
+    number = await evaluating(world)
+    duty = (await world.duties(number))[0]
+    await world.join(KEYS[duty.participant], Role.VALIDATOR, state=PENDING)
+    world.clock.advance(seconds=MINUTE_S)
+    await world.turn()
+    assert await world.states(number) == ["RELEASED", "EXPIRED", "EXPIRED", *["OFFERED"] * 3]
+    assert duty.participant not in dict(await faults(world))
+    draw = (await world.submission(number)).draws[1]
+    assert world.selection.settlements[draw, duty.participant] is True
 
 
 # Faults are recorded, and cost stake

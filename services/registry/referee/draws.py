@@ -226,8 +226,9 @@ def _without_holdout_round(tx: Reading) -> list[tuple[Task, Submission]]:
 
 
 def _paused(tx: Reading, task: str) -> frozenset[str]:
-    # Who has left stays in the selector's pool until the last duty has ended, but takes no new ones.
-    away = (MembershipState.PAUSED, MembershipState.LEFT)
+    # Who has left stays in the selector's pool until the last duty has ended, but takes no new ones. Who is still
+    # joining may be there already, and could not accept.
+    away = (MembershipState.PAUSED, MembershipState.LEFT, MembershipState.PENDING)
     inactive = tx.members(task, _INACTIVE_VALIDATORS)
     return frozenset(member.participant for _, member in inactive if member.state in away)
 

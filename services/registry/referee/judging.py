@@ -21,6 +21,7 @@ from services.registry.rounds import (
     reports_of,
     set_deadline,
     standing,
+    state_when_late,
     submission_of,
     task_of,
 )
@@ -56,7 +57,7 @@ class Judging:
         def expire(tx: Writing) -> int:
             due = tx.assignments_due(tx.now)
             for assignment in due:
-                end_assignment(tx, assignment, AssignmentState.EXPIRED)
+                end_assignment(tx, assignment, state_when_late(tx, assignment))
             return len(due)
 
         return await self._store.write(expire)
@@ -106,7 +107,7 @@ def _ask_to_open(tx: Writing, round_: Round) -> None:
     found, quorum = standing(tx, round_), _quorum(tx, round_)
     for assignment in found.pending:
         late = assignment.deadline is not None and tx.now >= assignment.deadline
-        end_assignment(tx, assignment, AssignmentState.EXPIRED if late else AssignmentState.RELEASED)
+        end_assignment(tx, assignment, state_when_late(tx, assignment) if late else AssignmentState.RELEASED)
     if found.reported < quorum:
         give_up(tx, round_, f"{found.reported} reports came in, at least {quorum} are needed")
         return

@@ -85,7 +85,9 @@ class AssignmentServiceServicer:
 
         A lease is held by one token: accepting again while the lease runs is ALREADY_EXISTS (LEASE_HELD), so that two processes with
         one key never both hold it; but with the same lease_holder, as after a restart, the token is given again and the lease renewed.
-        Errors: FAILED_PRECONDITION (ASSIGNMENT_ENDED) for one that is late; PERMISSION_DENIED for another's.
+        Errors: FAILED_PRECONDITION (ASSIGNMENT_ENDED) for one that is late; PERMISSION_DENIED for another's; UNAVAILABLE
+        (STILL_JOINING) until the caller's membership is in the record log, soon to be tried again: an offer that ends before is
+        RELEASED, not EXPIRED; FAILED_PRECONDITION (NOT_A_MEMBER) for who is no validator of the task, as after a restored backup.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,7 +42,9 @@ class AssignmentServiceStub:
 
     A lease is held by one token: accepting again while the lease runs is ALREADY_EXISTS (LEASE_HELD), so that two processes with
     one key never both hold it; but with the same lease_holder, as after a restart, the token is given again and the lease renewed.
-    Errors: FAILED_PRECONDITION (ASSIGNMENT_ENDED) for one that is late; PERMISSION_DENIED for another's.
+    Errors: FAILED_PRECONDITION (ASSIGNMENT_ENDED) for one that is late; PERMISSION_DENIED for another's; UNAVAILABLE
+    (STILL_JOINING) until the caller's membership is in the record log, soon to be tried again: an offer that ends before is
+    RELEASED, not EXPIRED; FAILED_PRECONDITION (NOT_A_MEMBER) for who is no validator of the task, as after a restored backup.
     """
     RenewAssignment: _grpc.UnaryUnaryMultiCallable[_assignment_pb2.RenewAssignmentRequest, _assignment_pb2.RenewAssignmentResponse]
     """RenewAssignment prolongs the lease by the task's lease time, never beyond the evaluation's deadline.
@@ -66,7 +68,9 @@ class AssignmentServiceAsyncStub(AssignmentServiceStub):
 
     A lease is held by one token: accepting again while the lease runs is ALREADY_EXISTS (LEASE_HELD), so that two processes with
     one key never both hold it; but with the same lease_holder, as after a restart, the token is given again and the lease renewed.
-    Errors: FAILED_PRECONDITION (ASSIGNMENT_ENDED) for one that is late; PERMISSION_DENIED for another's.
+    Errors: FAILED_PRECONDITION (ASSIGNMENT_ENDED) for one that is late; PERMISSION_DENIED for another's; UNAVAILABLE
+    (STILL_JOINING) until the caller's membership is in the record log, soon to be tried again: an offer that ends before is
+    RELEASED, not EXPIRED; FAILED_PRECONDITION (NOT_A_MEMBER) for who is no validator of the task, as after a restored backup.
     """
     RenewAssignment: _aio.UnaryUnaryMultiCallable[_assignment_pb2.RenewAssignmentRequest, _assignment_pb2.RenewAssignmentResponse]  # type: ignore[assignment]
     """RenewAssignment prolongs the lease by the task's lease time, never beyond the evaluation's deadline.
@@ -105,7 +109,9 @@ class AssignmentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A lease is held by one token: accepting again while the lease runs is ALREADY_EXISTS (LEASE_HELD), so that two processes with
         one key never both hold it; but with the same lease_holder, as after a restart, the token is given again and the lease renewed.
-        Errors: FAILED_PRECONDITION (ASSIGNMENT_ENDED) for one that is late; PERMISSION_DENIED for another's.
+        Errors: FAILED_PRECONDITION (ASSIGNMENT_ENDED) for one that is late; PERMISSION_DENIED for another's; UNAVAILABLE
+        (STILL_JOINING) until the caller's membership is in the record log, soon to be tried again: an offer that ends before is
+        RELEASED, not EXPIRED; FAILED_PRECONDITION (NOT_A_MEMBER) for who is no validator of the task, as after a restored backup.
         """
 
     @_abc_1.abstractmethod
