@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from tests.support.registry_server import ORIGIN, RegistryServer
 from tests.support.registry_world import CREATOR, NODES
 from tests.support.told_arena import Told, dataset_of, model_of, tell_tasks
-from tests.support.told_lies import LIES, change_of, for_reason, score_of
+from tests.support.told_lies import LIES, change_of, event, for_reason, score_of
 from tiltyard.audit import Audit, Claim, Record, audit
 from tiltyard.cli.commands import app
 from tiltyard.transparency import Checkpoint, checkpoint_body, leaf_hash, root_hash, sign_note
-from tiltyard.type.v1 import evaluation_pb2, log_pb2
+from tiltyard.type.v1 import evaluation_pb2, log_pb2, task_pb2
 
 Entry = log_pb2.LogEntry
 
@@ -53,7 +53,7 @@ def test_every_verdict_score_and_leaderboard_is_made_again_from_the_leaves(told:
     found = audit(told.record, shown=shown, log_key=told.log_key.public_bytes)
     assert found.passed, [str(failure) for failure in found.failures]
     assert all(check.count for check in found.checks)
-    assert (found.pending, found.hidden) == (0, ("tasks/hidden",))
+    assert (found.pending, found.pending_since_ns, found.hidden) == (0, None, ("tasks/hidden",))
     assert {board.task for board in found.leaderboards} == {board.task for board in shown}
 
 
@@ -97,8 +97,8 @@ def test_a_lie_about_any_kind_of_task_is_found_at_its_leaf(told: Told, lie: str)
     change(told_otherwise)
     assert told_otherwise != entry
     leaves[index] = told_otherwise.SerializeToString(deterministic=True)
-    found = audit(signed(told, leaves))
-    assert (found.failures[0].claim, found.failures[0].index) == (claim, index), found.failures[0]
+    failures = audit(signed(told, leaves)).failures
+    assert (claim, index) in {(each.claim, each.index) for each in failures}, failures[0]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,22 @@ def test_a_leaf_of_any_kind_of_task_that_is_left_out_is_missed(told: Told, kind:
     ]
     assert len(kept) < len(told.record.leaves)
     assert not audit(signed(told, kept)).passed
+
+
+def test_every_final_task_whose_ledger_events_are_kept_back_is_found(told: Told) -> None:
+    first_charge = next(at for at, entry in enumerate(told.record.entries) if event("QUOTA_CHARGED")(entry))
+    kept = [
+        (leaf, entry)
+        for at, (leaf, entry) in enumerate(zip(told.record.leaves, told.record.entries, strict=True))
+        if at < first_charge or entry.WhichOneof("entry") != "ledger_event"
+    ]
+    final = [at for at, (_, entry) in enumerate(kept) if entry.task_changed.state == task_pb2.TASK_STATE_FINAL]
+    found = audit(signed(told, [leaf for leaf, _ in kept]))
+    assert [each.index for each in found.failures if each.claim is Claim.LEDGER] == final
+    assert len(final) == 7
+    # Of the others it is told since when.
+    assert found.pending
+    assert found.pending_since_ns
 
 
 def test_a_state_that_a_score_kept_back_belies_is_found_when_it_is_opened(told: Told) -> None:

@@ -23,7 +23,7 @@ from tests.support.registry_server import RegistryServer
 from tests.support.registry_world import key_of
 from tests.support.told_arena import tell_tasks
 from tests.support.told_lies import LIES, Entry, amendment_of, event, first, setting
-from tests.support.told_log import ToldLog
+from tests.support.told_log import ToldLog, named
 from tests.support.told_names import NAMELESS, strangers
 from tiltyard.audit import Audit, Record, audit, read_record, write_record
 from tiltyard.registry.v1 import leaderboard_pb2
@@ -37,12 +37,13 @@ SUBMISSION, ARENA = "submission", "arena"
 _ABOUT = (
     "Audits of the logs in the folders beside this file. Of a case: `changed` leaves by index and `added` ones at the "
     "end, in base64, indices that are `left_out`, a `note` in place of the log's own, and `shown` leaderboards. What "
-    "comes out: `found` failures in order as claim and index, each once, how often each claim was `checked`, and what "
-    "is `pending` and `hidden`."
+    "comes out: `found` failures in order as claim and index, each once, how often each claim was `checked`, what is "
+    "`pending`, since when in nanoseconds since 1970, and what is `hidden`."
 )
 _LATER = b"\xa0\x06\x01"
 """A field that no message has yet."""
 _NODE = key_of("node 0")
+_VALIDATORS = [key_of(f"validator {index}") for index in range(4)]
 
 
 @dataclass
@@ -96,6 +97,7 @@ def as_document(case: Case, found: Audit) -> dict[str, Any]:
         "found": [list(each) for each in dict.fromkeys((one.claim.name.lower(), one.index) for one in found.failures)],
         "checked": {check.claim.name.lower(): check.count for check in found.checks},
         "pending": found.pending,
+        "pending_since_ns": None if found.pending_since_ns is None else str(found.pending_since_ns),
         "hidden": list(found.hidden),
     }
 
@@ -113,6 +115,7 @@ def _cases(records: Mapping[str, Record]) -> Iterator[Case]:
     yield from _odd(submission)
     yield from _names(submission)
     yield from _rankings(submission)
+    yield from _kept_back(submission)
     yield from _batches(arena)
 
 
@@ -267,6 +270,46 @@ def _changed(
     return Case(name, log, {index: copy.SerializeToString(deterministic=True)})
 
 
+def _kept_back(record: Record) -> Iterator[Case]:
+    """Ledger events that are not in the log, of a task that goes on and of one that is FINAL; a join that is not."""
+    entries = record.entries
+    charges = [at for at, entry in enumerate(entries) if entry.ledger_event.draw]
+    joins = {entry.membership_changed.participant: at for at, entry in record.of_kind("membership_changed")}
+    picks = next(record.of_kind("draw"))[1].draw.picks
+    ends = _told_on(record, lambda told: told.end())
+    yield Case("a final task", SUBMISSION, added=ends)
+    for name, left_out in (("all charges", charges), ("the last charge", charges[-1:])):
+        kept_back = [record.leaves[at] for at in left_out]
+        yield Case(f"{name} kept back", SUBMISSION, left_out=left_out)
+        yield Case(f"{name} kept back of a final task", SUBMISSION, left_out=left_out, added=ends)
+        yield Case(f"{name} too late for a final task", SUBMISSION, left_out=left_out, added=[*ends, *kept_back])
+    judged = range(next(record.of_kind("evaluation_sealed"))[0], len(entries))
+    keys = {named(key): key for key in _VALIDATORS}
+    drawn = [keys[pick.participant] for pick in picks]
+    for name, refunded in (("all refunds", 3), ("a refund kept back", 2)):
+        for end in ("", " of a final task"):
+
+            def tell(told: ToldLog, refunded: int = refunded, end: str = end) -> None:
+                told.give_up(drawn, refunded=refunded)
+                if end:
+                    told.end()
+
+            yield Case(f"{name}{end}", SUBMISSION, left_out=judged, added=_told_on(record, tell))
+    joined = joins[picks[0].participant]
+    yield Case("a duty of somebody who has not joined", SUBMISSION, left_out=[joined])
+    forged = _copy(entries[joined])
+    forged.membership_changed.statement.CopyFrom(entries[joins[picks[1].participant]].membership_changed.statement)
+    yield Case("a join by another's word", SUBMISSION, {joined: forged.SerializeToString(deterministic=True)})
+
+
+def _told_on(record: Record, tell: Callable[[ToldLog], None]) -> Sequence[bytes]:
+    """Leaves that follow a log's."""
+    events = sum(entry.HasField("ledger_event") for entry in record.entries)
+    told = ToldLog(leaves=list(record.leaves), events=events)
+    tell(told)
+    return told.leaves[len(record.leaves) :]
+
+
 def _rankings(record: Record) -> Iterator[Case]:
     for name, value in (("rank", 2), ("correct", 9), ("display_name", "x"), ("interval_low", 0.5), ("submission", "x")):
         board = audit(record).leaderboards[0]
@@ -310,9 +353,10 @@ def _tell() -> None:
 
     async def nothing(server: RegistryServer, task: str) -> None: ...
 
-    validators = [key_of(f"validator {index}") for index in range(4)]
-    told = ToldLog(log_key=key_of("log"), creator=key_of("creator"), node=_NODE, validators=validators).tell()
-    write_record(told.record(), FOLDER / SUBMISSION)
+    told = ToldLog(
+        log_key=key_of("log"), creator=key_of("creator"), node=_NODE, validators=_VALIDATORS, draw_time_s=10**6
+    )
+    write_record(told.tell().record(), FOLDER / SUBMISSION)
     with tempfile.TemporaryDirectory() as folder:
         write_record(asyncio.run(tell_tasks(Path(folder), nothing)).record, FOLDER / ARENA)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from tests.support.registry_world import NODES
+from tests.support.registry_world import NODES, VALIDATORS
 from tiltyard.audit import Claim
 from tiltyard.type.v1 import evaluation_pb2, log_pb2, stake_pb2, task_pb2
 
@@ -186,6 +186,11 @@ LIES: dict[str, tuple[Callable[[Entry], bool], Callable[[Entry], None], Claim]] 
     "a verdict": (first("verdict", eligible=True), setting("verdict.eligible", False), Claim.VERDICTS),
     "whose task it is": (first("task_created"), setting("task_created.creator", SOMEBODY), Claim.VERDICTS),
     "a join without a word": (first("membership_changed"), uninvited, Claim.HISTORY),
+    "who joined": (
+        first("membership_changed"),
+        setting("membership_changed.participant", f"participants/{VALIDATORS[0].id}"),
+        Claim.ENVELOPES,
+    ),
     "another role": (first("membership_changed"), setting("membership_changed.role", 3), Claim.ENVELOPES),
     "a commit": (first("submission_committed"), unsigned("submission_committed"), Claim.ENVELOPES),
     "a reveal": (first("submission_revealed"), unsigned("submission_revealed"), Claim.ENVELOPES),

@@ -52,7 +52,8 @@ class ToldLog:
     tree: SumTree = field(default_factory=SumTree)
 
     def write(self, entry: log_type_pb2.LogEntry) -> None:
-        """One more leaf."""
+        """One more leaf, a second after the last."""
+        entry.time.FromSeconds(10_000 + len(self.leaves))
         self.leaves.append(entry.SerializeToString(deterministic=True))
 
     def event(self, **fields: object) -> None:
@@ -248,6 +249,33 @@ class ToldLog:
         self.write(Entry(score_concluded=log_type_pb2.ScoreConcluded(submission=SUBMISSION, score=score)))
         scored = evaluation_pb2.SUBMISSION_STATE_SCORED
         self.write(Entry(submission_changed=log_type_pb2.SubmissionChanged(submission=SUBMISSION, state=scored)))
+
+    def give_up(self, picks: list[Key], *, refunded: int = 3) -> None:
+        """Release all who were drawn, refund the first `refunded` of them, and reject the submission."""
+        for position, key in enumerate(picks):
+            released = log_type_pb2.AssignmentChanged(
+                assignment=duty_of(key), state=evaluation_pb2.ASSIGNMENT_STATE_RELEASED, position=position
+            )
+            self.write(Entry(assignment_changed=released))
+        rejected = log_type_pb2.SubmissionChanged(
+            submission=SUBMISSION,
+            state=evaluation_pb2.SUBMISSION_STATE_REJECTED,
+            reason=evaluation_pb2.REJECTION_REASON_VALIDATORS_UNAVAILABLE,
+        )
+        self.write(Entry(submission_changed=rejected))
+        for key in picks[:refunded]:
+            self.event(
+                kind=stake_pb2.LEDGER_EVENT_KIND_QUOTA_REFUNDED,
+                participant=named(key),
+                task=TASK,
+                draw=f"draws/{draw_id(SUBMISSION, 1)}",
+                owner_group=key.id,
+            )
+
+    def end(self) -> None:
+        """The task is closed and FINAL."""
+        for state, reason in ((task_pb2.TASK_STATE_CLOSED, ""), (task_pb2.TASK_STATE_FINAL, "round 1 ranks")):
+            self.write(Entry(task_changed=log_type_pb2.TaskChanged(task=TASK, state=state, reason=reason)))
 
     def record(self) -> Record:
         """The log, signed as it is."""

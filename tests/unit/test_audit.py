@@ -16,6 +16,8 @@ from tiltyard.transparency import Checkpoint, checkpoint_body, leaf_hash, root_h
 from tiltyard.type.v1 import envelope_pb2, evaluation_pb2, stake_pb2, task_pb2
 from tiltyard.type.v1 import log_pb2 as log_type_pb2
 
+ACCEPTED = evaluation_pb2.ASSIGNMENT_STATE_ACCEPTED
+
 
 @pytest.fixture
 def told() -> ToldLog:
@@ -309,6 +311,95 @@ def test_a_draw_that_was_never_charged_is_found_and_one_whose_charges_may_still_
     assert (found.passed, found.pending) == (True, 1)
 
 
+def waiting_draw() -> tuple[ToldLog, list[Key]]:
+    """A log up to a draw that is later than any event of the ledger by now, and who was drawn."""
+    told = ToldLog(draw_time_s=10**6)
+    told.begin()
+    told.commit_and_reveal()
+    return told, told.draw()
+
+
+def is_charge(leaf: bytes) -> bool:
+    return Entry.FromString(leaf).ledger_event.kind == stake_pb2.LEDGER_EVENT_KIND_QUOTA_CHARGED
+
+
+def index_of(told: ToldLog, kind: str) -> int:
+    """The last leaf of a kind."""
+    return max(at for at, leaf in enumerate(told.leaves) if Entry.FromString(leaf).WhichOneof("entry") == kind)
+
+
+def since(told: ToldLog, index: int) -> int:
+    return Entry.FromString(told.leaves[index]).time.ToNanoseconds()
+
+
+@pytest.mark.parametrize("kept_back", [1, 3])
+def test_charges_that_are_kept_back_wait_since_their_draw_and_belie_a_final_task(kept_back: int) -> None:
+    told, picks = waiting_draw()
+    told.evaluate(picks)
+    charges = [leaf for leaf in told.leaves if is_charge(leaf)]
+    for leaf in charges[3 - kept_back :]:
+        told.leaves.remove(leaf)
+    found = audit(told.record())
+    assert (found.passed, found.pending, found.pending_since_ns) == (True, 1, since(told, index_of(told, "draw")))
+    told.end()
+    final = index_of(told, "task_changed")
+    # What comes after that comes too late.
+    for more in ([], charges[3 - kept_back :]):
+        told.leaves += more
+        found = audit(told.record())
+        assert [(each.claim, each.index) for each in found.failures] == [(Claim.LEDGER, final)]
+        assert (found.pending, found.pending_since_ns) == (0, None)
+
+
+def test_a_refund_that_is_kept_back_waits_since_the_release_and_belies_a_final_task() -> None:
+    told, picks = waiting_draw()
+    told.give_up(picks, refunded=1)
+    found = audit(told.record())
+    released = index_of(told, "assignment_changed")
+    assert (found.passed, found.pending, found.pending_since_ns) == (True, 1, since(told, released - 1))
+    told.end()
+    failure = audit(told.record()).failures[0]
+    assert (failure.claim, failure.index) == (Claim.LEDGER, index_of(told, "task_changed"))
+    honest, picks = waiting_draw()
+    honest.give_up(picks)
+    honest.end()
+    found = audit(honest.record())
+    assert (found.passed, found.pending) == (True, 0), [str(each) for each in found.failures]
+
+
+def test_a_charge_that_was_given_back_is_charged_no_second_time() -> None:
+    told, picks = waiting_draw()
+    told.give_up(picks)
+    charge = Entry.FromString(next(leaf for leaf in told.leaves if is_charge(leaf))).ledger_event
+    told.event(kind=charge.kind, participant=charge.participant, task=TASK, draw=charge.draw)
+    assert failed(audit(told.record())) == [Claim.LEDGER]
+
+
+def test_who_accepts_a_duty_has_joined_by_an_own_word() -> None:
+    told, picks = waiting_draw()
+    kept = told.leaves
+    joins = {
+        Entry.FromString(leaf).membership_changed.participant: at
+        for at, leaf in enumerate(kept)
+        if Entry.FromString(leaf).WhichOneof("entry") == "membership_changed"
+    }
+    at = joins[named(picks[0])]
+    told.leaves = [leaf for index, leaf in enumerate(kept) if index != at]
+    found = audit(told.record())
+    accepted = next(
+        i for i, leaf in enumerate(told.leaves) if Entry.FromString(leaf).assignment_changed.state == ACCEPTED
+    )
+    assert (found.failures[0].claim, found.failures[0].index) == (Claim.HISTORY, accepted)
+    # The registry enters it by what another has signed.
+    forged = Entry.FromString(kept[at])
+    forged.membership_changed.statement.CopyFrom(
+        Entry.FromString(kept[joins[named(picks[1])]]).membership_changed.statement
+    )
+    told.leaves = [*kept[:at], forged.SerializeToString(deterministic=True), *kept[at + 1 :]]
+    failure = audit(told.record()).failures[0]
+    assert (failure.claim, failure.index) == (Claim.ENVELOPES, at)
+
+
 def test_a_model_other_than_the_committed_one_is_found(told: ToldLog) -> None:
     reveal = envelope_pb2.RevealStatement(
         origin="tiltyard.test", submission=SUBMISSION, model_digest=bytes(32), salt=bytes(range(32))
@@ -340,9 +431,7 @@ def test_a_rejection_that_nobody_found_is_found(told: ToldLog) -> None:
 
 
 def test_a_final_task_must_have_judged_everything(told: ToldLog) -> None:
-    for state, reason in ((task_pb2.TASK_STATE_CLOSED, ""), (task_pb2.TASK_STATE_FINAL, "round 1 ranks")):
-        changed = log_type_pb2.TaskChanged(task=TASK, state=state, reason=reason)
-        told.write(Entry(task_changed=changed))
+    told.end()
     found = audit(told.record())
     assert found.passed, [str(each) for each in found.failures]
     assert found.leaderboards[0].final

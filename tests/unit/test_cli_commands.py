@@ -146,6 +146,19 @@ def test_a_damaged_witness_is_told_in_one_line(tmp_path: Path, damaged: str) -> 
     assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'w'}: ")
 
 
+@pytest.mark.parametrize("kept_back", [False, True])
+def test_a_verified_log_tells_since_when_ledger_events_are_awaited(tmp_path: Path, kept_back: bool) -> None:
+    told = ToldLog(draw_time_s=10**6).tell()
+    told.edit("draw", lambda entry: entry.time.FromJsonString("2026-05-04T03:02:01Z"))
+    if kept_back:
+        told.leaves = [leaf for leaf in told.leaves if not log_pb2.LogEntry.FromString(leaf).ledger_event.draw]
+    write_record(told.record(), tmp_path / "log")
+    said = json.loads(tiltyard("log", "verify", tmp_path, "--json").stdout)
+    expected = (1, "2026-05-04T03:02:01Z") if kept_back else (0, None)
+    assert (said["verified"], said["pending"], said["pending_since"]) == (True, *expected)
+    assert ("not in the log yet, since 2026-05-04T03:02:01Z" in tiltyard("log", "verify", tmp_path).stdout) is kept_back
+
+
 def name_no_digest(entry: log_pb2.LogEntry) -> None:
     entry.task_created.config.base_model = "artifacts/zz"
 

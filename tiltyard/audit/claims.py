@@ -45,7 +45,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Audit:
-    """What came out. `pending` counts what the log cannot show yet: ledger events that are still to come."""
+    """What came out. `pending` counts what the log cannot show yet: ledger events that are still to come.
+
+    The first leaf that waits for one was written at `pending_since_ns`, in nanoseconds since 1970; None where none is.
+    """
 
     size: int
     checks: tuple[Check, ...]
@@ -54,6 +57,7 @@ class Audit:
     hidden: tuple[str, ...]
     """Tasks whose scores are only committed to."""
     pending: int
+    pending_since_ns: int | None
 
     @property
     def passed(self) -> bool:
@@ -105,6 +109,7 @@ def audit(
         findings.add(found.claim, place, found.reason)
     boards = _check_leaderboards(reading.story, shown, reading.counts, findings)
     counts = {**reading.counts, Claim.ROOT: len(record.leaves)}
+    oldest = replay.oldest_pending
     first = {failure.claim: failure for failure in reversed(findings.failures)}
     return Audit(
         size=len(record.leaves),
@@ -113,6 +118,7 @@ def audit(
         leaderboards=boards,
         hidden=tuple(name for name, task in reading.story.tasks.items() if task.hides),
         pending=replay.pending,
+        pending_since_ns=None if oldest is None else record.entries[oldest].time.ToNanoseconds(),
     )
 
 

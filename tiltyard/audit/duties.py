@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
+from tiltyard.audit import memberships
 from tiltyard.audit.names import Form, demand_name
 from tiltyard.audit.reading import Reading
 from tiltyard.audit.story import FIRST_ROUND, HOLDOUT_ROUND, Duty, Story
 from tiltyard.audit.wrong import Claim, Wrong, demand
-from tiltyard.type.v1 import evaluation_pb2, log_pb2, stake_pb2
+from tiltyard.type.v1 import draw_pb2, evaluation_pb2, log_pb2, stake_pb2
 
 _OFFERED = evaluation_pb2.ASSIGNMENT_STATE_OFFERED
 _ACCEPTED = evaluation_pb2.ASSIGNMENT_STATE_ACCEPTED
@@ -52,6 +53,8 @@ def assigned(reading: Reading, index: int, leaf: bytes, entry: log_pb2.Assignmen
         demand(duty.state in _STEPS, Claim.HISTORY, f"{name} had ended, and goes on")
         demand(entry.state in _STEPS[duty.state], Claim.HISTORY, f"{name} makes a step that there is not")
         demand(entry.position == duty.position, Claim.HISTORY, f"{name} moves to another place in the draw's order")
+        if entry.state == _ACCEPTED:
+            memberships.demand_joined(story, story.submissions[submission].task.name, validator)
         duty.owed = _OWED[duty.state] if entry.state == _EXPIRED else 0
         duty.state, duty.index = entry.state, index
     ended = entry.state not in (_OFFERED, _ACCEPTED)
@@ -107,9 +110,7 @@ def check_ledger_event(story: Story, event: stake_pb2.LedgerEvent) -> None:
         demand(receipt is not None, Claim.LEDGER, f"{event.draw} is refunded, and was never drawn")
         if receipt is None:
             return
-        who = event.participant.removeprefix("participants/")
-        duty = story.duties.get(f"{receipt.submission}/assignments/{receipt.round}-{who}")
-        released = duty is not None and duty.state == _RELEASED
+        released = release_of(story, receipt, event.participant) is not None
         demand(released, Claim.LEDGER, f"{event.participant} is refunded for {event.draw} without a release")
     elif event.kind == stake_pb2.LEDGER_EVENT_KIND_SLASHED and event.fault in _SLASHED_FOR:
         mine = event.reference.endswith(f"-{event.participant.removeprefix('participants/')}")
@@ -128,6 +129,13 @@ def check_event_names(event: stake_pb2.LedgerEvent) -> None:
         demand_name(event.draw, Form.DRAW, Claim.LEDGER)
     if event.kind == stake_pb2.LEDGER_EVENT_KIND_OWNER_GROUPS_MERGED:
         demand_name(event.reference, Form.PARTICIPANT, Claim.LEDGER)
+
+
+def release_of(story: Story, receipt: draw_pb2.DrawReceipt, participant: str) -> int | None:
+    """The leaf that released somebody from the duty that a draw brought; None where none did."""
+    who = participant.removeprefix("participants/")
+    duty = story.duties.get(f"{receipt.submission}/assignments/{receipt.round}-{who}")
+    return duty.index if duty is not None and duty.state == _RELEASED else None
 
 
 def parts(name: str, middle: str) -> tuple[str, int, str]:

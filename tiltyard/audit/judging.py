@@ -184,6 +184,8 @@ def drawn(reading: Reading, index: int, leaf: bytes, receipt: draw_pb2.DrawRecei
     else:
         _check_extension(earlier, receipt)
     story.draws[key] = receipt
+    for pick in receipt.picks:
+        story.picked.setdefault((receipt.draw, pick.participant), index)
     reading.counts[Claim.DRAWS] += 1
 
 

@@ -99,7 +99,7 @@ class Ledger:
         self._accounts: defaultdict[str, _Account] = defaultdict(_Account)
         self._pools: dict[str, _Pool] = {}
         self._drawn: dict[str, PoolState] = {}
-        self._settled: dict[tuple[str, str], int] = {}
+        self._charges: dict[tuple[str, str], bool] = {}
         self.sequence = 0
         self.last_time_ns = 0
 
@@ -107,6 +107,11 @@ class Ledger:
     def drawn(self) -> Mapping[str, PoolState]:
         """The pool of each draw as it was when its first place was charged."""
         return self._drawn
+
+    @property
+    def charges(self) -> Mapping[tuple[str, str], bool]:
+        """Whether each charge has been given back, by draw and participant."""
+        return self._charges
 
     def had(self, participant: str, available_micros: int) -> bool:
         """Whether this much of somebody's stake was available at some moment."""
@@ -201,15 +206,16 @@ class Ledger:
 
     def _quota_charged(self, event: stake_pb2.LedgerEvent) -> None:
         pool = self._pool(event)
-        if (event.draw, event.participant) in self._settled:
+        if (event.draw, event.participant) in self._charges:
             raise LedgerMismatch(f"{event.participant} is charged twice for {event.draw}")
         if event.draw not in self._drawn:
             self._drawn[event.draw] = pool.state()
-        self._settled[event.draw, event.participant] = 1
+        self._charges[event.draw, event.participant] = False
 
     def _quota_refunded(self, event: stake_pb2.LedgerEvent) -> None:
-        if self._settled.pop((event.draw, event.participant), 0) != 1:
-            raise LedgerMismatch(f"{event.participant} is refunded for {event.draw}, which was never charged")
+        if self._charges.get((event.draw, event.participant)) is not False:
+            raise LedgerMismatch(f"{event.participant} is refunded for {event.draw}, which was never charged, or twice")
+        self._charges[event.draw, event.participant] = True
 
     def _owner_groups_merged(self, event: stake_pb2.LedgerEvent) -> None:
         """Members who sit in a pool are told of by a WEIGHT_CHANGED each."""

@@ -65,8 +65,12 @@ def membership_changed(reading: Reading, index: int, leaf: bytes, entry: log_pb2
     reading.task(entry.task)
     if entry.HasField("statement"):
         said, signer = reading.open(entry.statement, envelope_pb2.JoinStatement)
-        asked = (said.task, said.participant, said.role) == (entry.task, entry.participant, entry.role)
-        demand(asked and signer == said.participant, Claim.ENVELOPES, f"{signer} asked for another task or role")
+        demand(
+            (said.task, said.participant, said.role) == (entry.task, entry.participant, entry.role),
+            Claim.ENVELOPES,
+            f"{signer} asked for another task or role, or for somebody else",
+        )
+        demand(said.participant == signer, Claim.ENVELOPES, f"{said.participant} did not sign, {signer} did")
     story = reading.story
     who, key = entry.participant, (entry.task, entry.participant)
     role, before = story.members.get(key, (entry.role, _LEFT))
@@ -83,6 +87,13 @@ def membership_changed(reading: Reading, index: int, leaf: bytes, entry: log_pb2
         demand_eligible(story, entry.task, who, entry.role)
     story.members[key] = (entry.role, entry.state)
     reading.counts[Claim.HISTORY] += 1
+
+
+def demand_joined(story: Story, task: str, validator: str) -> None:
+    """Raises Wrong unless somebody is, or was, a validator of the task. Who has left ends what was begun."""
+    role, state = story.members.get((task, validator), (0, _REFUSED))
+    joined = role == participation_pb2.ROLE_VALIDATOR and state != _REFUSED
+    demand(joined, Claim.HISTORY, f"{validator} accepts a duty in {task}, and has not joined it as validator")
 
 
 def _suffices(story: Story, verdict: participation_pb2.EligibilityVerdict, fact: participation_pb2.Evidence) -> bool:

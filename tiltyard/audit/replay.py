@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from tiltyard.audit import arena, duties, judging, memberships, tasks
 from tiltyard.audit.ledger import Ledger
 from tiltyard.audit.reading import Reading
+from tiltyard.audit.story import Task
 from tiltyard.audit.wrong import Claim, Wrong, demand, moment_ns
-from tiltyard.type.v1 import log_pb2, stake_pb2
+from tiltyard.type.v1 import draw_pb2, log_pb2, stake_pb2, task_pb2
 
 _STEPS: Mapping[str, Callable[..., None]] = {
     "genesis": arena.began,
@@ -39,6 +40,8 @@ class Replay:
         self.reading = Reading()
         self.pending = 0
         """What cannot be said yet, for want of the ledger's later events."""
+        self.oldest_pending: int | None = None
+        """The first leaf about which something cannot be said yet."""
         story = self.reading.story
         self._ledger = Ledger(lambda name: story.tasks[name].config.selection if name in story.tasks else None)
         self._charged: dict[tuple[str, str], int] = {}
@@ -55,6 +58,8 @@ class Replay:
             self._ledger_event(index, entry.ledger_event)
         elif kind is not None:
             _STEPS[kind](self.reading, index, leaf, getattr(entry, kind))
+            if kind == "task_changed":
+                self._check_backed(entry.task_changed)
 
     def settle(self) -> Iterator[tuple[int, Wrong]]:
         """What can be said only when all leaves, and all of the ledger, are known."""
@@ -74,15 +79,19 @@ class Replay:
                     Wrong(Claim.VERDICTS, f"{waiting.verdict.participant} never had a stake of {amounts} available"),
                 )
             else:
-                self.pending += 1
+                self._wait_for(waiting.index)
         for key, receipt in self.reading.story.draws.items():
             pool = self._ledger.drawn.get(receipt.draw)
             index = self.reading.story.draw_leaves[key]
+            if pool is None and self._ledger.last_time_ns > receipt.draw_time.ToNanoseconds():
+                yield index, Wrong(Claim.POOLS, f"{receipt.draw} was never charged to anybody's quota")
+                continue
+            # What a FINAL task lacks was told of at the leaf that made it so.
+            if self._task_of(receipt).state != task_pb2.TASK_STATE_FINAL:
+                missing = [at for at, _ in self._unbacked(receipt)]
+                if missing:
+                    self._wait_for(min(missing))
             if pool is None:
-                if self._ledger.last_time_ns > receipt.draw_time.ToNanoseconds():
-                    yield index, Wrong(Claim.POOLS, f"{receipt.draw} was never charged to anybody's quota")
-                else:
-                    self.pending += 1
                 continue
             named = (receipt.pool_root, int.from_bytes(receipt.pool_weight, "big"), receipt.pool_size)
             if named != (pool.root, pool.weight, pool.size):
@@ -96,6 +105,37 @@ class Replay:
                 )
             else:
                 self.reading.counts[Claim.POOLS] += 1
+
+    def _wait_for(self, index: int) -> None:
+        """Something about a leaf cannot be said yet."""
+        self.pending += 1
+        self.oldest_pending = index if self.oldest_pending is None else min(index, self.oldest_pending)
+
+    def _check_backed(self, entry: log_pb2.TaskChanged) -> None:
+        """Whether the ledger holds all that belongs to the draws of a task that is FINAL. Raises Wrong."""
+        if entry.state != task_pb2.TASK_STATE_FINAL:
+            return
+        for receipt in self.reading.story.draws.values():
+            if self._task_of(receipt).name == entry.task:
+                for _, reason in self._unbacked(receipt):
+                    raise Wrong(Claim.LEDGER, f"{entry.task} is final, and {reason}")
+
+    def _unbacked(self, receipt: draw_pb2.DrawReceipt) -> Iterator[tuple[int, str]]:
+        """What of a draw the ledger has not told so far: the leaf that it should follow, and what is missing."""
+        story = self.reading.story
+        for pick in receipt.picks:
+            given_back = self._ledger.charges.get((receipt.draw, pick.participant))
+            released = duties.release_of(story, receipt, pick.participant)
+            if given_back is None:
+                yield (
+                    story.picked[receipt.draw, pick.participant],
+                    f"{pick.participant} is not charged for {receipt.draw}",
+                )
+            elif released is not None and not given_back:
+                yield released, f"{pick.participant} is released and not refunded for {receipt.draw}"
+
+    def _task_of(self, receipt: draw_pb2.DrawReceipt) -> Task:
+        return self.reading.story.submissions[receipt.submission].task
 
     def _charged_without_a_pick(self) -> Iterator[tuple[int, str]]:
         picked = {each.draw: {pick.participant for pick in each.picks} for each in self.reading.story.draws.values()}

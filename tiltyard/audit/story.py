@@ -106,6 +106,8 @@ class Story:
     submissions: dict[str, Submission] = field(default_factory=dict)
     draws: dict[tuple[str, int], draw_pb2.DrawReceipt] = field(default_factory=dict)
     draw_leaves: dict[tuple[str, int], int] = field(default_factory=dict)
+    picked: dict[tuple[str, str], int] = field(default_factory=dict)
+    """The leaf that first says it, by draw and participant."""
     seals: dict[str, envelope_pb2.SealStatement] = field(default_factory=dict)
     reports: defaultdict[tuple[str, int], dict[str, envelope_pb2.EvaluationReport]] = field(
         default_factory=lambda: defaultdict(dict)

@@ -224,6 +224,15 @@ def _testimony(folder: Path, record: "Record") -> "Testimony | None":
         raise CommandError(f"{folder}: {error}") from None
 
 
+def _told_time(time_ns: int) -> str:
+    """RFC 3339, in UTC."""
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+    time = Timestamp()
+    time.FromNanoseconds(time_ns)
+    return time.ToJsonString()
+
+
 def _tell(
     found: "Audit", problems: list[str], said: "Testimony | None", unfinished: list[str], *, as_document: bool
 ) -> None:
@@ -232,6 +241,7 @@ def _tell(
         if said
         else "unwitnessed: another history may have been shown to others"
     )
+    pending_since = None if found.pending_since_ns is None else _told_time(found.pending_since_ns)
     if as_document:
         print_json(
             {
@@ -242,6 +252,7 @@ def _tell(
                 "unfinished": unfinished,
                 "witness": None if said is None else {"name": said.name, "size": said.size, "time_s": said.time_s},
                 "pending": found.pending,
+                "pending_since": pending_since,
                 "hidden": list(found.hidden),
                 "leaderboards": [as_json(board) for board in found.leaderboards],
             }
@@ -252,7 +263,7 @@ def _tell(
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if found.pending:
-        print(f"{found.pending} checks wait for ledger events that are not in the log yet")
+        print(f"{found.pending} checks wait for ledger events that are not in the log yet, since {pending_since}")
     for task in found.hidden:
         print(f"{task} keeps its scores hidden until it is closed; the log holds commitments to them")
     for file in unfinished:

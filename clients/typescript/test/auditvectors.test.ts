@@ -17,6 +17,7 @@ interface Case {
   found: [string, number | null][];
   checked: Record<string, number>;
   pending: number;
+  pending_since_ns: string | null;
   hidden: string[];
 }
 
@@ -52,6 +53,7 @@ for (const each of vectors<{ cases: Case[] }>("audit/cases.json").cases) {
     assert.deepEqual([...new Set(found)], each.found.map((one) => JSON.stringify(one)), reasons);
     assert.deepEqual({ ...out.checked }, each.checked);
     assert.equal(out.pending, each.pending);
+    assert.equal(out.pendingSinceNs?.toString() ?? null, each.pending_since_ns);
     assert.deepEqual(out.hidden, each.hidden);
   });
 }

@@ -5,6 +5,7 @@ import type { Leaderboard } from "../proto/tiltyard/registry/v1/leaderboard.js";
 import type { LogEntry } from "../proto/tiltyard/type/v1/log.js";
 import { readLeaf, type RecordLog } from "../recordlog.js";
 import { Frontier, leafHash, openCheckpoint } from "../transparency.js";
+import { momentNs } from "./moments.js";
 import { difference, leaderboard } from "./rankings.js";
 import { Replay } from "./replay.js";
 import { Wrong, demand, told, type Claim } from "./wrong.js";
@@ -27,6 +28,8 @@ export interface Audit {
   hidden: readonly string[];
   /** How many checks wait for ledger events that are still to come. */
   pending: number;
+  /** When the first leaf that waits for one was written, in nanoseconds since 1970; undefined where none does. */
+  pendingSinceNs: bigint | undefined;
 }
 
 /** What an audit may be told beside the record. */
@@ -64,6 +67,7 @@ export function audit(record: RecordLog, { logKey, shown = [] }: AuditOptions = 
     const reason = expected ? difference(board, expected) : `the log has no ranking of ${board.task}`;
     if (reason) failures.push({ claim: "leaderboards", index: undefined, reason });
   }
+  const oldest = replay.oldestPending;
   const places = leaderboards.reduce((sum, { entries }) => sum + entries.length, 0);
   return {
     size: record.leaves.length,
@@ -72,6 +76,7 @@ export function audit(record: RecordLog, { logKey, shown = [] }: AuditOptions = 
     leaderboards,
     hidden: [...reading.story.tasks.values()].filter(({ hides }) => hides).map(({ name }) => name),
     pending: replay.pending,
+    pendingSinceNs: oldest === undefined ? undefined : momentNs(entries[oldest]!.time, "history", "the leaf"),
   };
 }
 

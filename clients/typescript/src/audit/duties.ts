@@ -1,9 +1,11 @@
 /** Validators' duties, step by step: leases, the faults that end them, and what these cost. */
 
+import type { DrawReceipt } from "../proto/tiltyard/type/v1/draw.js";
 import { AssignmentState, ValidatorFaultKind } from "../proto/tiltyard/type/v1/evaluation.js";
 import type { AssignmentChanged, ValidatorFault } from "../proto/tiltyard/type/v1/log.js";
 import { LedgerEventKind, StakeFault, type LedgerEvent } from "../proto/tiltyard/type/v1/stake.js";
 import { demandName } from "./names.js";
+import { demandJoined } from "./memberships.js";
 import type { Reading } from "./reading.js";
 import { FIRST_ROUND, HOLDOUT_ROUND, keyOf, type Duty, type Story } from "./story.js";
 import { demand } from "./wrong.js";
@@ -48,6 +50,7 @@ export function assigned({ story, checked }: Reading, index: number, entry: Assi
     demand(steps !== undefined, "history", `${name} had ended, and goes on`);
     demand(steps.to.includes(state), "history", `${name} makes a step that there is not`);
     demand(position === duty.position, "history", `${name} moves to another place in the draw's order`);
+    if (state === ACCEPTED) demandJoined(story, story.submissions.get(submission)!.task.name, validator);
     Object.assign(duty, { owed: state === EXPIRED ? steps.owed : 0, state, index } satisfies Partial<Duty>);
   }
   const hasEnded = state !== OFFERED && state !== ACCEPTED;
@@ -99,8 +102,8 @@ export function checkLedgerEvent(story: Story, event: LedgerEvent): void {
   if (event.kind === LedgerEventKind.LEDGER_EVENT_KIND_QUOTA_REFUNDED) {
     const receipt = [...story.draws.values()].find((each) => each.receipt.draw === draw)?.receipt;
     demand(receipt !== undefined, "ledger", `${draw} is refunded, and was never drawn`);
-    const duty = story.duties.get(`${receipt.submission}/assignments/${receipt.round}-${id}`);
-    demand(duty?.state === RELEASED, "ledger", `${participant} is refunded for ${draw} without a release`);
+    const isReleased = releaseOf(story, receipt, participant) !== undefined;
+    demand(isReleased, "ledger", `${participant} is refunded for ${draw} without a release`);
   } else if (event.kind === LedgerEventKind.LEDGER_EVENT_KIND_SLASHED) {
     const kind = SLASHED_FOR.get(fault);
     if (kind === undefined) return;
@@ -116,6 +119,12 @@ export function checkEventNames({ kind, participant, task, draw, reference }: Le
   if (task || LOCKS.includes(kind)) demandName(task, "task", "ledger");
   if (draw || kind === LedgerEventKind.LEDGER_EVENT_KIND_QUOTA_CHARGED) demandName(draw, "draw", "ledger");
   if (kind === LedgerEventKind.LEDGER_EVENT_KIND_OWNER_GROUPS_MERGED) demandName(reference, "participant", "ledger");
+}
+
+/** The leaf that released somebody from the duty that a draw brought; undefined where none did. */
+export function releaseOf({ duties }: Story, { submission, round }: DrawReceipt, participant: string): number | undefined {
+  const duty = duties.get(`${submission}/assignments/${round}-${participant.replace(/^participants\//, "")}`);
+  return duty?.state === RELEASED ? duty.index : undefined;
 }
 
 /** Submission, round and validator of an assignment's or evaluation's name. Throws Wrong. */

@@ -176,7 +176,9 @@ export function drawn({ story, checked }: Reading, index: number, receipt: DrawR
   const key = keyOf(name, receipt.round);
   const earlier = story.draws.get(key);
   if (earlier) checkExtension(earlier.receipt, receipt);
-  story.draws.set(key, { receipt, drawTimeNs, index: earlier?.index ?? index });
+  const picks = receipt.picks.map(({ participant }) => [participant, index] as const);
+  const picked = new Map([...picks, ...(earlier?.picked ?? [])]);
+  story.draws.set(key, { receipt, drawTimeNs, index: earlier?.index ?? index, picked });
   checked.draws += 1;
 }
 

@@ -113,14 +113,19 @@ export class Ledger {
   lastTimeNs = 0n;
   readonly #accounts = new Map<string, Account>();
   readonly #pools = new Map<string, Pool>();
-  /** Keys of draw and participant: charged, or refunded again. */
-  readonly #charged = new Set<string>();
+  /** Whether each charge has been given back, by the key of draw and participant. */
+  readonly #charges = new Map<string, boolean>();
 
   constructor(private readonly configOf: (task: string) => TaskConfig | undefined) {}
 
   /** Whether this much of somebody's stake was available at some moment. */
   had(participant: string, availableMicros: bigint): boolean {
     return this.#account(participant).balances.has(availableMicros);
+  }
+
+  /** Whether a charge has been given back; undefined where there was none. */
+  isGivenBack(draw: string, participant: string): boolean | undefined {
+    return this.#charges.get(keyOf(draw, participant));
   }
 
   /** The next event. Throws Wrong. */
@@ -226,14 +231,16 @@ export class Ledger {
     const { draw, participant } = event;
     const pool = this.#pool(event);
     const key = keyOf(draw, participant);
-    demand(!this.#charged.has(key), "ledger", `${participant} is charged twice for ${draw}`);
+    demand(!this.#charges.has(key), "ledger", `${participant} is charged twice for ${draw}`);
     if (!this.drawn.has(draw)) this.drawn.set(draw, pool.state());
-    this.#charged.add(key);
+    this.#charges.set(key, false);
   }
 
   quotaRefunded({ draw, participant }: LedgerEvent): void {
-    const isCharged = this.#charged.delete(keyOf(draw, participant));
-    demand(isCharged, "ledger", `${participant} is refunded for ${draw}, which was never charged`);
+    const key = keyOf(draw, participant);
+    const isOwed = this.#charges.get(key) === false;
+    demand(isOwed, "ledger", `${participant} is refunded for ${draw}, which was never charged, or twice`);
+    this.#charges.set(key, true);
   }
 
   /** Members who sit in a pool are told of by a WEIGHT_CHANGED each. */

@@ -72,7 +72,8 @@ export function membershipChanged(reading: Reading, entry: MembershipChanged): v
   if (statement) {
     const { statement: said, signer } = reading.open(statement, JOIN);
     const isAsked = said.task === name && said.participant === participant && said.role === role;
-    demand(isAsked && signer === said.participant, "envelopes", `${signer} asked for another task or role`);
+    demand(isAsked, "envelopes", `${signer} asked for another task or role, or for somebody else`);
+    demand(said.participant === signer, "envelopes", `${said.participant} did not sign, ${signer} did`);
   }
   const { story } = reading;
   const key = keyOf(name, participant);
@@ -89,6 +90,13 @@ export function membershipChanged(reading: Reading, entry: MembershipChanged): v
   if (state === ACTIVE || state === PAUSED) demandEligible(story, name, participant, role);
   story.members.set(key, { role, state });
   reading.checked.history += 1;
+}
+
+/** Throws Wrong unless somebody is, or was, a validator of the task. Who has left ends what was begun. */
+export function demandJoined({ members }: Story, task: string, validator: string): void {
+  const member = members.get(keyOf(task, validator));
+  const isJoined = member?.role === Role.ROLE_VALIDATOR && member.state !== REFUSED;
+  demand(isJoined, "history", `${validator} accepts a duty in ${task}, and has not joined it as validator`);
 }
 
 function suffices(story: Story, { participant }: EligibilityVerdict, fact: Evidence): boolean {

@@ -1,8 +1,10 @@
 /** A log read leaf by leaf, each held against what the leaves before it say. */
 
 import { equal, toHex, toInteger } from "../bytes.js";
-import type { LogEntry } from "../proto/tiltyard/type/v1/log.js";
+import type { DrawReceipt } from "../proto/tiltyard/type/v1/draw.js";
+import type { LogEntry, TaskChanged } from "../proto/tiltyard/type/v1/log.js";
 import { LedgerEventKind, type LedgerEvent } from "../proto/tiltyard/type/v1/stake.js";
+import { TaskState } from "../proto/tiltyard/type/v1/task.js";
 import * as arena from "./arena.js";
 import * as duties from "./duties.js";
 import * as judging from "./judging.js";
@@ -10,7 +12,7 @@ import { Ledger } from "./ledger.js";
 import * as memberships from "./memberships.js";
 import { momentNs } from "./moments.js";
 import { Reading } from "./reading.js";
-import { keyOf } from "./story.js";
+import { keyOf, type Draw, type Task } from "./story.js";
 import * as tasks from "./tasks.js";
 import { Wrong, demand, type Claim } from "./wrong.js";
 
@@ -26,6 +28,8 @@ export class Replay {
   readonly reading = new Reading();
   /** What cannot be said yet, for want of the ledger's later events. */
   pending = 0;
+  /** The first leaf about which something cannot be said yet. */
+  oldestPending: number | undefined;
   readonly #ledger = new Ledger((name) => this.reading.story.tasks.get(name)?.config);
   /** The leaf of each charge by the key of draw and participant. */
   readonly #charged = new Map<string, { draw: string; participant: string; index: number }>();
@@ -55,7 +59,8 @@ export class Replay {
       case "taskCreated":
         return tasks.taskCreated(reading, entry.value);
       case "taskChanged":
-        return tasks.taskChanged(reading, entry.value);
+        tasks.taskChanged(reading, entry.value);
+        return this.#checkBacked(entry.value);
       case "holdoutChanged":
         return tasks.holdoutChanged(reading, leaf, entry.value);
       case "submissionCommitted":
@@ -123,7 +128,7 @@ export class Replay {
         const reason = `${participant} never had a stake of ${amounts.join(", ")} available`;
         found.push({ claim: "verdicts", index, reason });
       } else {
-        this.pending += 1;
+        this.#waitFor(index);
       }
     }
     return found;
@@ -132,16 +137,21 @@ export class Replay {
   #pools(): Late[] {
     const { story, checked } = this.reading;
     const found: Late[] = [];
-    for (const { receipt, drawTimeNs, index } of story.draws.values()) {
+    for (const each of story.draws.values()) {
+      const { receipt, drawTimeNs, index } = each;
       const { draw, poolRoot, poolWeight, poolSize } = receipt;
       const pool = this.#ledger.drawn.get(draw);
-      if (!pool) {
-        if (this.#ledger.lastTimeNs > drawTimeNs) {
-          found.push({ claim: "pools", index, reason: `${draw} was never charged to anybody's quota` });
-        } else {
-          this.pending += 1;
-        }
-      } else if (equal(poolRoot, pool.root) && toInteger(poolWeight) === pool.weight && poolSize === pool.size) {
+      if (!pool && this.#ledger.lastTimeNs > drawTimeNs) {
+        found.push({ claim: "pools", index, reason: `${draw} was never charged to anybody's quota` });
+        continue;
+      }
+      // What a FINAL task lacks was told of at the leaf that made it so.
+      if (this.#taskOf(receipt).state !== TaskState.TASK_STATE_FINAL) {
+        const missing = this.#unbacked(each).map((one) => one.index);
+        if (missing.length > 0) this.#waitFor(Math.min(...missing));
+      }
+      if (!pool) continue;
+      if (equal(poolRoot, pool.root) && toInteger(poolWeight) === pool.weight && poolSize === pool.size) {
         checked.pools += 1;
       } else {
         const ledgers = `the ledger gives ${toHex(pool.root)} with ${pool.size} owner groups`;
@@ -150,6 +160,40 @@ export class Replay {
       }
     }
     return found;
+  }
+
+  /** Something about a leaf cannot be said yet. */
+  #waitFor(index: number): void {
+    this.pending += 1;
+    this.oldestPending = Math.min(index, this.oldestPending ?? index);
+  }
+
+  /** Whether the ledger holds all that belongs to the draws of a task that is FINAL. Throws Wrong. */
+  #checkBacked({ task, state }: TaskChanged): void {
+    if (state !== TaskState.TASK_STATE_FINAL) return;
+    for (const draw of this.reading.story.draws.values()) {
+      if (this.#taskOf(draw.receipt).name !== task) continue;
+      const [missing] = this.#unbacked(draw);
+      demand(missing === undefined, "ledger", `${task} is final, and ${missing?.reason}`);
+    }
+  }
+
+  /** What of a draw the ledger has not told so far: the leaf that it should follow, and what is missing. */
+  #unbacked({ receipt, picked }: Draw): { index: number; reason: string }[] {
+    const { draw } = receipt;
+    return receipt.picks.flatMap(({ participant }) => {
+      const isGivenBack = this.#ledger.isGivenBack(draw, participant);
+      if (isGivenBack === undefined) {
+        return [{ index: picked.get(participant)!, reason: `${participant} is not charged for ${draw}` }];
+      }
+      const index = duties.releaseOf(this.reading.story, receipt, participant);
+      if (index === undefined || isGivenBack) return [];
+      return [{ index, reason: `${participant} is released and not refunded for ${draw}` }];
+    });
+  }
+
+  #taskOf({ submission }: DrawReceipt): Task {
+    return this.reading.story.submissions.get(submission)!.task;
   }
 
   #ledgerEvent(index: number, event: LedgerEvent): void {

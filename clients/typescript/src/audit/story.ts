@@ -95,11 +95,12 @@ export interface PendingVerdict {
   decideTimeNs: bigint;
 }
 
-/** A draw: its last receipt, when that was made, and the leaf of the first. */
+/** A draw: its last receipt, when that was made, the leaf of the first, and of each pick the leaf that first says it. */
 export interface Draw {
   receipt: DrawReceipt;
   drawTimeNs: bigint;
   index: number;
+  picked: ReadonlyMap<string, number>;
 }
 
 /** Everything known so far. */
