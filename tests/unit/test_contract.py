@@ -51,8 +51,8 @@ def test_every_method_with_a_request_id_remembers_its_answer() -> None:
     assert forgetful == []
 
 
-def test_every_reason_stands_in_the_contract_or_among_those_of_any_call() -> None:
-    told = (ROOT / "docs/howto/debug-with-grpcurl.md").read_text()
+def test_every_reason_stands_in_the_contract_or_among_those_of_any_call_or_that_operators_meet() -> None:
+    told = "".join((ROOT / "docs/howto" / page).read_text() for page in ("debug-with-grpcurl.md", "host-the-arena.md"))
     told += "".join(path.read_text() for path in (ROOT / "protos").rglob("*.proto"))
     raised = {
         reason
