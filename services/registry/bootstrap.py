@@ -148,6 +148,7 @@ async def build(
         judging.open_reports,
         judging.conclude,
         draws.call_reserves,
+        draws.find_unheard,
         draws.settle,
         faults.slash,
         turns.disclose,

@@ -14,8 +14,10 @@ from services.registry.selection import Candidacy, Eligibility, EligibilityFacts
 from services.registry.states import Role, ValidatorFaultKind
 from services.registry.task_config import SelectionPolicy
 from services.runtime import names
+from services.runtime.errors import NotFound
 from services.runtime.rpc_errors import from_rpc_error
 from tiltyard.selector.v1 import draw_pb2, draw_pb2_grpc, pool_pb2, pool_pb2_grpc, stake_pb2, stake_pb2_grpc
+from tiltyard.sortition import draw_id
 from tiltyard.type.v1 import draw_pb2 as type_draw_pb2
 from tiltyard.type.v1 import stake_pb2 as type_stake_pb2
 
@@ -118,6 +120,14 @@ class SelectorPeer:
             paused=[names.format_participant(participant) for participant in sorted(paused)],
         )
         answer = await _asked(self._draws.ExtendDraw(request))
+        return _draw_of(answer.receipt)
+
+    async def find_draw(self, *, task: str, number: int, round_: int) -> Draw | None:
+        draw = draw_id(names.format_submission(task, number), round_)
+        try:
+            answer = await _asked(self._draws.GetDraw(draw_pb2.GetDrawRequest(name=names.format_draw(draw))))
+        except NotFound:
+            return None
         return _draw_of(answer.receipt)
 
     async def settle(self, draw: str, participant: str, *, refund: bool) -> None:

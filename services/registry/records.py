@@ -205,6 +205,8 @@ class Round:
     """What it waits for, in one sentence."""
     trace: str = ""
     """The submission's."""
+    unsure: bool = False
+    """Whether the selector may have drawn somebody of whom no answer has told."""
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,9 @@ def end_round(tx: Writing, round_: Round, *, detail: str = "") -> bool:
     for assignment in tx.assignments(round_.task, round_.number, round_.round):
         if assignment.state in UNENDED:
             end_assignment(tx, assignment, AssignmentState.RELEASED)
-    tx.put_round(replace(round_, state=RoundState.CONCLUDED, detail=detail))
+    # Where nobody has been drawn so far, the answer to a draw may be on its way, or lost.
+    unsure = round_.unsure or not round_.draw
+    tx.put_round(replace(round_, state=RoundState.CONCLUDED, detail=detail, unsure=unsure))
     if hides(task_of(tx, round_)):
         found = tx.evaluations(round_.task, round_.number, round_.round)
         return any(evaluation.report is not None for evaluation in found)

@@ -99,6 +99,10 @@ class Selection(Protocol):
         """
         ...
 
+    async def find_draw(self, *, task: str, number: int, round_: int) -> Draw | None:
+        """The draw of one submission and round as far as its order has been taken; None where there is none."""
+        ...
+
     async def settle(self, draw: str, participant: str, *, refund: bool) -> None:
         """End the account of one pick: its charge stands, or is given back."""
         ...

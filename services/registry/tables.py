@@ -152,6 +152,7 @@ class RoundRow(Table, table=True):
     __table_args__ = (
         Index("ix_rounds_state_deadline", "state", "deadline"),
         Index("ix_rounds_state_touched", "state", "touched"),
+        Index("ix_rounds_unsure_task", "unsure", "task"),
     )
 
     task: str = Field(primary_key=True)
@@ -166,6 +167,7 @@ class RoundRow(Table, table=True):
     disputed: bool
     detail: str
     trace: str
+    unsure: bool
     touched: int = Field(default=0, sa_type=BigInteger)
     """The sequence of the last change of the round, one of its assignments or evaluations."""
 

@@ -156,6 +156,14 @@ class Reading(Protocol):
         """Whether any submission of a task has been drawn for."""
         ...
 
+    def rounds_unsure(self, *, limit: int) -> Sequence[Round]:
+        """CONCLUDED ones for which the selector may have drawn somebody unheard of."""
+        ...
+
+    def has_unsure_rounds(self, task: str) -> bool:
+        """Whether a task has any of these."""
+        ...
+
     def assignment(self, task: str, number: int, round_: int, validator: str) -> Assignment | None: ...
     def assignments(self, task: str, number: int, round_: int | None = None) -> Sequence[Assignment]:
         """By round and position."""

@@ -2,11 +2,13 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
-from services.registry.states import AssignmentState, MembershipState, Role, SubmissionState
+from services.registry.states import AssignmentState, MembershipState, Role, SubmissionState, TaskState
+from services.registry.task_states import cancel
+from services.runtime.errors import Unavailable
 from tests.support.registry_fakes import FakeSelection, SettableClock
 from tests.support.registry_world import (
     NODES,
@@ -76,6 +78,29 @@ async def test_an_extension_whose_answer_was_lost_is_not_lost(world: World) -> N
     await world.decline((await world.duties(number))[2])
     await world.turn()
     assert await world.states(number) == ["DECLINED", "DECLINED", "DECLINED", "OFFERED", "OFFERED"]
+
+
+async def test_a_draw_whose_answer_was_lost_as_its_task_was_cancelled_is_found_and_given_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.open_task(validators=5)
+    assert await world.selection.find_draw(task=TASK, number=1, round_=1) is None
+    number = await world.submit(NODES[0], model_bytes("a"))
+    draw = world.selection.draw_validators
+
+    async def unheard(**asked: Any) -> None:
+        await draw(**asked)
+        raise Unavailable("SELECTOR_DOWN", "the answer did not come")
+
+    with monkeypatch.context() as lost:
+        lost.setattr(world.selection, "draw_validators", unheard)
+        with pytest.raises(ExceptionGroup):
+            await world.turn()
+    await world.store.write(lambda tx: [cancel(tx, task, reason="") for task in tx.tasks_in(TaskState.OPEN)])
+    await world.turn()
+    found = [(a.state, a.refund, a.settled) for a in await world.all_duties(number)]
+    assert found == [(AssignmentState.RELEASED, True, True)] * 3
+    assert len((await receipt(world, number)).picks) == 3
 
 
 async def test_a_draw_waits_for_the_selectors_pool_to_grow(world: World) -> None:

@@ -182,6 +182,11 @@ class FakeSelection:
         self._charge(draw, further)
         return self._draw(draw)
 
+    async def find_draw(self, *, task: str, number: int, round_: int) -> Draw | None:
+        self._asked("find_draw")
+        name = f"{task}-{number}-{round_}"
+        return self._draw(name) if name in self.draws else None
+
     async def settle(self, draw: str, participant: str, *, refund: bool) -> None:
         self._asked("settle")
         is_new = (draw, participant) not in self.settlements

@@ -207,6 +207,7 @@ class World:
             self.draws.call_reserves,
             self.judging.open_reports,
             self.judging.conclude,
+            self.draws.find_unheard,
             self.draws.settle,
             self.faults.slash,
             self.turns.disclose,

@@ -56,6 +56,17 @@ _UNSETTLED_OF = Written(
     .limit(given("most"))
 )
 _DRAWN = Written(select(_R.number).where(_R.task == given("task"), _R.draw != "").limit(1))
+_UNSURE = Written(
+    ROUNDS.query()
+    .where(_R.unsure.is_(True), _R.state == RoundState.CONCLUDED.name)
+    .order_by(_R.task, _R.number)
+    .limit(given("most"))
+)
+_UNSURE_OF = Written(
+    select(_R.number)
+    .where(_R.unsure.is_(True), _R.task == given("task"), _R.state == RoundState.CONCLUDED.name)
+    .limit(1)
+)
 _UNSLASHED = Written(
     VALIDATOR_FAULTS.query(_F.position).where(_F.slashed.is_(False)).order_by(_F.position).limit(given("most"))
 )
@@ -97,6 +108,12 @@ class JudgingQuestions(Asking):
 
     def has_draws(self, task: str) -> bool:
         return bool(self._rows(_DRAWN, task=task))
+
+    def rounds_unsure(self, *, limit: int) -> Sequence[Round]:
+        return self._found(ROUNDS, _UNSURE, most=limit)
+
+    def has_unsure_rounds(self, task: str) -> bool:
+        return bool(self._rows(_UNSURE_OF, task=task))
 
     def assignment(self, task: str, number: int, round_: int, validator: str) -> Assignment | None:
         return self._load(ASSIGNMENTS, task, number, round_, validator)

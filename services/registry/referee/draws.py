@@ -176,6 +176,9 @@ class Draws:
 
     async def _extend(self, short: _Short) -> int:
         round_ = short.round
+        if not round_.unsure:
+            # The round may be concluded before the answer comes, and the process may die.
+            await self._store.write(lambda tx: _note_asked(tx, round_))
         try:
             drawn = await self._selection.extend_draw(
                 round_.draw, picks=round_.picks + short.missing, paused=short.paused
@@ -188,6 +191,18 @@ class Draws:
         if len(drawn.order) <= round_.picks:
             return await self._store.write(lambda tx: _note_exhausted(tx, round_))
         return await self._store.write(lambda tx: _record_extension(tx, round_, drawn))
+
+    async def find_unheard(self) -> int:
+        """Rounds that were concluded while the selector was asked: whom it drew then is released, and so refunded."""
+        if not await self._store.finds(lambda tx: tx.rounds_unsure(limit=1)):
+            return 0
+        unsure = await self._store.read(lambda tx: tx.rounds_unsure(limit=_SETTLED_A_TURN))
+        return await each(unsure, self._look_up)
+
+    async def _look_up(self, round_: Round) -> int:
+        with traced("look up", round_):
+            drawn = await self._selection.find_draw(task=round_.task, number=round_.number, round_=round_.round)
+        return await self._store.write(lambda tx: _record_unheard(tx, round_, drawn))
 
     async def settle(self) -> int:
         """Duties that have ended are charged or refunded at the selector."""
@@ -285,7 +300,7 @@ def _record_draw(tx: Writing, seen: Round, drawn: Draw) -> int:
             tx.append(SubmissionChanged(task=task.id, number=submission.number, state=submission.state))
     tx.put_submission(submission)
     offer(tx, begun, drawn.order, deadline=tx.now + task.config.schedule.accept_time)
-    tx.put_round(replace(begun, picks=len(drawn.order)))
+    tx.put_round(replace(begun, picks=len(drawn.order), unsure=False))
     return 1
 
 
@@ -300,7 +315,25 @@ def _note_exhausted(tx: Writing, seen: Round) -> int:
     round_ = tx.round(seen.task, seen.number, seen.round)
     if round_ is None or round_.state is RoundState.CONCLUDED or round_.exhausted:
         return 0
-    tx.put_round(replace(round_, exhausted=True, detail="no reserves are left in the draw's order"))
+    exhausted = "no reserves are left in the draw's order"
+    tx.put_round(replace(round_, exhausted=True, unsure=False, detail=exhausted))
+    return 1
+
+
+def _note_asked(tx: Writing, seen: Round) -> None:
+    round_ = tx.round(seen.task, seen.number, seen.round)
+    if round_ is not None and round_.state is not RoundState.CONCLUDED:
+        tx.put_round(replace(round_, unsure=True))
+
+
+def _record_unheard(tx: Writing, seen: Round, drawn: Draw | None) -> int:
+    recorded = 0
+    if drawn is not None:
+        recorded = (_record_extension if seen.draw else _record_draw)(tx, seen, drawn)
+    round_ = tx.round(seen.task, seen.number, seen.round)
+    if round_ is None or not round_.unsure:
+        return recorded
+    tx.put_round(replace(round_, unsure=False))
     return 1
 
 
@@ -311,7 +344,7 @@ def _record_extension(tx: Writing, seen: Round, drawn: Draw) -> int:
     tx.put_draw_receipt(drawn.id, drawn.receipt)
     tx.append(DrawMade(drawn.receipt))
     offer(tx, round_, drawn.order, deadline=tx.now + task_of(tx, round_).config.schedule.accept_time)
-    tx.put_round(replace(round_, picks=len(drawn.order)))
+    tx.put_round(replace(round_, picks=len(drawn.order), unsure=False))
     return 1
 
 

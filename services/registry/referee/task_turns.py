@@ -228,7 +228,7 @@ class TaskTurns:
 
         def ready(tx: Reading) -> list[Task]:
             ended = tx.tasks_ended_with_pool()
-            return [task for task in ended if not tx.assignments_unsettled(task=task.id, limit=1)]
+            return [task for task in ended if _is_settled(tx, task.id)]
 
         if not await self._store.finds(lambda tx: tx.tasks_ended_with_pool()):
             return 0
@@ -258,9 +258,13 @@ def _has_dataset(tx: Reading, task: Task) -> bool:
     return claimed and tx.artifact(sha256) is not None
 
 
+def _is_settled(tx: Reading, task: str) -> bool:
+    return not tx.assignments_unsettled(task=task, limit=1) and not tx.has_unsure_rounds(task)
+
+
 def _judged(tx: Reading) -> list[_Judged]:
     return [
-        _Judged(task.id, tx.has_draws(task.id), not tx.assignments_unsettled(task=task.id, limit=1))
+        _Judged(task.id, tx.has_draws(task.id) or tx.has_unsure_rounds(task.id), _is_settled(tx, task.id))
         for task, _ in _to_rank(tx)
     ]
 
