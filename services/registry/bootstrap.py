@@ -47,6 +47,7 @@ from services.registry.tasks import Tasks
 from services.registry.transaction import Store
 from services.runtime.auth import AccessPolicy, Authenticator, utc_now
 from services.runtime.channels import open_peer
+from services.runtime.daily import Daily
 from services.runtime.database import Database
 from services.runtime.errors import Unavailable
 from services.runtime.paging import PageTokens, load_secret
@@ -125,7 +126,8 @@ async def build(
     trusted, origin = settings.trusted, settings.origin
 
     log = RecordLog(store, selection, clock, origin=origin, key=log_key)
-    memberships = Memberships(store, selection, clock, trusted=trusted)
+    daily = Daily(settings.daily_limits, settings.calls_unlimited)
+    memberships = Memberships(store, selection, clock, daily, trusted=trusted)
     submissions = Submissions(store, clock, origin=origin)
     turns = TaskTurns(store, selection, log, DatasetScans(files, changes.wake_referee), clock)
     structure = StructureChecks(store, files, clock)
@@ -157,9 +159,11 @@ async def build(
         turns.close_pools,
     )
     mounts = servicers.mounts(
-        participants=ParticipantServicer(Participants(store, selection, trusted=trusted), origin=origin, tokens=tokens),
+        participants=ParticipantServicer(
+            Participants(store, selection, daily, trusted=trusted), origin=origin, tokens=tokens
+        ),
         tasks=TaskServicer(
-            Tasks(store, selection, changes, BaseModels(store, files, clock), trusted=trusted),
+            Tasks(store, selection, changes, BaseModels(store, files, clock), daily, trusted=trusted),
             clock,
             max_dataset_bytes=settings.max_artifact_bytes,
             tokens=tokens,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
+from services.registry.daily import Daily
 from services.registry.eligibility_facts import facts_of
 from services.registry.entries import MembershipChanged
 from services.registry.listing import Listing, Place
@@ -42,14 +43,24 @@ class _Application:
 
 
 class Memberships:
-    """Lets participants in and out. The endorsements of `trusted` participants count for eligibility."""
+    """Lets participants in and out. The endorsements of `trusted` participants count for eligibility.
+
+    `daily` counts every change, and refused verdicts: all but questions raise ResourceExhausted.
+    """
 
     def __init__(
-        self, store: Store, selection: Selection, clock: Callable[[], datetime], *, trusted: Collection[str]
+        self,
+        store: Store,
+        selection: Selection,
+        clock: Callable[[], datetime],
+        daily: Daily,
+        *,
+        trusted: Collection[str],
     ) -> None:
         self._store = store
         self._selection = selection
         self._clock = clock
+        self._daily = daily
         self._trusted = frozenset(trusted)
 
     async def join(self, caller: str, *, task: str, role: Role, statement: Envelope) -> Joined:
@@ -58,16 +69,24 @@ class Memberships:
         Raises FailedPrecondition(NOT_REGISTERED, NOT_ELIGIBLE, TASK_ENDED, TASK_NOT_OPEN), AlreadyExists(ROLE_TAKEN).
         """
 
-        def apply(tx: Writing) -> _Application:
+        def joinable(tx: Reading) -> Task:
             registered(tx, caller)
             found = known_task(tx, task)
             check_unended(found)
             _check_role_free(tx.member(task, caller), role)
             _check_joinable(found, role)
+            return found
+
+        def apply(tx: Writing) -> _Application:
+            found = joinable(tx)
             member = Member(task, caller, role, MembershipState.PENDING, statement, create_time=tx.now)
             tx.put_member(member)
             return self._application(tx, member, found)
 
+        if await self._foresees_refusal(caller, role, joinable):
+            self._daily.count_stranger()
+        else:
+            self._daily.count_change()
         application = await self._store.write(apply, final=False)
         candidacy = await self._ask(application)
         if candidacy.verdict.eligible:
@@ -144,6 +163,19 @@ class Memberships:
 
         return await self._store.write(record)
 
+    async def _foresees_refusal(self, caller: str, role: Role, joinable: Callable[[Reading], Task]) -> bool:
+        """Asked before anything is written down: afterwards the referee ends what was begun, whoever is counted."""
+
+        def ask(tx: Reading) -> tuple[Task, EligibilityFacts]:
+            task = joinable(tx)
+            return task, facts_of(tx, caller, field=task.config.field, trusted=self._trusted)
+
+        task, facts = await self._store.read(ask)
+        answer = await self._selection.check_eligibility(
+            participant=caller, task=task.id, role=role, facts=facts, policy=task.config.selection
+        )
+        return not answer.verdict.eligible
+
     def _application(self, tx: Reading, member: Member, task: Task) -> _Application:
         participant = tx.participant(member.participant)
         facts = facts_of(tx, member.participant, field=task.config.field, trusted=self._trusted)
@@ -183,6 +215,8 @@ class Memberships:
             tx.append(MembershipChanged(task, participant, member.role, state))
             return changed
 
+        if await self._store.look_up(lambda tx: tx.member(task, participant)) is not None:
+            self._daily.count_change()
         return await self._store.write(work)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from services.registry.daily import Daily
 from services.registry.entries import EndorsementChanged, OwnerBound, ParticipantRegistered
 from services.registry.listing import Listing, Place
 from services.registry.records import Endorsement, Participant
@@ -24,11 +25,15 @@ class Profile:
 
 
 class Participants:
-    """Knows the key holders. The words of `trusted` participants count for eligibility."""
+    """Knows the key holders. The words of `trusted` participants count for eligibility.
 
-    def __init__(self, store: Store, selection: Selection, *, trusted: Collection[str]) -> None:
+    All changes are open to whoever has made a key, and so are counted by `daily`: they raise ResourceExhausted.
+    """
+
+    def __init__(self, store: Store, selection: Selection, daily: Daily, *, trusted: Collection[str]) -> None:
         self._store = store
         self._selection = selection
+        self._daily = daily
         self._trusted = frozenset(trusted)
 
     async def register(
@@ -49,6 +54,8 @@ class Participants:
             tx.append(ParticipantRegistered(caller, public_key, display_name, participant.endpoint))
             return self._profile(tx, participant)
 
+        # Also where nothing changes: an answer that is kept for its request's id takes room, too.
+        self._daily.count_stranger()
         return await self._store.write(work)
 
     async def get(self, participant: str) -> Profile:
@@ -83,6 +90,7 @@ class Participants:
             return self._profile(tx, participant)
 
         await self._store.read(bindable)
+        self._daily.count_stranger()
         # Before it is recorded: nobody is bound in the record of whom the selector has not heard.
         await self._selection.merge_owner_groups(caller, owner=owner)
         return await self._store.write(work)
@@ -100,6 +108,7 @@ class Participants:
                 tx.append(EndorsementChanged(statement))
             return self._profile(tx, participant)
 
+        self._daily.count_stranger()
         return await self._store.write(work)
 
     async def revoke(self, caller: str, *, subject: str, field: str, statement: Envelope) -> Profile:
@@ -112,6 +121,7 @@ class Participants:
             tx.append(EndorsementChanged(statement))
             return self._profile(tx, participant)
 
+        self._daily.count_stranger()
         return await self._store.write(work)
 
     def _profile(self, tx: Reading, participant: Participant) -> Profile:

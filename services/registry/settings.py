@@ -10,8 +10,10 @@ from pydantic import Field, field_validator
 from services.registry.artifacts.keeping import Keeping
 from services.registry.artifacts.storage import bucket_of
 from services.registry.artifacts.uploads import Quotas
+from services.runtime.daily import DailyLimits
 from services.runtime.settings import ParticipantIds, PeerAddress, ServiceSettings
 
+PerDay = Annotated[int, Field(ge=0, le=10**9)]
 MaxBytes = Annotated[int, Field(ge=1, le=1 << 42)]
 
 
@@ -40,6 +42,13 @@ class RegistrySettings(ServiceSettings):
     """How long broken uploads, and base models that no task names, are kept."""
     keep_refused_days: Annotated[int, Field(ge=0)] = 7
     """How long models of rejected submissions and datasets of cancelled tasks are kept."""
+    strangers_per_day_per_address: PerDay = DailyLimits.strangers_per_day_per_address
+    """Records a day that callers of one address may cause with nothing at stake: registrations, owner bindings,
+    endorsements, refused verdicts; 0: any number. A Unix socket counts for none."""
+    strangers_per_day: PerDay = DailyLimits.strangers_per_day
+    """The same of all addresses together; 0: any number."""
+    changes_per_day: PerDay = DailyLimits.changes_per_day
+    """Changes a day that one participant may make to its tasks and memberships; 0: any number."""
 
     @field_validator("trusted_endorsers", mode="before")
     @classmethod
@@ -69,6 +78,11 @@ class RegistrySettings(ServiceSettings):
     def quotas(self) -> Quotas:
         """What one participant may hand in."""
         return Quotas(self.max_open_uploads, self.max_pending_bytes, self.max_participant_bytes)
+
+    @property
+    def daily_limits(self) -> DailyLimits:
+        """What may be caused in a day."""
+        return DailyLimits(self.strangers_per_day_per_address, self.strangers_per_day, self.changes_per_day)
 
     @property
     def keeping(self) -> Keeping:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from services.registry.base_models import BaseModels, demand_base_model
+from services.registry.daily import Daily
 from services.registry.eligibility_facts import facts_of
 from services.registry.entries import TaskChanged, TaskCreated, VerdictGiven
 from services.registry.listing import Listing, Place
@@ -45,7 +46,10 @@ class Amendment:
 
 
 class Tasks:
-    """Keeps tasks. The endorsements of `trusted` participants count for eligibility."""
+    """Keeps tasks. The endorsements of `trusted` participants count for eligibility.
+
+    `daily` counts every change by a creator, and refused verdicts: all but questions raise ResourceExhausted.
+    """
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class Tasks:
         selection: Selection,
         changes: Changes,
         base_models: BaseModels,
+        daily: Daily,
         *,
         trusted: Collection[str],
         make_id: Callable[[], str] = lambda: secrets.token_hex(8),
@@ -61,6 +66,7 @@ class Tasks:
         self._selection = selection
         self._changes = changes
         self._base_models = base_models
+        self._daily = daily
         self._trusted = frozenset(trusted)
         self._make_id = make_id
 
@@ -68,7 +74,7 @@ class Tasks:
         """Create a task as PREPARING. Zeros in `config.selection` stand for the selector's defaults.
 
         Raises FailedPrecondition(NOT_REGISTERED, NOT_ELIGIBLE), AlreadyExists(TASK_EXISTS), InvalidArgument for a
-        policy or a base model. The verdict is recorded either way.
+        policy or a base model. The verdict is recorded either way, unless too many were refused today.
         """
         task = task_id or self._make_id()
 
@@ -87,8 +93,10 @@ class Tasks:
             raise _in_config(error) from None
         verdict = answer.verdict
         if not verdict.eligible:
+            self._daily.count_stranger()
             await self._store.write(lambda tx: record_verdict(tx, verdict), final=False)
             raise not_eligible(verdict)
+        self._daily.count_change()
         whole = replace(config, selection=answer.policy)
         return await self._store.write(lambda tx: _create(tx, caller, task, whole, verdict))
 
@@ -133,7 +141,7 @@ class Tasks:
             tx.append(TaskChanged(task, found.state, config))
             return tx.put_task(replace(found, config=config))
 
-        return await self._store.write(work)
+        return await self._change(lambda tx: own_task(tx, caller, task), work)
 
     async def close(self, caller: str, task: str) -> Task:
         """End the taking of submissions. Creator only. Raises FailedPrecondition(TASK_NOT_OPEN, TASK_ENDED)."""
@@ -147,19 +155,22 @@ class Tasks:
                 raise FailedPrecondition("TASK_NOT_OPEN", "the task has not been opened yet")
             return close(tx, found, reason="closed by its creator")
 
-        return await self._store.write(work)
+        return await self._change(lambda tx: own_task(tx, caller, task), work)
 
     async def cancel(self, caller: str, task: str, *, reason: str, operator: bool) -> Task:
         """End a task without a result. Creator or operator. Raises FailedPrecondition(TASK_ENDED) for a FINAL one."""
 
+        def find(tx: Reading) -> Task:
+            return known_task(tx, task) if operator else own_task(tx, caller, task)
+
         def work(tx: Writing) -> Task:
-            found = known_task(tx, task) if operator else own_task(tx, caller, task)
+            found = find(tx)
             if found.state is TaskState.CANCELLED:
                 return found
             check_unended(found)
             return cancel(tx, found, reason=reason or "cancelled without a reason given")
 
-        return await self._store.write(work)
+        return await self._change(find, work)
 
     async def publish_holdout(self, caller: str, task: str) -> Task:
         """Hand the uploaded holdout in. Creator only.
@@ -185,6 +196,12 @@ class Tasks:
                 raise FailedPrecondition("HOLDOUT_NOT_UPLOADED", "upload the holdout for this task first")
             return tx.put_task(replace(found, holdout=HoldoutState.PUBLISHED))
 
+        return await self._change(lambda tx: own_task(tx, caller, task), work)
+
+    async def _change(self, permitted: Callable[[Reading], Task], work: Callable[[Writing], Task]) -> Task:
+        # Counted for those alone who may. Also where nothing changes: an answer that is kept has the whole task in it.
+        await self._store.look_up(permitted)
+        self._daily.count_change()
         return await self._store.write(work)
 
 

@@ -35,6 +35,7 @@ class Caller:
 
 
 _caller: ContextVar[Caller] = ContextVar("tiltyard_caller")
+_address: ContextVar[str] = ContextVar("tiltyard_caller_address", default="")
 
 
 def current_caller() -> Caller:
@@ -50,9 +51,15 @@ def maybe_caller() -> Caller | None:
     return _caller.get(None)
 
 
-def set_caller(caller: Caller) -> None:
-    """Names the caller for the rest of the current task."""
+def current_address() -> str:
+    """What the caller's end of the connection counts as; empty on a Unix socket, and outside of a call with a token."""
+    return _address.get()
+
+
+def set_caller(caller: Caller, address: str = "") -> None:
+    """Names the caller, and its address where it has one, for the rest of the current task."""
     _caller.set(caller)
+    _address.set(address)
 
 
 def utc_now() -> datetime:

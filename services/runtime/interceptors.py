@@ -20,7 +20,7 @@ from services.runtime.call_shapes import Context, Handler, streamed, surrounded
 from services.runtime.drain import Conversations, Drain, draining
 from services.runtime.errors import Unimplemented
 from services.runtime.idempotency import InFlight, RequestMemory, RequestScope, use_memory
-from services.runtime.limits import CallGate, Held
+from services.runtime.limits import CallGate, Held, address_of
 from services.runtime.messages import LetGo, MessageRoom, Turn, UnreadCalls
 from services.runtime.rpc_errors import to_rpc_status
 from tiltyard.calls.observed import Calls, ObservedCall, answering
@@ -147,7 +147,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             caller = authenticator.authenticate(authorization)
             self._policy.check(method.name, caller)
             # Each call has its own task and so its own context: nothing to reset.
-            set_caller(caller)
+            peer = context.peer()
+            set_caller(caller, "" if peer.startswith("unix:") else address_of(peer))
         if self.gate is not None:
             # Not until its method is done: a caller that takes no answer holds its call.
             task.add_done_callback(functools.partial(_end, self.gate, self.gate.begin(caller, context.peer())))

@@ -86,7 +86,7 @@ class CallGate:
         `peer` is gRPC's name of the other end (`ipv4:10.0.0.1:5000`).
         """
         if self._limits.per_second and not peer.startswith("unix:"):
-            self._take(self._addresses, _address(peer), "callers without a known token at your address")
+            self._take(self._addresses, address_of(peer), "callers without a known token at your address")
 
     def begin_probe(self) -> bool:
         """Whether a check of health goes above all limits: a supervisor may have its address together with strangers.
@@ -118,7 +118,7 @@ class CallGate:
             self._check(caller.id, limits.in_flight, "CALLS_IN_FLIGHT", "participants/" + caller.id)
             held.append(caller.id)
         if not peer.startswith("unix:"):
-            address = _address(peer)
+            address = address_of(peer)
             self._check(address, limits.in_flight_per_address, "CALLS_IN_FLIGHT_PER_ADDRESS", "your address")
             held.append(address)
         if self._calls >= self._for_anyone:
@@ -131,7 +131,7 @@ class CallGate:
     def counted_address(self, caller: Caller | None, peer: str) -> str | None:
         """What the messages of a call count for; None for those without limits."""
         trusted = peer.startswith("unix:") or (caller is not None and self._is_exempt(caller))
-        return None if trusted else _address(peer)
+        return None if trusted else address_of(peer)
 
     def end(self, held: Held) -> None:
         """After a call that `begin` has let in, when its answer has been taken."""
@@ -160,8 +160,8 @@ class CallGate:
             )
 
 
-def _address(peer: str) -> str:
-    """As what the other end of a connection counts."""
+def address_of(peer: str) -> str:
+    """As what the other end of a connection counts; `peer` is gRPC's name of it (`ipv4:10.0.0.1:5000`)."""
     return _network(peer.rpartition(":")[0])
 
 

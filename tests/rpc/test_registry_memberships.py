@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from services.registry.states import Role
+from services.runtime.errors import Unavailable
 from tests.support.registry_server import ORIGIN, RegistryServer, dataset_bytes, join_request, refused
 from tiltyard.client import Client
 from tiltyard.identity import Key
@@ -186,14 +187,19 @@ async def test_leaving_unlocks_the_stake_and_joining_again_is_possible(arena: Re
 
 async def test_what_a_lost_call_began_is_finished_later(arena: RegistryServer, creator: Client) -> None:
     first, second = await arena.participant(), await arena.participant()
-    arena.selection.unavailable = True
+
+    def lose(question: str) -> None:
+        if question == "add_candidate":
+            raise Unavailable("SELECTOR_DOWN", "the selector cannot be reached")
+
+    arena.selection.before = lose
     for client in (first, second):
         with refused(UNAVAILABLE):
             await arena.join(client, ROLE_VALIDATOR)
     assert (await members(creator))[first.key.id].state == MEMBERSHIP_STATE_PENDING
     await arena.restart()
     creator, first = await arena.client(creator.key), await arena.client(first.key)
-    arena.selection.unavailable = False
+    arena.selection.before = lambda question: None
     arena.selection.refused.add(second.key.id)
     # The caller itself may try again at once; for the other one the referee asks.
     assert (await arena.join(first, ROLE_VALIDATOR)).member.state == MEMBERSHIP_STATE_ACTIVE

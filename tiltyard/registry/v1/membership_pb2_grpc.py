@@ -76,7 +76,9 @@ class MembershipServiceServicer:
 
         Errors: FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation; NOT_REGISTERED; TASK_NOT_OPEN, for a training node also
         once it is closed; TASK_ENDED; STILL_LEAVING while the stake of a former membership is locked); ALREADY_EXISTS (ROLE_TAKEN) for
-        who has a role in the task, be it the same; INVALID_ARGUMENT when the statement is not the caller's.
+        who has a role in the task, be it the same; INVALID_ARGUMENT when the statement is not the caller's; RESOURCE_EXHAUSTED with the
+        wait (STRANGERS_PER_DAY_PER_ADDRESS, STRANGERS_PER_DAY) for who would be refused, where as many refusals have been recorded in a
+        day as may: then no verdict is given. Who has the stake is let in all the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,7 +87,9 @@ class MembershipServiceServicer:
     def PauseMembership(self, request, context):
         """PauseMembership leaves the caller out of new draws; duties that it has stay.
 
-        Errors, of ResumeMembership and LeaveTask too: PERMISSION_DENIED (NOT_THE_MEMBER); FAILED_PRECONDITION (NOT_A_MEMBER; CREATOR_STAYS).
+        Errors, of ResumeMembership and LeaveTask too: PERMISSION_DENIED (NOT_THE_MEMBER); FAILED_PRECONDITION (NOT_A_MEMBER; CREATOR_STAYS);
+        and of JoinTask RESOURCE_EXHAUSTED (CHANGES_PER_DAY) with the wait, where the caller has changed its tasks and memberships as
+        often in a day as the arena lets it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

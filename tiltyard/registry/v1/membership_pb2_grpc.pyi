@@ -38,12 +38,16 @@ class MembershipServiceStub:
 
     Errors: FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation; NOT_REGISTERED; TASK_NOT_OPEN, for a training node also
     once it is closed; TASK_ENDED; STILL_LEAVING while the stake of a former membership is locked); ALREADY_EXISTS (ROLE_TAKEN) for
-    who has a role in the task, be it the same; INVALID_ARGUMENT when the statement is not the caller's.
+    who has a role in the task, be it the same; INVALID_ARGUMENT when the statement is not the caller's; RESOURCE_EXHAUSTED with the
+    wait (STRANGERS_PER_DAY_PER_ADDRESS, STRANGERS_PER_DAY) for who would be refused, where as many refusals have been recorded in a
+    day as may: then no verdict is given. Who has the stake is let in all the same.
     """
     PauseMembership: _grpc.UnaryUnaryMultiCallable[_membership_pb2.PauseMembershipRequest, _membership_pb2.PauseMembershipResponse]
     """PauseMembership leaves the caller out of new draws; duties that it has stay.
 
-    Errors, of ResumeMembership and LeaveTask too: PERMISSION_DENIED (NOT_THE_MEMBER); FAILED_PRECONDITION (NOT_A_MEMBER; CREATOR_STAYS).
+    Errors, of ResumeMembership and LeaveTask too: PERMISSION_DENIED (NOT_THE_MEMBER); FAILED_PRECONDITION (NOT_A_MEMBER; CREATOR_STAYS);
+    and of JoinTask RESOURCE_EXHAUSTED (CHANGES_PER_DAY) with the wait, where the caller has changed its tasks and memberships as
+    often in a day as the arena lets it.
     """
     ResumeMembership: _grpc.UnaryUnaryMultiCallable[_membership_pb2.ResumeMembershipRequest, _membership_pb2.ResumeMembershipResponse]
     """ResumeMembership takes the caller back into new draws."""
@@ -64,12 +68,16 @@ class MembershipServiceAsyncStub(MembershipServiceStub):
 
     Errors: FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation; NOT_REGISTERED; TASK_NOT_OPEN, for a training node also
     once it is closed; TASK_ENDED; STILL_LEAVING while the stake of a former membership is locked); ALREADY_EXISTS (ROLE_TAKEN) for
-    who has a role in the task, be it the same; INVALID_ARGUMENT when the statement is not the caller's.
+    who has a role in the task, be it the same; INVALID_ARGUMENT when the statement is not the caller's; RESOURCE_EXHAUSTED with the
+    wait (STRANGERS_PER_DAY_PER_ADDRESS, STRANGERS_PER_DAY) for who would be refused, where as many refusals have been recorded in a
+    day as may: then no verdict is given. Who has the stake is let in all the same.
     """
     PauseMembership: _aio.UnaryUnaryMultiCallable[_membership_pb2.PauseMembershipRequest, _membership_pb2.PauseMembershipResponse]  # type: ignore[assignment]
     """PauseMembership leaves the caller out of new draws; duties that it has stay.
 
-    Errors, of ResumeMembership and LeaveTask too: PERMISSION_DENIED (NOT_THE_MEMBER); FAILED_PRECONDITION (NOT_A_MEMBER; CREATOR_STAYS).
+    Errors, of ResumeMembership and LeaveTask too: PERMISSION_DENIED (NOT_THE_MEMBER); FAILED_PRECONDITION (NOT_A_MEMBER; CREATOR_STAYS);
+    and of JoinTask RESOURCE_EXHAUSTED (CHANGES_PER_DAY) with the wait, where the caller has changed its tasks and memberships as
+    often in a day as the arena lets it.
     """
     ResumeMembership: _aio.UnaryUnaryMultiCallable[_membership_pb2.ResumeMembershipRequest, _membership_pb2.ResumeMembershipResponse]  # type: ignore[assignment]
     """ResumeMembership takes the caller back into new draws."""
@@ -93,7 +101,9 @@ class MembershipServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation; NOT_REGISTERED; TASK_NOT_OPEN, for a training node also
         once it is closed; TASK_ENDED; STILL_LEAVING while the stake of a former membership is locked); ALREADY_EXISTS (ROLE_TAKEN) for
-        who has a role in the task, be it the same; INVALID_ARGUMENT when the statement is not the caller's.
+        who has a role in the task, be it the same; INVALID_ARGUMENT when the statement is not the caller's; RESOURCE_EXHAUSTED with the
+        wait (STRANGERS_PER_DAY_PER_ADDRESS, STRANGERS_PER_DAY) for who would be refused, where as many refusals have been recorded in a
+        day as may: then no verdict is given. Who has the stake is let in all the same.
         """
 
     @_abc_1.abstractmethod
@@ -104,7 +114,9 @@ class MembershipServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_membership_pb2.PauseMembershipResponse, _abc.Awaitable[_membership_pb2.PauseMembershipResponse]]:
         """PauseMembership leaves the caller out of new draws; duties that it has stay.
 
-        Errors, of ResumeMembership and LeaveTask too: PERMISSION_DENIED (NOT_THE_MEMBER); FAILED_PRECONDITION (NOT_A_MEMBER; CREATOR_STAYS).
+        Errors, of ResumeMembership and LeaveTask too: PERMISSION_DENIED (NOT_THE_MEMBER); FAILED_PRECONDITION (NOT_A_MEMBER; CREATOR_STAYS);
+        and of JoinTask RESOURCE_EXHAUSTED (CHANGES_PER_DAY) with the wait, where the caller has changed its tasks and memberships as
+        often in a day as the arena lets it.
         """
 
     @_abc_1.abstractmethod

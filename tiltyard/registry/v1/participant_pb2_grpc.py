@@ -75,7 +75,9 @@ class ParticipantServiceServicer:
         """RegisterParticipant records the caller's key and a name for people. Registering again changes the name, and the endpoint where
         one is given.
 
-        Errors: INVALID_ARGUMENT for an empty or over-long name, control characters, or an endpoint that is none.
+        Errors: INVALID_ARGUMENT for an empty or over-long name, control characters, or an endpoint that is none; of all changes here,
+        which take no more than a key: RESOURCE_EXHAUSTED (STRANGERS_PER_DAY_PER_ADDRESS, STRANGERS_PER_DAY) with the wait, where those
+        at the caller's address, or all together, have made as many in a day as the arena records.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,9 @@ class ParticipantServiceStub:
     """RegisterParticipant records the caller's key and a name for people. Registering again changes the name, and the endpoint where
     one is given.
 
-    Errors: INVALID_ARGUMENT for an empty or over-long name, control characters, or an endpoint that is none.
+    Errors: INVALID_ARGUMENT for an empty or over-long name, control characters, or an endpoint that is none; of all changes here,
+    which take no more than a key: RESOURCE_EXHAUSTED (STRANGERS_PER_DAY_PER_ADDRESS, STRANGERS_PER_DAY) with the wait, where those
+    at the caller's address, or all together, have made as many in a day as the arena records.
     """
     GetParticipant: _grpc.UnaryUnaryMultiCallable[_participant_pb2.GetParticipantRequest, _participant_pb2.GetParticipantResponse]
     """GetParticipant reads one participant."""
@@ -68,7 +70,9 @@ class ParticipantServiceAsyncStub(ParticipantServiceStub):
     """RegisterParticipant records the caller's key and a name for people. Registering again changes the name, and the endpoint where
     one is given.
 
-    Errors: INVALID_ARGUMENT for an empty or over-long name, control characters, or an endpoint that is none.
+    Errors: INVALID_ARGUMENT for an empty or over-long name, control characters, or an endpoint that is none; of all changes here,
+    which take no more than a key: RESOURCE_EXHAUSTED (STRANGERS_PER_DAY_PER_ADDRESS, STRANGERS_PER_DAY) with the wait, where those
+    at the caller's address, or all together, have made as many in a day as the arena records.
     """
     GetParticipant: _aio.UnaryUnaryMultiCallable[_participant_pb2.GetParticipantRequest, _participant_pb2.GetParticipantResponse]  # type: ignore[assignment]
     """GetParticipant reads one participant."""
@@ -102,7 +106,9 @@ class ParticipantServiceServicer(metaclass=_abc_1.ABCMeta):
         """RegisterParticipant records the caller's key and a name for people. Registering again changes the name, and the endpoint where
         one is given.
 
-        Errors: INVALID_ARGUMENT for an empty or over-long name, control characters, or an endpoint that is none.
+        Errors: INVALID_ARGUMENT for an empty or over-long name, control characters, or an endpoint that is none; of all changes here,
+        which take no more than a key: RESOURCE_EXHAUSTED (STRANGERS_PER_DAY_PER_ADDRESS, STRANGERS_PER_DAY) with the wait, where those
+        at the caller's address, or all together, have made as many in a day as the arena records.
         """
 
     @_abc_1.abstractmethod

@@ -89,7 +89,8 @@ class TaskServiceServicer:
         there, not for the caller to read, or of another architecture: both shapes are told ...);
         FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS (TASK_EXISTS) for a
         taken task_id;
-        FAILED_PRECONDITION (NOT_REGISTERED).
+        FAILED_PRECONDITION (NOT_REGISTERED); RESOURCE_EXHAUSTED with the wait (STRANGERS_PER_DAY_PER_ADDRESS, STRANGERS_PER_DAY), and no
+        verdict, for who would be refused, where as many refusals have been recorded in a day as may.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,7 +114,8 @@ class TaskServiceServicer:
         """UpdateTask amends display_name, description, or a later schedule.close_time; every amendment is recorded. Creator only.
 
         Errors: INVALID_ARGUMENT for another path in the mask, or a close time earlier than it was; FAILED_PRECONDITION (TASK_ENDED;
-        TASK_CLOSED for a later close time); PERMISSION_DENIED (NOT_THE_CREATOR), as of all that is the creator's.
+        TASK_CLOSED for a later close time); PERMISSION_DENIED (NOT_THE_CREATOR), as of all that is the creator's, and RESOURCE_EXHAUSTED
+        (CHANGES_PER_DAY) with the wait, where the caller has changed its tasks and memberships as often in a day as the arena lets it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,8 @@ class TaskServiceStub:
     there, not for the caller to read, or of another architecture: both shapes are told ...);
     FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS (TASK_EXISTS) for a
     taken task_id;
-    FAILED_PRECONDITION (NOT_REGISTERED).
+    FAILED_PRECONDITION (NOT_REGISTERED); RESOURCE_EXHAUSTED with the wait (STRANGERS_PER_DAY_PER_ADDRESS, STRANGERS_PER_DAY), and no
+    verdict, for who would be refused, where as many refusals have been recorded in a day as may.
     """
     GetTask: _grpc.UnaryUnaryMultiCallable[_task_pb2.GetTaskRequest, _task_pb2.GetTaskResponse]
     """GetTask reads one task."""
@@ -51,7 +52,8 @@ class TaskServiceStub:
     """UpdateTask amends display_name, description, or a later schedule.close_time; every amendment is recorded. Creator only.
 
     Errors: INVALID_ARGUMENT for another path in the mask, or a close time earlier than it was; FAILED_PRECONDITION (TASK_ENDED;
-    TASK_CLOSED for a later close time); PERMISSION_DENIED (NOT_THE_CREATOR), as of all that is the creator's.
+    TASK_CLOSED for a later close time); PERMISSION_DENIED (NOT_THE_CREATOR), as of all that is the creator's, and RESOURCE_EXHAUSTED
+    (CHANGES_PER_DAY) with the wait, where the caller has changed its tasks and memberships as often in a day as the arena lets it.
     """
     WatchTask: _grpc.UnaryStreamMultiCallable[_task_pb2.WatchTaskRequest, _task_pb2.WatchTaskResponse]
     """WatchTask streams the task now, and again after each change, until it has ended."""
@@ -84,7 +86,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     there, not for the caller to read, or of another architecture: both shapes are told ...);
     FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS (TASK_EXISTS) for a
     taken task_id;
-    FAILED_PRECONDITION (NOT_REGISTERED).
+    FAILED_PRECONDITION (NOT_REGISTERED); RESOURCE_EXHAUSTED with the wait (STRANGERS_PER_DAY_PER_ADDRESS, STRANGERS_PER_DAY), and no
+    verdict, for who would be refused, where as many refusals have been recorded in a day as may.
     """
     GetTask: _aio.UnaryUnaryMultiCallable[_task_pb2.GetTaskRequest, _task_pb2.GetTaskResponse]  # type: ignore[assignment]
     """GetTask reads one task."""
@@ -94,7 +97,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """UpdateTask amends display_name, description, or a later schedule.close_time; every amendment is recorded. Creator only.
 
     Errors: INVALID_ARGUMENT for another path in the mask, or a close time earlier than it was; FAILED_PRECONDITION (TASK_ENDED;
-    TASK_CLOSED for a later close time); PERMISSION_DENIED (NOT_THE_CREATOR), as of all that is the creator's.
+    TASK_CLOSED for a later close time); PERMISSION_DENIED (NOT_THE_CREATOR), as of all that is the creator's, and RESOURCE_EXHAUSTED
+    (CHANGES_PER_DAY) with the wait, where the caller has changed its tasks and memberships as often in a day as the arena lets it.
     """
     WatchTask: _aio.UnaryStreamMultiCallable[_task_pb2.WatchTaskRequest, _task_pb2.WatchTaskResponse]  # type: ignore[assignment]
     """WatchTask streams the task now, and again after each change, until it has ended."""
@@ -130,7 +134,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         there, not for the caller to read, or of another architecture: both shapes are told ...);
         FAILED_PRECONDITION (NOT_ELIGIBLE, with the verdict's explanation) when refused, also recorded; ALREADY_EXISTS (TASK_EXISTS) for a
         taken task_id;
-        FAILED_PRECONDITION (NOT_REGISTERED).
+        FAILED_PRECONDITION (NOT_REGISTERED); RESOURCE_EXHAUSTED with the wait (STRANGERS_PER_DAY_PER_ADDRESS, STRANGERS_PER_DAY), and no
+        verdict, for who would be refused, where as many refusals have been recorded in a day as may.
         """
 
     @_abc_1.abstractmethod
@@ -158,7 +163,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         """UpdateTask amends display_name, description, or a later schedule.close_time; every amendment is recorded. Creator only.
 
         Errors: INVALID_ARGUMENT for another path in the mask, or a close time earlier than it was; FAILED_PRECONDITION (TASK_ENDED;
-        TASK_CLOSED for a later close time); PERMISSION_DENIED (NOT_THE_CREATOR), as of all that is the creator's.
+        TASK_CLOSED for a later close time); PERMISSION_DENIED (NOT_THE_CREATOR), as of all that is the creator's, and RESOURCE_EXHAUSTED
+        (CHANGES_PER_DAY) with the wait, where the caller has changed its tasks and memberships as often in a day as the arena lets it.
         """
 
     @_abc_1.abstractmethod
