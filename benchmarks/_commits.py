@@ -234,10 +234,10 @@ def _unmeasured(name: str, mine: list[Rates], against: str) -> dict[str, Any]:
 
 @contextmanager
 def serving_registry(folder: Path) -> Iterator[str]:
-    """The address of a registry process on the database in `folder`, beside a selector."""
+    """The address of a registry process on the database in `folder`, beside a selector that its key operates."""
     key = Key.load_or_create(folder / "registry.pem")
     with (
-        _process(folder, "selector", services=key.id) as selector,
+        _process(folder, "selector", services=key.id, operators=key.id) as selector,
         _process(folder, "registry", selector=selector, key_file=str(folder / "registry.pem")) as address,
     ):
         yield address

@@ -136,6 +136,7 @@ async def build(
     faults = ValidatorFaults(store, selection)
     outages = Outages(store, clock)
     uploads = Uploads(store, files, settings.quotas)
+    base_models = BaseModels(store, files, selection, clock, trusted=trusted)
     steps: Sequence[Step] = (
         memberships.finish_joining,
         turns.scan_evaluation_datasets,
@@ -163,7 +164,7 @@ async def build(
             Participants(store, selection, daily, trusted=trusted), origin=origin, tokens=tokens
         ),
         tasks=TaskServicer(
-            Tasks(store, selection, changes, BaseModels(store, files, clock), daily, trusted=trusted),
+            Tasks(store, selection, changes, base_models, daily, trusted=trusted),
             clock,
             max_dataset_bytes=settings.max_artifact_bytes,
             tokens=tokens,
@@ -173,7 +174,9 @@ async def build(
         assignments=AssignmentServicer(Assignments(store, changes), tokens=tokens),
         evaluations=EvaluationServicer(Evaluations(store), faults, origin=origin, tokens=tokens),
         leaderboard=LeaderboardServicer(Leaderboard(store, changes)),
-        artifacts=ArtifactServicer(Artifacts(store, files, uploads, clock), max_bytes=settings.max_artifact_bytes),
+        artifacts=ArtifactServicer(
+            Artifacts(store, files, uploads, base_models, clock), max_bytes=settings.max_artifact_bytes
+        ),
         log=LogServicer(log),
     )
     return Registry(

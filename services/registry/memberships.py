@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from services.registry.daily import Daily
-from services.registry.eligibility_facts import facts_of
+from services.registry.eligibility_facts import facts_of, not_eligible
 from services.registry.entries import MembershipChanged
 from services.registry.listing import Listing, Place
 from services.registry.participants import registered
@@ -14,7 +14,7 @@ from services.registry.referee.turns import each
 from services.registry.selection import Candidacy, EligibilityFacts, Selection
 from services.registry.states import MembershipState, Role, SubmissionState, TaskState
 from services.registry.task_states import ENDED, check_unended, known_task
-from services.registry.tasks import not_eligible, record_verdict
+from services.registry.tasks import record_verdict
 from services.registry.transaction import Reading, Store, Writing
 from services.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, PermissionDenied
 from tiltyard.identity import Envelope

@@ -9,7 +9,7 @@ from datetime import datetime
 
 from services.registry.base_models import BaseModels, demand_base_model
 from services.registry.daily import Daily
-from services.registry.eligibility_facts import facts_of
+from services.registry.eligibility_facts import facts_of, not_eligible
 from services.registry.entries import TaskChanged, TaskCreated, VerdictGiven
 from services.registry.listing import Listing, Place
 from services.registry.participants import registered
@@ -209,11 +209,6 @@ def record_verdict(tx: Writing, verdict: Verdict) -> None:
     """Keep a verdict and make it a leaf."""
     tx.put_verdict(verdict)
     tx.append(VerdictGiven(verdict))
-
-
-def not_eligible(verdict: Verdict) -> FailedPrecondition:
-    """What somebody is told whom a verdict refuses."""
-    return FailedPrecondition("NOT_ELIGIBLE", verdict.explanation or "not eligible for this role")
 
 
 def _in_config(error: InvalidArgument) -> InvalidArgument:

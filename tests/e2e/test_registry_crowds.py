@@ -100,10 +100,22 @@ def register(client: Client, name: str) -> Awaitable[Any]:
     return client.participants.RegisterParticipant(request, timeout=30)
 
 
+async def deposit(arena: Arena, client: Client) -> None:
+    request = stake_pb2.DepositRequest(
+        participant=client.participant,
+        amount_micros=STAKE,
+        reference=client.participant,
+        funding_account="somebody's",
+    )
+    async with arena.client(arena.key) as operator:
+        await operator.stakes.Deposit(request)
+
+
 async def test_five_hundred_slow_readers_are_served_beside_everybody_else(arena: Arena) -> None:
     header = artifact_pb2.UploadHeader(artifact=artifact_name(CONTENT), size_bytes=len(CONTENT), base_model=True)
     owner = arena.client()
     await register(owner, "owner")
+    await deposit(arena, owner)
     await owner.artifacts.UploadArtifact(uploading(header, CONTENT))
     before = arena.memory_bytes
     metadata = (("authorization", f"Bearer {issue_token(owner.key, audience=f'{ORIGIN}/registry')}"),)
@@ -141,11 +153,7 @@ async def test_a_thousand_idle_watchers_cost_little_and_hear_of_a_change(arena: 
     clients = [arena.client() for _ in range(WATCHERS)]
     creator = clients[0]
     await register(creator, "creator")
-    deposit = stake_pb2.DepositRequest(
-        participant=creator.participant, amount_micros=STAKE, reference="one", funding_account="somebody's"
-    )
-    async with arena.client(arena.key) as operator:
-        await operator.stakes.Deposit(deposit)
+    await deposit(arena, creator)
     await creator.tasks.CreateTask(task_pb2.CreateTaskRequest(task_id="t", config=config_of(b"never uploaded")))
     before, alone = arena.memory_bytes, await arena.cpu_share()
     task, ranking = task_pb2.WatchTaskRequest(name="tasks/t"), leaderboard_pb2.WatchLeaderboardRequest(task="tasks/t")

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save
 
 from tests.support.registry_server import (
+    ORIGIN,
     RegistryServer,
     artifact_name,
     config_of,
@@ -20,13 +21,16 @@ from tiltyard.client import Client
 from tiltyard.modelspec import Mlp, ModelSpec, tensor_shapes
 from tiltyard.registry.v1.artifact_pb2 import DownloadArtifactRequest, GetArtifactRequest, UploadHeader
 from tiltyard.registry.v1.membership_pb2 import PauseMembershipRequest
+from tiltyard.registry.v1.participant_pb2 import EndorseParticipantRequest
 from tiltyard.registry.v1.task_pb2 import GetTaskRequest
-from tiltyard.type.v1 import model_pb2
+from tiltyard.statements import sign_statement
+from tiltyard.type.v1 import envelope_pb2, model_pb2
 from tiltyard.type.v1.participation_pb2 import ROLE_TRAINING_NODE, ROLE_VALIDATOR
 from tiltyard.type.v1.task_pb2 import TASK_STATE_PREPARING, TaskConfig
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 DENIED = grpc.StatusCode.PERMISSION_DENIED
+PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
 
 
 def weights(*hidden: int) -> bytes:
@@ -55,6 +59,32 @@ async def reads(client: Client, name: str) -> bytes:
 @pytest.fixture
 def dataset(tmp_path: Path) -> bytes:
     return dataset_bytes(tmp_path)
+
+
+async def test_who_may_create_no_task_hands_no_base_model_in(arena: RegistryServer) -> None:
+    stranger, endorsed = await arena.participant("stranger"), await arena.participant("endorsed")
+    arena.selection.refused.add(stranger.key.id)
+    arena.selection.endorsement_needed.add(endorsed.key.id)
+    unnamed = UploadHeader(size_bytes=len(weights()), base_model=True)
+    for client in (stranger, endorsed):
+        with refused(PRECONDITION, "NOT_ELIGIBLE"):
+            await hand_in(client, weights())
+        with refused(PRECONDITION, "NOT_ELIGIBLE"):
+            await client.artifacts.UploadArtifact(uploading(unnamed, weights()))
+    assert not [*(arena.folder / "state" / "uploads").iterdir()]
+    assert "verdict" not in await arena.kinds()
+    # In one field, whichever it is: what the task's will be is not known yet.
+    trusted = await arena.participant("trusted", arena.trusted)
+    word = envelope_pb2.EndorsementStatement(
+        origin=ORIGIN,
+        endorser=f"participants/{trusted.key.id}",
+        subject=f"participants/{endorsed.key.id}",
+        field="vision",
+    )
+    await trusted.participants.EndorseParticipant(
+        EndorseParticipantRequest(statement=sign_statement(trusted.key, word))
+    )
+    await hand_in(endorsed, weights())
 
 
 async def test_active_training_nodes_of_the_task_read_the_model_that_it_names(

@@ -10,6 +10,7 @@ from services.registry.artifacts.readahead import ReadAhead
 from services.registry.artifacts.rights import Upload, check_unnamed, expected_use, readable, size_mismatch
 from services.registry.artifacts.storedwork import storage_failed, stored
 from services.registry.artifacts.uploads import Uploads
+from services.registry.base_models import BaseModels
 from services.registry.records import Artifact
 from services.registry.transaction import Reading, Store, Writing
 from services.runtime.errors import InvalidArgument, OutOfRange
@@ -37,10 +38,18 @@ class Progress:
 class Artifacts:
     """Takes and gives the bytes of datasets and models."""
 
-    def __init__(self, store: Store, files: ArtifactFiles, uploads: Uploads, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        files: ArtifactFiles,
+        uploads: Uploads,
+        base_models: BaseModels,
+        clock: Callable[[], datetime],
+    ) -> None:
         self._store = store
         self._files = files
         self._uploads = uploads
+        self._base_models = base_models
         self._clock = clock
         self._downloads = 0
 
@@ -49,7 +58,7 @@ class Artifacts:
 
         Where the upload has no digest, that is among the bytes, and nothing is kept when they break off before it.
 
-        Raises FailedPrecondition(UPLOAD_NOT_EXPECTED), ResourceExhausted(TOO_LARGE, UPLOAD_QUOTA),
+        Raises FailedPrecondition(UPLOAD_NOT_EXPECTED, NOT_ELIGIBLE), ResourceExhausted(TOO_LARGE, UPLOAD_QUOTA),
         OutOfRange(WRONG_OFFSET), InvalidArgument(SIZE_MISMATCH, DIGEST_MISMATCH), Aborted(UPLOAD_RUNNING),
         Unavailable(STORAGE_FAILED), PermissionDenied, NotFound.
         """
@@ -65,6 +74,8 @@ class Artifacts:
         if known is not None and upload.offset == known.size_bytes == upload.size_bytes:
             # Here already by another use of the caller: claimed, not sent again.
             return await self._store.write(lambda tx: _claim(tx, caller, upload))
+        if upload.is_base_model:
+            await self._base_models.check_creator(caller)
         async with self._uploads.admitted(caller, upload):
             partial = await self._open(caller, upload)
             try:
@@ -76,6 +87,8 @@ class Artifacts:
 
     async def _upload_unnamed(self, caller: str, upload: Upload, content: Content) -> Artifact:
         await self._store.read(lambda tx: check_unnamed(tx, caller, upload))
+        if upload.is_base_model:
+            await self._base_models.check_creator(caller)
         unnamed = stand_in()
         async with self._uploads.admitted(caller, replace(upload, sha256=unnamed)) as running:
             partial = await stored(lambda: self._files.open_unnamed(caller, unnamed))

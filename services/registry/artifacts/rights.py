@@ -38,6 +38,11 @@ class Upload:
     task: str | None = None
     submission: tuple[str, int] | None = None
 
+    @property
+    def is_base_model(self) -> bool:
+        """Whether it is of neither a task nor a submission."""
+        return self.task is None and self.submission is None
+
 
 def may_read(tx: Reading, caller: str, use: ArtifactUse, now: datetime) -> bool:
     """Whether this use of an artifact lets the caller read it.

@@ -78,7 +78,8 @@ class ArtifactServiceServicer:
         Errors: INVALID_ARGUMENT (DIGEST_MISMATCH: the upload starts anew; SIZE_MISMATCH; CHUNK_TOO_LARGE); OUT_OF_RANGE (WRONG_OFFSET,
         with the right one in the metadata; also when a name comes of which more bytes are there already); ABORTED (UPLOAD_RUNNING) while
         another stream of the caller for this artifact has not ended, as one that broke off a moment ago: ask GetUpload again;
-        FAILED_PRECONDITION (UPLOAD_NOT_EXPECTED) when neither a task nor a submission of the caller awaits it; RESOURCE_EXHAUSTED
+        FAILED_PRECONDITION (UPLOAD_NOT_EXPECTED) when neither a task nor a submission of the caller awaits it, and (NOT_ELIGIBLE) for a
+        base model of who may create no task; RESOURCE_EXHAUSTED
         (TOO_LARGE; UPLOAD_QUOTA, with the quota's name, what is used and the limit in the metadata); UNAVAILABLE (STORAGE_FAILED;
         STREAM_IDLE when no whole message came for a minute).
         """
