@@ -109,7 +109,12 @@ async def build(
     settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     log_key = Key.load_or_create(settings.state_dir / "log.pem", settings.key_lock)
     tokens = PageTokens(load_secret(settings.state_dir / "pages.key"))
-    files = await asyncio.to_thread(open_artifacts, settings.artifacts, state_dir=settings.state_dir)
+    files = await asyncio.to_thread(
+        open_artifacts,
+        settings.artifacts,
+        state_dir=settings.state_dir,
+        keep_free_bytes=settings.keep_free_bytes,
+    )
     database = await asyncio.to_thread(
         Database.open, settings.database_url, migrations="services.registry.migrations", clock=clock
     )

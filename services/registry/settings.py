@@ -38,6 +38,9 @@ class RegistrySettings(ServiceSettings):
     """Most bytes of one participant's open uploads, models not revealed yet and base models that no task names."""
     max_participant_bytes: MaxBytes = Quotas.max_participant_bytes
     """Most bytes that are kept for one participant."""
+    keep_free_bytes: Annotated[int, Field(ge=0, le=1 << 50)] = 1 << 30
+    """Uploads end before less than this would be free of the disk that they are received on: what is left is for the
+    database, which has to grow for everything else."""
     keep_uploads_hours: Annotated[int, Field(ge=1)] = 24
     """How long broken uploads, and base models that no task names, are kept."""
     keep_refused_days: Annotated[int, Field(ge=0)] = 7

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import hashlib
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -407,6 +408,21 @@ async def test_a_disk_that_fails_is_said_and_not_the_callers_fault(
     monkeypatch.setattr(arena.registry.files, "open", fail)
     with refused(grpc.StatusCode.UNAVAILABLE, "STORAGE_FAILED"):
         await download(creator, dataset)
+
+
+async def test_uploads_leave_the_database_room_to_grow(arena: RegistryServer, tmp_path: Path, dataset: bytes) -> None:
+    creator = await arena.participant("creator")
+    await arena.create_task(creator, dataset)
+    arena.settings["keep_free_bytes"] = shutil.disk_usage(tmp_path).total
+    await arena.restart()
+    creator = await arena.client(creator.key)
+    with refused(grpc.StatusCode.UNAVAILABLE, "STORAGE_FAILED"):
+        await send(creator, header(dataset), dataset)
+    assert await progress(creator, dataset) == (0, False)
+    await arena.participant("somebody else")
+    arena.settings.clear()
+    await arena.restart()
+    await send(await arena.client(creator.key), header(dataset), dataset)
 
 
 async def test_no_artifact_without_a_token(arena: RegistryServer, creator: Client, dataset: bytes) -> None:

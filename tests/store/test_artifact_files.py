@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -64,6 +65,20 @@ def hand_in(files: ArtifactFiles, content: bytes, owner: str = ADA) -> str:
 def content_of(files: ArtifactFiles, sha256: str) -> bytes:
     with contextlib.closing(files.open(sha256)) as file:
         return file.read(0, file.size + 1)
+
+
+def test_uploads_leave_room_on_their_disk_for_what_is_written_beside_them(
+    process: Open, place: str, tmp_path: Path
+) -> None:
+    files = open_artifacts(place, state_dir=tmp_path / "state", keep_free_bytes=shutil.disk_usage(tmp_path).total)
+    partials = (files.open_partial(ADA, SHA256, anew=True), files.open_unnamed(ADA, stand_in()))
+    for partial in partials:
+        with pytest.raises(OSError, match="No space left"):
+            partial.append([CONTENT])
+        assert partial.size == 0
+        partial.close()
+    # Others' bytes may go meanwhile: what is there is gone on with.
+    hand_in(process(), CONTENT)
 
 
 def test_an_upload_goes_on_in_the_next_process(process: Open) -> None:

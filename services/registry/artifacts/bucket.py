@@ -71,10 +71,15 @@ class BucketFiles(UploadFolder):
     without a request to the bucket; an object appears there whole.
     """
 
-    def __init__(self, url: str, spool: Path) -> None:
+    def __init__(self, url: str, spool: Path, *, keep_free_bytes: int = 0) -> None:
         self._store = S3Store.from_url(url, retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=20)})
         self._spool = spool
-        super().__init__(spool / "uploads", place=self._put, placed_size=lambda sha256: self.open(sha256).size)
+        super().__init__(
+            spool / "uploads",
+            place=self._put,
+            placed_size=lambda sha256: self.open(sha256).size,
+            keep_free_bytes=keep_free_bytes,
+        )
 
     def open(self, sha256: str) -> BucketObject:
         """A complete artifact."""

@@ -1,6 +1,7 @@
 """Artifacts as files in a directory, named by their digest: whole, or not there at all."""
 
 import contextlib
+import errno
 import os
 import threading
 from collections import Counter
@@ -17,11 +18,17 @@ _PLACED = ".placed"
 
 
 class PartialFile:
-    """One upload on its way: appended to, hashed as it grows, and put in its place by `place`."""
+    """One upload on its way: appended to, hashed as it grows, and put in its place by `place`.
 
-    def __init__(self, partial: Path, sha256: str, place: Callable[[Path, str], None]) -> None:
+    `demand_room` raises OSError where so many bytes more are not to be written.
+    """
+
+    def __init__(
+        self, partial: Path, sha256: str, place: Callable[[Path, str], None], demand_room: Callable[[int], None]
+    ) -> None:
         self._sha256 = sha256
         self._place = place
+        self._demand_room = demand_room
         self._file = GrowingFile(partial)
 
     @property
@@ -31,6 +38,7 @@ class PartialFile:
 
     def append(self, chunks: Sequence[bytes | memoryview]) -> None:
         """The next bytes, out of this process at once: they survive its death."""
+        self._demand_room(sum(map(len, chunks)))
         self._file.append(chunks)
 
     def finish(self) -> bool:
@@ -58,8 +66,14 @@ class PartialFile:
 class UnnamedFile(PartialFile):
     """One upload whose digest comes later, which tells where it goes on; gone when it is closed before."""
 
-    def __init__(self, unnamed: Path, partial_of: Callable[[str], Path], place: Callable[[Path, str], None]) -> None:
-        super().__init__(unnamed, "", place)
+    def __init__(
+        self,
+        unnamed: Path,
+        partial_of: Callable[[str], Path],
+        place: Callable[[Path, str], None],
+        demand_room: Callable[[int], None],
+    ) -> None:
+        super().__init__(unnamed, "", place, demand_room)
         self._partial_of = partial_of
 
     def name(self, sha256: str) -> None:
@@ -103,10 +117,19 @@ class UploadFolder:
     """Uploads on their way, as `{owner}-{sha256}`; `{owner}-{sha256}.placed` says that all bytes are in their place.
 
     `place` moves a whole file there; `placed_size` tells the size of what lies there, or raises FileNotFoundError.
+    Uploads leave `keep_free_bytes` of the disk to what is written beside them.
     """
 
-    def __init__(self, folder: Path, *, place: Callable[[Path, str], None], placed_size: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        place: Callable[[Path, str], None],
+        placed_size: Callable[[str], int],
+        keep_free_bytes: int = 0,
+    ) -> None:
         self._folder = folder
+        self._keep_free_bytes = keep_free_bytes
         self._place = place
         self._placed_size = placed_size
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,11 +153,12 @@ class UploadFolder:
         elif marker.exists() and not partial.exists():
             with contextlib.suppress(FileNotFoundError):
                 return PlacedFile(marker, self._placed_size(sha256))
-        return PartialFile(partial, sha256, self._place)
+        return PartialFile(partial, sha256, self._place, self._demand_room)
 
     def open_unnamed(self, owner: str, stand_in: str) -> UnnamedPartial:
         """A new upload of one participant, whose digest is not known yet."""
-        return UnnamedFile(self._partial(owner, stand_in), lambda sha256: self._partial(owner, sha256), self._place)
+        unnamed = self._partial(owner, stand_in)
+        return UnnamedFile(unnamed, lambda sha256: self._partial(owner, sha256), self._place, self._demand_room)
 
     def open_uploads(self, owner: str | None = None) -> Sequence[OpenUpload]:
         """What is kept of one participant's uploads, or of everybody's."""
@@ -159,6 +183,11 @@ class UploadFolder:
         partial = self._partial(owner, sha256)
         _marker(partial).unlink(missing_ok=True)
         partial.unlink(missing_ok=True)
+
+    def _demand_room(self, size_bytes: int) -> None:
+        disk = os.statvfs(self._folder)
+        if disk.f_bavail * disk.f_frsize < size_bytes + self._keep_free_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _partial(self, owner: str, sha256: str) -> Path:
         return self._folder / f"{owner}-{sha256}"
@@ -221,12 +250,15 @@ class OpenedFile:
 class DirectoryFiles(UploadFolder):
     """`{root}/artifacts/ab/abcdef...`, uploads in `{root}/uploads`. All methods block."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, keep_free_bytes: int = 0) -> None:
         self._artifacts = root / "artifacts"
         self._artifacts.mkdir(parents=True, exist_ok=True)
         self._readers = Readers()
         super().__init__(
-            root / "uploads", place=self._put, placed_size=lambda sha256: self._path(sha256).stat().st_size
+            root / "uploads",
+            place=self._put,
+            placed_size=lambda sha256: self._path(sha256).stat().st_size,
+            keep_free_bytes=keep_free_bytes,
         )
 
     def open(self, sha256: str) -> OpenedFile:

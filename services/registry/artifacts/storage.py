@@ -22,11 +22,14 @@ def bucket_of(place: str) -> str | None:
     return url.hostname
 
 
-def open_artifacts(place: str, *, state_dir: Path) -> "ArtifactFiles":
-    """The artifacts of a registry. Uploads into a bucket are received in the state folder."""
+def open_artifacts(place: str, *, state_dir: Path, keep_free_bytes: int = 0) -> "ArtifactFiles":
+    """The artifacts of a registry. Uploads into a bucket are received in the state folder.
+
+    Uploads end before less than `keep_free_bytes` of the disk that they are received on would be free.
+    """
     if bucket_of(place) is None:
-        return DirectoryFiles(Path(place) if place else state_dir)
+        return DirectoryFiles(Path(place) if place else state_dir, keep_free_bytes=keep_free_bytes)
     # With the extra `s3` alone.
     from services.registry.artifacts.bucket import BucketFiles
 
-    return BucketFiles(place, state_dir)
+    return BucketFiles(place, state_dir, keep_free_bytes=keep_free_bytes)
