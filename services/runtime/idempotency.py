@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import hashlib
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -12,13 +13,18 @@ from typing import Any, Protocol, TypeVar
 from google.protobuf import any_pb2, descriptor_pool, message_factory
 from google.protobuf.message import Message
 
-from services.runtime.auth import maybe_caller
-from services.runtime.errors import AlreadyExists
+from services.runtime.auth import Role, maybe_caller
+from services.runtime.errors import AlreadyExists, ResourceExhausted
 from services.runtime.fields import check_request_id
+from services.runtime.limits import Buckets
 
 Result = TypeVar("Result")
 Answer = TypeVar("Answer", bound=Message)
 Method = Callable[[Any, Any, Any], Awaitable[Answer]]
+
+ANSWERS_PER_DAY = 100_000
+"""Of one caller other than an operator: each is kept for a week."""
+_DAY_S = 86_400
 
 
 @dataclass
@@ -36,6 +42,26 @@ class PendingRequest:
     encode: Callable[[Any], bytes]
     stored: bool = field(default=False)
     closed: bool = field(default=False)
+    room: Buckets | None = None
+    """Where what is stored is counted for its caller, if it is. What fails is not: else keys without number could have
+    the counts of those who store something forgotten."""
+
+    def demand_room(self) -> None:
+        """Raises ResourceExhausted (ANSWERS_PER_DAY) with the wait where as many are stored of its caller as may be."""
+        wait_s = 0.0 if self.room is None else self.room.wait_s(self.sub)
+        if wait_s:
+            raise ResourceExhausted(
+                "ANSWERS_PER_DAY",
+                f"{ANSWERS_PER_DAY} answers a day are kept for the request ids of one participant",
+                retry_after_s=math.ceil(wait_s * 1000) / 1000,
+                limit=str(ANSWERS_PER_DAY),
+            )
+
+    def note_stored(self) -> None:
+        """Its answer is in the database, also where the caller has gone meanwhile."""
+        self.stored = True
+        if self.room is not None:
+            self.room.take(self.sub)
 
 
 class Replayed(Exception):
@@ -82,6 +108,7 @@ class RequestScope:
 
     memory: RequestMemory
     in_flight: InFlight
+    room: Buckets = field(default_factory=lambda: Buckets(ANSWERS_PER_DAY / _DAY_S, ANSWERS_PER_DAY))
 
 
 _pending: ContextVar[PendingRequest | None] = ContextVar("tiltyard_pending_request", default=None)
@@ -133,7 +160,7 @@ def idempotent(
     what the domain call returns: that result's answer is stored in its transaction, for each (caller, method, id). A
     repeated request gets the stored answer: its method runs up to its first write, or to what it fails on, and changes
     nothing; another body under the same id gets AlreadyExists (REQUEST_ID_REUSED). Failed calls are not remembered. An
-    empty id switches all of this off.
+    empty id switches all of this off. Raises ResourceExhausted (ANSWERS_PER_DAY) where no more answers are kept.
     """
 
     def decorate(
@@ -153,6 +180,8 @@ def idempotent(
                 encode=lambda result: _encoded(answer(result)),
             )
             scope = _scope.get()
+            if scope is not None and caller is not None and Role.OPERATOR not in caller.roles:
+                pending.room = scope.room
             if scope is None:
                 return await _run(pending, None, lambda: method(self, request, context), answer)
             async with scope.in_flight.alone((pending.sub, pending.method, pending.request_id)):
@@ -171,6 +200,7 @@ async def _run(
 ) -> Answer:
     _pending.set(pending)
     try:
+        pending.demand_room()
         return answer(await call())
     except Replayed as replayed:
         return _decoded(replayed.answer)  # type: ignore[return-value]

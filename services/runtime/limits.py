@@ -52,14 +52,24 @@ class Buckets:
     def take(self, name: str) -> float:
         """Takes one token out: 0 when there was one, otherwise the seconds until there will be."""
         now = self._clock()
-        level, since = self._levels.get(name, (self._burst, now))
-        level = min(self._burst, level + (now - since) * self._per_second)
-        wait_s = 0.0 if level >= 1 else (1 - level) / self._per_second
+        level = self._level(name, now)
+        wait_s = self._wait_s(level)
         self._levels[name] = (level if wait_s else level - 1, now)
         self._levels.move_to_end(name)
         if len(self._levels) > _REMEMBERED:
             self._levels.popitem(last=False)
         return wait_s
+
+    def wait_s(self, name: str) -> float:
+        """What `take` would return; nothing is taken, and nothing remembered."""
+        return self._wait_s(self._level(name, self._clock()))
+
+    def _level(self, name: str, now: float) -> float:
+        level, since = self._levels.get(name, (self._burst, now))
+        return min(self._burst, level + (now - since) * self._per_second)
+
+    def _wait_s(self, level: float) -> float:
+        return 0.0 if level >= 1 else (1 - level) / self._per_second
 
 
 class CallGate:

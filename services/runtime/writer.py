@@ -160,7 +160,7 @@ class Writer:
             break
         for item, (_, failure) in zip(group, outcomes, strict=True):
             if failure is None and item.pending is not None and item.final:
-                item.pending.stored = True
+                item.pending.note_stored()
         return outcomes
 
     def _alone(self, item: Write) -> Steps[Any]:

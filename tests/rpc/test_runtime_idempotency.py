@@ -9,16 +9,19 @@ import grpc
 import pytest
 from sqlmodel import Field, Session, SQLModel, func, select
 
+from services.runtime import idempotency
 from services.runtime.auth import Authenticator
 from services.runtime.channels import open_peer
 from services.runtime.database import Database
 from services.runtime.errors import FailedPrecondition
 from services.runtime.idempotency import idempotent, pending_request
 from services.runtime.server import ArenaServer, Mount
+from tiltyard.calls.errors import ClientError
 from tiltyard.identity import Key
 from tiltyard.selector.v1 import stake_pb2, stake_pb2_grpc
 
 AUDIENCE = "tiltyard.local/selector"
+EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 _TABLES = '''
 """The tables of this test."""
 import sqlalchemy as sa
@@ -134,6 +137,32 @@ async def test_a_repeated_request_gets_the_first_answer(channel: grpc.aio.Channe
     assert await deposit(channel, 5, "b") == 15
     assert await deposit(channel, 10, "a") == 10
     assert await accounts.total() == 15
+
+
+@pytest.fixture
+def few_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one caller two are kept in a day."""
+    monkeypatch.setattr(idempotency, "ANSWERS_PER_DAY", 2)
+
+
+@pytest.mark.parametrize("server", ["remembered at the door"], indirect=True)
+async def test_no_more_answers_are_kept_of_one_caller_in_a_day_than_may(
+    few_answers: None, server: ArenaServer, channel: grpc.aio.Channel, accounts: Accounts
+) -> None:
+    assert await deposit(channel, 10, "a") == 10
+    accounts.refuse = True
+    for _ in range(3):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await deposit(channel, 10, "not kept")
+    accounts.refuse = False
+    assert await deposit(channel, 10, "b") == 20
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await deposit(channel, 10, "c")
+    assert (refused.value.code(), ClientError.of(refused.value).reason) == (EXHAUSTED, "ANSWERS_PER_DAY")
+    # What is kept is answered, and so is everybody else.
+    assert await deposit(channel, 10, "b") == 20
+    async with open_peer(server.address, key=Key.generate(), audience=AUDIENCE) as other:
+        assert await deposit(other, 10, "a") == 30
 
 
 @pytest.mark.parametrize("server", ["remembered at the door"], indirect=True)
