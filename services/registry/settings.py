@@ -35,7 +35,9 @@ class RegistrySettings(ServiceSettings):
     max_open_uploads: Annotated[int, Field(ge=1)] = Quotas.max_open_uploads
     """Most uploads of one participant that have begun and not ended."""
     max_pending_bytes: MaxBytes = Quotas.max_pending_bytes
-    """Most bytes of one participant's open uploads, models not revealed yet and base models that no task names."""
+    """Most bytes of one participant's open uploads, models not revealed and base models that no task names."""
+    max_pending_artifacts: Annotated[int, Field(ge=1)] = Quotas.max_pending_artifacts
+    """Most of these in number."""
     max_participant_bytes: MaxBytes = Quotas.max_participant_bytes
     """Most bytes that are kept for one participant."""
     keep_free_bytes: Annotated[int, Field(ge=0, le=1 << 50)] = 1 << 30
@@ -80,7 +82,12 @@ class RegistrySettings(ServiceSettings):
     @property
     def quotas(self) -> Quotas:
         """What one participant may hand in."""
-        return Quotas(self.max_open_uploads, self.max_pending_bytes, self.max_participant_bytes)
+        return Quotas(
+            max_open_uploads=self.max_open_uploads,
+            max_pending_bytes=self.max_pending_bytes,
+            max_pending_artifacts=self.max_pending_artifacts,
+            max_participant_bytes=self.max_participant_bytes,
+        )
 
     @property
     def daily_limits(self) -> DailyLimits:

@@ -18,7 +18,7 @@ class DailyLimits:
 
     strangers_per_day_per_address: int = 1000
     strangers_per_day: int = 20_000
-    changes_per_day: int = 1000
+    changes_per_day: int = 200
 
 
 class Daily:

@@ -133,6 +133,34 @@ async def test_bytes_that_nothing_rests_on_are_bounded(arena: RegistryServer, tm
     assert await hand_in(client, weights(2))
 
 
+async def test_files_that_nothing_rests_on_are_bounded_however_small(arena: RegistryServer) -> None:
+    arena.settings = {"max_pending_artifacts": 2}
+    await arena.restart()
+    client, other = await arena.participant(), await arena.participant()
+    for content in (b"1", b"2"):
+        await hand_in(client, content)
+    assert await quota_of(hand_in(client, b"3")) == ("max_pending_artifacts", 3, 2)
+    await hand_in(other, b"3")
+
+
+async def test_models_that_were_not_revealed_count_though_another_one_was(
+    arena: RegistryServer, tmp_path: Path
+) -> None:
+    arena.settings = {"max_pending_artifacts": 2}
+    await arena.restart()
+    creator, node = await arena.participant("creator"), await arena.participant("node")
+    await arena.open_task(creator, dataset_bytes(tmp_path))
+    await put_submission(arena, node)
+    for number in range(2):
+        await arena.upload(node, weights(number), submission="tasks/t/submissions/1")
+    digest = hashlib.sha256(weights(0)).digest()
+    await put_submission(arena, node, state=SubmissionState.SCORED, model_digest=digest)
+    await put_submission(arena, node, number=2)
+    await arena.upload(node, weights(2), submission="tasks/t/submissions/2")
+    refusal = quota_of(arena.upload(node, weights(3), submission="tasks/t/submissions/2"))
+    assert await refusal == ("max_pending_artifacts", 3, 2)
+
+
 async def test_all_bytes_of_a_participant_are_bounded(arena: RegistryServer, tmp_path: Path) -> None:
     dataset = dataset_bytes(tmp_path)
     limit = len(dataset) + len(weights()) - 1

@@ -7,7 +7,7 @@ from services.registry.records import Endorsement
 from services.registry.transaction import Writing
 from tests.support.registry_server import ORIGIN, RegistryServer, refused
 from tiltyard.client import Client
-from tiltyard.identity import Key, issue_token
+from tiltyard.identity import Key, issue_token, sign_envelope
 from tiltyard.registry.v1 import participant_pb2
 from tiltyard.registry.v1.participant_pb2 import (
     BindOwnerRequest,
@@ -229,9 +229,19 @@ async def test_an_endorsement_is_taken_back_once(arena: RegistryServer) -> None:
         await friend.participants.RevokeEndorsement(request)
 
 
+def signed(key: Key, payload_type: str, payload: bytes) -> envelope_pb2.Envelope:
+    envelope = sign_envelope(key, payload_type, payload)
+    return envelope_pb2.Envelope(
+        payload_type=payload_type, payload=payload, signature=envelope.signature, public_key=envelope.public_key
+    )
+
+
 async def test_bad_endorsements_are_refused(arena: RegistryServer) -> None:
     client, subject = await arena.participant(), await arena.participant()
     key, other = client.key, subject.key
+    good = endorsement(key, other.id)
+    # A field of a later version, of 4096 bytes.
+    unknown = b"\xfa\x7f\x80\x20" + bytes(4096)
     for statement, field in (
         (endorsement(key, key.id), "statement.subject"),
         (endorsement(key, other.id, field="Vision!"), "statement.field"),
@@ -239,6 +249,7 @@ async def test_bad_endorsements_are_refused(arena: RegistryServer) -> None:
         (endorsement(key, other.id, endorser=f"participants/{other.id}"), "statement.endorser"),
         (endorsement(key, "nobody"), "statement.subject"),
         (endorsement(other, key.id), "statement"),
+        (signed(key, good.payload_type, good.payload + unknown), "statement.payload"),
     ):
         with refused(INVALID, field=field):
             await client.participants.EndorseParticipant(EndorseParticipantRequest(statement=statement))

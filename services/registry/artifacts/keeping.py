@@ -19,13 +19,13 @@ class Keeping:
 
 
 def is_pending(tx: Reading, use: ArtifactUse) -> bool:
-    """Whether nothing on record rests on this use yet: a base model not named, a model not revealed."""
+    """Whether nothing on record rests on this use: a base model not named, a model that is not the one revealed."""
     if use.purpose is ArtifactPurpose.BASE_MODEL:
         return not use.task
     if use.purpose is not ArtifactPurpose.MODEL:
         return False
     submission = tx.submission(use.task, use.number)
-    return submission is not None and submission.state is SubmissionState.COMMITTED
+    return submission is not None and submission.model_digest.hex() != use.sha256
 
 
 def removable_from(tx: Reading, sha256: str, keeping: Keeping) -> datetime | None:

@@ -23,7 +23,9 @@ class Quotas:
     max_open_uploads: int = 16
     """Uploads begun and not ended, running or broken off."""
     max_pending_bytes: int = 64 * _GIB
-    """Bytes of open uploads, of models not revealed yet and of base models that no task names."""
+    """Bytes of open uploads, of models not revealed and of base models that no task names."""
+    max_pending_artifacts: int = 1000
+    """How many of these there may be: each is a file, however small."""
     max_participant_bytes: int = 1024 * _GIB
     """Bytes of all that is kept for the participant, open uploads included."""
 
@@ -109,8 +111,10 @@ class Uploads:
         still_open = {*kept, *running}
         quotas = self._quotas
         _demand("max_open_uploads", len(still_open), quotas.max_open_uploads, "uploads begun and not ended")
-        unused = sum(sizes[sha256] for sha256 in pending | still_open)
-        _demand("max_pending_bytes", unused, quotas.max_pending_bytes, "bytes that nothing rests on yet")
+        unused = pending | still_open
+        _demand("max_pending_artifacts", len(unused), quotas.max_pending_artifacts, "artifacts that nothing rests on")
+        unused_bytes = sum(sizes[sha256] for sha256 in unused)
+        _demand("max_pending_bytes", unused_bytes, quotas.max_pending_bytes, "bytes that nothing rests on")
         _demand("max_participant_bytes", sum(sizes.values()), quotas.max_participant_bytes, "bytes in all")
 
 

@@ -12,6 +12,9 @@ from tiltyard.type.v1 import envelope_pb2
 
 M = TypeVar("M", bound=Message)
 
+# The longest statement, a report with 500 characters of detail, has less. What is unknown here would stay, too.
+MAX_PAYLOAD_BYTES = 4096
+
 
 def envelope(message: envelope_pb2.Envelope) -> Envelope:
     """The domain's envelope with the same four fields."""
@@ -31,6 +34,9 @@ def open_statement(
     """The statement inside, signed for this arena, and its signer's participant id. Raises InvalidArgument."""
     if not message.payload:
         raise InvalidArgument.field(field, "is required")
+    if len(message.payload) > MAX_PAYLOAD_BYTES:
+        description = f"has {len(message.payload)} bytes, at most {MAX_PAYLOAD_BYTES} are allowed"
+        raise InvalidArgument.field(f"{field}.payload", description, reason="INVALID_STATEMENT")
     try:
         statement, signer = statements.open_statement(message, expected)
     except InvalidSignature as error:

@@ -36,7 +36,7 @@ class Envelope(_message.Message):
     payload_type: _builtins.str
     """application/vnd.tiltyard.{statement}.v1+protobuf, the statement in kebab case, as submission-commit."""
     payload: _builtins.bytes
-    """The statement's bytes, a message of this file; at most 64 KiB."""
+    """The statement's bytes, a message of this file; at most 64 KiB, and at most 4 KiB of what a registry takes."""
     signature: _builtins.bytes
     """Ed25519 signature, 64 bytes."""
     public_key: _builtins.bytes
