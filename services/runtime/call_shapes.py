@@ -26,71 +26,67 @@ class Surrounding(Protocol):
         """What is held while one of its messages comes in."""
 
     def hold(self, size_bytes: int) -> LetGo:
-        """Before a large answer goes out; what it returns is to be called when that was taken. Raises ArenaError."""
+        """Before a large message lies here; what it returns is to be called when it is gone. Raises ArenaError."""
 
 
 Around = Callable[[Context], AbstractAsyncContextManager[Surrounding]]
 
 
-class _Unfit:
-    """Stands for bytes that are no message for the method; gRPC itself would answer them with an internal error."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        self.error = InvalidArgument([], reason=reason, message=message)
+Decode = Callable[[bytes], Any]
 
 
-def _decoding(decode: Callable[[bytes], Any] | None, most_bytes: float = math.inf) -> Callable[[bytes], Any] | None:
-    if decode is None:
-        return None
+def _decoding(handler: Handler) -> Decode:
+    """What makes a message of bytes. Raises InvalidArgument, where gRPC itself would answer with an internal error."""
+    decode = handler.request_deserializer
+    # A request that is answered by a stream lies in memory as long as that: a watch lasts for hours.
+    lasting = handler.response_streaming and not handler.request_streaming
+    most_bytes = LARGE_BYTES if lasting else math.inf
 
     def decoded(raw: bytes) -> Any:
         if len(raw) > most_bytes:
-            return _Unfit("REQUEST_TOO_LARGE", f"a request of this method has at most {most_bytes} bytes")
+            message = f"a request of this method has at most {most_bytes} bytes"
+            raise InvalidArgument([], reason="REQUEST_TOO_LARGE", message=message)
         try:
             return decode(raw)
         except DecodeError:
-            return _Unfit("NOT_A_MESSAGE", "the bytes are no message of this method")
+            message = "the bytes are no message of this method"
+            raise InvalidArgument([], reason="NOT_A_MESSAGE", message=message) from None
 
     return decoded
-
-
-def _request_decoding(handler: Handler) -> Callable[[bytes], Any] | None:
-    # A request that is answered by a stream lies in memory as long as that: a watch lasts for hours.
-    lasting = handler.response_streaming and not handler.request_streaming
-    return _decoding(handler.request_deserializer, LARGE_BYTES if lasting else math.inf)
-
-
-def _checked(request: Any) -> Any:
-    if isinstance(request, _Unfit):
-        raise request.error
-    return request
 
 
 class _InTime:
     """The messages of a client's stream, each whole within `idle_s` seconds (0: whenever) of the one before.
 
-    While one comes in, `turn` is held: without it no byte more of it is taken than gRPC lets come unasked.
+    While one comes in, its turn is held: without it no byte more of it is taken than gRPC lets come unasked. A large
+    one is held room for until the next is asked for.
     No generator: one that its method leaves half read would be closed who knows when. gRPC's is one, and keeps the last
     message, until `aclose`.
     """
 
-    def __init__(self, requests: Any, idle_s: float, turn: Turn, conversations: Conversations) -> None:
+    def __init__(
+        self, requests: Any, idle_s: float, call: Surrounding, decode: Decode, conversations: Conversations
+    ) -> None:
         self._requests = requests
         self._idle_s = idle_s
-        self._turn = turn
+        self._call = call
+        self._turn = call.turn()
+        self._decode = decode
         self._conversations = conversations
+        self._let_go: LetGo | None = None
 
     def __aiter__(self) -> "_InTime":
         self._requests = aiter(self._requests)
         return self
 
     async def __anext__(self) -> Any:
+        self._no_more()
         try:
             async with asyncio.timeout(self._idle_s or None) as patience:
                 self._conversations.wait(patience)
                 try:
                     async with self._turn:
-                        return _checked(await anext(self._requests))
+                        raw = await anext(self._requests)
                 finally:
                     self._conversations.go_on(patience)
         except TimeoutError:
@@ -98,9 +94,18 @@ class _InTime:
                 raise draining() from None
             idle_s = f"{self._idle_s:g}"
             raise Unavailable("STREAM_IDLE", f"no message came for {idle_s} s", idle_s=idle_s) from None
+        if len(raw) > LARGE_BYTES:
+            self._let_go = self._call.hold(len(raw))
+        return self._decode(raw)
+
+    def _no_more(self) -> None:
+        if self._let_go is not None:
+            self._let_go()
+            self._let_go = None
 
     async def aclose(self) -> None:
         """No more of them are wanted."""
+        self._no_more()
         if isinstance(self._requests, AsyncGenerator):
             await self._requests.aclose()
 
@@ -121,6 +126,11 @@ async def _only(requests: AsyncIterator[Any]) -> Any:
     raise InvalidArgument([], reason="NO_MESSAGE", message="this method takes one message, and none came")
 
 
+def _until_done(let_go: LetGo) -> None:
+    """Lets go when gRPC has sent the answer, the last thing that a call's task does: it keeps the only request, too."""
+    cast(asyncio.Task[Any], asyncio.current_task()).add_done_callback(let_go)
+
+
 def streamed(handler: Handler) -> Handler:
     """`handler` of one message as one that reads it from a client's stream, the same on the wire.
 
@@ -128,7 +138,7 @@ def streamed(handler: Handler) -> Handler:
     """
 
     coders = {
-        "request_deserializer": _request_decoding(handler),
+        "request_deserializer": _decoding(handler),
         "response_serializer": handler.response_serializer,
     }
     if handler.response_streaming:
@@ -154,17 +164,21 @@ def streamed(handler: Handler) -> Handler:
 def surrounded(handler: Handler, around: Around, stream_idle_s: float, conversations: Conversations) -> Handler:
     """`handler` with every call inside `around(context)`, for all four shapes; its streams are `conversations`.
 
-    A servicer method may be an async method, an async generator, a coroutine that reads and writes on the context, or
-    the plain function that the generated base answers UNIMPLEMENTED with.
+    A servicer method may be an async method, an async generator, a coroutine that writes on the context, or the plain
+    function that the generated base answers UNIMPLEMENTED with.
     """
 
-    streaming, encode = handler.request_streaming, handler.response_serializer
+    streaming, decode, encode = handler.request_streaming, _decoding(handler), handler.response_serializer
 
     def encoded(answer: Any) -> Any:
         return answer if isinstance(answer, bytes) else encode(answer)
 
     def taken(request: Any, call: Surrounding) -> Any:
-        return _InTime(request, stream_idle_s, call.turn(), conversations) if streaming else _checked(request)
+        if streaming:
+            return _InTime(request, stream_idle_s, call, decode, conversations)
+        if len(request) > LARGE_BYTES:
+            _until_done(call.hold(len(request)))
+        return decode(request)
 
     def unary(behaviour: Any) -> Any:
         async def call(request: Any, context: Context) -> Any:
@@ -175,14 +189,13 @@ def surrounded(handler: Handler, around: Around, stream_idle_s: float, conversat
                         answer = behaviour(request, context)
                         raw = encoded(await answer if inspect.isawaitable(answer) else answer)
                         if len(raw) > LARGE_BYTES:
-                            # gRPC sends it when this has returned, as the last thing that the task does.
-                            cast(asyncio.Task[Any], asyncio.current_task()).add_done_callback(call.hold(len(raw)))
+                            _until_done(call.hold(len(raw)))
                         return raw
                     finally:
                         if streaming:
                             await request.aclose()
             except grpc.aio.AbortError as abort:
-                del request, context
+                request = context = call = None
                 raise _alone(abort)  # noqa: B904 - it is the same error
 
         return call
@@ -212,13 +225,14 @@ def surrounded(handler: Handler, around: Around, stream_idle_s: float, conversat
                         if streaming:
                             await request.aclose()
             except grpc.aio.AbortError as abort:
-                del request, context
+                request = context = call = None
                 raise _alone(abort)  # noqa: B904 - it is the same error
 
         return call
 
     coders = {
-        "request_deserializer": _request_decoding(handler),
+        # Bytes come in here: of a caller that is refused they are never decoded.
+        "request_deserializer": None,
         # For what a method writes on the context.
         "response_serializer": encoded,
     }

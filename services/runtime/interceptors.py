@@ -220,7 +220,7 @@ class _Surroundings:
         return self._interceptor.messages.turn(self._address())
 
     def hold(self, size_bytes: int) -> LetGo:
-        """Before an answer of that size goes out; what it returns is to be called when that was taken."""
+        """Room for a message of that size; what it returns is to be called when that lies here no more."""
         return self._interceptor.messages.hold(self._address(), size_bytes)
 
     def _address(self) -> str | None:

@@ -15,8 +15,8 @@ LARGE_BYTES = 65_536
 """What of a message is too little to count."""
 _MOST_UNREAD = 32
 _MOST_READ = 64
-_MOST_UNTAKEN_BYTES = 256 * 1024 * 1024
-_TAKE_WITHIN_S = 1.0
+_MOST_HELD_BYTES = 256 * 1024 * 1024
+_AGAIN_AFTER_S = 1.0
 
 Turn = AbstractAsyncContextManager[None]
 LetGo = Callable[..., None]
@@ -26,12 +26,12 @@ class MessageRoom:
     """The room for messages by the address at the other end; None is one without limits.
 
     A message takes memory before it is whole: of one address 64 come in at a time. And as long as nobody takes an
-    answer it lies here: 256 MiB of large ones to one address may.
+    answer it lies here, and its call's only request with it: 256 MiB of large ones from and to one address may.
     """
 
     def __init__(self) -> None:
         self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
-        self._untaken: Counter[str] = Counter()
+        self._held: Counter[str] = Counter()
 
     def turn(self, address: str | None) -> Turn:
         """What is held while a message of a stream comes in; each message has its own turn."""
@@ -43,22 +43,24 @@ class MessageRoom:
         return turns
 
     def hold(self, address: str | None, size_bytes: int) -> LetGo:
-        """Before a large answer goes out; what it returns is to be called when the answer was taken.
+        """Room for a large message; what it returns is to be called when that lies here no more.
 
-        Raises ResourceExhausted (ANSWERS_NOT_TAKEN).
+        Raises ResourceExhausted (MESSAGES_PER_ADDRESS).
         """
         if address is None:
             return _nothing
-        if self._untaken[address] + size_bytes > _MOST_UNTAKEN_BYTES:
-            untaken = f"your address has not taken {self._untaken[address]} bytes of answers yet"
-            raise ResourceExhausted("ANSWERS_NOT_TAKEN", untaken, retry_after_s=_TAKE_WITHIN_S)
-        self._untaken[address] += size_bytes
+        if self._held[address] + size_bytes > _MOST_HELD_BYTES:
+            held = (
+                f"calls of your address hold {self._held[address]} bytes of messages here until they have been answered"
+            )
+            raise ResourceExhausted("MESSAGES_PER_ADDRESS", held, retry_after_s=_AGAIN_AFTER_S)
+        self._held[address] += size_bytes
         return functools.partial(self._let_go, address, size_bytes)
 
     def _let_go(self, address: str, size_bytes: int, *_: object) -> None:
-        self._untaken[address] -= size_bytes
-        if not self._untaken[address]:
-            del self._untaken[address]
+        self._held[address] -= size_bytes
+        if not self._held[address]:
+            del self._held[address]
 
 
 def _nothing(*_: object) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
 
-from services.runtime import connections, messages
+from services.runtime import call_shapes, connections, messages
 from services.runtime import limits as limits_module
 from services.runtime.auth import Authenticator, Role
 from services.runtime.connections import ConnectionLimits
@@ -46,6 +46,13 @@ class Streams:
     async def unary(self, request: StringValue, _context: object) -> StringValue:
         return request
 
+    async def note(self, _request: StringValue, _context: object) -> StringValue:
+        return StringValue()
+
+    async def notes(self, requests: AsyncIterator[StringValue], _context: object) -> AsyncIterator[StringValue]:
+        async for _ in requests:
+            yield StringValue()
+
     async def large(self, _request: StringValue, _context: object) -> StringValue:
         return StringValue(value="x" * 1_000_000)
 
@@ -65,14 +72,16 @@ class Streams:
             yield request
 
 
-def mount() -> Mount:
+def mount(decode: Callable[[bytes], StringValue] = StringValue.FromString) -> Mount:
     streams = Streams()
     coders = {
-        "request_deserializer": StringValue.FromString,
+        "request_deserializer": decode,
         "response_serializer": StringValue.SerializeToString,
     }
     handlers = {
         "Get": grpc.unary_unary_rpc_method_handler(streams.unary, **coders),
+        "Note": grpc.unary_unary_rpc_method_handler(streams.note, **coders),
+        "Notes": grpc.stream_stream_rpc_method_handler(streams.notes, **coders),
         "Large": grpc.unary_unary_rpc_method_handler(streams.large, **coders),
         "Download": grpc.unary_stream_rpc_method_handler(streams.download, **coders),
         "Watch": grpc.unary_stream_rpc_method_handler(streams.watch, **coders),
@@ -332,7 +341,7 @@ async def test_messages_that_are_never_whole_take_little_memory(method: str, mon
 
 @pytest.mark.parametrize("method", ["Large", "Download"])
 async def test_large_answers_that_nobody_takes_are_bounded(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(messages, "_MOST_UNTAKEN_BYTES", 3_500_000)
+    monkeypatch.setattr(messages, "_MOST_HELD_BYTES", 3_500_000)
     request = StringValue(value="x").SerializeToString()
     calls = b"".join(http2.call(stream, f"/test.v1.Streams/{method}", request, {}) for stream in (1, 3, 5))
     greedy: list[socket.socket] = []
@@ -357,12 +366,50 @@ async def test_large_answers_that_nobody_takes_are_bounded(method: str, monkeypa
         with closing(greedy):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await asyncio.wait_for(ask_until_refused(server, channel), 20)
-            assert reason(caught.value) == ("RESOURCE_EXHAUSTED", "ANSWERS_NOT_TAKEN", 1)
+            assert reason(caught.value) == ("RESOURCE_EXHAUSTED", "MESSAGES_PER_ADDRESS", 1)
             assert (await get(channel)).value == "x"
         async with asyncio.timeout(20):
             while True:  # until the server knows that the connection has ended
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     await ask(channel)
+                    break
+
+
+@pytest.mark.parametrize("method", ["Note", "Notes"])
+async def test_large_requests_whose_answers_nobody_takes_are_bounded(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(call_shapes, "LARGE_BYTES", 8000)
+    monkeypatch.setattr(messages, "_MOST_HELD_BYTES", 40_000)
+    large = StringValue(value="x" * 15_000).SerializeToString()
+    calls = b"".join(http2.call(stream, f"/test.v1.Streams/{method}", large, {}) for stream in (1, 3))
+
+    async def note(channel: grpc.aio.Channel) -> None:
+        call = raw_call(channel, method)
+        if method == "Note":
+            await call(large, timeout=10)
+        else:
+            assert [answer async for answer in call([large] * 5, timeout=10)] == [b""] * 5
+
+    async def note_until_refused(channel: grpc.aio.Channel) -> None:
+        while True:
+            await note(channel)
+
+    async with (
+        serving(authenticator=None, limits=CallLimits()) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        for _ in range(5):  # what has been answered is let go
+            await note(channel)
+        with closing(connect(server, 1, say=http2.greeting() + calls)):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await asyncio.wait_for(note_until_refused(channel), 20)
+            assert reason(caught.value) == ("RESOURCE_EXHAUSTED", "MESSAGES_PER_ADDRESS", 1)
+            assert (await get(channel)).value == "x"
+        async with asyncio.timeout(20):
+            while True:  # until the server knows that the connection has ended
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await note(channel)
                     break
 
 
@@ -438,6 +485,8 @@ def raw_call(channel: grpc.aio.Channel, method: str) -> Any:
     """A method of Streams that takes and gives bytes."""
     shapes = {
         "Get": channel.unary_unary,
+        "Note": channel.unary_unary,
+        "Notes": channel.stream_stream,
         "Large": channel.unary_unary,
         "Download": channel.unary_stream,
         "Watch": channel.unary_stream,
@@ -458,6 +507,25 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument(method: str) ->
             running = call(timeout=10)
             await running.write(nonsense)
         assert await running.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("method", ["Get", "Watch", "Collect", "Echo"])
+async def test_the_message_of_a_caller_who_is_refused_is_never_decoded(method: str) -> None:
+    decoded: list[bytes] = []
+
+    def decode(raw: bytes) -> StringValue:
+        decoded.append(raw)
+        return StringValue.FromString(raw)
+
+    authenticator = Authenticator([AUDIENCE])
+    async with (
+        ArenaServer("127.0.0.1:0", [mount(decode)], authenticator=authenticator) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        call = raw_call(channel, method)
+        running = call(b"" if method in ("Get", "Watch") else [b""], timeout=10)
+        assert await running.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert not decoded
 
 
 async def test_a_request_that_lasts_as_long_as_its_stream_is_small(monkeypatch: pytest.MonkeyPatch) -> None:

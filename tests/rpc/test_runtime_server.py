@@ -61,8 +61,8 @@ class Shapes:
         self.fail(request.value)
         await context.write(request)
 
-    async def stream_context(self, _requests: object, context: Any) -> None:
-        while (request := await context.read()) is not grpc.aio.EOF:
+    async def stream_context(self, requests: AsyncIterator[StringValue], context: Any) -> None:
+        async for request in requests:
             await context.write(request)
             self.fail(request.value)
 
