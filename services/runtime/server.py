@@ -92,7 +92,7 @@ class ArenaServer:
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(self._drain, authenticator, policy, remembered, gate, stream_idle_s)],
             options=[*_options(max_message_bytes, strangers=limits is not None), *connections.options()],
-            maximum_concurrent_rpcs=max_concurrent_rpcs,
+            maximum_concurrent_rpcs=gate.most_begun if gate else max_concurrent_rpcs,
         )
         self._health = health.HealthServicer()
 

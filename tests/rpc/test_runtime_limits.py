@@ -413,6 +413,44 @@ async def test_large_requests_whose_answers_nobody_takes_are_bounded(
                     break
 
 
+async def test_refusals_that_nobody_takes_shut_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = asyncio.Event()
+    begin = CallGate.begin_refusal
+
+    def begin_refusal(gate: CallGate) -> bool:
+        told = begin(gate)
+        if not told:
+            full.set()
+        return told
+
+    monkeypatch.setattr(CallGate, "begin_refusal", begin_refusal)
+    key = Key.generate()
+    token = {"authorization": f"Bearer {issue_token(key, audience=AUDIENCE)}"}
+    request = StringValue(value="x").SerializeToString()
+    # Nothing is read from the connection: behind ten megabytes no further answer leaves the server.
+    stuck = http2.greeting(window=1 << 30) + http2.call(1, "/test.v1.Streams/Download", request, token)
+    strangers = b"".join(http2.call(stream, "/test.v1.Streams/Get", b"", {}) for stream in range(3, 23, 2))
+    async with (
+        serving(limits=CallLimits(), max_concurrent_rpcs=32) as server,
+        signed(server, key) as channel,
+    ):
+        with closing([]) as opened:
+            async with asyncio.timeout(20):
+                while not full.is_set():
+                    opened += connect(server, 1, say=stuck)
+                    await asyncio.sleep(0.2)
+                    opened[-1].sendall(strangers)
+                    await asyncio.sleep(0.2)
+            for _ in range(10):
+                assert (await get(channel)).value == "x"
+        async with asyncio.timeout(20):
+            while True:  # until the server knows that the connections have ended: refusals are told again
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await get(channel, metadata=(("authorization", "Bearer forged"),))
+                if caught.value.code() is grpc.StatusCode.UNAUTHENTICATED:
+                    break
+
+
 async def test_some_room_is_kept_for_operators_and_services() -> None:
     operator = Key.generate()
     authenticator = Authenticator([AUDIENCE], operators=[operator.id])

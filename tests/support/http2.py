@@ -11,9 +11,10 @@ _MOST_IN_FRAME = 16_384
 _WINDOW = 65_535
 
 
-def greeting() -> bytes:
-    """The beginning of a connection on whose streams no byte of an answer may be sent."""
-    return _PREFACE + _frame(_SETTINGS, 0, 0, struct.pack("!HI", _INITIAL_WINDOW_SIZE, 0))
+def greeting(*, window: int = 0) -> bytes:
+    """The beginning of a connection on each of whose streams, and in all, so many bytes of answers may be sent."""
+    settings = _frame(_SETTINGS, 0, 0, struct.pack("!HI", _INITIAL_WINDOW_SIZE, window))
+    return _PREFACE + settings + (_frame(_WINDOW_UPDATE, 0, 0, struct.pack("!I", window)) if window else b"")
 
 
 def call(stream: int, method: str, message: bytes, headers: dict[str, str]) -> bytes:
