@@ -18,7 +18,7 @@ import structlog
 from services.runtime.auth import AccessPolicy, Authenticator, maybe_caller, set_caller
 from services.runtime.call_shapes import Context, Handler, streamed, surrounded
 from services.runtime.drain import Conversations, Drain, draining
-from services.runtime.errors import ArenaError, Unimplemented
+from services.runtime.errors import Unimplemented
 from services.runtime.idempotency import InFlight, RequestMemory, RequestScope, use_memory
 from services.runtime.limits import CallGate, Held, address_of
 from services.runtime.messages import LetGo, MessageRoom, Turn, UnreadCalls
@@ -115,12 +115,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Names the caller for the call when its token proves one whom the policy and the limits admit, or raises."""
         self._unread.read(task)
         if self._authenticator is not None and not (method.name == _PROBE and self._probes(task)):
-            try:
-                self._admit(self._authenticator, method, context, headers, task)
-            except ArenaError:
-                if self.gate is not None:
-                    _refuse(self.gate, task)
-                raise
+            self._admit(self._authenticator, method, context, headers, task)
         if self._scope is not None:
             use_memory(self._scope)
 
@@ -177,13 +172,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 def _end(gate: CallGate, held: Held, _task: asyncio.Task[Any]) -> None:
     gate.end(held)
-
-
-def _refuse(gate: CallGate, task: asyncio.Task[Any]) -> None:
-    """Counts a call that is about to be told that it was not let in, or ends it without a word."""
-    if not gate.begin_refusal():
-        raise asyncio.CancelledError
-    task.add_done_callback(gate.end_refusal)
 
 
 @dataclass(frozen=True, slots=True)

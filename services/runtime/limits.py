@@ -14,6 +14,7 @@ from services.runtime.kernel_sockets import network_of
 
 _REMEMBERED = 10_000
 _KEPT_FREE = 16
+_BEGUN = 8
 _MOST_PROBES = 64
 
 Held = tuple[str, ...]
@@ -83,11 +84,10 @@ class CallGate:
         self, limits: CallLimits, clock: Callable[[], float] = time.monotonic, *, room: int | None = None
     ) -> None:
         self._limits = limits
-        self.most_begun = room and 2 * room
-        """Calls that a server may have begun: those let in, and as many that wait to be told that they were not."""
+        self.most_begun = room and _BEGUN * room
+        """For gRPC, which counts the calls that were not let in, too, until their callers take that answer."""
         self._for_anyone = math.inf if room is None else room - room // _KEPT_FREE
         self._calls = 0
-        self._refusals = 0
         self._probes = 0
         self._participants = Buckets(limits.per_second, limits.burst, clock)
         self._addresses = Buckets(limits.per_second, limits.burst, clock)
@@ -114,20 +114,6 @@ class CallGate:
     def end_probe(self, *_: object) -> None:
         """After a check that went above all limits."""
         self._probes -= 1
-
-    def begin_refusal(self) -> bool:
-        """Whether a call that was not let in may be told so, which lasts until `end_refusal`.
-
-        As many are as there is room for others' calls; who takes no answers takes no refusals either.
-        """
-        if self._refusals >= self._for_anyone:
-            return False
-        self._refusals += 1
-        return True
-
-    def end_refusal(self, *_: object) -> None:
-        """After a refusal that has been taken."""
-        self._refusals -= 1
 
     def begin(self, caller: Caller | None, peer: str) -> Held:
         """Before a call of `caller`, or of one who needs no token; what it returns is to `end`.
