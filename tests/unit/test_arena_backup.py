@@ -144,3 +144,10 @@ def test_an_upload_that_grows_meanwhile_spoils_no_backup(machine: Machine) -> No
     done = machine.run()
     assert done.returncode == 0, done.stderr
     assert (machine.backup / "selector.tar").exists()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--restore",), ("--help",), ("one", "two")])
+def test_a_wrong_command_is_told_the_right_one_and_does_nothing(arguments: tuple[str, ...]) -> None:
+    done = subprocess.run([HERE / "backup", *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "usage: deploy/backup [--restore] FOLDER\n"
